@@ -1,0 +1,293 @@
+"""Specs: the settings of a codec or a reducer as one line of text, in call syntax.
+
+    error_feedback(gather(topk(density=0.01)))
+
+A *member* is a frozen dataclass that inherits from `Spec`; its fields are its settings. `str(member)` prints it and
+`parse` reads it back, `parse(str(member), ...) == member`. What is read is literals and known names only: the text
+goes through `ast` against a literal registry and nothing is ever evaluated.
+
+**How a member is printed.** Fields at their defaults are left out; a member without arguments prints as its bare
+name. The leading fields that are required or hold members form the *head*; it is printed by position up to its last
+member, `after(100, two_stage(uniform))`, and everything else by keyword: `topk(density=0.01)`,
+`partition(dense, low_rank(rank=4), min_size=1024)`.
+
+**What is read besides.** Any field by position or keyword, tuples and lists (both become tuples), an int for a float,
+`inf` and `nan` for a float, and a bare name where the field is annotated `str`: `cast(dtype=bf16)`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import keyword
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal, NoReturn, Union
+
+MAX_CHARS = 10_000  # of a spec; far above any real one, far below what overflows the stack of Python's parser
+MAX_DEPTH = 50  # members and tuples inside each other
+
+
+class SpecError(ValueError):
+    """A spec cannot be read; the message shows where, why, and which names are known."""
+
+
+class Spec:
+    """Mixin for the frozen dataclass of a member: prints it as a spec."""
+
+    spec_name: ClassVar[str]
+
+    def __str__(self) -> str:
+        """Print the spec, which `parse` reads back to an equal member."""
+        fields = _init_fields(type(self))
+        values = [getattr(self, field.name) for field in fields]
+        texts = [_text(value, kinds) for value, kinds in zip(values, _kinds(type(self)), strict=True)]
+        shown = [text != _default_text(type(self), field) for field, text in zip(fields, texts, strict=True)]
+        head = 0
+        for place, field in enumerate(fields):
+            if field.kw_only or not (_required(field) or _holds_member(values[place])):
+                break
+            if shown[place] and _holds_member(values[place]):
+                head = place + 1
+        arguments = texts[:head] + [
+            f"{field.name}={text}" for field, text, show in list(zip(fields, texts, shown, strict=True))[head:] if show
+        ]
+        return f"{self.spec_name}({', '.join(arguments)})" if arguments else self.spec_name
+
+
+def parse(text: str, registry: Mapping[str, type[Any]], aliases: Mapping[str, str] | None = None) -> Any:
+    """Read a spec: build the member that `text` describes.
+
+    `registry` maps the names of members to their dataclasses, `aliases` further names to specs, as
+    `{"bf16": "cast(dtype=bf16)"}`. Raises SpecError.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"a spec is a string, got {type(text).__name__}")
+    return _Parser(text.strip(), registry, aliases or {}).parse()
+
+
+# ---------------------------------------------------------------------------------------------- fields of a member
+
+Kinds = frozenset[str] | None
+"""What a field takes: some of "int", "float", "bool", "str", "tuple", "none", "member"; None: not known, anything."""
+
+_SIMPLE: dict[Any, str] = {int: "int", float: "float", bool: "bool", str: "str", tuple: "tuple", type(None): "none"}
+
+
+def _init_fields(cls: type[Any]) -> tuple[dataclasses.Field[Any], ...]:
+    return tuple(field for field in dataclasses.fields(cls) if field.init)
+
+
+_kinds_by_class: dict[type[Any], tuple[Kinds, ...]] = {}
+
+
+def _kinds(cls: type[Any]) -> tuple[Kinds, ...]:
+    """Return what each field of a member takes, from its annotation."""
+    if cls not in _kinds_by_class:
+        _kinds_by_class[cls] = _read_kinds(cls)
+    return _kinds_by_class[cls]
+
+
+def _read_kinds(cls: type[Any]) -> tuple[Kinds, ...]:
+    try:
+        hints = typing.get_type_hints(cls)
+    except Exception:  # a name that exists for type checkers only, or in a function: judge by the text alone
+        builtin = {"int": int, "float": float, "bool": bool, "str": str}
+        hints = {f.name: builtin.get(f.type, Any) if isinstance(f.type, str) else f.type for f in _init_fields(cls)}
+    return tuple(_kinds_of(hints[field.name]) for field in _init_fields(cls))
+
+
+def _kinds_of(hint: Any) -> Kinds:
+    if hint in _SIMPLE:
+        return frozenset({_SIMPLE[hint]})
+    origin = typing.get_origin(hint)
+    if origin in (Union, types.UnionType):
+        parts = [_kinds_of(part) for part in typing.get_args(hint)]
+        return None if None in parts else frozenset().union(*(part for part in parts if part is not None))
+    if origin is Literal:
+        return frozenset(_SIMPLE[type(value)] for value in typing.get_args(hint))
+    if origin is not None:
+        return frozenset({"tuple"}) if origin is tuple else None
+    return frozenset({"member"}) if isinstance(hint, type) and hint not in (object, Any) else None
+
+
+def _required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _default_text(cls: type[Any], field: dataclasses.Field[Any]) -> str | None:
+    if _required(field):
+        return None
+    default = field.default if field.default is not dataclasses.MISSING else typing.cast(Any, field.default_factory)()
+    return _text(default, _kinds(cls)[_init_fields(cls).index(field)])
+
+
+def _holds_member(value: Any) -> bool:
+    return isinstance(value, Spec) or (isinstance(value, tuple) and any(map(_holds_member, value)))
+
+
+def _text(value: Any, kinds: Kinds) -> str:
+    """Print the value of a field. Equal texts mean equal values of one type, so defaults are compared by text."""
+    if isinstance(value, Spec):
+        return str(value)
+    if isinstance(value, tuple):
+        return "(" + ", ".join(_text(item, None) for item in value) + ("," if len(value) == 1 else "") + ")"
+    if isinstance(value, bool) or value is None:
+        return repr(value)
+    if kinds is not None and "float" in kinds and "int" not in kinds and not isinstance(value, str):
+        return repr(float(value))
+    if isinstance(value, float):
+        return repr(float(value))  # a NumPy scalar prints as a plain number
+    if isinstance(value, str):
+        bare = kinds is not None and _is_name_field(kinds) and value.isidentifier() and value.isascii()
+        return value if bare and not keyword.iskeyword(value) else repr(str(value))
+    return repr(int(value))
+
+
+def _is_name_field(kinds: Kinds) -> bool:
+    """Tell whether a bare name in this field is a string: it takes strings and no members."""
+    return kinds is not None and "str" in kinds and "member" not in kinds
+
+
+# ------------------------------------------------------------------------------------------------------- reading
+
+
+class _Parser:
+    def __init__(self, text: str, registry: Mapping[str, type[Any]], aliases: Mapping[str, str]) -> None:
+        self.text, self.registry, self.aliases = text, registry, aliases
+
+    def parse(self) -> Any:
+        if not self.text:
+            self.fail("the spec is empty", None, self.known())
+        if len(self.text) > MAX_CHARS:
+            self.fail(f"the spec has {len(self.text)} characters; at most {MAX_CHARS} are read", None)
+        try:
+            body = ast.parse(self.text, mode="eval").body
+        except SyntaxError as error:
+            where = (error.lineno or 1, (error.offset or 1) - 1)
+            self.fail(f"not a spec: {error.msg}", where, self.known(), error)
+        except (RecursionError, MemoryError) as error:
+            self.fail("the spec is nested too deeply", None, "", error)
+        except ValueError as error:  # a null byte, a lone surrogate
+            self.fail(f"not a spec: {error}", None, self.known(), error)
+        if not isinstance(body, ast.Call | ast.Name):
+            self.fail("a spec is a name or a call, such as topk(density=0.01)", body, self.known())
+        return self.value(body, None, 0)
+
+    def value(self, node: ast.expr, kinds: Kinds, depth: int) -> Any:
+        """Read the value of a field that takes `kinds`, or a whole member."""
+        if depth > MAX_DEPTH:
+            self.fail(f"the spec is nested deeper than {MAX_DEPTH} levels", node)
+        match node:
+            case ast.Constant(value=bool() | int() | float() | str() | None as value):
+                return value
+            case ast.UnaryOp(op=ast.USub() | ast.UAdd() as sign, operand=operand):
+                number = self.value(operand, kinds, depth + 1)
+                if isinstance(number, int | float) and not isinstance(number, bool):
+                    return -number if isinstance(sign, ast.USub) else number
+            case ast.Tuple(elts=items) | ast.List(elts=items):
+                return tuple(self.value(item, None, depth + 1) for item in items)
+            case ast.Name(id=name):
+                if _is_name_field(kinds):
+                    return name
+                if name in ("inf", "nan") and name not in self.registry and (kinds is None or "float" in kinds):
+                    return float(name)
+                return self.member(name, node, [], [], depth)
+            case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
+                return self.member(name, node, args, keywords, depth)
+        self.fail(
+            "a spec holds numbers, strings, True, False, None, tuples and known names, nothing else",
+            node,
+            self.known(),
+        )
+
+    def member(self, name: str, node: ast.expr, args: list[ast.expr], keywords: list[ast.keyword], depth: int) -> Any:
+        """Build the member `name` from its arguments."""
+        if name in self.aliases and name not in self.registry:
+            if isinstance(node, ast.Call):
+                self.fail(f"{name} stands for {self.aliases[name]} and takes no arguments", node)
+            return parse(self.aliases[name], self.registry, self.aliases)
+        if name not in self.registry:
+            self.fail(f"unknown name {name!r}{_guess(name, self.names())}", node, self.known())
+        cls = self.registry[name]
+        fields = {field.name: kinds for field, kinds in zip(_init_fields(cls), _kinds(cls), strict=True)}
+        takes = f"{name} takes: {', '.join(fields)}" if fields else f"{name} takes no arguments"
+
+        nodes: dict[str, ast.expr | ast.keyword] = {}
+        values: dict[str, Any] = {}
+        by_position = [field.name for field in _init_fields(cls) if not field.kw_only]
+        if len(args) > len(by_position):
+            count = f"{len(by_position)} argument{'s' if len(by_position) != 1 else ''} by position"
+            self.fail(f"{name} takes {count}, got {len(args)}", args[len(by_position)], takes)
+        given: list[tuple[str, ast.expr | ast.keyword, ast.expr]] = [
+            *((field, arg, arg) for field, arg in zip(by_position, args, strict=False)),
+            *((kw.arg or "**", kw, kw.value) for kw in keywords),
+        ]
+        for field, place, expression in given:
+            if field not in fields:
+                self.fail(f"{name} has no argument {field!r}{_guess(field, fields)}", place, takes)
+            if field in values:
+                self.fail(f"argument {field!r} of {name} is given twice", place)
+            value = self.value(expression, fields[field], depth + 1)
+            values[field] = self.checked(field, value, fields[field], place)
+            nodes[field] = place
+        missing = [field.name for field in _init_fields(cls) if _required(field) and field.name not in values]
+        if missing:
+            self.fail(f"{name} needs {' and '.join(map(repr, missing))}", node, takes)
+        try:
+            return cls(**values)
+        except (ValueError, TypeError) as error:
+            first_word = (str(error).split() or [""])[0]
+            self.fail(str(error) or repr(error), nodes.get(first_word, node), "", error)
+
+    def checked(self, field: str, value: Any, kinds: Kinds, node: ast.AST) -> Any:
+        """Return the value as the field takes it: an int becomes a float where only a float is taken."""
+        if kinds is None:
+            return value
+        kind = "member" if isinstance(value, Spec) else _SIMPLE.get(type(value), "member")
+        if kind == "int" and "int" not in kinds and "float" in kinds:
+            try:
+                return float(value)
+            except OverflowError as error:
+                self.fail(f"{field} is too large for a float", node, "", error)
+        if kind not in kinds:
+            words = {"int": "an integer", "float": "a number", "bool": "True or False", "str": "a name", "none": "None"}
+            words |= {"tuple": "a tuple", "member": "a codec or reducer"}
+            wanted = " or ".join(words[each] for each in words if each in kinds)
+            self.fail(f"{field} must be {wanted}, got {_text(value, kinds) if kind != 'str' else repr(value)}", node)
+        return value
+
+    def names(self) -> list[str]:
+        return sorted({*self.registry, *self.aliases})
+
+    def known(self) -> str:
+        return f"known names: {', '.join(self.names())}"
+
+    def fail(
+        self,
+        what: str,
+        where: ast.AST | tuple[int, int] | None,
+        hint: str = "",
+        cause: BaseException | None = None,
+    ) -> NoReturn:
+        """Raise SpecError: what is wrong, the text, a caret below the place, a hint."""
+        lines = self.text.splitlines() or [""]
+        if isinstance(where, ast.AST):
+            row, column = typing.cast(Any, where).lineno, typing.cast(Any, where).col_offset
+            line = lines[min(row, len(lines)) - 1]
+            column = len(line.encode()[:column].decode(errors="replace"))  # ast counts bytes
+        else:
+            row, column = where or (1, 0)
+            line = lines[min(row, len(lines)) - 1]
+            column = max(0, min(column, len(line)))
+        start = max(0, column - 60) if len(line) > 120 else 0
+        shown = "".join(c if c.isprintable() else "?" for c in line[start : start + 120])
+        message = f"{what}\n    {shown}\n    {' ' * (column - start)}^"
+        raise SpecError(f"{message}\n{hint}" if hint else message) from cause
+
+
+def _guess(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

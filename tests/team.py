@@ -1,0 +1,363 @@
+"""A team: a communicator whose ranks are threads of one process, so that collectives are tested without MPI.
+
+The ranks run truly concurrently, and the team is less forgiving than MPI, so that an error shows that MPI would hide
+most of the time:
+
+- a send is matched only by a posted receive, however small the message is (MPI may buffer small ones);
+- requests complete after a random number of tests, so in another order on every rank;
+- a receive buffer is poisoned (all bytes 0xFF: NaN in every floating-point format) when the receive is posted, and the
+  message appears in it only when the request completes;
+- a send buffer is poisoned when the last send that overlaps it completes, unless it is read-only, as the caller's own
+  array should be: whoever wants to keep what was sent keeps a copy;
+- a buffer that changes while it is in use, overlapping buffers, a receive buffer that is not of the message's size,
+  ranks that are at different collectives, messages that nobody receives: all are `Misuse`.
+
+If one rank fails, the others are released from their waiting at once. The bytes of each rank are counted here, apart
+from `Comm.traffic`, so that tests compare the two.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+import threading
+from collections import defaultdict, deque
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from mpicomp.arrays import Array
+from mpicomp.collectives import Comm
+
+T = TypeVar("T")
+
+POISON = 0xFF  # byte
+PATIENCE = (0, 0, 0, 1, 2, 4)  # tests of a request before it admits that it is complete, drawn for each
+REDUCTIONS: dict[str, Any] = {
+    "sum": np.add,
+    "max": np.maximum,
+    "min": np.minimum,
+    "prod": np.multiply,
+    "band": np.bitwise_and,
+    "bor": np.bitwise_or,
+    "bxor": np.bitwise_xor,
+}
+NUMERIC = {f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)} | {"float32", "float64"}
+
+
+class Misuse(RuntimeError):
+    """What a rank did is an error under MPI too, or works there by luck."""
+
+
+class Released(RuntimeError):
+    """Another rank has failed, and this one was waiting."""
+
+
+class Aborted(RuntimeError):
+    """A rank ended the job."""
+
+
+class Collective(NamedTuple):
+    """One of MPI's own collectives, as a rank called it."""
+
+    name: str
+    nbytes: int
+
+    def modelled(self, ranks: int) -> int:
+        """Return the bytes that `Comm.traffic` is to show for it."""
+        factor = 2 if self.name == "allreduce" else 1
+        return math.ceil(factor * self.nbytes * (ranks - 1) / ranks)
+
+
+class Buffer(NamedTuple):
+    """Memory that an operation under way reads or writes."""
+
+    start: int
+    end: int
+    written: bool
+
+
+class Operation:
+    """An operation under way: ready when the peers have done their part, finished when this rank has seen that."""
+
+    def __init__(self, rank: Rank, sent: Array | None, received: Array | None) -> None:
+        self.rank = rank
+        self.sent, self.received = sent, received
+        self.posted = None if sent is None else sent.copy()  # what was to be sent
+        self.message: Array | None = None  # what is to be received
+        self.ready = self.finished = False
+        self.error: Exception | None = None
+        self.patience = rank.random.choice(PATIENCE)
+        self.buffers: list[Buffer] = []
+        for data, written in ((received, True), (sent, False)):
+            if data is not None and data.size:
+                self._use(data, written)
+        if received is not None:
+            received.view(np.uint8).fill(POISON)
+        rank.under_way.append(self)
+
+    def _use(self, data: Array, written: bool) -> None:
+        start: int = data.__array_interface__["data"][0]
+        mine = Buffer(start, start + data.nbytes, written)
+        if written and not data.flags.writeable:
+            raise Misuse("a receive buffer is read-only")
+        for other in [buffer for op in self.rank.under_way for buffer in op.buffers] + self.buffers:
+            if mine.start < other.end and other.start < mine.end and (mine.written or other.written):
+                raise Misuse("a buffer overlaps another one in use, and one of the two is written to")
+        self.buffers.append(mine)
+
+    def Test(self) -> bool:
+        if self.finished:
+            return True
+        if self.rank.team.failed.is_set():
+            raise Released(f"rank {self.rank.rank} was waiting when another rank failed")
+        if not self.ready:
+            return False
+        if self.patience:
+            self.patience -= 1
+            return False
+        self._finish()
+        return True
+
+    def _finish(self) -> None:
+        self.finished = True
+        self.rank.under_way.remove(self)
+        if self.error is not None:
+            raise self.error
+        if self.received is not None:
+            if not (self.received.view(np.uint8) == POISON).all():
+                raise Misuse("a receive buffer was written to while a message was under way to it")
+            assert self.message is not None
+            self.received[...] = self.message
+        if self.sent is not None:
+            assert self.posted is not None
+            if self.sent.tobytes() != self.posted.tobytes():
+                raise Misuse("a send buffer was written to while it was being sent")
+            self._poison()
+
+    def _poison(self) -> None:
+        """Make the sent bytes useless, unless another operation still reads some of them."""
+        assert self.sent is not None
+        if not self.sent.size or not self.sent.flags.writeable:
+            return
+        start: int = self.sent.__array_interface__["data"][0]
+        end = start + self.sent.nbytes
+        in_use = (buffer for op in self.rank.under_way for buffer in op.buffers)
+        if not any(start < buffer.end and buffer.start < end for buffer in in_use):
+            self.sent.view(np.uint8).fill(POISON)
+
+
+class Rank:
+    """One rank's end of a team: a Transport."""
+
+    def __init__(self, team: Team, rank: int, seed: int) -> None:
+        self.team = team
+        self.rank = rank
+        self.size = team.size
+        self.random = random.Random(seed * 1000 + rank)
+        self.under_way: list[Operation] = []
+        self.left = False
+        self.sent_bytes = 0
+        self.sent_messages = 0
+        self.collectives: list[Collective] = []
+
+    @property
+    def modelled_bytes(self) -> int:
+        return sum(collective.modelled(self.size) for collective in self.collectives)
+
+    def send(self, data: Array, peer: int, tag: int) -> Operation:
+        self._check(data, peer, np.dtype(np.uint8))
+        operation = Operation(self, data, None)
+        self.sent_bytes += data.size
+        self.sent_messages += 1
+        self._post(operation, (self.rank, peer, tag), peer, self.team.sends, self.team.receives)
+        return operation
+
+    def receive(self, data: Array, peer: int, tag: int) -> Operation:
+        self._check(data, peer, np.dtype(np.uint8))
+        operation = Operation(self, None, data)
+        self._post(operation, (peer, self.rank, tag), peer, self.team.receives, self.team.sends)
+        return operation
+
+    def allreduce(self, x: Array, total: Array, op: str) -> Operation:
+        if x.dtype.name not in NUMERIC:
+            raise TypeError(f"MPI has no datatype for {x.dtype}")
+        self._check(x, None, x.dtype)
+        self._check(total, None, x.dtype)
+        if total.size != x.size:
+            raise Misuse(f"allreduce of {x.size} elements into {total.size}")
+        operation = Operation(self, x, total)
+        self._join(operation, ("allreduce", op, x.dtype.name, x.size), x.nbytes)
+        return operation
+
+    def broadcast(self, data: Array, root: int) -> Operation:
+        if not 0 <= root < self.size:
+            raise Misuse(f"no rank {root} in a team of {self.size}")
+        self._check(data, None, np.dtype(np.uint8))
+        mine = self.rank == root
+        operation = Operation(self, data if mine else None, None if mine else data)
+        self._join(operation, ("broadcast", root, data.size), data.size)
+        return operation
+
+    def abort(self, code: int) -> None:
+        with self.team.lock:
+            self.team.aborted = self.team.aborted or (self.rank, code)
+        self.team.failed.set()
+
+    def _check(self, data: Array, peer: int | None, dtype: np.dtype[Any]) -> None:
+        if data.ndim != 1 or not data.flags.c_contiguous or data.dtype != dtype:
+            raise Misuse(f"a buffer must be contiguous ({dtype}, 1-D), got {data.dtype}, {data.ndim}-D")
+        if peer is not None and (peer == self.rank or not 0 <= peer < self.size):
+            raise Misuse(f"rank {self.rank} of {self.size} has no peer {peer}")
+
+    def _post(
+        self, mine: Operation, channel: Channel, peer: int, mates: Mailboxes, theirs: Mailboxes
+    ) -> None:
+        """Match an operation with the peer's oldest one of this channel, or leave it for the peer to match."""
+        with self.team.lock:
+            if not theirs[channel]:
+                mates[channel].append(mine)
+                if self.team.ranks[peer].left:
+                    raise Misuse(f"rank {self.rank} needs rank {peer}, which has returned")
+                return
+            other = theirs[channel].popleft()
+            send, receive = (mine, other) if mine.sent is not None else (other, mine)
+            assert send.posted is not None
+            assert receive.received is not None
+            if send.posted.size != receive.received.size:
+                receive.error = Misuse(
+                    f"rank {receive.rank.rank} has a buffer of {receive.received.size} bytes for a message of "
+                    f"{send.posted.size} from rank {send.rank.rank}"
+                )
+            receive.message = send.posted
+            send.ready = receive.ready = True
+
+    def _join(self, operation: Operation, what: tuple[Any, ...], nbytes: int) -> None:
+        """Take part in the next of the team's collectives; the last rank to come computes its result."""
+        with self.team.lock:
+            number = len(self.collectives)
+            self.collectives.append(Collective(what[0], nbytes))
+            meeting = self.team.meetings.setdefault(number, Meeting(what, {}))
+            if meeting.what != what:
+                raise Misuse(f"rank {self.rank} is at {what} while others are at {meeting.what}")
+            meeting.operations[self.rank] = operation
+            gone = [rank.rank for rank in self.team.ranks if rank.left and rank.rank not in meeting.operations]
+            if gone:
+                raise Misuse(f"rank {self.rank} is at {what}, but rank {gone[0]} has returned")
+            if len(meeting.operations) == self.size:
+                del self.team.meetings[number]
+                meeting.conclude()
+
+
+class Meeting(NamedTuple):
+    """One of the team's collectives: what it is, and the operations of the ranks that have come."""
+
+    what: tuple[Any, ...]
+    operations: dict[int, Operation]
+
+    def conclude(self) -> None:
+        """Compute the result, in rank order, and hand it to everyone."""
+        posted = [self.operations[rank].posted for rank in sorted(self.operations)]
+        if self.what[0] == "broadcast":
+            result = posted[self.what[1]]
+        else:
+            result = posted[0]
+            with np.errstate(all="ignore"):
+                for x in posted[1:]:
+                    result = REDUCTIONS[self.what[1]](result, x)
+        for operation in self.operations.values():
+            operation.message = result
+            operation.ready = True
+
+
+Channel = tuple[int, int, int]  # source, destination, tag
+Mailboxes = defaultdict[Channel, deque[Operation]]
+
+
+class Team:
+    """Some ranks that are threads; `run` makes them all do the same.
+
+    `comms` and their traffic last as long as the team, so that `run` may be called again, unless a rank fails: then
+    the team is finished. `timeout` is that of the library's watchdog, in seconds; long, since the first call of a
+    kernel compiles it.
+    """
+
+    def __init__(self, size: int, seed: int = 0, timeout: float = 300.0) -> None:
+        self.size = size
+        self.lock = threading.Lock()
+        self.failed = threading.Event()
+        self.aborted: tuple[int, int] | None = None  # rank, code
+        self.errors: dict[int, BaseException] = {}  # by rank, in the order in which they came
+        self.sends: Mailboxes = defaultdict(deque)
+        self.receives: Mailboxes = defaultdict(deque)
+        self.meetings: dict[int, Meeting] = {}
+        self.ranks = [Rank(self, rank, seed) for rank in range(size)]
+        self.comms = [Comm(rank, timeout) for rank in self.ranks]
+
+    def run(self, f: Callable[[Comm], T]) -> list[T]:
+        """Call `f` on all ranks; return what they return, or raise the first error."""
+        if self.failed.is_set():
+            raise RuntimeError("this team has failed")
+        results: list[Any] = [None] * self.size
+
+        def work(rank: Rank) -> None:
+            try:
+                results[rank.rank] = f(self.comms[rank.rank])
+                self._leave(rank)
+            except BaseException as error:
+                with self.lock:
+                    self.errors[rank.rank] = error
+                self.failed.set()
+
+        for rank in self.ranks:
+            rank.left = False
+        threads = [threading.Thread(target=work, args=(rank,), name=f"rank-{rank.rank}") for rank in self.ranks]
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        except BaseException:  # Ctrl-C, or a deadline: the main thread alone sees it
+            self.failed.set()
+            raise
+        self._raise_first()
+        return results
+
+    def attempt(self, f: Callable[[Comm], T]) -> list[T | Exception]:
+        """Call `f` on all ranks; return what they return or raise. A rank that raises counts as returned."""
+
+        def caught(comm: Comm) -> T | Exception:
+            try:
+                return f(comm)
+            except (Misuse, Released):
+                raise
+            except Exception as error:
+                return error
+
+        return self.run(caught)
+
+    def _leave(self, rank: Rank) -> None:
+        """Note that a rank has returned, and that whoever waits for it waits in vain."""
+        with self.lock:
+            rank.left = True
+            if rank.under_way:
+                raise Misuse(f"rank {rank.rank} returned with {len(rank.under_way)} requests under way")
+            for box, verb in ((self.sends, "sends to"), (self.receives, "receives from")):
+                for (source, destination, _), operations in box.items():
+                    if operations and rank.rank in (source, destination):
+                        raise Misuse(f"rank {rank.rank} returned, but rank {operations[0].rank.rank} {verb} it")
+            for number, meeting in self.meetings.items():
+                if len(rank.collectives) <= number:
+                    raise Misuse(f"rank {rank.rank} returned, but others are at {meeting.what}")
+
+    def _raise_first(self) -> None:
+        errors = sorted(self.errors.items(), key=lambda item: isinstance(item[1], Released))  # stable
+        if errors and not isinstance(errors[0][1], Released):
+            rank, error = errors[0]
+            if sys.version_info >= (3, 11):
+                error.add_note(f"raised on rank {rank} of a team of {self.size}")
+            raise error
+        if self.aborted:
+            raise Aborted("rank {} ended the job with code {}".format(*self.aborted))
