@@ -197,8 +197,9 @@ def wait(comm: Comm, requests: Sequence[Request], operation: str) -> None:
 def _give_up(comm: Comm, operation: str, pending: int, waited: float) -> NoReturn:
     message = (
         f"mpicomp: rank {comm.rank} of {comm.size} waited {waited:.0f} s in {operation}"
-        f"{f' for {comm.doing}' if comm.doing else ''} (collective number {comm.calls}), {pending} messages outstanding: "
-        f"a peer is late, gone, or at another operation. The job ends here; MPICOMP_TIMEOUT sets the limit in seconds."
+        f"{f' for {comm.doing}' if comm.doing else ''} (collective number {comm.calls}), {pending} messages "
+        f"outstanding: a peer is late, gone, or at another operation. The job ends here; MPICOMP_TIMEOUT sets the "
+        f"limit in seconds."
     )
     print(message, file=sys.stderr, flush=True)
     traceback.print_stack()
@@ -354,8 +355,6 @@ def abort_on_uncaught_errors(transport: Transport) -> None:
 
     sys.excepthook = end_job
     threading.excepthook = end_job_from_thread
-
-
 
 
 def world() -> Any:

@@ -71,7 +71,7 @@ class MessageLayout:
     def views(self, message: Array) -> list[Payload]:
         """View a message, (nbytes,) uint8, as the payload of each piece; no copy."""
         return [
-            tuple(message[start : start + field.nbytes].view(field.dtype).reshape(field.shape) for start, field in piece)
+            tuple(message[at : at + field.nbytes].view(field.dtype).reshape(field.shape) for at, field in piece)
             for piece in self.pieces
         ]
 

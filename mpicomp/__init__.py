@@ -1,0 +1,24 @@
+"""Collectives over MPI that compress before they transfer.
+
+    total = mpicomp.allreduce(comm, x, "topk(density=0.01)", state=state)
+
+`comm` is an mpi4py communicator. For torch see `mpicomp.torch`, for the methods `mpicomp.codecs` and
+`mpicomp.reducers`. Importing this initialises nothing: MPI starts when a communicator is made.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["allgather", "allreduce", "state"]
+
+if TYPE_CHECKING:
+    from mpicomp.calls import allgather, allreduce, state
+
+
+def __getattr__(name: str) -> Any:
+    """Load the collectives when they are first used: kernels take longer to import than a login node likes."""
+    if name not in __all__:
+        raise AttributeError(f"module 'mpicomp' has no attribute {name!r}")
+    from mpicomp import calls
+
+    return getattr(calls, name)

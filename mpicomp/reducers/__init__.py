@@ -1,0 +1,36 @@
+"""Reducers: from one flat array on every rank to their sum, the same bits everywhere."""
+
+from mpicomp.reducers.apply import apply
+from mpicomp.reducers.base import Reducer, Reduction, State, Units, rescale
+from mpicomp.reducers.dense import Dense
+from mpicomp.reducers.gather import Gather
+from mpicomp.reducers.layout import Layout, Unit
+from mpicomp.reducers.low_rank import LowRank
+from mpicomp.reducers.policies import After, ErrorFeedback, Partition
+from mpicomp.reducers.resolve import REDUCERS, describe, parse, resolve, resolve_partitioned
+from mpicomp.reducers.shared_support import SharedSupport
+from mpicomp.reducers.two_stage import TwoStage
+
+__all__ = [
+    "REDUCERS",
+    "After",
+    "Dense",
+    "ErrorFeedback",
+    "Gather",
+    "Layout",
+    "LowRank",
+    "Partition",
+    "Reducer",
+    "Reduction",
+    "SharedSupport",
+    "State",
+    "TwoStage",
+    "Unit",
+    "Units",
+    "apply",
+    "describe",
+    "parse",
+    "rescale",
+    "resolve",
+    "resolve_partitioned",
+]

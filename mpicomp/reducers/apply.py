@@ -1,0 +1,46 @@
+"""From an array of any dtype to its reduced form: widen, reduce, divide last, round once, account for the rounding."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mpicomp.arrays import Array
+from mpicomp.collectives import Comm
+from mpicomp.kernels import kernels_for
+from mpicomp.reducers.base import Reducer, State, nonfinite
+
+OPS = ("sum", "mean")
+
+
+def apply(comm: Comm, reducer: Reducer, x: Array, dtype: str, op: str, state: State, out: Array) -> tuple[State, bool]:
+    """Reduce x into `out`, which may be x; return the next state, and whether the result is not finite.
+
+    x, out: (extent,) float32 or float64, or uint16 bits where dtype is "float16" or "bfloat16". `op` is "sum" or
+    "mean". The given state stays valid until the next call: going on with it means that this step never happened.
+    What rounding to a half type drops is added to the residual of the element's owner. Collective.
+    """
+    half = dtype in ("float16", "bfloat16")
+    kernels = kernels_for(x)
+    if half:
+        wide = state.buffer("wide", x.size, "float32")
+        kernels.widen(x, wide, dtype)
+        total = state.buffer("wide total", x.size, "float32")
+    else:
+        wide, total = x, out
+    reduction, after = reducer.reduce(comm, wide, state, total)
+    poisoned = reduction.poisoned or nonfinite(total, None, state.layout)
+    divisor = comm.size if op == "mean" else 1
+    if not half:
+        if divisor > 1:
+            for unit in state.layout.units:
+                np.divide(total[unit.where], divisor, out=out[unit.where])
+        return after, poisoned
+
+    np.divide(total, divisor, out=total)
+    kernels.narrow(total, out, dtype)
+    if not poisoned:
+        kernels.widen(out, wide, dtype)  # its input is spent
+        np.subtract(total, wide, out=total)
+        total *= divisor
+        reducer.absorb(comm, total, after)
+    return after, poisoned

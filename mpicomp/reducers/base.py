@@ -1,0 +1,247 @@
+"""What a reducer is, the state it keeps, and the messages it sends.
+
+**The law.** For every reducer, over all ranks:
+
+    total + sum of new residuals == sum of (x + old residual)
+
+up to rounding, and `total` has the same bits on every rank. So error feedback is exact book-keeping whatever the
+method: what a step does not send, some rank still owes. Reducers compute sums; whoever wants a mean divides last.
+
+**Two generations.** A step reads the old residual and writes the new one elsewhere. The state that a step was given
+stays valid until the next step: whoever decides that the step never happened goes on with it. Nothing is undone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol, cast
+
+import numpy as np
+
+from mpicomp.arrays import Array
+from mpicomp.codecs.base import Codec, Key, stream_of
+from mpicomp.collectives import Comm, digest_of
+from mpicomp.errors import ConfigMismatch
+from mpicomp.kernels import kernels_for
+from mpicomp.reducers.layout import Layout, Piece, empty
+from mpicomp.wire import POISON, Field, Header, MessageLayout, read_header, write_header
+
+Units = dict[str, dict[str, Array]]
+"""What is worth keeping of a state, by unit name: {"layer.weight": {"residual": (size,) array}}."""
+
+
+class Reduction(NamedTuple):
+    """What a reduction yields on this rank."""
+
+    total: Array
+    """(extent,) the sum over ranks, the same bits everywhere; other elements than the layout's are untouched."""
+    sent: Array | None = None
+    """(extent,) bool, which elements this rank sent, where a policy needs it."""
+    poisoned: bool = False
+    """Some rank's input was not finite: `total` is NaN, the state is the old one. The same on all ranks."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What a reducer remembers of one flat array; `reduce` takes one and returns the next.
+
+    `residual` (extent,) is this rank's debt, None without feedback; `spare` is where the next one will be written.
+    `memory` holds what else a method carries from step to step, by unit name, and `work` its buffers, which have no
+    meaning between steps. `inner` holds the states of wrapped reducers.
+    """
+
+    layout: Layout
+    dtype: str
+    seed: int
+    step: int
+    digest: int
+    residual: Array | None = None
+    spare: Array | None = None
+    memory: Mapping[str, Array] = field(default_factory=dict)
+    work: dict[str, Any] = field(default_factory=dict)
+    inner: tuple[State, ...] = ()
+
+    def advanced(self, **changes: Any) -> State:
+        """The next step's state: the residual that was just written becomes current."""
+        return replace(self, step=self.step + 1, residual=self.spare, spare=self.residual, **changes)
+
+    def key(self, piece: Piece, stage: int, rank: int) -> Key:
+        """Where an encoding of this step happens."""
+        return Key(self.seed, self.step, stream_of(piece.unit.name), stage, rank, piece.start)
+
+    def buffer(self, name: str, size: int, dtype: str = "") -> Array:
+        """A workspace of that name, kept from step to step."""
+        known: Array | None = self.work.get(name)
+        if known is None or known.size != size:
+            known = self.work[name] = empty(size, dtype or self.dtype)
+        return known
+
+
+class Reducer(Protocol):
+    """Sums a flat array over the ranks of a communicator. Implementations are frozen dataclasses, printed as specs."""
+
+    def init(self, layout: Layout, dtype: str, feedback: bool = False, seed: int = 0, step: int = 0) -> State:
+        """Return the state of a fresh start; `dtype` is the work dtype, "float32" or "float64"."""
+        ...
+
+    def reduce(self, comm: Comm, x: Array, state: State, out: Array | None = None) -> tuple[Reduction, State]:
+        """Sum x, (extent,) of the work dtype, over ranks into `out`, which may be x itself, or into a fresh array.
+
+        Consumes `state`, except that it stays valid until the next call (see the module). Collective.
+        """
+        ...
+
+    def nbytes(self, layout: Layout, dtype: str, ranks: int, me: int) -> int:
+        """Bytes that rank `me` sends to other ranks in one `reduce`: the prediction that the count must meet."""
+        ...
+
+    def export(self, state: State) -> Units:
+        """What this rank must keep to go on: residuals and the like, by unit name; copies."""
+        ...
+
+    def restore(self, state: State, units: Units) -> State:
+        """Return a fresh state with what was exported put in; a unit that is not there starts at zero."""
+        ...
+
+    def absorb(self, comm: Comm, dropped: Array, state: State) -> None:
+        """Add what the final rounding dropped, (extent,), to the residual of each element's owner; in place."""
+        ...
+
+
+class Remembering:
+    """What most reducers share: a residual in the state's own arrays, owned by rank 0 where no shard has an owner."""
+
+    def init(self, layout: Layout, dtype: str, feedback: bool = False, seed: int = 0, step: int = 0) -> State:
+        """See Reducer."""
+        digest = digest_of(f"{self} {layout} {dtype} {seed}") & 0xFFFFFFFF
+        debts = (np.zeros(layout.extent, dtype), np.zeros(layout.extent, dtype)) if feedback else (None, None)
+        return State(layout, dtype, seed, step, digest, *debts)
+
+    def export(self, state: State) -> Units:
+        """See Reducer."""
+        units: Units = {}
+        for unit in state.layout.units:
+            kept = {name: array.copy() for name, array in self.kept(state, unit.name).items()}
+            if state.residual is not None:
+                kept["residual"] = state.residual[unit.where].copy()
+            units[unit.name] = kept
+        return units
+
+    def kept(self, state: State, unit: str) -> Mapping[str, Array]:
+        """What is exported of a unit beside its residual."""
+        return {}
+
+    def restore(self, state: State, units: Units) -> State:
+        """See Reducer."""
+        for unit in state.layout.units:
+            debt = units.get(unit.name, {}).get("residual")
+            if debt is not None and state.residual is not None:
+                state.residual[unit.where] = debt
+        return state
+
+    def absorb(self, comm: Comm, dropped: Array, state: State) -> None:
+        """See Reducer."""
+        if comm.rank == 0 and state.residual is not None:
+            for unit in state.layout.units:
+                state.residual[unit.where] += dropped[unit.where]
+
+
+def check_codec(reducer: object, codec: object) -> Codec:
+    """Raise TypeError for what is no codec."""
+    if not hasattr(codec, "decode_add"):
+        raise TypeError(f"{type(reducer).__name__} takes a codec such as topk(density=0.01), got {codec!s}")
+    return cast(Codec, codec)
+
+
+def rescale(state: State, factor: float) -> None:
+    """Multiply all residuals: what is owed was measured in another unit, say another loss scale; in place."""
+    if state.residual is not None:
+        np.multiply(state.residual, factor, out=state.residual)
+    for inner in state.inner:
+        rescale(inner, factor)
+
+
+def nonfinite(x: Array, old: Array | None, layout: Layout) -> bool:
+    """Whether any element of the layout's units of x + old is NaN or infinite."""
+    kernels = kernels_for(x)
+    return any(
+        kernels.nonfinite(x[unit.where], None if old is None else old[unit.where]) for unit in layout.units if unit.size
+    )
+
+
+class Message:
+    """A buffer with the payloads of several pieces, and the coding of these pieces in it.
+
+    The pieces lie in a flat array where their units do, or, with `side_by_side`, one after the other.
+    """
+
+    def __init__(
+        self,
+        codec: Codec,
+        pieces: Sequence[Piece],
+        dtype: str,
+        side_by_side: bool = False,
+        extra: tuple[Field, ...] = (),
+    ) -> None:
+        self.codec = codec
+        self.pieces = list(pieces)
+        ends = np.cumsum([piece.size for piece in self.pieces]).tolist()
+        self.places = [
+            slice(end - piece.size, end) if side_by_side else piece.where
+            for piece, end in zip(self.pieces, ends, strict=True)
+        ]
+        fields = [codec.fields(piece.size, dtype) for piece in self.pieces]
+        layout = MessageLayout([*fields, extra] if extra else fields)
+        self.buffer = empty(layout.nbytes if self.pieces else 0, "uint8")
+        self.buffer[...] = 0  # padding travels too
+        self.payloads = layout.views(self.buffer) if self.pieces else []
+
+    def seal(self, sequence: int, state: State, poisoned: bool) -> None:
+        """Write the header."""
+        if self.pieces:
+            write_header(self.buffer, Header(sequence & 0xFFFFFFFF, state.digest, POISON if poisoned else 0))
+
+    def encode(self, x: Array, state: State, stage: int, rank: int, old: Array | None, new: Array | None) -> None:
+        """Encode the pieces of x, or those of x + old and write what the code leaves out to `new`."""
+        for piece, place, payload in zip(self.pieces, self.places, self.payloads, strict=False):
+            key = state.key(piece, stage, rank)
+            if new is None:
+                self.codec.encode(x[place], payload, key)
+            else:
+                self.codec.encode_residual(x[place], None if old is None else old[place], payload, new[place], key)
+
+    def decode_add(self, out: Array, state: State, stage: int, rank: int) -> None:
+        """Add the decoded pieces to `out`."""
+        for piece, place, payload in zip(self.pieces, self.places, self.payloads, strict=False):
+            self.codec.decode_add(payload, out[place], state.key(piece, stage, rank))
+
+
+def message_nbytes(codec: Codec, pieces: Sequence[Piece], dtype: str) -> int:
+    """Size in bytes of a message of these pieces; nothing is sent for none."""
+    return MessageLayout([codec.fields(piece.size, dtype) for piece in pieces]).nbytes if pieces else 0
+
+
+def opened(messages: Sequence[Message], sequence: int, state: State) -> bool:
+    """Check the headers of messages received, by source rank; return whether any sender's input was poisoned.
+
+    Raises ConfigMismatch for a sender that was at another operation or had another configuration.
+    """
+    poisoned = False
+    for rank, message in enumerate(messages):
+        if not message.pieces:
+            continue
+        header = read_header(message.buffer)
+        if (header.sequence, header.digest) != (sequence & 0xFFFFFFFF, state.digest):
+            raise ConfigMismatch(
+                f"rank {rank} sent operation {header.sequence} of configuration {header.digest:08x}, expected "
+                f"{sequence & 0xFFFFFFFF} of {state.digest:08x}: the ranks have parted ways"
+            )
+        poisoned |= bool(header.flags & POISON)
+    return poisoned
+
+
+def poisoned_total(out: Array, layout: Layout) -> Reduction:
+    """The result when some rank's input was not finite."""
+    layout.fill(out, np.nan)
+    return Reduction(out, poisoned=True)

@@ -1,0 +1,147 @@
+"""What a flat array consists of: units (tensors), which are coded one by one, and their parts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from mpicomp.arrays import Array
+from mpicomp.codecs.base import stream_of
+
+
+class Unit(NamedTuple):
+    """A tensor within a flat array: `offset` counts elements from the array's start."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def where(self) -> slice:
+        """The unit's elements in the flat array."""
+        return slice(self.offset, self.offset + self.size)
+
+
+class Piece(NamedTuple):
+    """A part of a unit, [start, stop) in its elements, that is coded as an array of its own."""
+
+    unit: Unit
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.stop - self.start
+
+    @property
+    def where(self) -> slice:
+        """The piece's elements in the flat array."""
+        return slice(self.unit.offset + self.start, self.unit.offset + self.stop)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The units of a flat array, in the order of their offsets; a selection of them leaves gaps.
+
+    Raises ValueError for units that overlap or share a name.
+    """
+
+    units: tuple[Unit, ...]
+
+    def __post_init__(self) -> None:
+        end, names = 0, set()
+        for unit in self.units:
+            if unit.offset < end:
+                raise ValueError(
+                    f"unit {unit.name!r} begins at {unit.offset}, inside the one before, which ends at {end}"
+                )
+            if unit.name in names:
+                raise ValueError(f"two units are called {unit.name!r}")
+            names.add(unit.name)
+            end = unit.offset + unit.size
+
+    @classmethod
+    def single(cls, shape: tuple[int, ...], name: str = "x") -> Layout:
+        """The layout of a plain array: one unit with its shape."""
+        return cls((Unit(name, shape, 0),))
+
+    @cached_property
+    def size(self) -> int:
+        """Elements of all units together."""
+        return sum(unit.size for unit in self.units)
+
+    @cached_property
+    def extent(self) -> int:
+        """Elements from the start of the flat array to the end of the last unit."""
+        return max((unit.offset + unit.size for unit in self.units), default=0)
+
+    def select(self, wanted: Callable[[Unit], bool]) -> Layout:
+        """The units that are wanted, where they are."""
+        return Layout(tuple(unit for unit in self.units if wanted(unit)))
+
+    def whole(self) -> list[Piece]:
+        """One piece for each unit that has elements."""
+        return [Piece(unit, 0, unit.size) for unit in self.units if unit.size]
+
+    def collect(self, x: Array, flat: Array) -> None:
+        """Copy the units of a flat array, (extent,), side by side into `flat`, (size,)."""
+        start = 0
+        for unit in self.units:
+            flat[start : start + unit.size] = x[unit.where]
+            start += unit.size
+
+    def spread(self, flat: Array, out: Array) -> None:
+        """Undo `collect`."""
+        start = 0
+        for unit in self.units:
+            out[unit.where] = flat[start : start + unit.size]
+            start += unit.size
+
+    def fill(self, out: Array, value: float) -> None:
+        """Set every element of every unit."""
+        for unit in self.units:
+            out[unit.where] = value
+
+
+def shards(layout: Layout, block: int, ranks: int) -> list[list[Piece]]:
+    """Divide the units among ranks: the pieces that each rank owns.
+
+    A unit is cut at multiples of `block` elements into one shard a rank; a unit of fewer blocks than ranks has one
+    owner. Which rank is a unit's first depends on its name alone, so results do not change with the bucket it is in.
+    """
+    owned: list[list[Piece]] = [[] for _ in range(ranks)]
+    for unit in layout.units:
+        first = stream_of(unit.name) % ranks
+        blocks = -(-unit.size // block)
+        parts = ranks if blocks >= ranks else 1
+        for part in range(parts):
+            start, stop = (min(unit.size, place * blocks // parts * block) for place in (part, part + 1))
+            if stop > start:
+                owned[(first + part) % ranks].append(Piece(unit, start, stop))
+    return owned
+
+
+def even_cuts(size: int, ranks: int) -> list[slice]:
+    """Cut `size` elements into one range a rank, at multiples of 16 elements; the last ones may be empty."""
+    step = -(-size // ranks)
+    step += -step % 16
+    return [slice(min(size, rank * step), min(size, (rank + 1) * step)) for rank in range(ranks)]
+
+
+def empty(size: int, dtype: str) -> Array:
+    """An uninitialised array that begins at a cache line: a workspace, made once."""
+    itemsize = np.dtype(dtype).itemsize
+    memory = np.empty(size * itemsize + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size * itemsize].view(dtype)

@@ -1,0 +1,205 @@
+"""Policies: reducers that wrap reducers. From the outside in: partition and after, error_feedback, the reducer itself.
+
+Another order is a ValueError that prints the right one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, cast
+
+import numpy as np
+
+from mpicomp.arrays import Array
+from mpicomp.codecs.base import Codec
+from mpicomp.collectives import Comm
+from mpicomp.reducers.base import Reducer, Reduction, State, Units
+from mpicomp.reducers.dense import Dense
+from mpicomp.reducers.layout import Layout, Unit
+from mpicomp.specs import Spec
+
+
+def _checked(wrapper: str, inner: object) -> None:
+    """Raise TypeError or ValueError for what a wrapper cannot hold."""
+    if hasattr(inner, "decode_add"):
+        raise TypeError(f"{wrapper} takes a reducer, got the codec {inner!s}; write {wrapper}(gather({inner!s}))")
+    if not hasattr(inner, "reduce"):
+        raise TypeError(f"{wrapper} takes a reducer such as gather(topk(density=0.01)), got {inner!r}")
+
+
+def unscaled(codec: Codec) -> Codec:
+    """The contraction that an unbiased codec has beside it, for error feedback; a contraction as it is."""
+    return codec if codec.contractive else replace(cast(Any, codec), scaled=False)
+
+
+@dataclass(frozen=True)
+class ErrorFeedback(Spec):
+    """Add to each step what the steps before could not send (Seide et al. 2014; Karimireddy et al. 2019).
+
+    The wrapped reducer keeps the residual itself, since only it knows what became of each element.
+    """
+
+    spec_name: ClassVar[str] = "error_feedback"
+    reducer: Reducer
+
+    def __post_init__(self) -> None:
+        inner = self.reducer
+        _checked("error_feedback", inner)
+        if isinstance(inner, ErrorFeedback):
+            raise ValueError(f"error_feedback stands in itself; write {inner}")
+        if isinstance(inner, After):
+            raise ValueError(f"error_feedback must stand inside after; write {_fed(inner)}")
+        if isinstance(inner, Partition):
+            raise ValueError(f"error_feedback must stand inside partition; write {_fed(inner)}")
+        codec: Codec | None = getattr(inner, "codec", None)
+        if codec is not None and not codec.contractive:
+            raise ValueError(
+                f"error_feedback needs a contraction, and {codec} is unbiased instead: its residual would grow without "
+                f"bound; write {_fed(inner)}"
+            )
+
+    def init(self, layout: Layout, dtype: str, feedback: bool = False, seed: int = 0, step: int = 0) -> State:
+        """See Reducer."""
+        return self.reducer.init(layout, dtype, True, seed, step)
+
+    def reduce(self, comm: Comm, x: Array, state: State, out: Array | None = None) -> tuple[Reduction, State]:
+        """See Reducer."""
+        return self.reducer.reduce(comm, x, state, out)
+
+    def nbytes(self, layout: Layout, dtype: str, ranks: int, me: int) -> int:
+        """See Reducer."""
+        return self.reducer.nbytes(layout, dtype, ranks, me)
+
+    def export(self, state: State) -> Units:
+        """See Reducer."""
+        return self.reducer.export(state)
+
+    def restore(self, state: State, units: Units) -> State:
+        """See Reducer."""
+        return self.reducer.restore(state, units)
+
+    def absorb(self, comm: Comm, dropped: Array, state: State) -> None:
+        """See Reducer."""
+        self.reducer.absorb(comm, dropped, state)
+
+
+def _fed(reducer: Reducer) -> Reducer:
+    """The reducer with error feedback, in the right order, for use in a message."""
+    if isinstance(reducer, (ErrorFeedback, Dense)):
+        return reducer
+    if isinstance(reducer, After):
+        return After(reducer.steps, _fed(reducer.reducer))
+    if isinstance(reducer, Partition):
+        return replace(reducer, small=_fed(reducer.small), large=_fed(reducer.large))
+    codec: Codec | None = getattr(reducer, "codec", None)
+    if codec is not None and not codec.contractive:
+        reducer = replace(cast(Any, reducer), codec=unscaled(codec))
+    return ErrorFeedback(reducer)
+
+
+@dataclass(frozen=True)
+class After(Spec):
+    """Sum densely, in rank order, for the first `steps` steps, and by `reducer` from then on."""
+
+    spec_name: ClassVar[str] = "after"
+    steps: int
+    reducer: Reducer
+
+    def __post_init__(self) -> None:
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
+            raise ValueError(f"steps must be an integer of at least 0, got {self.steps!r}")
+        _checked("after", self.reducer)
+
+    def init(self, layout: Layout, dtype: str, feedback: bool = False, seed: int = 0, step: int = 0) -> State:
+        """See Reducer."""
+        state = Dense("two_shot").init(layout, dtype, False, seed, step)
+        return replace(state, inner=(self.reducer.init(layout, dtype, feedback, seed, step),))
+
+    def reduce(self, comm: Comm, x: Array, state: State, out: Array | None = None) -> tuple[Reduction, State]:
+        """See Reducer."""
+        (inner,) = state.inner
+        if state.step < self.steps:
+            reduction, after = Dense("two_shot").reduce(comm, x, state, out)
+            return reduction, replace(after, inner=(replace(inner, step=after.step),))
+        reduction, inner = self.reducer.reduce(comm, x, inner, out)
+        return reduction, replace(state, step=inner.step, inner=(inner,))
+
+    def nbytes(self, layout: Layout, dtype: str, ranks: int, me: int) -> int:
+        """See Reducer; from step `steps` on."""
+        return self.reducer.nbytes(layout, dtype, ranks, me)
+
+    def export(self, state: State) -> Units:
+        """See Reducer."""
+        return self.reducer.export(state.inner[0])
+
+    def restore(self, state: State, units: Units) -> State:
+        """See Reducer."""
+        return replace(state, inner=(self.reducer.restore(state.inner[0], units),))
+
+    def absorb(self, comm: Comm, dropped: Array, state: State) -> None:
+        """See Reducer. What the dense steps drop goes into the residual of the steps to come."""
+        self.reducer.absorb(comm, dropped, state.inner[0])
+
+
+@dataclass(frozen=True)
+class Partition(Spec):
+    """Reduce units of fewer than `min_size` elements or `min_ndim` dimensions by `small`, the others by `large`."""
+
+    spec_name: ClassVar[str] = "partition"
+    small: Reducer
+    large: Reducer
+    min_size: int = 512
+    min_ndim: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("min_size", "min_ndim"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
+        _checked("partition", self.small)
+        _checked("partition", self.large)
+
+    def is_large(self, unit: Unit) -> bool:
+        """Whether `large` reduces this unit."""
+        return unit.size >= self.min_size and len(unit.shape) >= self.min_ndim
+
+    def _branches(self, layout: Layout) -> Iterator[tuple[Reducer, Layout]]:
+        yield self.small, layout.select(lambda unit: not self.is_large(unit))
+        yield self.large, layout.select(self.is_large)
+
+    def init(self, layout: Layout, dtype: str, feedback: bool = False, seed: int = 0, step: int = 0) -> State:
+        """See Reducer."""
+        inner = tuple(reducer.init(part, dtype, feedback, seed, step) for reducer, part in self._branches(layout))
+        return State(layout, dtype, seed, step, 0, inner=inner)
+
+    def reduce(self, comm: Comm, x: Array, state: State, out: Array | None = None) -> tuple[Reduction, State]:
+        """See Reducer. A branch without units sends nothing."""
+        out = np.empty_like(x) if out is None else out
+        poisoned, states = False, []
+        for reducer, inner in zip((self.small, self.large), state.inner, strict=True):
+            after = inner
+            if inner.layout.units:
+                reduction, after = reducer.reduce(comm, x, inner, out)
+                poisoned |= reduction.poisoned
+            states.append(after)
+        return Reduction(out, poisoned=poisoned), replace(state, step=state.step + 1, inner=tuple(states))
+
+    def nbytes(self, layout: Layout, dtype: str, ranks: int, me: int) -> int:
+        """See Reducer."""
+        return sum(r.nbytes(part, dtype, ranks, me) for r, part in self._branches(layout) if part.units)
+
+    def export(self, state: State) -> Units:
+        """See Reducer."""
+        small, large = state.inner
+        return {**self.small.export(small), **self.large.export(large)}
+
+    def restore(self, state: State, units: Units) -> State:
+        """See Reducer."""
+        small, large = state.inner
+        return replace(state, inner=(self.small.restore(small, units), self.large.restore(large, units)))
+
+    def absorb(self, comm: Comm, dropped: Array, state: State) -> None:
+        """See Reducer."""
+        for reducer, inner in zip((self.small, self.large), state.inner, strict=True):
+            reducer.absorb(comm, dropped, inner)

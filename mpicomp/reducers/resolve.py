@@ -1,0 +1,130 @@
+"""From what a user writes to the reducer that runs: specs are parsed, and a bare codec gets its reducer."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+
+from mpicomp import __version__
+from mpicomp.arrays import work_dtype
+from mpicomp.codecs import CODECS, Uniform
+from mpicomp.codecs.base import Codec, Key
+from mpicomp.collectives import digest_of
+from mpicomp.kernels import kernels_for
+from mpicomp.reducers.base import Message, Reducer, message_nbytes
+from mpicomp.reducers.dense import Dense
+from mpicomp.reducers.gather import Gather
+from mpicomp.reducers.layout import Layout, Piece, Unit
+from mpicomp.reducers.low_rank import LowRank
+from mpicomp.reducers.policies import After, ErrorFeedback, Partition, unscaled
+from mpicomp.reducers.shared_support import SharedSupport
+from mpicomp.reducers.two_stage import TwoStage
+from mpicomp.specs import parse as parse_spec
+
+REDUCERS: dict[str, type[Any]] = {
+    "dense": Dense,
+    "gather": Gather,
+    "two_stage": TwoStage,
+    "shared_support": SharedSupport,
+    "low_rank": LowRank,
+    "error_feedback": ErrorFeedback,
+    "after": After,
+    "partition": Partition,
+}
+ALIASES = {"fp16": "cast(dtype=fp16)", "bf16": "cast(dtype=bf16)"}
+GATHER_BYTES = 4096  # a payload below this is gathered: its cost is the number of messages, not their size
+
+Method = str | Codec | Reducer
+
+
+def parse(spec: str) -> Codec | Reducer:
+    """Read a spec such as "error_feedback(gather(topk(density=0.01)))"; raises SpecError."""
+    member: Codec | Reducer = parse_spec(spec, {**CODECS, **REDUCERS}, ALIASES)
+    return member
+
+
+def parsed(method: Any) -> Codec | Reducer:
+    """Return the codec or reducer that a user means; raises SpecError, or TypeError for what is neither."""
+    if isinstance(method, str):
+        return parse(method)
+    if isinstance(method, tuple({**CODECS, **REDUCERS}.values())):
+        return cast(Codec | Reducer, method)
+    raise TypeError(f"method must be a spec, a codec or a reducer, got {type(method).__name__}")
+
+
+def is_codec(member: Codec | Reducer) -> bool:
+    """Whether this is a codec, which needs a reducer."""
+    return isinstance(member, tuple(CODECS.values()))
+
+
+def resolve(method: Method, layout: Layout, dtype: str, ranks: int, memory: bool = True) -> Reducer:
+    """Return the reducer that a method means for this layout and number of ranks.
+
+    A reducer is taken literally. A bare codec gets `shared_support` if it is linear, `gather` for two ranks or a
+    payload of all units together below 4 KiB, else `two_stage`; with `memory` it gets error feedback too, an
+    unbiased one in its contracting form.
+    """
+    member = parsed(method)
+    if not is_codec(member):
+        return cast(Reducer, member)
+    codec = unscaled(cast(Codec, member)) if memory else cast(Codec, member)
+    reducer: Reducer
+    if codec.linear:
+        reducer = SharedSupport(codec)
+    elif ranks <= 2 or message_nbytes(codec, layout.whole(), work_dtype(dtype)) < GATHER_BYTES:
+        reducer = Gather(codec)
+    else:
+        reducer = TwoStage(codec)
+    return ErrorFeedback(reducer) if memory else reducer
+
+
+def resolve_partitioned(
+    method: Method, layout: Layout, dtype: str, ranks: int, min_size: int = 512, min_ndim: int = 2
+) -> Reducer:
+    """Return the reducer for the tensors of a model: small ones dense, in rank order, unless the method says otherwise.
+
+    `dense`, and whatever holds a partition of its own, is taken literally.
+    """
+    member = parsed(method)
+    if isinstance(member, Dense) or _has_partition(member):
+        return cast(Reducer, member)
+    sieve = Partition(Dense("two_shot"), Dense(), min_size, min_ndim)
+    large = resolve(member, layout.select(sieve.is_large), dtype, ranks)
+    return replace(sieve, large=large)
+
+
+def _has_partition(member: object) -> bool:
+    return isinstance(member, Partition) or (isinstance(member, After) and _has_partition(member.reducer))
+
+
+@functools.cache
+def arithmetic() -> str:
+    """A digest of what this machine computes: ranks whose kernels round differently must not work together."""
+    n = 600
+    x = np.ldexp(np.sin(np.arange(n) * 1.7).astype(np.float32), np.arange(n, dtype=np.int32) % 40 - 20)
+    codec, unit = Uniform(bits=3, block=64), Unit("golden", (n,), 0)
+    state = Gather(codec).init(Layout((unit,)), "float32", True)
+    message = Message(codec, [Piece(unit, 0, n)], "float32")
+    message.encode(x, state, 0, 0, state.residual, state.spare)
+    total = np.zeros(n, np.float32)
+    message.decode_add(total, state, 0, 0)
+    p = x[:120].reshape(30, 4).copy()
+    kernels_for(p).orthogonalise(p, Key().base())
+    kernels_for(p).outer_add(p, x[:80].reshape(20, 4), total.reshape(30, 20), 1.0)
+    denormal = np.float32(1e-40) * np.float32(1)
+    flushed = "flush-to-zero" if denormal == 0 else "denormals"
+    return f"{digest_of(total.tobytes().hex() + p.tobytes().hex()):016x}, {flushed}"
+
+
+def describe(reducer: Reducer, layout: Layout, dtype: str, op: str, seed: int, step: int) -> str:
+    """Say what a reduction will do, for `collectives.agree`: all that must be the same on every rank."""
+    units = ", ".join(f"{unit.name}{list(unit.shape)}" for unit in layout.units[:8])
+    more = f" and {len(layout.units) - 8} more" if len(layout.units) > 8 else ""
+    return (
+        f"{op} of {dtype} {units}{more} by {reducer}, seed {seed}, step {step}, layout {digest_of(repr(layout)):016x}, "
+        f"mpicomp {__version__}, {sys.byteorder} endian, arithmetic {arithmetic()}"
+    )

@@ -1,0 +1,72 @@
+"""shared_support: the payloads of a linear codec are summed as they are, since they mean the same on every rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from mpicomp.arrays import Array
+from mpicomp.codecs.base import Codec
+from mpicomp.collectives import Comm
+from mpicomp.reducers.base import (
+    Message,
+    Reduction,
+    Remembering,
+    State,
+    check_codec,
+    message_nbytes,
+    nonfinite,
+    poisoned_total,
+)
+from mpicomp.reducers.dense import two_shot_nbytes, two_shot_rows, two_shot_sum
+from mpicomp.reducers.layout import Layout
+from mpicomp.specs import Spec
+from mpicomp.wire import ALIGN, HEADER, Field
+
+
+@dataclass(frozen=True)
+class SharedSupport(Remembering, Spec):
+    """One dense sum of k values where the codec keeps k of n; exact but for what the codec leaves out.
+
+    The sum carries one more number, 0 or NaN: whether all inputs were finite.
+    """
+
+    spec_name: ClassVar[str] = "shared_support"
+    codec: Codec
+
+    def __post_init__(self) -> None:
+        if not check_codec(self, self.codec).linear:
+            raise ValueError(f"shared_support needs a linear codec such as randomk, got {self.codec}; use two_stage")
+
+    def nbytes(self, layout: Layout, dtype: str, ranks: int, me: int) -> int:
+        """See Reducer."""
+        values = message_nbytes(self.codec, layout.whole(), dtype)
+        return two_shot_nbytes(values - HEADER + ALIGN, np.dtype(dtype).itemsize, ranks, me) if values else 0
+
+    def reduce(self, comm: Comm, x: Array, state: State, out: Array | None = None) -> tuple[Reduction, State]:
+        """See Reducer."""
+        out = np.empty_like(x) if out is None else out
+        comm.next_call()
+        if not state.layout.size:
+            return Reduction(out), state.advanced()
+        if "messages" not in state.work:
+            slot = (Field((1,), np.dtype(state.dtype).newbyteorder("<").str),)
+            state.work["messages"] = [
+                Message(self.codec, state.layout.whole(), state.dtype, extra=slot) for _ in range(2)
+            ]
+        mine, total = state.work["messages"]
+        values, sums = (message.buffer[HEADER:].view(state.dtype) for message in (mine, total))
+
+        poisoned = nonfinite(x, state.residual, state.layout)
+        if not poisoned:
+            mine.encode(x, state, 0, comm.rank, state.residual, state.spare)
+        mine.payloads[-1][0][0] = np.nan if poisoned else 0.0
+        two_shot_sum(comm, values, sums, state.buffer("rows", two_shot_rows(values.size, comm.size)), str(self))
+        if not all(np.isfinite(part).all() for payload in total.payloads for part in payload):
+            return poisoned_total(out, state.layout), state
+
+        state.layout.fill(out, 0)
+        total.decode_add(out, state, 0, 0)
+        return Reduction(out), state.advanced()
