@@ -35,7 +35,9 @@ def checked(x: Any, what: str = "x") -> Array:
     if type(x).__module__.partition(".")[0] == "cupy":
         raise TypeError(f"{what} is a CuPy array; this version reduces NumPy arrays and torch CPU tensors")
     if not isinstance(x, np.ndarray):
-        raise TypeError(f"{what} must be a NumPy array, got {type(x).__name__}; for a tensor use mpicomp.torch.allreduce")
+        raise TypeError(
+            f"{what} must be a NumPy array, got {type(x).__name__}; for a tensor use mpicomp.torch.allreduce"
+        )
     if dtype_name(x) not in DTYPES:
         raise TypeError(f"{what} has dtype {x.dtype}; only {', '.join(DTYPES)} can be compressed")
     if not x.flags.c_contiguous:

@@ -27,6 +27,16 @@ class Key(NamedTuple):
         """The same key on every rank and in both stages, for a support that nobody sends."""
         return self._replace(stage=0, rank=0)
 
+    def base(self) -> int:
+        """The 64-bit state from which this key's numbers are drawn (`mpicomp.kernels.cpu.random`).
+
+        The first 8 bytes, little-endian, of BLAKE2b over seed, step, stream, stage and rank, each as 8 bytes
+        little-endian modulo 2^64. `start` is left out: it counts positions, so chunks of a unit draw from one state.
+        """
+        words = (self.seed, self.step, self.stream, self.stage, self.rank)
+        data = b"".join((word & 0xFFFFFFFFFFFFFFFF).to_bytes(8, "little") for word in words)
+        return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
 
 def stream_of(name: str) -> int:
     """A 63-bit hash of a unit's name, the same in every process."""

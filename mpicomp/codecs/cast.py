@@ -1,0 +1,69 @@
+"""Half precision: every element as float16 or bfloat16."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from mpicomp.arrays import Array
+from mpicomp.codecs.base import Key
+from mpicomp.codecs.checks import check_fields
+from mpicomp.errors import WireFormatError
+from mpicomp.kernels import kernels_for
+from mpicomp.specs import Spec
+from mpicomp.wire import Field, Payload
+
+NAMES = {"fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Cast(Spec):
+    """Round every element to `dtype`, "fp16" or "bf16"; to the nearest, ties to even.
+
+    Payload: bits (size,) u2. A finite value beyond the largest finite one becomes that one, and the rest goes to the
+    residual. `encode` reads x once; `encode_residual` reads x and old once and writes new once. Sums of payloads lose
+    what is small beside them, so the codec is not linear.
+    """
+
+    dtype: str
+
+    spec_name: ClassVar[str] = "cast"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in NAMES:
+            raise ValueError(f"dtype must be fp16 or bf16, got {self.dtype!r}")
+
+    linear: ClassVar[bool] = False
+    unbiased: ClassVar[bool] = False
+    contractive: ClassVar[bool] = True
+    fixed: ClassVar[bool] = True
+    block: ClassVar[int] = 256
+
+    def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
+        """The payload of an array of `size` elements of work dtype `dtype`."""
+        return (Field((size,), "<u2"),)
+
+    def encode(self, x: Array, payload: Payload, key: Key) -> int:
+        """Write x into `payload`; return the bytes used."""
+        (bits,) = payload
+        kernels_for(x).narrow(x, bits, NAMES[self.dtype])
+        return bits.nbytes
+
+    def encode_residual(self, x: Array, old: Array | None, payload: Payload, new: Array, key: Key) -> int:
+        """Encode x + old and set new = x + old - decode(payload); return the bytes used."""
+        (bits,) = payload
+        kernels_for(x).narrow_residual(x, old, new, bits, NAMES[self.dtype])
+        return bits.nbytes
+
+    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0) -> None:
+        """Add scale * decode(payload) to `out`."""
+        kernels_for(out).widen_add(payload[0], out, scale, NAMES[self.dtype])
+
+    def check(self, payload: Payload, size: int) -> None:
+        """Raise WireFormatError where `payload` is not one of `size` finite elements."""
+        check_fields(payload, self.fields(size, "float32"))
+        infinite = np.uint16(0x7C00 if self.dtype == "fp16" else 0x7F80)
+        if ((payload[0] & infinite) == infinite).any():
+            raise WireFormatError("elements must be finite")

@@ -1,0 +1,90 @@
+"""The loops over elements, one implementation a kind of array; nothing here knows of ranks or MPI.
+
+Implementations are imported when they are first asked for: `import mpicomp` loads no compiler.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from mpicomp.arrays import Array
+
+
+class Kernels(Protocol):
+    """What an implementation provides; `mpicomp.kernels.cpu` says what each does. Results are equal bit by bit."""
+
+    def nonfinite(self, x: Array, old: Array | None = None) -> bool: ...  # noqa: D102
+
+    def sum_tree(self, x: Array) -> float: ...  # noqa: D102
+
+    def add(self, x: Array, old: Array, out: Array) -> None: ...  # noqa: D102
+
+    def axpy(self, x: Array, out: Array, scale: float = 1.0) -> None: ...  # noqa: D102
+
+    def narrow(self, x: Array, out: Array, dtype: str) -> None: ...  # noqa: D102
+
+    def narrow_residual(self, x: Array, old: Array | None, new: Array, out: Array, dtype: str) -> None: ...  # noqa: D102
+
+    def widen(self, bits: Array, out: Array, dtype: str) -> None: ...  # noqa: D102
+
+    def widen_add(self, bits: Array, out: Array, scale: float, dtype: str) -> None: ...  # noqa: D102
+
+    def top_k(self, x: Array, values: Array, indices: Array) -> None: ...  # noqa: D102
+
+    def top_k_residual(  # noqa: D102
+        self, x: Array, old: Array | None, new: Array, values: Array, indices: Array
+    ) -> None: ...
+
+    def gather(self, x: Array, indices: Array, values: Array, factor: float = 1.0) -> None: ...  # noqa: D102
+
+    def gather_residual(  # noqa: D102
+        self, x: Array, old: Array | None, new: Array, indices: Array, values: Array, factor: float = 1.0
+    ) -> None: ...
+
+    def scatter_add(self, indices: Array, values: Array, out: Array, scale: float = 1.0) -> None: ...  # noqa: D102
+
+    def zero_at(self, indices: Array, out: Array) -> None: ...  # noqa: D102
+
+    def random_support(self, size: int, k: int, base: int, start: int = 0) -> Array: ...  # noqa: D102
+
+    def fill_uniform(self, out: Array, base: int) -> None: ...  # noqa: D102
+
+    def encode_uniform(  # noqa: D102
+        self,
+        x: Array,
+        old: Array | None,
+        new: Array | None,
+        scales: Array,
+        packed: Array,
+        bits: int,
+        block: int,
+        stochastic: bool = False,
+        shrink: float = 1.0,
+        base: int = 0,
+        start: int = 0,
+    ) -> None: ...
+
+    def decode_uniform(  # noqa: D102
+        self, scales: Array, packed: Array, out: Array, bits: int, block: int, factor: float = 1.0
+    ) -> None: ...
+
+    def encode_sign(  # noqa: D102
+        self, x: Array, old: Array | None, new: Array | None, scale: Array, packed: Array
+    ) -> None: ...
+
+    def codes_valid(self, packed: Array, size: int, bits: int, block: int) -> bool: ...  # noqa: D102
+
+    def orthogonalise(self, p: Array, base: int) -> None: ...  # noqa: D102
+
+    def outer_add(self, p: Array, q: Array, out: Array, scale: float = 1.0) -> None: ...  # noqa: D102
+
+
+def kernels_for(x: Array) -> Kernels:
+    """Return the kernels for arrays like x; TypeError for what is no NumPy array."""
+    if not isinstance(x, np.ndarray):
+        raise TypeError(f"there are kernels for NumPy arrays only, got {type(x).__module__}.{type(x).__name__}")
+    from mpicomp.kernels import cpu
+
+    return cpu

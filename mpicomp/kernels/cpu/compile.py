@@ -1,0 +1,226 @@
+"""Kernels compiled by Numba on first use, once on a machine, and kept on disk.
+
+`@kernel("const T[], T[], i8")` turns a plain function into a kernel. The text declares its parameters: `T[]` is an
+array, `T[][]` one of two dimensions, all C-contiguous; return types are inferred. `T` stands for float32 or float64
+and `I` for uint16 or uint32: one source, one variant for each dtype, compiled when it is first met. `const` marks an
+array that is only read, so read-only arrays may be passed; anything that does not fit the declaration is a TypeError.
+
+Why a lock: 64 ranks that start together would compile every kernel 64 times. Beside Numba's cache lies one lock file
+for each variant; who holds it compiles, who waited finds the result on disk, and a file that says so spares later
+processes the lock. `flock` ends with its holder, so a killed process blocks nobody. Why a stamp of our own: Numba
+compares the date of the one file that defines a function, and would go on using machine code made from a helper that
+has changed in another; the stamp hashes the sources of the whole package.
+
+Code is generated without `fastmath` and without contraction, so results do not depend on the processor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import os
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Generic, ParamSpec, TypeVar, cast
+
+import numba
+import numpy as np
+from numba import types
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+SCALARS: dict[str, Any] = {
+    "u1": types.uint8,
+    "u2": types.uint16,
+    "u4": types.uint32,
+    "u8": types.uint64,
+    "i8": types.int64,
+    "f4": types.float32,
+    "f8": types.float64,
+    "b1": types.boolean,
+}
+GENERIC = "TI"  # letters that stand for several dtypes
+
+_kernels: list[Kernel[..., Any]] = []
+_uncached = threading.Event()
+
+
+def inline(function: Callable[P, R]) -> Callable[P, R]:
+    """Compile a helper as part of every kernel that calls it."""
+    return cast("Callable[P, R]", numba.njit(**OPTIONS)(function))
+
+
+def kernel(signature: str) -> Callable[[Callable[P, R]], Kernel[P, R]]:
+    """Make a kernel of a function whose parameters are declared by `signature`; see the module docstring."""
+
+    def decorate(function: Callable[P, R]) -> Kernel[P, R]:
+        return Kernel(function, signature)
+
+    return decorate
+
+
+class Kernel(Generic[P, R]):
+    """A function that compiles itself on first use; see `kernel`."""
+
+    def __init__(self, function: Callable[P, R], signature: str) -> None:
+        self.function = function
+        self.name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+        self.parameters = [parameter.strip() for parameter in signature.split(",")]
+        self.compiled = 0
+        self.loaded = 0
+        # The first array of each generic letter tells what the letter stands for.
+        self._tells = [
+            next(place for place, text in enumerate(self.parameters) if f"{letter}[" in text)
+            for letter in GENERIC
+            if any(letter in text for text in self.parameters)
+        ]
+        self._letters = [letter for letter in GENERIC if any(letter in text for text in self.parameters)]
+        self._variants: dict[tuple[Any, ...], Callable[P, R]] = {}
+        self._lock = threading.Lock()
+        functools.update_wrapper(self, function)
+        _kernels.append(self)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run the variant that fits the arguments."""
+        key = tuple([getattr(args[place], "dtype", None) for place in self._tells])
+        variant = self._variants.get(key)
+        if variant is None:
+            variant = self._variant(key)
+        return variant(*args, **kwargs)
+
+    def _variant(self, key: tuple[Any, ...]) -> Callable[P, R]:
+        with self._lock:
+            if key not in self._variants:
+                self._variants[key] = self._compile(key)
+            return self._variants[key]
+
+    def _types(self, key: tuple[Any, ...]) -> tuple[Any, ...]:
+        known = dict(SCALARS)
+        for letter, dtype in zip(self._letters, key, strict=True):
+            choices = ("float32", "float64") if letter == "T" else ("uint16", "uint32")
+            if dtype is None or str(dtype) not in choices:
+                raise TypeError(f"{self.name} takes arrays of {' or '.join(choices)}, got {dtype}")
+            known[letter] = numba.from_dtype(np.dtype(dtype))
+        found: list[Any] = []
+        for text in self.parameters:
+            element = known[text.removeprefix("const ").rstrip("[]")]
+            dimensions = text.count("[]")
+            constant = text.startswith("const ")
+            found.append(types.Array(element, dimensions, "C", readonly=constant) if dimensions else element)
+        return tuple(found)
+
+    def _compile(self, key: tuple[Any, ...]) -> Callable[P, R]:
+        signature = self._types(key)
+        dispatcher = numba.njit(**OPTIONS)(self.function)
+        if not _enable_caching(dispatcher):
+            self._finish(dispatcher, signature)
+        else:
+            try:
+                with _once(dispatcher, f"{self.name}{signature}"):
+                    self._finish(dispatcher, signature)
+            except OSError as error:  # a full disk or a folder that became read-only: compile for this process alone
+                _say_uncached(str(error))
+                dispatcher = numba.njit(**OPTIONS)(self.function)
+                self._finish(dispatcher, signature)
+        return cast("Callable[P, R]", dispatcher)
+
+    def _finish(self, dispatcher: Any, signature: tuple[Any, ...]) -> None:
+        dispatcher.compile(signature)
+        dispatcher.disable_compile()
+        hit = sum(dispatcher.stats.cache_hits.values())
+        self.loaded += hit
+        self.compiled += 1 - hit
+
+
+def counts() -> tuple[int, int]:
+    """How many kernels this process compiled, and how many it loaded from disk."""
+    return sum(each.compiled for each in _kernels), sum(each.loaded for each in _kernels)
+
+
+def cache_path() -> str:
+    """The folder in which compiled kernels are kept, or an empty string where none can be written."""
+    dispatcher = numba.njit(**OPTIONS)(_probe)
+    return str(dispatcher.stats.cache_path) if _enable_caching(dispatcher) else ""
+
+
+def _probe() -> None:
+    """Stand for a kernel where only the folder matters."""
+
+
+@functools.cache
+def _stamp() -> str:
+    """Hash of the sources of all kernels."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+_caching = threading.Lock()
+
+
+def _enable_caching(dispatcher: Any) -> bool:
+    with _caching:
+        try:
+            dispatcher.enable_caching()
+        except RuntimeError as error:  # Numba found no folder that it may write
+            folder = Path(tempfile.gettempdir()) / f"mpicomp-{os.getuid()}"
+            if not _own(folder):
+                _say_uncached(str(error))
+                return False
+            config: Any = numba.config
+            before = config.CACHE_DIR
+            config.CACHE_DIR = str(folder)
+            try:
+                dispatcher.enable_caching()
+            except RuntimeError:
+                _say_uncached(str(error))
+                return False
+            finally:
+                config.CACHE_DIR = before
+    dispatcher._cache._cache_file._source_stamp = _stamp()
+    return True
+
+
+def _own(folder: Path) -> bool:
+    """Make a folder that nobody else can write: Numba unpickles what it finds there."""
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+    except OSError:
+        return False
+    return folder.is_dir() and not folder.is_symlink() and status.st_uid == os.getuid() and not status.st_mode & 0o022
+
+
+def _say_uncached(reason: str) -> None:
+    if not _uncached.is_set():
+        _uncached.set()
+        warnings.warn(
+            f"kernels cannot be kept on disk ({reason}); every process compiles its own. Set NUMBA_CACHE_DIR to a "
+            "folder that can be written",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+@contextlib.contextmanager
+def _once(dispatcher: Any, variant: str) -> Iterator[None]:
+    """Hold the lock of a variant until it is on disk; do not wait where it already is."""
+    target = dispatcher.targetctx.codegen().magic_tuple()
+    digest = hashlib.blake2b(repr((variant, _stamp(), target, numba.__version__)).encode(), digest_size=8).hexdigest()
+    path = Path(dispatcher.stats.cache_path) / f"{dispatcher.__name__}-{digest}.lock"
+    with contextlib.ExitStack() as held:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        held.callback(os.close, descriptor)
+        if os.fstat(descriptor).st_size == 0:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+        if os.fstat(descriptor).st_size == 0:
+            os.write(descriptor, b"done\n")

@@ -1,0 +1,171 @@
+"""float16 and bfloat16, as their bits in uint16, to and from floats.
+
+Rounding is to the nearest, ties to even; a finite value beyond the largest finite one becomes that one, infinities
+and NaN stay what they are. Subnormals of float16 are rounded by adding 0.5, whose last place is theirs (Giesen, "Float
+to half"), so no result depends on whether the processor flushes subnormals of float32 to zero.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mpicomp.arrays import Array
+from mpicomp.kernels.cpu.bits import bits_of, float_of, load
+from mpicomp.kernels.cpu.compile import inline, kernel
+
+BLOCK = 1024
+U = np.uint32
+SIGN, ABS, INFINITE = U(0x80000000), U(0x7FFFFFFF), U(0x7F800000)
+ONE, S13, S16 = U(1), U(13), U(16)
+
+HALF_BITS = U(0x3F000000)  # 0.5
+HALF_NORMAL = U(0x38800000)  # 2^-14, the smallest normal float16
+HALF_OVER = U(0x477FF000)  # 65520, the smallest magnitude that would round to infinity
+HALF_REBIAS = U(0xC8000FFF)  # (15 - 127) << 23, plus just under half a unit in the last place
+HALF_MAX, HALF_INF, HALF_NAN = U(0x7BFF), U(0x7C00), U(0x7E00)
+HALF_TOP = U(0x47800000)  # 65536: what the bits of infinity read as before their exponent is mended
+HALF_UP = U((127 - 15) << 23)
+
+BF_OVER = U(0x7F7F8000)
+BF_MAX, BF_QUIET, BF_ROUND = U(0x7F7F), U(0x40), U(0x7FFF)
+
+
+@inline
+def single(value: Any) -> Any:
+    """Return float32 bits of a float32, or of a float64 rounded to odd, so that rounding again is rounding once."""
+    near = np.float32(value)
+    back = np.float64(near)
+    bits = bits_of(near)
+    if abs(back) > abs(np.float64(value)):
+        bits = U(bits - ONE)
+    if back != np.float64(value):
+        bits = U(bits | ONE)
+    return bits
+
+
+@inline
+def to_half(bits: Any) -> Any:
+    """Return float16 bits of float32 bits."""
+    size = U(bits & ABS)
+    normal = U(U(size + HALF_REBIAS + (U(size >> S13) & ONE)) >> S13)
+    small = U(bits_of(np.float32(float_of(size) + np.float32(0.5))) - HALF_BITS)
+    half = small if size < HALF_NORMAL else normal
+    if size >= HALF_OVER:
+        half = HALF_MAX
+    if size == INFINITE:
+        half = HALF_INF
+    if size > INFINITE:
+        half = HALF_NAN
+    return U(half | U(U(bits & SIGN) >> S16))
+
+
+@inline
+def from_half(half: Any) -> Any:
+    """Return the float32 of float16 bits."""
+    size = U(U(half & U(0x7FFF)) << S13)
+    normal = U(size + HALF_UP)
+    small = bits_of(np.float32(float_of(U(normal + U(1 << 23))) - np.float32(2.0**-14)))
+    bits = small if size < U(1 << 23) else normal
+    if normal >= HALF_TOP:
+        bits = U(normal + HALF_UP)
+    return float_of(U(bits | U(U(half & U(0x8000)) << S16)))
+
+
+@inline
+def to_bfloat(bits: Any) -> Any:
+    """Return bfloat16 bits of float32 bits."""
+    size = U(bits & ABS)
+    near = U(U(size + BF_ROUND + (U(size >> S16) & ONE)) >> S16)
+    if size >= BF_OVER:
+        near = BF_MAX
+    if size == INFINITE:
+        near = U(INFINITE >> S16)
+    if size > INFINITE:
+        near = U(U(size >> S16) | BF_QUIET)
+    return U(near | U(U(bits & SIGN) >> S16))
+
+
+@inline
+def from_bfloat(bits: Any) -> Any:
+    """Return the float32 of bfloat16 bits."""
+    return float_of(U(U(bits) << S16))
+
+
+@inline
+def narrow_block(buffer: Any, size: int, codes: Any, half: bool) -> None:
+    """Set codes[:size] to the float16 (`half`) or bfloat16 bits of buffer[:size]."""
+    if half:
+        for i in range(size):
+            codes[i] = np.uint16(to_half(single(buffer[i])))
+    else:
+        for i in range(size):
+            codes[i] = np.uint16(to_bfloat(single(buffer[i])))
+
+
+@inline
+def widen_block(codes: Any, size: int, buffer: Any, half: bool) -> None:
+    """Set buffer[:size] to the floats of codes[:size]."""
+    if half:
+        for i in range(size):
+            buffer[i] = from_half(U(codes[i]))
+    else:
+        for i in range(size):
+            buffer[i] = from_bfloat(U(codes[i]))
+
+
+@kernel("const T[], const T[], T[], u2[], b1")
+def _narrow(x: Any, old: Any, new: Any, out: Any, half: bool) -> None:
+    buffer, decoded = np.empty(BLOCK, x.dtype), np.empty(BLOCK, x.dtype)
+    for start in range(0, x.size, BLOCK):
+        stop = min(start + BLOCK, x.size)
+        size = stop - start
+        load(x, old, start, stop, buffer)
+        codes = out[start:stop]
+        narrow_block(buffer, size, codes, half)
+        if new.size:
+            widen_block(codes, size, decoded, half)
+            rest = new[start:stop]
+            for i in range(size):
+                rest[i] = buffer[i] - decoded[i]
+
+
+@kernel("const u2[], T[], T, b1, b1")
+def _widen(bits: Any, out: Any, scale: Any, half: bool, fresh: bool) -> None:
+    decoded = np.empty(BLOCK, out.dtype)
+    for start in range(0, bits.size, BLOCK):
+        stop = min(start + BLOCK, bits.size)
+        target = out[start:stop]
+        if fresh:
+            widen_block(bits[start:stop], stop - start, target, half)
+        else:
+            widen_block(bits[start:stop], stop - start, decoded, half)
+            for i in range(stop - start):
+                target[i] += scale * decoded[i]
+
+
+def _is_half(dtype: str) -> bool:
+    if dtype not in ("float16", "bfloat16"):
+        raise ValueError(f"dtype must be float16 or bfloat16, got {dtype}")
+    return dtype == "float16"
+
+
+def narrow(x: Array, out: Array, dtype: str) -> None:
+    """Set `out`, (n,) uint16, to the bits of x, (n,) float, in `dtype`: "float16" or "bfloat16"."""
+    _narrow(x, x[:0], np.empty(0, x.dtype), out, _is_half(dtype))
+
+
+def narrow_residual(x: Array, old: Array | None, new: Array, out: Array, dtype: str) -> None:
+    """Set `out` to the bits of x + old in `dtype`, and `new` to what they leave out; one pass."""
+    _narrow(x, x[:0] if old is None else old, new, out, _is_half(dtype))
+
+
+def widen(bits: Array, out: Array, dtype: str) -> None:
+    """Set `out`, (n,) float, to the numbers whose bits in `dtype` are `bits`, (n,) uint16."""
+    _widen(bits, out, out.dtype.type(1), _is_half(dtype), True)
+
+
+def widen_add(bits: Array, out: Array, scale: float, dtype: str) -> None:
+    """Add scale times the numbers whose bits in `dtype` are `bits` to `out`."""
+    _widen(bits, out, out.dtype.type(scale), _is_half(dtype), False)

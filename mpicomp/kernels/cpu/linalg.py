@@ -1,0 +1,146 @@
+"""Orthonormal columns and outer products in a fixed order, for what every rank computes again.
+
+Own loops and no BLAS or LAPACK, whose bits depend on the processor and the number of threads; of libm only sqrt,
+which IEEE 754 defines.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mpicomp.arrays import Array
+from mpicomp.kernels.cpu.bits import clear
+from mpicomp.kernels.cpu.compile import inline, kernel
+from mpicomp.kernels.cpu.random import draw, draw24
+from mpicomp.kernels.cpu.sums import TREE, fold, total
+
+BLOCK = 1024
+TRIES = 3  # random columns before a column is given up: the columns before it span the whole space
+
+
+@inline
+def dot(a: Any, b: Any, partial: Any, tree: Any) -> float:
+    """Sum a * b, (m,) float64 each, by the tree of `sums`."""
+    blocks = (a.size + TREE - 1) // TREE
+    for block in range(blocks):
+        first = block * TREE
+        size = min(TREE, a.size - first)
+        left, right = a[first : first + size], b[first : first + size]
+        for i in range(size):
+            tree[i] = left[i] * right[i]
+        partial[block] = fold(tree, size)
+    return total(partial, blocks, tree)
+
+
+@inline
+def normalise(v: Any, partial: Any, tree: Any) -> Any:
+    """Divide v, (m,) float64, by its norm, safely for any scale; return the norm, 0 where v vanishes."""
+    top = 0.0
+    for i in range(v.size):
+        size = abs(v[i])
+        top = size if size > top else top
+    if top == 0.0:
+        return 0.0
+    for i in range(v.size):
+        v[i] /= top
+    norm = np.sqrt(dot(v, v, partial, tree))
+    for i in range(v.size):
+        v[i] /= norm
+    return top * norm
+
+
+@inline
+def separate(columns: Any, j: int, least: float, partial: Any, tree: Any) -> bool:
+    """Make column j a unit vector orthogonal to those before it; False where less than `least` of it is left.
+
+    Projecting once more whenever half the length was lost keeps rounding errors out ("twice is enough", Kahan).
+    """
+    v = columns[j]
+    if not normalise(v, partial, tree) > 0.0:
+        return False
+    left = 1.0
+    for _ in range(4):
+        for i in range(j):
+            u = columns[i]
+            factor = dot(u, v, partial, tree)
+            for t in range(v.size):
+                v[t] -= factor * u[t]
+        norm = normalise(v, partial, tree)
+        left *= norm
+        if not left > least:
+            return False
+        if norm > 0.5:
+            return True
+    return True
+
+
+@kernel("T[][], u8, f8")
+def _orthogonalise(p: Any, base: Any, least: float) -> None:
+    m, r = p.shape
+    columns = np.empty((r, m), np.float64)
+    partial, tree = np.empty(m // TREE + 1, np.float64), np.empty(TREE, np.float64)
+    for j in range(r):
+        v = columns[j]
+        for i in range(m):
+            v[i] = p[i, j]
+        done = separate(columns, j, least, partial, tree)
+        for attempt in range(TRIES):
+            if not done:
+                own = draw(base, np.uint64(j * TRIES + attempt))
+                for i in range(m):
+                    v[i] = np.float64(draw24(own, np.uint64(i)) - np.int32(1 << 23))
+                done = separate(columns, j, least, partial, tree)
+        if not done:
+            clear(v, 0, m)
+        for i in range(m):
+            p[i, j] = v[i]
+
+
+def orthogonalise(p: Array, base: int) -> None:
+    """Make the columns of p, (m, r) float, C-contiguous, orthonormal in place, to the accuracy of their dtype.
+
+    Modified Gram-Schmidt in float64, each column scaled first. A column that vanishes, or of which less than 8 units
+    of rounding are left after the projections, becomes a random one, drawn from `base`, orthogonal to the others too.
+    Columns beyond the m-th become zero. NaN and Inf give columns of no meaning, never a loop without end.
+    """
+    if p.size:
+        _orthogonalise(p, np.uint64(base), 8.0 * float(np.finfo(p.dtype).eps))
+
+
+@kernel("const T[][], const T[][], T[][], T")
+def _outer_add(p: Any, q_rows: Any, out: Any, scale: Any) -> None:
+    m, r = p.shape
+    n = out.shape[1]
+    buffer = np.empty(BLOCK, out.dtype)
+    whole = r // 4 * 4
+    for first in range(0, n, BLOCK):
+        stop = min(first + BLOCK, n)
+        size = stop - first
+        for i in range(m):
+            target = out[i, first:stop]
+            clear(buffer, 0, size)
+            for t in range(0, whole, 4):
+                c0, c1 = scale * p[i, t], scale * p[i, t + 1]
+                c2, c3 = scale * p[i, t + 2], scale * p[i, t + 3]
+                q0, q1 = q_rows[t, first:stop], q_rows[t + 1, first:stop]
+                q2, q3 = q_rows[t + 2, first:stop], q_rows[t + 3, first:stop]
+                for j in range(size):
+                    buffer[j] = (((buffer[j] + c0 * q0[j]) + c1 * q1[j]) + c2 * q2[j]) + c3 * q3[j]
+            for t in range(whole, r):
+                c0 = scale * p[i, t]
+                q0 = q_rows[t, first:stop]
+                for j in range(size):
+                    buffer[j] += c0 * q0[j]
+            for j in range(size):
+                target[j] += buffer[j]
+
+
+def outer_add(p: Array, q: Array, out: Array, scale: float = 1.0) -> None:
+    """Add scale * p @ q.T to `out`, (m, n) float, for p (m, r) and q (n, r), all C-contiguous.
+
+    Element (i, j) is out + sum over t, in this order from zero, of (scale * p[i, t]) * q[j, t].
+    """
+    if out.size and p.shape[1]:
+        _outer_add(p, np.ascontiguousarray(q.T), out, out.dtype.type(scale))

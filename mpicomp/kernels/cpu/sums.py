@@ -1,0 +1,139 @@
+"""Sums in one fixed order, the same on every device, and tests that read an array once.
+
+**The tree.** A sum of n numbers is taken in float64 whatever they are:
+
+    total(v):  n == 0 -> 0;  n == 1 -> v[0]
+               cut v into blocks of 1024, the last one padded with zeros;
+               in each block, for w = 512, 256, ..., 1: v[i] = v[i] + v[i + w] for i < w;  b[block] = v[0]
+               return total(b)
+
+Adding zero changes nothing, so folds start at the smallest power of two that holds what is left. The error grows with
+log2(n), every fold vectorises, and a GPU block of 1024 threads makes the same additions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mpicomp.arrays import Array
+from mpicomp.kernels.cpu.bits import clear, copy, load
+from mpicomp.kernels.cpu.compile import inline, kernel
+
+TREE = 1024  # elements of a block
+DOWN, UP = 2.0**-64, 2.0**64
+
+
+@inline
+def fold(buffer: Any, size: int) -> float:
+    """Sum buffer[:size], size <= TREE, by halving; overwrites `buffer`, (TREE,) float64."""
+    width = 1
+    while width < size:
+        width *= 2
+    clear(buffer, size, width)
+    while width > 1:
+        width //= 2
+        upper = buffer[width : 2 * width]
+        for i in range(width):
+            buffer[i] += upper[i]
+    return buffer[0] if size else 0.0
+
+
+@inline
+def total(partial: Any, size: int, buffer: Any) -> float:
+    """Finish the tree over partial[:size], the sums of blocks; overwrites both."""
+    while size > 1:
+        blocks = (size + TREE - 1) // TREE
+        for block in range(blocks):
+            stop = min(size, (block + 1) * TREE)
+            width = stop - block * TREE
+            copy(partial[block * TREE : stop], width, buffer)
+            partial[block] = fold(buffer, width)
+        size = blocks
+    return partial[0] if size else 0.0
+
+
+@inline
+def magnitudes(x: Any, size: int, factor: float, buffer: Any) -> float:
+    """Sum |x[:size]| * factor of one block, size <= TREE."""
+    for i in range(size):
+        buffer[i] = abs(np.float64(x[i])) * factor
+    return fold(buffer, size)
+
+
+@inline
+def sum_magnitudes(x: Any, size: int, factor: float, partial: Any, buffer: Any) -> float:
+    """Sum |x[:size]| * factor; `partial` has room for one float64 a block."""
+    blocks = (size + TREE - 1) // TREE
+    for block in range(blocks):
+        start = block * TREE
+        partial[block] = magnitudes(x[start:], min(size - start, TREE), factor, buffer)
+    return total(partial, blocks, buffer)
+
+
+@inline
+def mean_magnitude(x: Any, size: int, partial: Any, buffer: Any) -> float:
+    """Return the mean of |x[:size]|, which is finite where x is.
+
+    Numbers near the top of float64 overflow the sum; it is then taken once more of |x| * 2^-64.
+    """
+    if size == 0:
+        return 0.0
+    mean = sum_magnitudes(x, size, 1.0, partial, buffer) / size
+    if mean == np.inf:
+        mean = sum_magnitudes(x, size, DOWN, partial, buffer) / size * UP
+    return mean
+
+
+@kernel("const T[]")
+def _sum_tree(x: Any) -> float:
+    partial, buffer = np.empty(x.size // TREE + 1, np.float64), np.empty(TREE, np.float64)
+    return sum_magnitudes(x, x.size, 1.0, partial, buffer)
+
+
+def sum_tree(x: Array) -> float:
+    """Sum the magnitudes of x, (n,) float, by the tree of the module docstring."""
+    return float(_sum_tree(x))
+
+
+@kernel("const T[], const T[]")
+def _nonfinite(x: Any, old: Any) -> bool:
+    block = np.empty(TREE, x.dtype)
+    for start in range(0, x.size, TREE):
+        stop = min(start + TREE, x.size)
+        load(x, old, start, stop, block)
+        bad = 0
+        for i in range(stop - start):
+            difference = block[i] - block[i]  # NaN for NaN and Inf, else zero
+            bad |= difference != difference
+        if bad:
+            return True
+    return False
+
+
+def nonfinite(x: Array, old: Array | None = None) -> bool:
+    """Tell whether any element of x + old, (n,) float, is NaN or infinite; one read pass."""
+    return bool(_nonfinite(x, x[:0] if old is None else old))
+
+
+@kernel("const T[], const T[], T[]")
+def _add(x: Any, old: Any, out: Any) -> None:
+    for i in range(x.size):
+        out[i] = x[i] + old[i]
+
+
+def add(x: Array, old: Array, out: Array) -> None:
+    """Set out = x + old; `out` may be either."""
+    _add(x, old, out)
+
+
+@kernel("const T[], T[], T")
+def _axpy(x: Any, out: Any, scale: Any) -> None:
+    for i in range(x.size):
+        out[i] += scale * x[i]
+
+
+def axpy(x: Array, out: Array, scale: float = 1.0) -> None:
+    """Set out += scale * x."""
+    _axpy(x, out, out.dtype.type(scale))
