@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -11,14 +12,14 @@ import numpy as np
 
 from mpicomp import __version__
 from mpicomp.arrays import work_dtype
-from mpicomp.codecs import CODECS, Uniform
+from mpicomp.codecs import CODECS
 from mpicomp.codecs.base import Codec, Key
 from mpicomp.collectives import digest_of
 from mpicomp.kernels import kernels_for
 from mpicomp.reducers.base import Message, Reducer, message_nbytes
 from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.gather import Gather
-from mpicomp.reducers.layout import Layout, Piece, Unit
+from mpicomp.reducers.layout import Layout, Unit
 from mpicomp.reducers.low_rank import LowRank
 from mpicomp.reducers.policies import After, ErrorFeedback, Partition, unscaled
 from mpicomp.reducers.shared_support import SharedSupport
@@ -101,23 +102,40 @@ def _has_partition(member: object) -> bool:
     return isinstance(member, Partition) or (isinstance(member, After) and _has_partition(member.reducer))
 
 
+def leaves(member: Reducer) -> list[Reducer]:
+    """The reducers inside all policies: those that send."""
+    if isinstance(member, Partition):
+        return leaves(member.small) + leaves(member.large)
+    if isinstance(member, (ErrorFeedback, After)):
+        return leaves(member.reducer)
+    return [member]
+
+
 @functools.cache
-def arithmetic() -> str:
-    """A digest of what this machine computes: ranks whose kernels round differently must not work together."""
+def arithmetic(member: Any) -> str:
+    """A digest of what this machine makes of a golden array: ranks that round differently must not work together.
+
+    Runs the kernels that `member` will need, and no others: a cold start is long enough.
+    """
     n = 600
     x = np.ldexp(np.sin(np.arange(n) * 1.7).astype(np.float32), np.arange(n, dtype=np.int32) % 40 - 20)
-    codec, unit = Uniform(bits=3, block=64), Unit("golden", (n,), 0)
-    state = Gather(codec).init(Layout((unit,)), "float32", True)
-    message = Message(codec, [Piece(unit, 0, n)], "float32")
-    message.encode(x, state, 0, 0, state.residual, state.spare)
-    total = np.zeros(n, np.float32)
-    message.decode_add(total, state, 0, 0)
-    p = x[:120].reshape(30, 4).copy()
-    kernels_for(p).orthogonalise(p, Key().base())
-    kernels_for(p).outer_add(p, x[:80].reshape(20, 4), total.reshape(30, 20), 1.0)
-    denormal = np.float32(1e-40) * np.float32(1)
-    flushed = "flush-to-zero" if denormal == 0 else "denormals"
-    return f"{digest_of(total.tobytes().hex() + p.tobytes().hex()):016x}, {flushed}"
+    layout = Layout((Unit("golden", (n,), 0),))
+    found = [np.full(1, 1e-40, np.float32) * np.float32(1)]  # 0 where denormals are flushed to zero
+    for leaf in leaves(member):
+        codec: Codec | None = getattr(leaf, "codec", None)
+        total = np.zeros(n, np.float32)
+        if codec is not None:
+            state = Gather(codec).init(layout, "float32", feedback=True)
+            message = Message(codec, layout.whole(), "float32")
+            message.encode(x, state, 0, 0, state.residual, state.spare)
+            message.decode_add(total, state, 0, 0)
+            found += [total, message.buffer]
+        elif isinstance(leaf, LowRank):
+            p = x[:120].reshape(30, 4).copy()
+            kernels_for(p).orthogonalise(p, Key().base())
+            kernels_for(p).outer_add(p, x[:80].reshape(20, 4), total.reshape(30, 20), 1.0)
+            found += [total, p]
+    return f"{digest_of(' '.join(part.tobytes().hex() for part in found)):016x}"
 
 
 def describe(reducer: Reducer, layout: Layout, dtype: str, op: str, seed: int, step: int) -> str:
@@ -126,5 +144,5 @@ def describe(reducer: Reducer, layout: Layout, dtype: str, op: str, seed: int, s
     more = f" and {len(layout.units) - 8} more" if len(layout.units) > 8 else ""
     return (
         f"{op} of {dtype} {units}{more} by {reducer}, seed {seed}, step {step}, layout {digest_of(repr(layout)):016x}, "
-        f"mpicomp {__version__}, {sys.byteorder} endian, arithmetic {arithmetic()}"
+        f"mpicomp {__version__}, {sys.byteorder} endian, arithmetic {arithmetic(cast(Hashable, reducer))}"
     )
