@@ -1,0 +1,19 @@
+"""mpicomp for PyTorch: a backend for torch.distributed, and compression for DistributedDataParallel.
+
+    import mpicomp.torch
+    dist.init_process_group("mpicomp")                          # under mpirun or srun
+    ddp = DistributedDataParallel(model)                        # exact
+    mpicomp.torch.compress(ddp, "topk(density=0.01)")           # compressed
+
+Importing this under a launcher initialises MPI and tells torch of its ranks.
+"""
+
+from mpicomp.torch.backend import register
+from mpicomp.torch.calls import allreduce, state
+from mpicomp.torch.hook import Hook, compress
+from mpicomp.torch.launch import fill_environment
+
+__all__ = ["compress", "allreduce", "state", "Hook"]
+
+fill_environment()
+register()

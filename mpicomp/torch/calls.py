@@ -1,0 +1,66 @@
+"""The plain call for torch tensors: `mpicomp.allreduce` on their memory, without a copy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mpicomp import calls
+from mpicomp.codecs.base import Codec
+from mpicomp.collectives import Comm, agree
+from mpicomp.reducers.apply import OPS
+from mpicomp.reducers.base import Reducer
+from mpicomp.reducers.resolve import parsed
+from mpicomp.torch.tensors import NAMES, bits_of, check_local
+
+
+def state(method: str | Codec | Reducer, tensor: torch.Tensor, seed: int = 0) -> calls.Memory:
+    """Return the memory with which `allreduce` of tensors like this one feeds back what it could not send."""
+    _check(tensor, "tensor")
+    return calls.Memory(parsed(method), tuple(tensor.shape), NAMES[tensor.dtype], seed)
+
+
+def allreduce(
+    comm: Any,
+    tensor: torch.Tensor,
+    method: str | Codec | Reducer,
+    op: str = "sum",
+    state: calls.Memory | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the sum or mean of a CPU tensor over the ranks of an mpi4py communicator, compressed. Collective.
+
+    As `mpicomp.allreduce`, for contiguous float32, float16, bfloat16 or float64 tensors without history. The result
+    is `out`, which may be `tensor`, or a new tensor.
+    """
+    comm = Comm.of(comm)
+    try:
+        member = parsed(method)
+        if op not in OPS:
+            raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
+        _check(tensor, "tensor")
+        result = torch.empty_like(tensor) if out is None else out
+        _check(result, "out")
+        if (result.shape, result.dtype) != (tensor.shape, tensor.dtype):
+            wanted = f"{tensor.dtype} {tuple(tensor.shape)} as tensor is"
+            raise ValueError(f"out must be {wanted}, got {result.dtype} {tuple(result.shape)}")
+    except (TypeError, ValueError) as error:
+        agree(comm, "", refusal=error)
+        raise
+    name, shape = NAMES[tensor.dtype], tuple(tensor.shape)
+    calls.allreduce_bits(comm, bits_of(tensor), name, shape, member, op, state, bits_of(result))
+    return result
+
+
+def _check(tensor: torch.Tensor, what: str) -> None:
+    """Raise TypeError or ValueError for a tensor whose memory cannot be reduced as it is."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{what} must be a torch tensor, got {type(tensor).__name__}; for arrays use mpicomp.allreduce")
+    check_local([tensor])
+    if tensor.dtype not in NAMES:
+        raise TypeError(f"{what} has dtype {tensor.dtype}; only {', '.join(NAMES.values())} can be compressed")
+    if tensor.requires_grad:
+        raise ValueError(f"{what} requires grad, and a reduction has none; pass {what}.detach()")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{what} of shape {tuple(tensor.shape)} is not contiguous; pass {what}.contiguous()")

@@ -1,0 +1,138 @@
+"""Collectives of tensors that move every bit: what the process group does by itself never compresses.
+
+All functions block, and run on the communication thread. Sums are exact for integers, MPI's own for float32 and
+float64, and for half types those of float32, rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from mpicomp import collectives
+from mpicomp.collectives import Comm
+from mpicomp.torch.tensors import bytes_of, flat
+
+Tensor = torch.Tensor
+
+_OPS: list[tuple[Any, str]] = [
+    (dist.ReduceOp.SUM, "sum"),
+    (dist.ReduceOp.AVG, "avg"),
+    (dist.ReduceOp.MAX, "max"),
+    (dist.ReduceOp.MIN, "min"),
+    (dist.ReduceOp.PRODUCT, "prod"),
+    (dist.ReduceOp.BAND, "band"),
+    (dist.ReduceOp.BOR, "bor"),
+    (dist.ReduceOp.BXOR, "bxor"),
+]
+_BOOL_OPS = {"sum": "max", "max": "max", "bor": "max", "prod": "min", "min": "min", "band": "min", "bxor": "bxor"}
+"""Reductions of bytes that are 0 or 1 which do to them what the operation does to truth values."""
+
+_PAIRWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum": torch.Tensor.add_,
+    "avg": torch.Tensor.add_,
+    "prod": torch.Tensor.mul_,
+    "max": lambda a, b: torch.maximum(a, b, out=a),
+    "min": lambda a, b: torch.minimum(a, b, out=a),
+    "band": torch.Tensor.bitwise_and_,
+    "bor": torch.Tensor.bitwise_or_,
+    "bxor": torch.Tensor.bitwise_xor_,
+}
+
+
+def op_name(reduce_op: Any, tensors: Sequence[Tensor]) -> str:
+    """Return the name of a torch reduction if these tensors can be reduced so, or raise ValueError."""
+    name = next((name for op, name in _OPS if reduce_op == op), None)
+    if name is None:
+        raise ValueError(f"mpicomp cannot reduce with {reduce_op}; it has {', '.join(n.upper() for _, n in _OPS)}")
+    for tensor in tensors:
+        floating = tensor.is_floating_point() or tensor.is_complex()
+        if name in ("band", "bor", "bxor") and floating:
+            raise ValueError(f"{name.upper()} needs integers, got {tensor.dtype}")
+        if name == "avg" and not floating:
+            raise ValueError(f"AVG needs floating-point numbers, got {tensor.dtype}")
+        if tensor.is_complex() and name not in ("sum", "avg"):
+            raise ValueError(f"{name.upper()} is not defined for {tensor.dtype}")
+    return name
+
+
+def _widened(tensor: Tensor, op: str) -> tuple[Tensor, str]:
+    """Return the elements in a dtype in which MPI can reduce them, and the operation to use on them."""
+    elements = flat(tensor)
+    if elements.is_complex():
+        return torch.view_as_real(elements).view(-1), op
+    if elements.dtype == torch.bool:
+        return elements.view(torch.uint8), _BOOL_OPS[op]
+    if elements.is_floating_point() and elements.dtype not in (torch.float32, torch.float64):
+        return elements.to(torch.float32), op
+    return elements, op
+
+
+def _store(tensor: Tensor, elements: Tensor) -> None:
+    """Copy reduced elements, as `_widened` returned them, to where they belong."""
+    if tensor.is_complex():
+        elements = torch.view_as_complex(elements.view(-1, 2))
+    tensor.detach().copy_(elements.view(tensor.shape))
+
+
+class Scratch:
+    """Memory that is kept: a fresh array for every message costs page faults."""
+
+    def __init__(self) -> None:
+        self._bytes = np.empty(0, np.uint8)
+
+    def like(self, tensor: Tensor) -> Tensor:
+        """Return an uninitialised flat tensor of the same size and dtype, valid until the next call."""
+        nbytes = tensor.numel() * tensor.itemsize
+        if self._bytes.size < nbytes:
+            self._bytes = np.empty(nbytes, np.uint8)
+        return torch.from_numpy(self._bytes[:nbytes]).view(tensor.dtype)
+
+
+def allreduce(comm: Comm, tensor: Tensor, op: str, scratch: Scratch, keep: bool = True) -> None:
+    """Reduce a tensor in place over all ranks; where `keep` is false this rank only helps."""
+    elements, mpi_op = _widened(tensor, op)
+    if elements.numel() == 0:
+        return
+    total = scratch.like(elements)
+    collectives.allreduce(comm, elements.numpy(), total.numpy(), "sum" if mpi_op == "avg" else mpi_op)
+    if keep:
+        if op == "avg":
+            total /= comm.size
+        _store(tensor, total)
+
+
+def broadcast(comm: Comm, tensor: Tensor, root: int) -> None:
+    """Copy the root's tensor to all ranks."""
+    elements = flat(tensor)
+    collectives.broadcast(comm, bytes_of(elements), root)
+    if comm.rank != root and elements.data_ptr() != tensor.data_ptr():
+        tensor.detach().copy_(elements.view(tensor.shape))
+
+
+def exchange(comm: Comm, outgoing: Sequence[Tensor | None], incoming: Sequence[Tensor | None], operation: str) -> None:
+    """Send outgoing[r] to every rank r and receive incoming[r] from it; None is nothing."""
+    nothing = torch.empty(0, dtype=torch.uint8)
+    sent = [bytes_of(flat(tensor)) if tensor is not None else bytes_of(nothing) for tensor in outgoing]
+    received = [flat(tensor) if tensor is not None else nothing for tensor in incoming]
+    collectives.exchange(comm, sent, [bytes_of(elements) for elements in received], operation)
+    for tensor, elements in zip(incoming, received, strict=True):
+        if tensor is not None and elements.data_ptr() != tensor.data_ptr():
+            tensor.detach().copy_(elements.view(tensor.shape))
+
+
+def reduce_scatter(comm: Comm, output: Tensor, inputs: Sequence[Tensor], op: str) -> None:
+    """Reduce inputs[r] over all ranks into rank r's output, adding in rank order."""
+    parts = [torch.empty_like(output, memory_format=torch.contiguous_format) for _ in range(comm.size)]
+    exchange(comm, inputs, parts, "reduce_scatter")
+    total, pairwise_op = _widened(parts[0], op)
+    pairwise = _PAIRWISE[pairwise_op]
+    for part in parts[1:]:
+        pairwise(total, _widened(part, op)[0])
+    if op == "avg":
+        total /= comm.size
+    _store(output, total)
