@@ -32,7 +32,7 @@ class Cast(Spec):
     spec_name: ClassVar[str] = "cast"
 
     def __post_init__(self) -> None:
-        if self.dtype not in NAMES:
+        if not isinstance(self.dtype, str) or self.dtype not in NAMES:
             raise ValueError(f"dtype must be fp16 or bf16, got {self.dtype!r}")
 
     linear: ClassVar[bool] = False

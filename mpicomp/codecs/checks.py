@@ -31,7 +31,7 @@ def kept(density: float, size: int) -> int:
     """Return ceil(density * size), of the decimal number that the user wrote: 7 of 100 for 0.07, not 8."""
     if size > MAX_SIZE:
         raise ValueError(f"an array of {size} elements is too large to be coded by index; the limit is {MAX_SIZE}")
-    return math.ceil(Fraction(repr(density)) * size)
+    return math.ceil(Fraction(repr(float(density))) * size)
 
 
 def sparse_block(density: float) -> int:

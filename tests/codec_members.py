@@ -1,0 +1,53 @@
+"""The codecs that tests run over, every width among them, and how to call one."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mpicomp.codecs import Cast, Key, RandomK, Sign, TopK, Uniform
+
+CODECS_TESTED = [
+    Cast("fp16"),
+    Cast("bf16"),
+    TopK(0.01),
+    TopK(0.3),
+    TopK(1.0),
+    RandomK(0.01),
+    RandomK(0.7),
+    RandomK(0.1, scaled=False),
+    *[Uniform(bits=bits) for bits in range(1, 9)],
+    *[Uniform(bits=bits, block=64, stochastic=True) for bits in range(1, 9)],
+    Uniform(bits=1, block=16, stochastic=True, scaled=False),
+    Uniform(bits=3, block=128, stochastic=True, scaled=False),
+    Uniform(bits=1, block=2056),
+    Sign(),
+]
+KEY = Key(seed=1, step=2, stream=3, stage=0, rank=1, start=8)
+
+
+def normal(size, dtype, seed=0):
+    x = np.random.default_rng((seed, size)).standard_normal(size).astype(dtype)
+    x.flags.writeable = False
+    return x
+
+
+def message(codec, size, dtype, poison=0xFF):
+    """Return a payload full of rubbish, with a guard behind every field."""
+    payload, guards = [], []
+    for field in codec.fields(size, dtype):
+        raw = np.full(field.nbytes + 64, poison, np.uint8)
+        payload.append(raw[: field.nbytes].view(field.dtype).reshape(field.shape))
+        guards.append(raw[field.nbytes :])
+    return tuple(payload), guards
+
+
+def encoded(codec, x, key=KEY):
+    payload, _ = message(codec, x.size, x.dtype.name)
+    codec.encode(x, payload, key)
+    return payload
+
+
+def decoded(codec, payload, size, dtype, key=KEY):
+    out = np.zeros(size, dtype)
+    codec.decode_add(payload, out, key)
+    return out

@@ -1,0 +1,89 @@
+"""The flags of a codec are true: unbiased, contractive, stable under error feedback."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from codec_members import CODECS_TESTED, KEY, decoded, encoded, message, normal
+
+from mpicomp.codecs import Key, RandomK, TopK, Uniform
+
+KEYS = 1000
+
+
+@pytest.mark.parametrize("codec", [c for c in CODECS_TESTED if c.unbiased], ids=str)
+def test_mean_over_keys_is_the_input(codec):
+    """Along x within 4 standard errors; each element within Bernstein's bound at 200 * 1e-7 for all together.
+
+    The spread of an element is computed, not estimated: an element near a grid point may never have moved.
+    """
+    x = normal(200, "float64")
+    keys = [Key(step=step) for step in range(KEYS)]
+    error = np.stack([decoded(codec, encoded(codec, x, key), x.size, "float64", key) for key in keys]) - x
+    if isinstance(codec, RandomK):
+        k = codec.fields(x.size, "float64")[0].shape[0]
+        spread, step = np.abs(x) * np.sqrt(x.size / k - 1), np.abs(x) * x.size / k
+    else:
+        blocks = range(0, x.size, codec.block)
+        top = np.concatenate(
+            [np.full(len(x[b : b + codec.block]), np.abs(x[b : b + codec.block]).max()) for b in blocks]
+        )
+        step = top / codec.levels if codec.bits > 1 else 2 * top
+        chance = (x / step) % 1 if codec.bits > 1 else (1 + x / top) / 2
+        spread = step * np.sqrt(np.maximum(0, chance * (1 - chance)))
+    assert (np.abs(error.mean(axis=0)) <= 5.5 * spread / np.sqrt(KEYS) + 12 * step / KEYS).all()
+    along = error @ x
+    assert abs(along.mean()) <= 4 * along.std() / np.sqrt(KEYS) + 1e-6
+
+
+@pytest.mark.parametrize("codec", [c for c in CODECS_TESTED if c.contractive], ids=str)
+@pytest.mark.parametrize("kind", ["normal", "constant", "spiky", "one"])
+def test_contractive_codecs_lose_less_than_all(codec, kind):
+    x = {
+        "normal": normal(600, "float64"),
+        "constant": np.full(600, -3.0),
+        "spiky": normal(600, "float64") ** 9,
+        "one": np.eye(1, 600, 5)[0],
+    }[kind]
+    random = isinstance(codec, RandomK | Uniform)
+    errors = [
+        np.sum((x - decoded(codec, encoded(codec, x, key), x.size, "float64", key)) ** 2)
+        for key in (Key(step=s) for s in range(200 if random else 1))
+    ]
+    if isinstance(codec, RandomK) and kind in ("one", "spiky"):
+        assert np.mean(errors) <= np.sum(x**2)  # the few large elements may never have been drawn
+    else:
+        assert np.mean(errors) < np.sum(x**2)
+
+
+@pytest.mark.parametrize("codec", [c for c in CODECS_TESTED if isinstance(c, Uniform) and c.stochastic], ids=str)
+def test_omega_bounds_the_variance(codec):
+    full = Uniform(bits=codec.bits, block=codec.block, stochastic=True)
+    worst = np.full(codec.block, 0.5 / max(1, full.levels))  # every element half way, one large element
+    worst[3] = 1.0
+    for x in (normal(codec.block, "float64"), worst):
+        errors = [
+            np.sum((x - decoded(full, encoded(full, x, Key(step=s)), x.size, "float64")) ** 2) for s in range(300)
+        ]
+        assert np.mean(errors) <= full.omega * np.sum(x**2) * 1.1
+
+
+@pytest.mark.parametrize("codec", [c for c in CODECS_TESTED if c.contractive], ids=str)
+def test_residual_stays_bounded_over_1000_steps_of_feedback(codec):
+    size = 256
+    payload, _ = message(codec, size, "float32")
+    old, new = np.zeros(size, np.float32), np.empty(size, np.float32)
+    norms = []
+    rng = np.random.default_rng(5)
+    for step in range(1000):
+        x = rng.standard_normal(size).astype(np.float32)
+        codec.encode_residual(x, old, payload, new, KEY._replace(step=step))
+        old, new = new, old
+        norms.append(float(np.linalg.norm(old)))
+    # E||e|| <= ||x|| (1 + sqrt(1 - d)) / d (roughly, Karimireddy et al. 2019, lemma 3), d the contraction.
+    if isinstance(codec, Uniform):
+        contraction = 1.0 / (1.0 + codec.omega) if codec.stochastic else 0.3
+    else:
+        contraction = codec.density if isinstance(codec, TopK | RandomK) else 0.3
+    assert max(norms) <= 2 * np.sqrt(size) * 2 / contraction
+    assert np.mean(norms[800:]) <= 1.3 * np.mean(norms[500:800]) + 1e-3

@@ -1,0 +1,29 @@
+"""Write messages.npz once, by the slow reference alone: `python tests/golden/make.py`.
+
+A file that exists is never written over: a changed wire format gets a new version and a new file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import reference
+
+PATH = Path(__file__).with_name("messages.npz")
+
+
+def main() -> None:
+    if PATH.exists():
+        raise SystemExit(f"{PATH} exists; golden messages are added to, never changed")
+    arrays = {}
+    for number, (name, config, x) in enumerate(reference.cases()):
+        payload, decoded = reference.encode(name, config, x, reference.KEY)
+        arrays[f"{number}-decoded"] = reference.digest(decoded)
+        for place, field in enumerate(payload):
+            arrays[f"{number}-{place}"] = field
+    np.savez_compressed(PATH, **arrays)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""How kernels are compiled: once on a machine, on first use, for any processor the same results."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mpicomp.kernels.cpu import compile as compiling
+
+ROOT = Path(__file__).parents[2]
+
+
+def environment(cache, **more):
+    return {**os.environ, "NUMBA_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+
+
+def start(code, cache, **more):
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", code],
+        env=environment(cache, **more),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def result(process):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return json.loads(out)
+
+
+FEW = """
+import json
+import numpy as np
+from mpicomp.kernels import cpu
+from mpicomp.kernels.cpu.compile import counts
+x = np.arange(5, dtype=np.float32)
+cpu.add(x, x, x.copy()); cpu.axpy(x, x.copy()); cpu.zero_at(np.zeros(1, np.uint16), x)
+print(json.dumps(counts()))
+"""
+
+BITS = """
+import hashlib, json
+import numpy as np
+from mpicomp.codecs import Key, Uniform
+from mpicomp.kernels import cpu
+x = np.linspace(-3, 3, 5000).astype(np.float32) ** 3
+digest = hashlib.blake2b()
+for codec in (Uniform(), Uniform(bits=3, stochastic=True), Uniform(bits=1), Uniform(bits=1, stochastic=True)):
+    payload = tuple(np.empty(field.shape, field.dtype) for field in codec.fields(x.size, "float32"))
+    new = np.empty_like(x)
+    codec.encode_residual(x, x[::-1].copy(), payload, new, Key())
+    for field in (*payload, new):
+        digest.update(field.tobytes())
+p, out = x[:4000].reshape(1000, 4).copy(), np.zeros((1000, 1000), np.float32)
+cpu.outer_add(p, p, out, 0.3)
+digest.update(out.tobytes())
+print(json.dumps(digest.hexdigest()))
+"""
+
+
+def test_importing_the_package_loads_no_compiler(tmp_path):
+    code = "import json, sys, mpicomp, mpicomp.codecs, mpicomp.kernels; print(json.dumps('numba' in sys.modules))"
+    assert result(start(code, tmp_path)) is False
+
+
+def test_processes_that_start_together_compile_each_kernel_once(tmp_path):
+    counts = [result(process) for process in [start(FEW, tmp_path) for _ in range(4)]]
+    assert sum(compiled for compiled, _ in counts) == 3
+    assert all(compiled + loaded == 3 for compiled, loaded in counts)
+    assert result(start(FEW, tmp_path)) == [0, 3]
+
+
+def test_a_killed_process_blocks_nobody(tmp_path):
+    victim = start("from mpicomp.kernels.cpu import compile as c\n" + HOLD, tmp_path)
+    assert victim.stdout.readline() == "held\n"
+    waiting = start(FEW, tmp_path)
+    time.sleep(1.0)
+    assert waiting.poll() is None
+    victim.send_signal(signal.SIGKILL)
+    victim.communicate()
+    assert result(waiting) == [3, 0]
+
+
+HOLD = """
+import numba, time
+from mpicomp.kernels import cpu
+from mpicomp.kernels.cpu import sums
+add = sums._add
+signature = add._types(("float32",))
+dispatcher = numba.njit(**c.OPTIONS)(add.function)
+c._enable_caching(dispatcher)
+with c._once(dispatcher, f"{add.name}{signature}"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_changed_source_is_compiled_anew(tmp_path):
+    assert result(start(FEW, tmp_path)) == [3, 0]
+    changed = "from mpicomp.kernels.cpu import compile as c\nc._stamp = lambda: 'other'\n" + FEW
+    assert result(start(changed, tmp_path)) == [3, 0]
+    assert result(start(changed, tmp_path)) == [0, 3]
+
+
+NO_FOLDER = """
+import numba
+import numba.core.caching as caching
+numba.config.CACHE_DIR = ""
+provided = next(each for name, each in vars(caching).items() if name.endswith("UserProvidedCacheLocator"))
+caching.CompileResultCacheImpl._locator_classes = [provided]
+"""
+
+
+def test_without_a_folder_to_write_to_it_says_so_once_and_works(tmp_path):
+    code = (
+        NO_FOLDER
+        + """
+import warnings
+from mpicomp.kernels.cpu import compile as c
+c._own = lambda folder: False
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+"""
+    )
+    code += "\n".join("    " + line for line in FEW.strip().splitlines()[:-1])
+    code += "\nprint(json.dumps([counts(), len(said), 'NUMBA_CACHE_DIR' in str(said[0].message), c.cache_path()]))"
+    assert result(start(code, tmp_path)) == [[3, 0], 1, True, ""]
+
+
+def test_without_its_own_folder_it_uses_a_private_one_below_tmp(tmp_path):
+    first = result(start(NO_FOLDER + FEW, "", TMPDIR=str(tmp_path)))
+    second = result(start(NO_FOLDER + FEW, "", TMPDIR=str(tmp_path)))
+    assert (first, second) == ([3, 0], [0, 3])
+    (folder,) = tmp_path.glob("mpicomp-*")
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_folder_that_others_can_write_is_not_used(tmp_path):
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    folder.chmod(0o777)
+    assert not compiling._own(folder)
+    folder.chmod(0o700)
+    assert compiling._own(folder)
+    (tmp_path / "link").symlink_to(folder)
+    assert not compiling._own(tmp_path / "link")
+    assert not compiling._own(tmp_path / "missing" / "deeper")
+
+
+@pytest.mark.deadline(300)
+def test_results_do_not_depend_on_the_processor(tmp_path):
+    processes = [start(BITS, tmp_path, NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES="") for name in ("generic", "haswell")]
+    namespace = {}
+    exec(BITS.replace("print(", "digest_here = ("), namespace)
+    assert {result(process) for process in processes} == {json.loads(namespace["digest_here"])}
+
+
+def test_what_does_not_fit_the_declaration_is_a_type_error():
+    from mpicomp.kernels import cpu
+
+    x = np.zeros(8, np.float32)
+    with pytest.raises(TypeError, match="float32 or float64"):
+        cpu.add(x.astype(np.int32), x, x)
+    with pytest.raises(TypeError):
+        cpu.add(x, x.astype(np.float64), x)
+    with pytest.raises(TypeError):
+        cpu.add(x[::2], x[::2], x[:4])
+    out = np.zeros(8, np.float32)
+    out.flags.writeable = False
+    with pytest.raises(TypeError):
+        cpu.add(x, x, out)
+
+
+def test_counts_and_path():
+    compiled, loaded = compiling.counts()
+    assert compiled >= 0
+    assert loaded >= 0
+    assert Path(compiling.cache_path()).is_dir()

@@ -1,0 +1,312 @@
+"""Each kernel against what NumPy says."""
+
+from __future__ import annotations
+
+import hypothesis
+import hypothesis.extra.numpy as hnp
+import ml_dtypes
+import numpy as np
+import pytest
+from golden import reference
+from hypothesis import strategies as st
+
+from mpicomp.codecs import Key
+from mpicomp.kernels import Kernels, kernels_for
+
+KERNELS: Kernels = kernels_for(np.empty(0))
+DTYPES = ("float32", "float64")
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def normal(size, dtype="float32", seed=0):
+    x = np.random.default_rng(seed).standard_normal(size).astype(dtype)
+    x.flags.writeable = False
+    return x
+
+
+def test_only_numpy_arrays_have_kernels():
+    with pytest.raises(TypeError, match=r"NumPy arrays only, got builtins\.list"):
+        kernels_for([1.0])
+
+
+# ------------------------------------------------------------------------------------------------- half precision
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_widen_reads_all_65536_numbers(name):
+    bits = np.arange(65_536).astype(np.uint16)
+    out = np.empty(bits.size, np.float32)
+    KERNELS.widen(bits, out, name)
+    with np.errstate(invalid="ignore"):
+        expected = bits.view(np.float16 if name == "float16" else ml_dtypes.bfloat16).astype(np.float32)
+    numbers = ~np.isnan(expected)
+    assert np.array_equal(np.isnan(out), ~numbers)
+    assert np.array_equal(out[numbers].view(np.uint32), expected[numbers].view(np.uint32))
+    back = np.empty_like(bits)
+    KERNELS.narrow(out, back, name)
+    assert np.array_equal(back[numbers], bits[numbers])
+    again = np.empty_like(out)
+    KERNELS.widen(back, again, name)
+    assert np.isnan(again[~numbers]).all()
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+@every_dtype
+def test_narrow_rounds_to_the_nearest_and_saturates(name, dtype):
+    half = np.dtype(np.float16) if name == "float16" else np.dtype(ml_dtypes.bfloat16)
+    exact = np.arange(0x7C00 if name == "float16" else 0x7F80).astype(np.uint16).view(half).astype(dtype)
+    middle = exact[1:] / 2 + exact[:-1] / 2
+    x = np.concatenate(
+        [middle, np.nextafter(middle, np.inf), np.nextafter(middle, -np.inf), normal(5000, dtype) * 1e-3]
+    )
+    x = np.concatenate([x, -x])
+    bits = np.empty(x.size, np.uint16)
+    KERNELS.narrow(x, bits, name)
+    with np.errstate(over="ignore"):
+        expected = x.astype(half).view(np.uint16)
+    largest = 0x7BFF if name == "float16" else 0x7F7F
+    over = (expected & 0x7FFF) > largest
+    if name == "float16" or dtype == "float32":  # ml_dtypes rounds float64 to bfloat16 twice
+        assert np.array_equal(bits[~over], expected[~over])
+    assert ((bits[over] & 0x7FFF) == largest).all()
+    special = np.array([np.inf, -np.inf, np.nan, np.finfo(dtype).max, -np.finfo(dtype).max, -0.0], dtype)
+    bits, out = np.empty(6, np.uint16), np.empty(6, np.float32)
+    KERNELS.narrow(special, bits, name)
+    KERNELS.widen(bits, out, name)
+    top = float(exact[-1])
+    np.testing.assert_array_equal(out, np.array([np.inf, -np.inf, np.nan, top, -top, -0.0], np.float32))
+
+
+def test_float64_is_rounded_once():
+    tie = 1.0 + 2.0**-11  # half way between two float16 numbers; float32 cannot tell what follows from it
+    x = np.array([tie, tie + 2.0**-40, tie - 2.0**-40, 2.0**-25, 2.0**-25 * (1 + 2.0**-40), 1e300, 5e-324])
+    bits, out = np.empty(x.size, np.uint16), np.empty(x.size)
+    KERNELS.narrow(x, bits, "float16")
+    KERNELS.widen(bits, out, "float16")
+    assert out.tolist() == [1.0, 1.0 + 2.0**-10, 1.0, 0.0, 2.0**-24, 65504.0, 0.0]
+
+
+def test_unknown_half_type_is_refused():
+    with pytest.raises(ValueError, match="float16 or bfloat16, got float8"):
+        KERNELS.narrow(normal(3), np.empty(3, np.uint16), "float8")
+
+
+# ------------------------------------------------------------------------------------------------------------ sums
+
+
+@every_dtype
+def test_nonfinite_sees_every_place(dtype):
+    for size in (0, 1, 15, 16, 17, 1023, 1025, 3000):
+        x = normal(size, dtype)
+        assert not KERNELS.nonfinite(x)
+        assert not KERNELS.nonfinite(x, x)
+        for place in {0, size // 2, size - 1} if size else ():
+            for bad in (np.nan, np.inf, -np.inf):
+                y = x.copy()
+                y[place] = bad
+                assert KERNELS.nonfinite(y)
+                assert KERNELS.nonfinite(x, y)
+                assert KERNELS.nonfinite(y, x)
+    big = np.full(3, np.finfo(dtype).max, dtype)
+    assert not KERNELS.nonfinite(big)
+    assert KERNELS.nonfinite(big, big)
+
+
+@every_dtype
+def test_sum_tree_is_the_written_tree(dtype):
+    for size in (0, 1, 2, 7, 1000, 1024, 1025, 5000, 3 * 1024 * 1024 + 5):
+        x = normal(size, dtype)
+        assert KERNELS.sum_tree(x) == reference.total(np.abs(x.astype(np.float64)))
+
+
+@every_dtype
+def test_add_and_axpy(dtype):
+    x, y = normal(1000, dtype), normal(1000, dtype, 1)
+    out = np.full(1000, np.nan, dtype)
+    KERNELS.add(x, y, out)
+    assert np.array_equal(out, x + y)
+    KERNELS.axpy(x, out, -0.5)
+    assert np.array_equal(out, (x + y) + x.dtype.type(-0.5) * x)
+
+
+# ------------------------------------------------------------------------------------------------------- selection
+
+
+def check_top_k(x, k, index_dtype=np.uint32):
+    values, indices = np.full(k, np.nan, x.dtype), np.full(k, 9, index_dtype)
+    KERNELS.top_k(x, values, indices)
+    expected = np.sort(np.argsort(-np.abs(x), kind="stable")[:k])
+    assert np.array_equal(indices, expected)
+    assert np.array_equal(values, x[expected])
+    again, places = np.empty_like(values), np.empty_like(indices)
+    new = np.full_like(x, np.nan)
+    KERNELS.top_k_residual(x, None, new, again, places)
+    assert np.array_equal(places, expected)
+    rest = x.copy()
+    rest[expected] = 0
+    if k:
+        assert np.array_equal(new, rest)
+
+
+@every_dtype
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 300, 4096, 4097, 40_003])
+def test_top_k_is_exact_on_hard_arrays(dtype, size):
+    info = np.finfo(dtype)
+    x = normal(size, dtype)
+    arrays = [
+        x,
+        np.zeros(size, dtype),
+        np.full(size, -1.5, dtype),
+        np.where(np.arange(size) % 2, 1, -1).astype(dtype),
+        np.round(x * 2),
+        (np.arange(size) % 5 * info.smallest_subnormal).astype(dtype),
+        x * info.smallest_normal,
+        x * (info.max / 10),
+        np.where(np.arange(size) < size // 50, x, 0).astype(dtype),
+        np.where(np.arange(size) % 16 == 0, 100, x).astype(dtype),
+        np.arange(size).astype(dtype),
+        np.arange(size)[::-1].astype(dtype),
+        (np.sign(x) * 10.0 ** np.clip(x * 10, -30, 30)).astype(dtype),
+    ]
+    for array in arrays:
+        for k in {1, max(1, size // 100), max(1, size // 7), size - size // 3, size}:
+            check_top_k(np.ascontiguousarray(array), k)
+
+
+@hypothesis.given(data=st.data())
+@hypothesis.settings(max_examples=30)
+def test_top_k_of_any_array(data):
+    few = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, 1e-45])
+    elements = st.one_of(few, st.floats(width=32, allow_nan=False))
+    x = data.draw(hnp.arrays(np.float32, st.integers(1, 200), elements=elements))
+    check_top_k(x, data.draw(st.integers(1, x.size)), np.uint16)
+
+
+def test_gather_scatter_and_zero():
+    x, old = normal(500), normal(500, seed=1)
+    for dtype in (np.uint16, np.uint32):
+        places = np.array([0, 7, 499], dtype)
+        out = normal(500, seed=2).copy()
+        expected = out.copy()
+        expected[places] += np.float32(0.5) * x[places]
+        KERNELS.scatter_add(places, x[places], out, 0.5)
+        assert np.array_equal(out, expected)
+        KERNELS.zero_at(places, out)
+        assert not out[places].any()
+        assert np.count_nonzero(out) == 497
+    values, new = np.empty(3, np.float32), np.empty(500, np.float32)
+    KERNELS.gather(x, places, values, 2.0)
+    assert np.array_equal(values, 2 * x[places])
+    KERNELS.gather_residual(x, old, new, places, values, 3.0)
+    assert np.array_equal(values, np.float32(3) * (x + old)[places])
+    expected = x + old
+    expected[places] -= values
+    assert np.array_equal(new, expected)
+
+
+# ------------------------------------------------------------------------------------------------------ randomness
+
+
+def test_supports_are_those_of_the_reference():
+    for size, k in ((1, 1), (10, 0), (10, 3), (10, 10), (64, 40), (65, 60), (129, 1), (1000, 500)):
+        for start in (0, 8, 2**40):
+            expected = reference.support(size, k, 12345, start)
+            assert KERNELS.random_support(size, k, 12345, start).tolist() == expected
+
+
+def test_supports_are_uniform():
+    """Chi-squared over the 20 subsets of 3 out of 6, and over places of 40 out of 100; 6 sigma."""
+    counts: dict[tuple[int, ...], int] = {}
+    for base in range(4000):
+        subset = tuple(KERNELS.random_support(6, 3, base).tolist())
+        counts[subset] = counts.get(subset, 0) + 1
+    assert len(counts) == 20
+    chi = sum((count - 200) ** 2 / 200 for count in counts.values())
+    assert chi < 19 + 6 * np.sqrt(2 * 19)
+    hits = np.zeros(100)
+    for base in range(2000):
+        hits[KERNELS.random_support(100, 40, base)] += 1
+    assert (np.abs(hits - 800) < 6 * np.sqrt(2000 * 0.4 * 0.6)).all()
+
+
+@every_dtype
+def test_fill_uniform(dtype):
+    out = np.empty(20_000, dtype)
+    KERNELS.fill_uniform(out, 2**64 - 5)
+    expected = [(reference.draw(2**64 - 5, i) >> 40) * 2.0**-23 - 1.0 for i in range(100)]
+    assert out[:100].tolist() == expected
+    assert out.min() >= -1
+    assert out.max() < 1
+    assert abs(out.mean()) < 5 / np.sqrt(3 * out.size)
+    assert abs(out.std() * np.sqrt(3) - 1) < 0.02
+
+
+def test_key_base_is_the_written_hash():
+    key = Key(*reference.KEY.values())
+    assert key.base() == reference.base_of(**reference.KEY)
+    assert key.base() == key._replace(start=0).base()
+    assert len({key._replace(**{name: 5}).base() for name in ("seed", "step", "stream", "stage", "rank")}) == 5
+    assert Key(seed=-1).base() == Key(seed=2**64 - 1).base()
+
+
+# --------------------------------------------------------------------------------------------------- linear algebra
+
+
+def columns(m, r, dtype):
+    info = np.finfo(dtype)
+    p = normal((m, r), dtype)
+    yield p
+    yield np.zeros_like(p)
+    yield np.ones_like(p)
+    yield p * info.smallest_subnormal
+    yield p * info.smallest_normal
+    yield p / np.abs(p).max() * info.max
+    yield p[:, :1] * np.arange(1, r + 1, dtype=dtype)
+    yield p[:, :1] + p * 10 * info.eps  # nearly parallel
+    yield p * 10.0 ** (np.arange(r) * 7 - 14).astype(dtype)
+
+
+@every_dtype
+@pytest.mark.parametrize(("m", "r"), [(1, 1), (2, 2), (7, 3), (3, 7), (300, 8), (1025, 4), (5000, 2)])
+def test_orthogonalise_gives_orthonormal_columns_whatever_comes_in(dtype, m, r):
+    expected = np.diag((np.arange(r) < m).astype(float))
+    for p in columns(m, r, dtype):
+        q = np.ascontiguousarray(p).copy()
+        KERNELS.orthogonalise(q, 99)
+        gram = q.T.astype(np.longdouble) @ q.astype(np.longdouble)
+        assert np.abs(gram - expected).max() <= 4 * np.finfo(dtype).eps
+        again = np.ascontiguousarray(p).copy()
+        KERNELS.orthogonalise(again, 99)
+        assert np.array_equal(q, again)
+
+
+@every_dtype
+def test_orthogonalise_keeps_the_span(dtype):
+    p = normal((200, 5), dtype)
+    q = p.copy()
+    KERNELS.orthogonalise(q, 1)
+    left = p - q @ (q.T @ p)
+    assert np.abs(left).max() < 100 * np.finfo(dtype).eps
+    assert (np.diag(q.T @ p) > 0).all()
+
+
+def test_orthogonalise_ends_on_nan():
+    for bad in (np.nan, np.inf):
+        p = normal((20, 3)).copy()
+        p[3, 1] = bad
+        KERNELS.orthogonalise(p, 1)
+    KERNELS.orthogonalise(np.empty((0, 3), np.float32), 1)
+
+
+@every_dtype
+@pytest.mark.parametrize("r", [0, 1, 3, 4, 5, 9])
+def test_outer_add_sums_in_the_written_order(dtype, r):
+    p, q = normal((13, r), dtype), normal((2500, r), dtype, 1)
+    out = normal((13, 2500), dtype, 2).copy()
+    scale = out.dtype.type(-0.3)
+    total = np.zeros_like(out)
+    for t in range(r):
+        total += (scale * p[:, t])[:, None] * q[:, t][None, :]
+    expected = out + total
+    KERNELS.outer_add(p, q, out, -0.3)
+    assert np.array_equal(out, expected)
