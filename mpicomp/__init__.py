@@ -8,6 +8,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from mpicomp.exits import end_job_on_uncaught_errors
+
 __version__ = "0.1.0"
 __all__ = ["allgather", "allreduce", "state"]
 
@@ -22,3 +24,6 @@ def __getattr__(name: str) -> Any:
     from mpicomp import calls
 
     return getattr(calls, name)
+
+
+end_job_on_uncaught_errors()

@@ -7,31 +7,24 @@ Messages over 1 GiB are cut: Open MPI 5 refuses counts from 2^31 on.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import math
 import os
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
 from mpicomp.arrays import Array
-from mpicomp.errors import ConfigMismatch
 
 CHUNK = 1 << 30  # bytes in one MPI message
 EXCHANGE_TAG = 1  # messages of collectives: MPI keeps those of one sender in order, so one tag serves all
 POINT_TAG = 2  # and upwards: messages between two ranks
 SPIN = 100e-6  # seconds of polling before a waiting rank begins to sleep
 LONGEST_SLEEP = 1e-3  # seconds; lower = less latency, higher = less time taken from ranks that share the core
-DESCRIPTION = 2048  # bytes of text a rank may say of itself when ranks disagree
-REFUSAL = 2**64 - 1  # the digest of a rank that refuses its own arguments
 
 
 class Request(Protocol):
@@ -159,16 +152,12 @@ class Comm:
             return known
         comm = cls(MPITransport(mpi.Dup()))
         mpi.Set_attr(_keyval, comm)
-        if comm.size > 1:
-            abort_on_uncaught_errors(comm.transport)
         return comm
 
     @classmethod
     def among(cls, mpi: Any, ranks: Sequence[int]) -> Comm:
         """Return a new communicator of some ranks of `mpi`; only they call this."""
-        comm = cls(MPITransport(mpi.Create_group(mpi.Get_group().Incl(list(ranks)))))
-        abort_on_uncaught_errors(comm.transport)
-        return comm
+        return cls(MPITransport(mpi.Create_group(mpi.Get_group().Incl(list(ranks)))))
 
     def next_call(self) -> int:
         """Number of the collective operation that begins now."""
@@ -263,98 +252,32 @@ def broadcast(comm: Comm, data: Array, root: int) -> None:
     comm.traffic.modelled += math.ceil(data.size * (comm.size - 1) / comm.size)
 
 
-def send(comm: Comm, data: Array, peer: int, tag: int = 0) -> None:
-    """Send (n,) uint8 to one rank."""
-    wait(comm, [comm.transport.send(part, peer, POINT_TAG + tag) for part in _chunks(data)], f"send to {peer}")
+def begin_send(comm: Comm, data: Array, peer: int, tag: int = 0) -> list[Request]:
+    """Begin to send (n,) uint8, which must stay untouched, to one rank."""
     comm.traffic.counted += data.size
     comm.traffic.messages += len(_chunks(data))
+    return [comm.transport.send(part, peer, POINT_TAG + tag) for part in _chunks(data)]
+
+
+def begin_receive(comm: Comm, data: Array, peer: int, tag: int = 0) -> list[Request]:
+    """Begin to receive (n,) uint8 from one rank."""
+    return [comm.transport.receive(part, peer, POINT_TAG + tag) for part in _chunks(data)]
+
+
+def send(comm: Comm, data: Array, peer: int, tag: int = 0) -> None:
+    """Send (n,) uint8 to one rank."""
+    wait(comm, begin_send(comm, data, peer, tag), f"send to {peer}")
 
 
 def receive(comm: Comm, data: Array, peer: int, tag: int = 0) -> None:
     """Receive (n,) uint8 from one rank."""
-    requests = [comm.transport.receive(part, peer, POINT_TAG + tag) for part in _chunks(data)]
-    wait(comm, requests, f"receive from {peer}")
+    wait(comm, begin_receive(comm, data, peer, tag), f"receive from {peer}")
 
 
 def barrier(comm: Comm) -> None:
     """Return when all ranks have called this."""
     word = np.zeros(1, np.int32)
     allreduce(comm, word, np.empty_like(word), "max")
-
-
-def digest_of(description: str) -> int:
-    """A 64-bit digest of a description, never that of a refusal."""
-    return int.from_bytes(hashlib.blake2b(description.encode(), digest_size=8).digest(), "little") % REFUSAL
-
-
-def agree(comm: Comm, description: str, refusal: Exception | None = None) -> None:
-    """Make sure that all ranks describe what comes next alike; 16 bytes by Allreduce(MAX).
-
-    A rank that found its own arguments wrong passes them as `refusal`: it raises that, and all others ConfigMismatch,
-    instead of waiting for it for ever.
-    """
-    if comm.size == 1:
-        if refusal is not None:
-            raise refusal
-        return
-    digest = np.uint64(REFUSAL if refusal is not None else digest_of(description))
-    mine = np.array([digest, digest if refusal is not None else ~digest], np.uint64)
-    most = np.empty_like(mine)
-    allreduce(comm, mine, most, "max")
-    if most[0] == ~most[1]:
-        return
-    said = f"refused its arguments: {refusal}" if refusal is not None else description
-    texts = [np.zeros(DESCRIPTION, np.uint8) for _ in range(comm.size)]
-    raw = np.frombuffer(said.encode()[:DESCRIPTION], np.uint8)
-    text = np.zeros(DESCRIPTION, np.uint8)
-    text[: raw.size] = raw
-    allgather(comm, text, texts, "agreement")
-    if refusal is not None:
-        raise refusal
-    raise ConfigMismatch(_disagreement([t.tobytes().rstrip(b"\0").decode(errors="replace") for t in texts]))
-
-
-def _disagreement(said: list[str]) -> str:
-    """Say which ranks differ: a line for each distinct description, most frequent first."""
-    ranks_by_text: dict[str, list[int]] = {}
-    for rank, text in enumerate(said):
-        ranks_by_text.setdefault(text, []).append(rank)
-    lines = ["the ranks disagree on this operation:"]
-    for text, ranks in sorted(ranks_by_text.items(), key=lambda item: -len(item[1])):
-        names = ", ".join(map(str, ranks[:16])) + (f" and {len(ranks) - 16} more" if len(ranks) > 16 else "")
-        lines.append(f"  rank{'s' if len(ranks) > 1 else ''} {names}: {text}")
-    return "\n".join(lines)
-
-
-_hooked = False
-
-
-def abort_on_uncaught_errors(transport: Transport) -> None:
-    """From now on an exception that nobody catches, in any thread, ends the job with its traceback.
-
-    Without this the other ranks would wait for the dead one for ever: mpi4py only ends the rank itself.
-    """
-    global _hooked
-    if _hooked:
-        return
-    _hooked = True
-    report = sys.excepthook
-
-    def end_job(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
-        # torch calls this with sys.stderr replaced by a string, which nobody would read any more.
-        with contextlib.redirect_stderr(sys.__stderr__ or sys.stderr):
-            print(f"mpicomp: rank {transport.rank} of {transport.size} failed and ends the job:", file=sys.stderr)
-            report(kind, error if error is not None else kind(), trace)
-            sys.stdout.flush()
-            sys.stderr.flush()
-        transport.abort(130 if issubclass(kind, KeyboardInterrupt) else 1)
-
-    def end_job_from_thread(args: threading.ExceptHookArgs) -> None:
-        if args.exc_type is not SystemExit:
-            end_job(args.exc_type, args.exc_value, args.exc_traceback)
-
-    sys.excepthook = end_job
-    threading.excepthook = end_job_from_thread
 
 
 def world() -> Any:
@@ -367,15 +290,3 @@ def world() -> Any:
             'mpi4py.MPI before anything else initialises MPI, with mpi4py.rc.thread_level left at "multiple"'
         )
     return MPI.COMM_WORLD
-
-
-def begin_send(comm: Comm, data: Array, peer: int, tag: int = 0) -> list[Request]:
-    """Begin to send (n,) uint8, which must stay untouched, to one rank."""
-    comm.traffic.counted += data.size
-    comm.traffic.messages += len(_chunks(data))
-    return [comm.transport.send(part, peer, POINT_TAG + tag) for part in _chunks(data)]
-
-
-def begin_receive(comm: Comm, data: Array, peer: int, tag: int = 0) -> list[Request]:
-    """Begin to receive (n,) uint8 from one rank."""
-    return [comm.transport.receive(part, peer, POINT_TAG + tag) for part in _chunks(data)]

@@ -7,10 +7,8 @@ import importlib.metadata
 import os
 import platform
 import sys
-import threading
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -83,37 +81,6 @@ def is_first_process(environ: Mapping[str, str]) -> bool:
 
 def _number(text: str | None) -> int:
     return int(text) if text is not None and text.isdecimal() else 0
-
-
-def end_job_on_uncaught_errors() -> None:
-    """From now on an exception that nobody catches ends the whole job, in any thread, once MPI runs.
-
-    For the time before the library has a communicator: a rank that fails then would leave the others waiting for it
-    in their first collective for ever, and with it MPI_Finalize.
-    """
-    report, report_of_thread = sys.excepthook, threading.excepthook
-
-    def end_job(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        report(kind, error, trace)
-        _end_job(130 if issubclass(kind, KeyboardInterrupt) else 1)
-
-    def end_job_from_thread(args: threading.ExceptHookArgs) -> None:
-        report_of_thread(args)
-        if args.exc_type is not SystemExit:
-            _end_job(1)
-
-    sys.excepthook, threading.excepthook = end_job, end_job_from_thread
-
-
-def _end_job(code: int) -> None:
-    mpi: Any = sys.modules.get("mpi4py.MPI")
-    if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized() or mpi.COMM_WORLD.Get_size() == 1:
-        return
-    world = mpi.COMM_WORLD
-    print(f"mpicomp: rank {world.Get_rank()} of {world.Get_size()} failed and ends the job", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    world.Abort(code)
 
 
 def version_of(distribution: str) -> str | None:

@@ -19,9 +19,10 @@ from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 
+from mpicomp.agreement import digest_of
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec, Key, stream_of
-from mpicomp.collectives import Comm, digest_of
+from mpicomp.collectives import Comm
 from mpicomp.errors import ConfigMismatch
 from mpicomp.kernels import kernels_for
 from mpicomp.reducers.layout import Layout, Piece, empty

@@ -11,10 +11,10 @@ from typing import Any, cast
 import numpy as np
 
 from mpicomp import __version__
+from mpicomp.agreement import digest_of
 from mpicomp.arrays import work_dtype
 from mpicomp.codecs import CODECS
 from mpicomp.codecs.base import Codec, Key
-from mpicomp.collectives import digest_of
 from mpicomp.kernels import kernels_for
 from mpicomp.reducers.base import Message, Reducer, message_nbytes
 from mpicomp.reducers.dense import Dense
@@ -139,7 +139,7 @@ def arithmetic(member: Any) -> str:
 
 
 def describe(reducer: Reducer, layout: Layout, dtype: str, op: str, seed: int, step: int) -> str:
-    """Say what a reduction will do, for `collectives.agree`: all that must be the same on every rank."""
+    """Say what a reduction will do, for `agreement.agree`: all that must be the same on every rank."""
     units = ", ".join(f"{unit.name}{list(unit.shape)}" for unit in layout.units[:8])
     more = f" and {len(layout.units) - 8} more" if len(layout.units) > 8 else ""
     return (

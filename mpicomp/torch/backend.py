@@ -20,7 +20,7 @@ from mpicomp.torch import exact
 from mpicomp.torch.exact import Tensor, op_name
 from mpicomp.torch.launch import group_comm
 from mpicomp.torch.point import PointToPoint
-from mpicomp.torch.tensors import check_local, flat
+from mpicomp.torch.tensors import check_local
 from mpicomp.torch.worker import Work, Worker
 
 NAME = "mpicomp"
@@ -121,8 +121,8 @@ class MPIProcessGroup(_ProcessGroup):
         """Reduce inputs[i][r] into rank r's outputs[i]."""
         op = op_name(getattr(opts, "reduceOp", dist.ReduceOp.SUM), outputs)
         for output, parts in zip(outputs, inputs, strict=True):
-            self._check_parts(parts, self.comm.size)
-            self._check_same(output, parts[self.comm.rank])
+            exact.check_parts(parts, self.comm.size)
+            exact.check_same(output, parts[self.comm.rank])
 
         def call() -> None:
             for output, parts in zip(outputs, inputs, strict=True):
@@ -137,7 +137,7 @@ class MPIProcessGroup(_ProcessGroup):
     def reduce_scatter_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Work:
         """Reduce each tensor and leave each rank its part."""
         parts = [
-            list(self._parts(whole, part).view(self.comm.size, *part.shape))
+            list(exact.whole_of(whole, part, self.comm.size).view(self.comm.size, *part.shape))
             for part, whole in zip(outputs, inputs, strict=True)
         ]
         return self.reduce_scatter(outputs, parts, opts)
@@ -157,8 +157,8 @@ class MPIProcessGroup(_ProcessGroup):
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Work:
         """Copy rank r's inputs[i] to outputs[i][r] of all ranks; sizes may differ between ranks."""
         for parts, tensor in zip(outputs, inputs, strict=True):
-            self._check_parts(parts, self.comm.size)
-            self._check_same(tensor, parts[self.comm.rank])
+            exact.check_parts(parts, self.comm.size)
+            exact.check_same(tensor, parts[self.comm.rank])
 
         def call() -> None:
             for parts, tensor in zip(outputs, inputs, strict=True):
@@ -168,7 +168,7 @@ class MPIProcessGroup(_ProcessGroup):
 
     def allgather_coalesced(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Work:
         """Copy rank r's inputs[i] to outputs[r][i] of all ranks."""
-        self._check_parts(outputs, self.comm.size)
+        exact.check_parts(outputs, self.comm.size)
         return self.allgather([list(parts) for parts in zip(*outputs, strict=True)], inputs, opts)
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Work:
@@ -177,7 +177,7 @@ class MPIProcessGroup(_ProcessGroup):
 
     def all_gather_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Work:
         """Concatenate all ranks' tensors, for each tensor."""
-        wholes = [self._parts(whole, part) for whole, part in zip(outputs, inputs, strict=True)]
+        wholes = [exact.whole_of(whole, part, self.comm.size) for whole, part in zip(outputs, inputs, strict=True)]
         check_local([*outputs, *inputs])
 
         def run() -> list[Tensor]:
@@ -194,7 +194,7 @@ class MPIProcessGroup(_ProcessGroup):
         """Copy rank r's inputs[i] to the root's outputs[i][r]."""
         at_root = self.comm.rank == opts.rootRank
         for parts in outputs if at_root else []:
-            self._check_parts(parts, self.comm.size)
+            exact.check_parts(parts, self.comm.size)
 
         def call() -> None:
             for i, tensor in enumerate(inputs):
@@ -209,7 +209,7 @@ class MPIProcessGroup(_ProcessGroup):
         """Copy the root's inputs[i][r] to rank r's outputs[i]."""
         at_root = self.comm.rank == opts.rootRank
         for parts in inputs if at_root else []:
-            self._check_parts(parts, self.comm.size)
+            exact.check_parts(parts, self.comm.size)
 
         def call() -> None:
             for i, tensor in enumerate(outputs):
@@ -222,9 +222,9 @@ class MPIProcessGroup(_ProcessGroup):
 
     def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Work:
         """Copy rank s's inputs[r] to rank r's outputs[s]."""
-        self._check_parts(outputs, self.comm.size)
-        self._check_parts(inputs, self.comm.size)
-        self._check_same(outputs[self.comm.rank], inputs[self.comm.rank])
+        exact.check_parts(outputs, self.comm.size)
+        exact.check_parts(inputs, self.comm.size)
+        exact.check_same(outputs[self.comm.rank], inputs[self.comm.rank])
 
         def call() -> None:
             exact.exchange(self.comm, inputs, outputs, "alltoall")
@@ -235,8 +235,8 @@ class MPIProcessGroup(_ProcessGroup):
         self, output: Tensor, input: Tensor, output_splits: list[int], input_splits: list[int], opts: Any = None
     ) -> Work:
         """Exchange rows: splits say how many go to and come from each rank, none means equal parts."""
-        incoming = self._rows(output, output_splits)
-        outgoing = self._rows(input, input_splits)
+        incoming = exact.rows_of(output, output_splits, self.comm.size)
+        outgoing = exact.rows_of(input, input_splits, self.comm.size)
         return self.alltoall(incoming, outgoing, opts)
 
     def barrier(self, opts: Any = None) -> Work:
@@ -258,38 +258,6 @@ class MPIProcessGroup(_ProcessGroup):
     def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> dist.Work:
         """Refuse: this library always knows whom it hears."""
         raise NotImplementedError("mpicomp cannot receive from any rank; pass recv(..., src=RANK)")
-
-    # ---------------------------------------------------------------------------------------------------- checks
-
-    def _check_parts(self, parts: Sequence[Any], count: int) -> None:
-        if len(parts) != count:
-            raise ValueError(f"one tensor for each of the {count} ranks is needed, got {len(parts)}")
-
-    def _check_same(self, a: Tensor, b: Tensor) -> None:
-        if a.numel() != b.numel() or a.dtype != b.dtype:
-            raise ValueError(
-                f"a rank's own part must have the same size and dtype on both sides, got {tuple(a.shape)} {a.dtype} "
-                f"and {tuple(b.shape)} {b.dtype}"
-            )
-
-    def _parts(self, whole: Tensor, part: Tensor) -> Tensor:
-        """Return the flat elements of a tensor that consists of one `part` for each rank."""
-        if whole.numel() != part.numel() * self.comm.size or whole.dtype != part.dtype:
-            raise ValueError(
-                f"the large tensor must hold {self.comm.size} of the small one, got {tuple(whole.shape)} {whole.dtype} "
-                f"and {tuple(part.shape)} {part.dtype}"
-            )
-        return flat(whole)
-
-    def _rows(self, tensor: Tensor, splits: list[int]) -> list[Tensor]:
-        ranks = self.comm.size
-        if not splits:
-            if tensor.shape[0] % ranks:
-                raise ValueError(f"{tensor.shape[0]} rows do not divide into {ranks} equal parts; pass split sizes")
-            splits = [tensor.shape[0] // ranks] * ranks
-        if len(splits) != ranks or sum(splits) != tensor.shape[0]:
-            raise ValueError(f"split sizes {splits} are not {ranks} parts of {tensor.shape[0]} rows")
-        return list(torch.split(tensor, splits))
 
     # Names that torch used before 2.13, and still does in places.
     _allgather_base = all_gather_single

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from mpicomp import calls
+from mpicomp.agreement import agree
 from mpicomp.codecs.base import Codec
-from mpicomp.collectives import Comm, agree
+from mpicomp.collectives import Comm
 from mpicomp.reducers.apply import OPS
 from mpicomp.reducers.base import Reducer
 from mpicomp.reducers.resolve import parsed
@@ -45,6 +47,8 @@ def allreduce(
         if (result.shape, result.dtype) != (tensor.shape, tensor.dtype):
             wanted = f"{tensor.dtype} {tuple(tensor.shape)} as tensor is"
             raise ValueError(f"out must be {wanted}, got {result.dtype} {tuple(result.shape)}")
+        if result is not tensor and np.may_share_memory(bits_of(result), bits_of(tensor)):
+            raise ValueError("out shares memory with tensor; pass tensor itself or one apart from it")
     except (TypeError, ValueError) as error:
         agree(comm, "", refusal=error)
         raise

@@ -69,6 +69,8 @@ def _widened(tensor: Tensor, op: str) -> tuple[Tensor, str]:
         return elements.view(torch.uint8), _BOOL_OPS[op]
     if elements.is_floating_point() and elements.dtype not in (torch.float32, torch.float64):
         return elements.to(torch.float32), op
+    if elements.itemsize < 4 and op in ("sum", "prod") and not elements.is_floating_point():
+        return elements.to(torch.int32), op  # Open MPI 5 saturates sums of 8 and 16 bits, torch's wrap around
     return elements, op
 
 
@@ -136,3 +138,40 @@ def reduce_scatter(comm: Comm, output: Tensor, inputs: Sequence[Tensor], op: str
     if op == "avg":
         total /= comm.size
     _store(output, total)
+
+
+def check_parts(parts: Sequence[Any], ranks: int) -> None:
+    """Raise ValueError unless there is one part for each rank."""
+    if len(parts) != ranks:
+        raise ValueError(f"one tensor for each of the {ranks} ranks is needed, got {len(parts)}")
+
+
+def check_same(a: Tensor, b: Tensor) -> None:
+    """Raise ValueError unless a rank's own part fits what it is copied to."""
+    if a.numel() != b.numel() or a.dtype != b.dtype:
+        raise ValueError(
+            f"a rank's own part must have the same size and dtype on both sides, got {tuple(a.shape)} {a.dtype} "
+            f"and {tuple(b.shape)} {b.dtype}"
+        )
+
+
+def whole_of(whole: Tensor, part: Tensor, ranks: int) -> Tensor:
+    """Return the flat elements of a tensor that consists of one `part` for each rank, or raise ValueError."""
+    if whole.numel() != part.numel() * ranks or whole.dtype != part.dtype:
+        raise ValueError(
+            f"the large tensor must hold {ranks} of the small one, got {tuple(whole.shape)} {whole.dtype} "
+            f"and {tuple(part.shape)} {part.dtype}"
+        )
+    return flat(whole)
+
+
+def rows_of(tensor: Tensor, splits: list[int], ranks: int) -> list[Tensor]:
+    """Cut a tensor into the rows of each rank, equally if no splits are given, or raise ValueError."""
+    rows = tensor.shape[0]
+    if not splits:
+        if rows % ranks:
+            raise ValueError(f"{rows} rows do not divide into {ranks} equal parts; pass split sizes")
+        splits = [rows // ranks] * ranks
+    if len(splits) != ranks or sum(splits) != rows:
+        raise ValueError(f"split sizes {splits} are not {ranks} parts of {rows} rows")
+    return list(torch.split(tensor, splits))

@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
+from mpicomp.agreement import agree
 from mpicomp.arrays import work_dtype
 from mpicomp.codecs.base import Codec
-from mpicomp.collectives import Traffic, agree
+from mpicomp.collectives import Traffic
 from mpicomp.reducers import (
     Layout,
     Reducer,
@@ -130,8 +130,7 @@ class Hook:
         bits = bits_of(buffer)
         state = _at_step(entry.state, self._step)
         self._comm.doing = f"the bucket of {entry.names[0]}"
-        with np.errstate(all="ignore"):  # gradients that are not finite are an input like others, no ground to warn
-            entry.after, entry.poisoned = apply(self._comm, self.reducer, bits, entry.dtype, "mean", state, bits)
+        entry.after, entry.poisoned = apply(self._comm, self.reducer, bits, entry.dtype, "mean", state, bits)
         self._comm.doing = ""
 
     def _begin_step(self, scale: float | None) -> None:
@@ -141,10 +140,15 @@ class Hook:
             entry.after, entry.poisoned = None, False
         if scale is None:
             return
-        if self._scale not in (None, scale):
-            for entry in self._entries.values():
-                rescale(entry.state, scale / float(self._scale or scale))
+        factor = scale / (self._scale or scale)
         self._scale = scale
+        if factor == 1.0:
+            return
+        for entry in self._entries.values():
+            rescale(entry.state, factor)
+        for kept in self._saved.values():
+            if "residual" in kept:
+                kept["residual"] = kept["residual"] * factor
 
     def _commit(self) -> None:
         """Take over what a complete step left, unless it is to leave no trace; once a step."""
@@ -209,6 +213,9 @@ def compress(
     A bare codec means error feedback over the default reducer. Tensors of fewer than `min_size` elements or
     `min_ndim` dimensions are summed densely, unless `method` is dense or a partition itself. With `scaler`, steps
     that it skips leave no trace, and what is remembered follows the loss scale.
+
+    With find_unused_parameters, what is still owed to a parameter that no rank used in a step is sent and lost: DDP
+    keeps that parameter's gradient as it was.
 
     Raises ConfigMismatch on all ranks where they disagree, and TypeError, ValueError or RuntimeError for arguments
     that cannot be used; the other ranks then raise ConfigMismatch.
