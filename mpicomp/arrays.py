@@ -30,7 +30,7 @@ def dtype_name(x: Array) -> str:
 def checked(x: Any, what: str = "x") -> Array:
     """Return `x` if it may be compressed.
 
-    Raises TypeError for what is no array or no floating-point array, ValueError for one that is not contiguous.
+    Raises TypeError for what is no array or no floating-point array, ValueError for one whose memory cannot be sent.
     """
     if type(x).__module__.partition(".")[0] == "cupy":
         raise TypeError(f"{what} is a CuPy array; this version reduces NumPy arrays and torch CPU tensors")
@@ -40,6 +40,15 @@ def checked(x: Any, what: str = "x") -> Array:
         )
     if dtype_name(x) not in DTYPES:
         raise TypeError(f"{what} has dtype {x.dtype}; only {', '.join(DTYPES)} can be compressed")
+    check_memory(x, what)
+    return x
+
+
+def check_memory(x: Array, what: str = "x") -> None:
+    """Raise ValueError for an array that is not contiguous, TypeError for one of foreign byte order."""
     if not x.flags.c_contiguous:
         raise ValueError(f"{what} of shape {x.shape} is not C-contiguous; pass numpy.ascontiguousarray({what})")
-    return x
+    if not x.dtype.isnative:
+        raise TypeError(
+            f"{what} of dtype {x.dtype} has not this machine's byte order; pass {what}.astype('{x.dtype.name}')"
+        )

@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 
 from mpicomp.agreement import agree
-from mpicomp.arrays import Array, checked, dtype_name, work_dtype
+from mpicomp.arrays import Array, check_memory, checked, dtype_name, work_dtype
 from mpicomp.codecs.base import Codec, Key
 from mpicomp.collectives import Comm, as_bytes
 from mpicomp.collectives import allgather as allgather_bytes
@@ -82,13 +82,20 @@ def allreduce(
         member = parsed(method)
         if op not in OPS:
             raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
-        if isinstance(x, np.ndarray) and x.dtype.kind in "iu" and isinstance(member, Dense):
-            return _allreduce_integers(comm, x, op, out)
-        checked(x)
+        if state is not None and not isinstance(state, Memory):
+            raise TypeError(f"state must come from mpicomp.state, got {type(state).__name__}")
+        integers = isinstance(x, np.ndarray) and x.dtype.kind in "iu" and isinstance(member, Dense)
+        if integers:
+            _check_integers(x, op, state)
+        else:
+            checked(x)
         result = _result(x, out)
     except (TypeError, ValueError) as error:
         agree(comm, "", refusal=error)
         raise
+    if integers:
+        _allreduce_integers(comm, x, result)
+        return result
     allreduce_bits(comm, _bits(x), dtype_name(x), x.shape, member, op, state, _bits(result))
     return result
 
@@ -167,23 +174,26 @@ def _result(x: Array, out: Array | None) -> Array:
     return out
 
 
-def _allreduce_integers(comm: Comm, x: Array, op: str, out: Array | None) -> Array:
-    """Sum integers exactly, by MPI's own allreduce."""
+def _check_integers(x: Array, op: str, state: Memory | None) -> None:
+    """Raise ValueError where integers cannot be summed as asked."""
     if op != "sum":
         raise ValueError(f"integers can be summed only; got op {op!r} for dtype {x.dtype}")
-    if not x.flags.c_contiguous:
-        raise ValueError(f"x of shape {x.shape} is not C-contiguous; pass numpy.ascontiguousarray(x)")
-    result = _result(x, out)
+    if state is not None:
+        raise ValueError(f"integers are summed exactly and need no state; got one for dtype {x.dtype}")
+    check_memory(x)
+
+
+def _allreduce_integers(comm: Comm, x: Array, result: Array) -> None:
+    """Sum integers exactly, by MPI's own allreduce; they wrap around as NumPy's do."""
     agree(comm, f"sum of {x.dtype}{list(x.shape)} by dense")
     if not x.size:
-        return result
-    if x.itemsize < 4:  # Open MPI 5 saturates sums of 8 and 16 bits where NumPy's wrap around
+        return
+    if x.itemsize < 4:  # Open MPI 5 saturates sums of 8 and 16 bits
         total = np.empty(x.shape, np.int32)
         allreduce_exact(comm, x.astype(np.int32), total)
         result[...] = total.astype(x.dtype)
     else:
         allreduce_exact(comm, x.copy() if result is x else x, result)
-    return result
 
 
 def allgather(comm: Any, x: Array, codec: Method) -> Array:
@@ -197,8 +207,9 @@ def allgather(comm: Any, x: Array, codec: Method) -> Array:
     try:
         member = parsed(codec)
         if isinstance(member, Dense):
-            if not isinstance(x, np.ndarray) or not x.flags.c_contiguous or x.dtype.hasobject:
-                raise TypeError("x must be a contiguous NumPy array of numbers")
+            if not isinstance(x, np.ndarray) or x.dtype.hasobject:
+                raise TypeError(f"x must be a NumPy array of numbers, got {getattr(x, 'dtype', type(x).__name__)}")
+            check_memory(x)
         elif is_codec(member):
             checked(x)
         else:
@@ -208,16 +219,16 @@ def allgather(comm: Any, x: Array, codec: Method) -> Array:
         raise
     agree(comm, f"allgather of {dtype_name(x)}{list(x.shape)} by {member}")
     step = comm.next_call()
-    rows = np.empty((comm.size, *x.shape), x.dtype)
+    rows = np.empty((comm.size, x.size), x.dtype)
     if isinstance(member, Dense):
         allgather_bytes(comm, as_bytes(x.copy()), [as_bytes(row) for row in rows], "allgather")
-        return rows
-    _gather_encoded(comm, cast(Codec, member), x, rows, step)
-    return rows
+    else:
+        _gather_encoded(comm, cast(Codec, member), x, rows, step)
+    return rows.reshape(comm.size, *x.shape)
 
 
 def _gather_encoded(comm: Comm, codec: Codec, x: Array, rows: Array, step: int) -> None:
-    """Encode x, gather the messages and decode them into `rows`, (ranks, *x.shape)."""
+    """Encode x, gather the messages and decode them into `rows`, (ranks, x.size)."""
     dtype, kernels = dtype_name(x), kernels_for(x)
     wide = np.empty(x.size, work_dtype(dtype))
     if dtype in HALF:
@@ -242,4 +253,4 @@ def _gather_encoded(comm: Comm, codec: Codec, x: Array, rows: Array, step: int) 
         if dtype in HALF:
             kernels.narrow(wide, _bits(row), dtype)
         else:
-            row.reshape(-1)[...] = wide
+            row[...] = wide

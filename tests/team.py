@@ -34,6 +34,7 @@ from mpicomp.collectives import Comm
 T = TypeVar("T")
 
 POISON = 0xFF  # byte
+REST = 0.02  # seconds; a request that is not ready may take so long to say so, if there is no news
 PATIENCE = (0, 0, 0, 1, 2, 4)  # tests of a request before it admits that it is complete, drawn for each
 REDUCTIONS: dict[str, Any] = {
     "sum": np.add,
@@ -114,6 +115,7 @@ class Operation:
         if self.rank.team.failed.is_set():
             raise Released(f"rank {self.rank.rank} was waiting when another rank failed")
         if not self.ready:
+            self.rank.rest()
             return False
         if self.patience:
             self.patience -= 1
@@ -121,9 +123,17 @@ class Operation:
         self._finish()
         return True
 
+    def become_ready(self) -> None:
+        """Tell the rank that its peers have done their part; called by any thread, with the team's lock."""
+        self.ready = True
+        self.rank.ready += 1
+        self.rank.news.set()
+
     def _finish(self) -> None:
         self.finished = True
         self.rank.under_way.remove(self)
+        with self.rank.team.lock:
+            self.rank.ready -= 1
         if self.error is not None:
             raise self.error
         if self.received is not None:
@@ -158,10 +168,18 @@ class Rank:
         self.size = team.size
         self.random = random.Random(seed * 1000 + rank)
         self.under_way: list[Operation] = []
+        self.ready = 0  # of these, how many are ready
+        self.news = threading.Event()
         self.left = False
         self.sent_bytes = 0
         self.sent_messages = 0
         self.collectives: list[Collective] = []
+
+    def rest(self) -> None:
+        """Give the core away until something happens, if nothing has that this rank does not know yet; not for long."""
+        self.news.clear()
+        if not self.ready and not self.team.failed.is_set():
+            self.news.wait(REST)
 
     @property
     def modelled_bytes(self) -> int:
@@ -204,7 +222,7 @@ class Rank:
     def abort(self, code: int) -> None:
         with self.team.lock:
             self.team.aborted = self.team.aborted or (self.rank, code)
-        self.team.failed.set()
+        self.team.fail()
 
     def _check(self, data: Array, peer: int | None, dtype: np.dtype[Any]) -> None:
         if data.ndim != 1 or not data.flags.c_contiguous or data.dtype != dtype:
@@ -212,9 +230,7 @@ class Rank:
         if peer is not None and (peer == self.rank or not 0 <= peer < self.size):
             raise Misuse(f"rank {self.rank} of {self.size} has no peer {peer}")
 
-    def _post(
-        self, mine: Operation, channel: Channel, peer: int, mates: Mailboxes, theirs: Mailboxes
-    ) -> None:
+    def _post(self, mine: Operation, channel: Channel, peer: int, mates: Mailboxes, theirs: Mailboxes) -> None:
         """Match an operation with the peer's oldest one of this channel, or leave it for the peer to match."""
         with self.team.lock:
             if not theirs[channel]:
@@ -232,7 +248,8 @@ class Rank:
                     f"{send.posted.size} from rank {send.rank.rank}"
                 )
             receive.message = send.posted
-            send.ready = receive.ready = True
+            send.become_ready()
+            receive.become_ready()
 
     def _join(self, operation: Operation, what: tuple[Any, ...], nbytes: int) -> None:
         """Take part in the next of the team's collectives; the last rank to come computes its result."""
@@ -269,7 +286,7 @@ class Meeting(NamedTuple):
                     result = REDUCTIONS[self.what[1]](result, x)
         for operation in self.operations.values():
             operation.message = result
-            operation.ready = True
+            operation.become_ready()
 
 
 Channel = tuple[int, int, int]  # source, destination, tag
@@ -309,7 +326,7 @@ class Team:
             except BaseException as error:
                 with self.lock:
                     self.errors[rank.rank] = error
-                self.failed.set()
+                self.fail()
 
         for rank in self.ranks:
             rank.left = False
@@ -320,10 +337,16 @@ class Team:
             for thread in threads:
                 thread.join()
         except BaseException:  # Ctrl-C, or a deadline: the main thread alone sees it
-            self.failed.set()
+            self.fail()
             raise
         self._raise_first()
         return results
+
+    def fail(self) -> None:
+        """Release all ranks from their waiting."""
+        self.failed.set()
+        for rank in self.ranks:
+            rank.news.set()
 
     def attempt(self, f: Callable[[Comm], T]) -> list[T | Exception]:
         """Call `f` on all ranks; return what they return or raise. A rank that raises counts as returned."""

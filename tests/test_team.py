@@ -313,7 +313,7 @@ def test_both_sides_sending_first_is_a_deadlock_at_any_size() -> None:
         finish(comm.transport.send(words(1), 1 - comm.rank, 0))
 
     team = Team(2)
-    threading.Timer(0.3, team.failed.set).start()
+    threading.Timer(0.3, team.fail).start()
     team.run(f)
     assert [type(error) for error in team.errors.values()] == [Released] * 2
 

@@ -14,9 +14,7 @@ from mpicomp.wire import ALIGN, HEADER, Field, Header, MessageLayout, read_heade
 
 DTYPES = ("|u1", "<u2", "<u4", "<i4", "<f2", "<f4", "<f8", "<u8")
 WORD = st.integers(0, 2**32 - 1)
-fields = st.builds(
-    Field, st.lists(st.integers(0, 9), min_size=1, max_size=3).map(tuple), st.sampled_from(DTYPES)
-)
+fields = st.builds(Field, st.lists(st.integers(0, 9), min_size=1, max_size=3).map(tuple), st.sampled_from(DTYPES))
 pieces = st.lists(st.lists(fields, max_size=4).map(tuple), max_size=6)
 
 
@@ -84,7 +82,7 @@ def test_headers_come_back(sequence: int, digest: int, flags: int) -> None:
 def test_a_header_is_little_endian_with_a_reserved_zero() -> None:
     message = np.full(HEADER, 255, np.uint8)
     write_header(message, Header(0x01020304, 0x05060708, 1))
-    assert message.tobytes().hex() == "04030201" "08070605" "01000000" "00000000"
+    assert message.tobytes().hex() == "04030201080706050100000000000000"
 
 
 @pytest.mark.parametrize("value", [-1, 2**32])

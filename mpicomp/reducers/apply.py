@@ -19,11 +19,6 @@ def apply(comm: Comm, reducer: Reducer, x: Array, dtype: str, op: str, state: St
     "mean". The given state stays valid until the next call: going on with it means that this step never happened.
     What rounding to a half type drops is added to the residual of the element's owner. Collective.
     """
-    with np.errstate(all="ignore"):  # what is not finite is an input like others, no ground to warn
-        return _apply(comm, reducer, x, dtype, op, state, out)
-
-
-def _apply(comm: Comm, reducer: Reducer, x: Array, dtype: str, op: str, state: State, out: Array) -> tuple[State, bool]:
     half = dtype in ("float16", "bfloat16")
     kernels = kernels_for(x)
     if half:

@@ -17,6 +17,7 @@ from mpicomp.specs import Spec
 ALGORITHMS = ("mpi", "two_shot")
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what is not finite is an input like others, no ground to warn
 def two_shot_sum(comm: Comm, flat: Array, total: Array, rows: Array, operation: str) -> None:
     """Sum `flat` over ranks into `total`, both (n,); every element in rank order, so its place changes no bit.
 
@@ -71,6 +72,7 @@ class Dense(Remembering, Spec):
             return math.ceil(2 * layout.size * itemsize * (ranks - 1) / ranks)
         return two_shot_nbytes(layout.size * itemsize, itemsize, ranks, me)
 
+    @np.errstate(over="ignore", invalid="ignore")  # IEEE, as above
     def reduce(self, comm: Comm, x: Array, state: State, out: Array | None = None) -> tuple[Reduction, State]:
         """See Reducer. `poisoned` says whether the total is not finite; the state is untouched by that."""
         out = np.empty_like(x) if out is None else out

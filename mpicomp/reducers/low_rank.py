@@ -85,6 +85,7 @@ class LowRank(Remembering, Spec):
         warm = {name: units[name]["q"].copy() for name in state.memory if "q" in units.get(name, {})}
         return replace(state, memory={**state.memory, **warm})
 
+    @np.errstate(over="ignore", invalid="ignore")  # what is not finite is an input like others, no ground to warn
     def reduce(self, comm: Comm, x: Array, state: State, out: Array | None = None) -> tuple[Reduction, State]:
         """See Reducer."""
         out = np.empty_like(x) if out is None else out
@@ -93,13 +94,13 @@ class LowRank(Remembering, Spec):
         first, sum_p, second, sum_q = (
             state.buffer(name, sizes[number]) for number, name in ((0, "p"), (0, "sum p"), (1, "q"), (1, "sum q"))
         )
+        poisoned = nonfinite(x, state.residual, state.layout)
         if state.residual is not None and state.spare is not None:
             m = state.spare
             for unit in state.layout.units:
                 np.add(x[unit.where], state.residual[unit.where], out=m[unit.where])
         else:
             m = x
-        poisoned = nonfinite(m, None, state.layout)
 
         for unit, shape, low, _ in self._walk(state.layout):
             if shape is None:

@@ -102,6 +102,7 @@ class TwoStage(Remembering, Spec):
                 state.residual[piece.where] += dropped[piece.where]
 
 
+@np.errstate(over="ignore", invalid="ignore")  # the caller looks at the result
 def _sum_payloads(messages: list[Message], total: Message) -> bool:
     """Sum the payloads of a linear codec in rank order; return whether the sums are finite."""
     finite = True

@@ -1,0 +1,176 @@
+"""The table of members that the contract of reducers is checked over, and what all its tests need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+from team import Team
+
+from mpicomp.arrays import Array
+from mpicomp.collectives import Comm
+from mpicomp.reducers import Layout, Reducer, State, Unit, Units, parse
+
+SIZES = [*range(1, 10), 16, 17]
+
+CONTRACTIONS = [
+    "cast(dtype=fp16)",
+    "cast(dtype=bf16)",
+    "topk(density=0.1)",
+    "randomk(density=0.1, scaled=False)",
+    "uniform(bits=1, block=32)",
+    "uniform(bits=2, block=32)",
+    "uniform(bits=3, block=32)",
+    "uniform(bits=4, block=32)",
+    "uniform(bits=8, block=32)",
+    "uniform(bits=4, block=32, stochastic=True, scaled=False)",
+    "sign",
+]
+UNBIASED = ["randomk(density=0.25)", "uniform(bits=2, block=16, stochastic=True)"]
+
+ONE_STAGE = [f"error_feedback(gather({codec}))" for codec in CONTRACTIONS]
+TWO_STAGE = [f"error_feedback(two_stage({codec}))" for codec in CONTRACTIONS]
+COMPRESSING = [
+    *ONE_STAGE,
+    *TWO_STAGE,
+    "error_feedback(shared_support(randomk(density=0.1, scaled=False)))",
+    "error_feedback(low_rank(rank=2))",
+]
+DENSE = ["dense", "dense(algorithm=two_shot)", "error_feedback(dense)"]
+COMPOSED = [
+    "after(3, error_feedback(two_stage(topk(density=0.1))))",
+    "partition(dense(algorithm=two_shot), error_feedback(two_stage(uniform(bits=4, block=32))), min_size=30)",
+    "partition(error_feedback(gather(sign)), after(2, error_feedback(low_rank(rank=2))), min_size=30)",
+]
+MEMBERS = COMPRESSING + DENSE + COMPOSED
+REPRESENTATIVES = [
+    "error_feedback(gather(topk(density=0.1)))",
+    "error_feedback(gather(uniform(bits=4, block=32, stochastic=True, scaled=False)))",
+    "error_feedback(two_stage(topk(density=0.1)))",
+    "error_feedback(two_stage(uniform(bits=3, block=32)))",
+    "error_feedback(two_stage(randomk(density=0.1, scaled=False)))",
+    "error_feedback(shared_support(randomk(density=0.1, scaled=False)))",
+    "error_feedback(low_rank(rank=2))",
+    *COMPOSED,
+]
+"""One of each kind, for tests that take long."""
+
+SHAPES: dict[str, tuple[int, ...]] = {
+    "scalar": (),
+    "prime": (97,),
+    "empty": (0,),
+    "matrix": (13, 11),
+    "one": (1,),
+    "empty matrix": (0, 5),
+    "conv": (3, 2, 2, 3),
+    "bias": (7,),
+}
+"""Units of all kinds, 285 elements in all."""
+
+
+def member(spec: str) -> Reducer:
+    return cast(Reducer, parse(spec))
+
+
+def layout_of(shapes: dict[str, tuple[int, ...]]) -> Layout:
+    """Put units one after the other."""
+    units, offset = [], 0
+    for name, shape in shapes.items():
+        units.append(Unit(name, shape, offset))
+        offset += units[-1].size
+    return Layout(tuple(units))
+
+
+LAYOUT = layout_of(SHAPES)
+FEW = layout_of({name: SHAPES[name] for name in ("empty", "prime", "one", "matrix")})
+"""Fewer of them, for many ranks: their threads share two cores."""
+TINY = layout_of({"three": (3,), "one": (1,), "pair": (2, 1)})
+"""Six elements, fewer than there are ranks."""
+
+
+def inputs(ranks: int, steps: int, size: int, dtype: str, seed: int = 0, scale: float = 1.0) -> Array:
+    """Make read-only arrays, (ranks, steps, size), with some direction in common and elements of unlike magnitude."""
+    rng = np.random.default_rng([seed, ranks, steps, size])
+    x = rng.standard_normal((ranks, steps, size)) + rng.standard_normal(size)
+    x *= np.exp(rng.standard_normal(size))
+    x = (x * scale).astype(dtype)
+    x.setflags(write=False)
+    return x
+
+
+def residual_of(reducer: Reducer, state: State) -> Array:
+    """Return this rank's debt, zero where there is no feedback."""
+    debt = np.zeros(state.layout.extent, state.dtype)
+    exported = reducer.export(state)
+    for unit in state.layout.units:
+        if "residual" in exported[unit.name]:
+            debt[unit.where] = exported[unit.name]["residual"]
+    return debt
+
+
+class History(NamedTuple):
+    """What a run of several steps left: on all ranks, after every step."""
+
+    x: Array  # (ranks, steps, n)
+    totals: Array  # (ranks, steps, n)
+    residuals: Array  # (ranks, steps + 1, n); before the first step, after the first, ...
+    poisoned: Array  # (ranks, steps)
+    units: list[Units]  # by rank, exported at the end
+
+
+def run(team: Team, reducer: Reducer, layout: Layout, x: Array, poison: Sequence[int] = (), **settings: Any) -> History:
+    """Reduce x[rank, step] at all steps, on a team."""
+
+    def f(comm: Comm) -> tuple[Array, Array, Array, Units]:
+        state = reducer.init(layout, x.dtype.name, **settings)
+        return steps(comm, reducer, x[comm.rank], state)
+
+    results = team.run(f)
+    totals, residuals, poisoned = (np.stack([result[part] for result in results]) for part in range(3))
+    return History(x, totals, residuals, poisoned, [result[3] for result in results])
+
+
+def steps(comm: Comm, reducer: Reducer, x: Array, state: State) -> tuple[Array, Array, Array, Units]:
+    """Reduce the rows of x, (steps, n), one after the other."""
+    totals, poisoned = np.empty_like(x), np.empty(len(x), bool)
+    residuals = np.empty((len(x) + 1, x.shape[1]), x.dtype)
+    residuals[0] = residual_of(reducer, state)
+    for step, row in enumerate(x):
+        reduction, state = reducer.reduce(comm, row, state)
+        totals[step], poisoned[step] = reduction.total, reduction.poisoned
+        residuals[step + 1] = residual_of(reducer, state)
+    return totals, residuals, poisoned, reducer.export(state)
+
+
+def check_law(history: History) -> None:
+    """Check total + sum of new residuals == sum of (x + old residual) at every step, and equal totals.
+
+    The error of a step may be 16 P eps (max|x| + max|residual|), and as many units of the smallest number there is.
+    """
+    x, totals, residuals = history.x, history.totals, history.residuals
+    ranks = len(x)
+    for rank in range(1, ranks):
+        assert totals[rank].tobytes() == totals[0].tobytes(), f"rank {rank} has another total than rank 0"
+    assert not history.poisoned.any()
+    assert np.isfinite(totals).all()
+    assert np.isfinite(residuals).all()
+    if not x.size:
+        return
+    wide = np.longdouble
+    received = totals[0].astype(wide) + residuals[:, 1:].astype(wide).sum(0)
+    given = x.astype(wide).sum(0) + residuals[:, :-1].astype(wide).sum(0)
+    error = np.abs(received - given).max(1)  # (steps,)
+    info = np.finfo(x.dtype)
+    largest = np.abs(x).max((0, 2)).astype(wide) + np.abs(residuals[:, :-1]).max((0, 2)).astype(wide)
+    allowed = 16 * ranks * (info.eps * largest + info.smallest_subnormal)
+    worst = int(np.argmax(error - allowed))
+    assert (error <= allowed).all(), f"step {worst}: error {error[worst]:.3g}, allowed {allowed[worst]:.3g}"
+
+
+def check_bytes(team: Team, reducer: Reducer, layout: Layout, dtype: str, reductions: int) -> None:
+    """Check that the bytes predicted, those the library counted, and those the team saw are the same."""
+    for comm, rank in zip(team.comms, team.ranks, strict=True):
+        predicted = reductions * reducer.nbytes(layout, dtype, team.size, comm.rank)
+        assert (comm.traffic.counted, comm.traffic.modelled) == (rank.sent_bytes, rank.modelled_bytes)
+        assert predicted == comm.traffic.bytes, f"rank {comm.rank}: {predicted} predicted, {comm.traffic.bytes} counted"

@@ -1,0 +1,213 @@
+"""Policies: each composition equals its parts by hand, and a wrong order is refused with the right one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from reducers.members import LAYOUT, MEMBERS, check_bytes, inputs, member, run
+from team import Team
+
+from mpicomp.collectives import Comm
+from mpicomp.reducers import After, Dense, ErrorFeedback, Gather, Partition, SharedSupport, TwoStage, parse
+
+INNER = [
+    "error_feedback(gather(topk(density=0.1)))",
+    "error_feedback(two_stage(uniform(bits=4, block=32)))",
+    "error_feedback(shared_support(randomk(density=0.1, scaled=False)))",
+    "error_feedback(low_rank(rank=2))",
+    "gather(uniform(bits=2, block=16, stochastic=True))",
+]
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 9])
+@pytest.mark.parametrize("spec", INNER)
+def test_after_is_dense_first_and_the_reducer_then(spec: str, steps: int) -> None:
+    x = inputs(3, 6, LAYOUT.size, "float32")
+    whole = run(Team(3), After(steps, member(spec)), LAYOUT, x)
+    first = run(Team(3), Dense("two_shot"), LAYOUT, x[:, :steps])
+    then = run(Team(3), member(spec), LAYOUT, x[:, steps:], step=steps)
+    assert whole.totals.tobytes() == np.concatenate([first.totals, then.totals], 1).tobytes()
+    assert not whole.residuals[:, : min(steps, 6) + 1].any()
+    if steps < 6:
+        assert whole.residuals[:, steps:].tobytes() == then.residuals.tobytes()
+
+
+def test_after_predicts_the_bytes_of_its_reducer() -> None:
+    reducer, team = After(2, member(INNER[1])), Team(3)
+    run(team, reducer, LAYOUT, inputs(3, 2, LAYOUT.size, "float32"))
+    dense = [comm.traffic.counted for comm in team.comms]
+    assert dense == [2 * Dense("two_shot").nbytes(LAYOUT, "float32", 3, me) for me in range(3)]
+    team = Team(3)
+    run(team, reducer, LAYOUT, inputs(3, 4, LAYOUT.size, "float32"), step=2)
+    check_bytes(team, reducer, LAYOUT, "float32", 4)
+
+
+@pytest.mark.parametrize("small", ["dense(algorithm=two_shot)", INNER[0]])
+@pytest.mark.parametrize("large", INNER)
+def test_a_partition_is_its_branches_side_by_side(small: str, large: str) -> None:
+    x = inputs(3, 5, LAYOUT.size, "float32")
+    reducer = Partition(member(small), member(large), min_size=30)
+    whole = run(Team(3), reducer, LAYOUT, x)
+    is_large = {"matrix", "conv"}
+    for spec, wanted in ((small, False), (large, True)):
+        part = LAYOUT.select(lambda unit, wanted=wanted: (unit.name in is_large) == wanted)
+        alone = run(Team(3), member(spec), part, x[..., : part.extent])
+        for unit in part.units:
+            assert whole.totals[..., unit.where].tobytes() == alone.totals[..., unit.where].tobytes()
+            assert whole.residuals[..., unit.where].tobytes() == alone.residuals[..., unit.where].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("min_size", "min_ndim", "expected"),
+    [
+        (30, 2, ["matrix", "conv"]),
+        (30, 0, ["prime", "matrix", "conv"]),
+        (144, 0, []),
+        (143, 2, ["matrix"]),
+        (0, 3, ["conv"]),
+        (0, 0, ["scalar", "prime", "empty", "matrix", "one", "empty matrix", "conv", "bias"]),
+    ],
+)
+def test_what_a_partition_calls_large(min_size: int, min_ndim: int, expected: list[str]) -> None:
+    partition = Partition(Dense(), Dense(), min_size, min_ndim)
+    assert [unit.name for unit in LAYOUT.units if partition.is_large(unit)] == expected
+    team = Team(2)
+    run(team, partition, LAYOUT, inputs(2, 1, LAYOUT.size, "float32"))
+    check_bytes(team, partition, LAYOUT, "float32", 1)
+
+
+def test_feedback_is_what_error_feedback_adds() -> None:
+    """error_feedback(r) is r on x + residual, where the residual is all that r left out before."""
+    x = inputs(1, 5, LAYOUT.size, "float64")
+    for codec in ("topk(density=0.1)", "sign", "uniform(bits=2, block=32)"):
+        fed = run(Team(1), member(f"error_feedback(gather({codec}))"), LAYOUT, x)
+        debt = np.zeros(LAYOUT.size)
+        for step in range(5):
+            corrected = (x[0, step] + debt)[None, None]
+            corrected.setflags(write=False)
+            plain = run(Team(1), member(f"gather({codec})"), LAYOUT, corrected, step=step)
+            np.testing.assert_allclose(fed.totals[0, step], plain.totals[0, 0], rtol=1e-9, atol=1e-9)
+            debt = corrected[0, 0] - fed.totals[0, step]
+
+
+@pytest.mark.parametrize("spec", MEMBERS)
+def test_members_are_specs(spec: str) -> None:
+    reducer = member(spec)
+    assert parse(str(reducer)) == reducer
+    assert hash(parse(str(reducer))) == hash(reducer)
+
+
+# --------------------------------------------------------------------------------------------------- what is refused
+
+EF = "error_feedback(gather(topk(density=0.1)))"
+WRONG_ORDERS = [
+    (f"error_feedback({EF})", EF),
+    ("error_feedback(after(5, gather(topk(density=0.1))))", f"after(5, {EF})"),
+    (f"error_feedback(after(5, {EF}))", f"after(5, {EF})"),
+    ("error_feedback(after(5, low_rank(rank=2)))", "after(5, error_feedback(low_rank(rank=2)))"),
+    (
+        "error_feedback(partition(dense, low_rank(rank=2), min_size=9))",
+        "partition(dense, error_feedback(low_rank(rank=2)), min_size=9)",
+    ),
+    (
+        "error_feedback(partition(gather(sign), after(3, gather(topk(density=0.1)))))",
+        f"partition(error_feedback(gather(sign)), after(3, {EF}))",
+    ),
+]
+
+
+@pytest.mark.parametrize(("wrong", "right"), WRONG_ORDERS)
+def test_a_wrong_order_is_refused_with_the_right_one(wrong: str, right: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 (the message is what this tests)
+        parse(wrong)
+    message = str(caught.value)
+    right = str(parse(right))
+    assert f"write {right}" in message
+    assert str(parse(right)) == right
+
+
+NOT_CONTRACTIVE = [
+    ("gather", "uniform(bits=4, stochastic=True)", "uniform(bits=4, stochastic=True, scaled=False)"),
+    ("two_stage", "uniform(bits=2, stochastic=True)", "uniform(bits=2, stochastic=True, scaled=False)"),
+    ("two_stage", "randomk(density=0.1)", "randomk(density=0.1, scaled=False)"),
+    ("shared_support", "randomk(density=0.1)", "randomk(density=0.1, scaled=False)"),
+]
+
+
+@pytest.mark.parametrize(("reducer", "codec", "instead"), NOT_CONTRACTIVE)
+@pytest.mark.parametrize("around", ["{}", "after(5, {})", "partition(dense, {})"])
+def test_unbiased_codecs_are_refused_under_feedback_with_the_spec_to_use(
+    around: str, reducer: str, codec: str, instead: str
+) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 (the message is what this tests)
+        parse(around.format(f"error_feedback({reducer}({codec}))"))
+    right = str(parse(f"error_feedback({reducer}({instead}))"))
+    assert f"write {right}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "error_feedback(topk(density=0.1))",
+        "after(3, topk(density=0.1))",
+        "partition(dense, topk(density=0.1))",
+        "partition(topk(density=0.1), dense)",
+        "gather(dense)",
+        "gather(gather(sign))",
+        "two_stage(error_feedback(gather(sign)))",
+    ],
+)
+def test_codecs_and_reducers_are_not_mixed_up(spec: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"takes a (reducer|codec)"):
+        parse(spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("shared_support(topk(density=0.1))", "linear"),
+        ("shared_support(sign)", "two_stage"),
+        ("after(-1, dense)", "steps must be"),
+        ("after(True, dense)", "steps must be"),
+        ("low_rank(rank=0)", "rank must be"),
+        ("low_rank(rank=1.5)", "rank must be"),
+        ("partition(dense, dense, min_size=-1)", "min_size must be"),
+        ("partition(dense, dense, min_ndim=-2)", "min_ndim must be"),
+        ("dense(algorithm=ring)", "algorithm must be one of mpi, two_shot"),
+    ],
+)
+def test_bad_settings_are_refused(spec: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        parse(spec)
+
+
+def test_refusals_hold_for_objects_too() -> None:
+    sign = parse("sign")
+    for refused in (
+        lambda: ErrorFeedback(sign),
+        lambda: After(3, sign),
+        lambda: Partition(sign, Dense()),
+        lambda: Gather(Dense()),
+        lambda: TwoStage("sign"),
+    ):
+        with pytest.raises(TypeError):
+            refused()
+    with pytest.raises(ValueError, match="linear"):
+        SharedSupport(sign)
+
+
+def test_what_is_wrapped_must_reduce() -> None:
+    with pytest.raises(TypeError, match="takes a reducer"):
+        ErrorFeedback("gather(sign)")  # type: ignore[arg-type]
+
+
+def test_a_run_of_nothing_but_policies() -> None:
+    """Nested as deep as the rules allow, over one step on one rank."""
+    reducer = parse(f"partition(after(1, {EF}), partition(dense, after(2, error_feedback(low_rank(rank=1)))))")
+
+    def f(comm: Comm) -> bool:
+        x = np.ones(LAYOUT.size, np.float32)
+        reduction, _ = reducer.reduce(comm, x, reducer.init(LAYOUT, "float32"))
+        return bool((reduction.total == 1).all())
+
+    assert Team(1).run(f) == [True]

@@ -1,0 +1,121 @@
+"""From a spec to the reducer that runs, and what ranks must agree on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from reducers.members import CONTRACTIONS, LAYOUT, MEMBERS, UNBIASED, layout_of, member
+
+from mpicomp.reducers import Layout, describe, parse, resolve, resolve_partitioned
+
+BIG = Layout.single((300, 100))
+SMALL = Layout.single((40, 10))
+
+
+@pytest.mark.parametrize("spec", MEMBERS)
+def test_a_reducer_is_taken_literally(spec: str) -> None:
+    for layout in (BIG, SMALL):
+        assert resolve(spec, layout, "float32", 4) == member(spec)
+        assert resolve(member(spec), layout, "float32", 4, memory=False) == member(spec)
+
+
+BARE: list[tuple[str, Layout, int, str]] = [
+    ("topk(density=0.1)", BIG, 2, "gather(topk(density=0.1))"),
+    ("topk(density=0.1)", BIG, 3, "two_stage(topk(density=0.1))"),
+    ("topk(density=0.01)", BIG, 3, "gather(topk(density=0.01))"),
+    ("sign", BIG, 1, "gather(sign)"),
+    ("sign", BIG, 9, "gather(sign)"),
+    ("uniform(bits=4)", BIG, 9, "two_stage(uniform(bits=4))"),
+    ("uniform(bits=4)", SMALL, 9, "gather(uniform(bits=4))"),
+    ("bf16", BIG, 9, "two_stage(cast(dtype=bf16))"),
+    ("fp16", SMALL, 9, "gather(cast(dtype=fp16))"),
+    ("randomk(density=0.1, scaled=False)", BIG, 2, "shared_support(randomk(density=0.1, scaled=False))"),
+    ("randomk(density=0.1, scaled=False)", SMALL, 9, "shared_support(randomk(density=0.1, scaled=False))"),
+]
+
+
+@pytest.mark.parametrize(("spec", "layout", "ranks", "expected"), BARE)
+def test_a_bare_codec_gets_its_reducer(spec: str, layout: Layout, ranks: int, expected: str) -> None:
+    assert resolve(spec, layout, "float32", ranks, memory=False) == parse(expected)
+    assert resolve(spec, layout, "float32", ranks) == parse(f"error_feedback({expected})")
+    assert resolve(parse(spec), layout, "bfloat16", ranks) == parse(f"error_feedback({expected})")
+
+
+def test_the_payload_of_all_units_together_decides() -> None:
+    many = layout_of({f"unit {place}": (100,) for place in range(300)})
+    assert resolve("sign", many, "float32", 4) == parse("error_feedback(two_stage(sign))")
+    assert resolve("sign", layout_of({"unit": (100,)}), "float32", 4) == parse("error_feedback(gather(sign))")
+
+
+@pytest.mark.parametrize("codec", UNBIASED)
+def test_with_memory_an_unbiased_codec_contracts(codec: str) -> None:
+    fed = resolve(codec, SMALL, "float32", 4)
+    assert "scaled=False" in str(fed)
+    assert str(fed).startswith("error_feedback(")
+    assert "scaled=False" not in str(resolve(codec, SMALL, "float32", 4, memory=False))
+
+
+@pytest.mark.parametrize("codec", CONTRACTIONS + UNBIASED)
+def test_what_was_resolved_prints_and_resolves_to_itself(codec: str) -> None:
+    for ranks in (2, 4):
+        reducer = resolve(codec, BIG, "float32", ranks)
+        assert parse(str(reducer)) == resolve(str(reducer), BIG, "float32", ranks) == reducer
+
+
+MODEL = layout_of({"weight": (30, 20), "bias": (600,), "narrow": (4, 4)})
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("topk(density=0.1)", "partition(dense(algorithm=two_shot), error_feedback(gather(topk(density=0.1))))"),
+        ("two_stage(sign)", "partition(dense(algorithm=two_shot), two_stage(sign))"),
+        ("after(9, two_stage(sign))", "partition(dense(algorithm=two_shot), after(9, two_stage(sign)))"),
+        ("dense", "dense"),
+        ("dense(algorithm=two_shot)", "dense(algorithm=two_shot)"),
+        ("partition(dense, two_stage(sign), min_size=7)", "partition(dense, two_stage(sign), min_size=7)"),
+        ("after(3, partition(dense, gather(sign)))", "after(3, partition(dense, gather(sign)))"),
+    ],
+)
+def test_small_tensors_of_a_model_are_dense(spec: str, expected: str) -> None:
+    assert resolve_partitioned(spec, MODEL, "float32", 4) == parse(expected)
+
+
+def test_only_large_tensors_count_for_the_choice() -> None:
+    layout = layout_of({"bias": (1_000_000,), "weight": (60, 20)})
+    resolved = resolve_partitioned("uniform(bits=4)", layout, "float32", 4)
+    assert "gather(uniform" in str(resolved)
+
+
+@pytest.mark.parametrize("method", [3, None, object(), ["dense"]], ids=["int", "None", "object", "list"])
+def test_other_methods_are_refused_by_type(method: Any) -> None:
+    with pytest.raises(TypeError, match=type(method).__name__):
+        resolve(method, BIG, "float32", 2)
+
+
+@pytest.mark.parametrize("spec", ["dens", "topk(density=2)", "topk(0.1", "import os", "gather()", "topk()"])
+def test_bad_specs_show_where(spec: str) -> None:
+    with pytest.raises(ValueError, match=r"\^"):
+        resolve(spec, BIG, "float32", 2)
+
+
+def test_every_difference_shows_in_the_description() -> None:
+    reducer, layout = member("gather(sign)"), LAYOUT
+    base: tuple[Any, ...] = (reducer, layout, "float32", "sum", 0, 0)
+    moved = Layout(tuple(unit._replace(offset=unit.offset + 1) for unit in layout.units))
+    late = layout_of({**{unit.name: unit.shape for unit in layout.units}, "bias": (8,)})
+    others: list[tuple[int, Any]] = [
+        (0, member("two_stage(sign)")),
+        (1, moved),
+        (1, late),
+        (2, "float16"),
+        (3, "mean"),
+        (4, 1),
+        (5, 1),
+    ]
+    texts = {describe(*base)} | {describe(*base[:place], value, *base[place + 1 :]) for place, value in others}
+    assert len(texts) == 1 + len(others)
+    text = describe(*base)
+    for part in ("sum of float32", "matrix[13, 11]", "gather(sign)", "endian", "mpicomp "):
+        assert part in text
