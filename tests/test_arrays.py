@@ -55,3 +55,10 @@ def test_a_cupy_array_is_named() -> None:
 def test_a_non_contiguous_array_is_refused_with_the_remedy(x: Any) -> None:
     with pytest.raises(ValueError, match=r"total .*not C-contiguous.*ascontiguousarray\(total\)"):
         checked(x, "total")
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">f8", ">f2"])
+def test_a_foreign_byte_order_is_refused_with_the_remedy(dtype: str) -> None:
+    foreign = np.dtype(dtype) if np.dtype("<f4").isnative else np.dtype(dtype.replace(">", "<"))
+    with pytest.raises(TypeError, match=rf"byte order.*astype\('{foreign.name}'\)"):
+        checked(np.zeros(3, foreign))

@@ -136,7 +136,7 @@ class LowRank(Remembering, Spec):
             p, q = sum_p[low].reshape(-1, self.rank), sum_q[high].reshape(-1, self.rank)
             out[here] = 0
             kernels_for(p).outer_add(p, q, out[here].reshape(shape), 1.0)
-            memory[unit.name] = _normalised(q)
+            memory[unit.name] = _normalised(q, state.memory[unit.name])
         return Reduction(out), state.advanced(memory=memory)
 
     def _walk(self, layout: Layout) -> list[tuple[Unit, tuple[int, int] | None, slice, slice]]:
@@ -151,7 +151,10 @@ class LowRank(Remembering, Spec):
         return places
 
 
-def _normalised(q: Array) -> Array:
-    """Scale by a power of two, exactly, so that products with the next M neither vanish nor overflow."""
+def _normalised(q: Array, before: Array) -> Array:
+    """Scale by a power of two, exactly, so that products with the next M neither vanish nor overflow.
+
+    The last Q stays where all matrices were zero: from a zero one, the next step would start at random.
+    """
     top = float(np.abs(q).max(initial=0.0))
-    return np.ldexp(q, -math.frexp(top)[1]).astype(q.dtype) if top > 0 else q.copy()
+    return np.ldexp(q, -math.frexp(top)[1]).astype(q.dtype) if top > 0 else before

@@ -240,8 +240,13 @@ UNBIASED_MEMBERS = [f"{reducer}({codec})" for codec in UNBIASED for reducer in (
 SEEDS = 1000
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("spec", [*UNBIASED_MEMBERS, "shared_support(randomk(density=0.25))"])
+@pytest.mark.parametrize(
+    ("spec", "dtype"),
+    [
+        *((spec, "float32") for spec in (*UNBIASED_MEMBERS, "shared_support(randomk(density=0.25))")),
+        *((f"gather({codec})", "float64") for codec in UNBIASED),
+    ],
+)
 def test_unbiased_codecs_are_right_in_the_mean(spec: str, dtype: str) -> None:
     ranks = 3
     layout = Layout((Unit("matrix", (5, 4), 0), Unit("vector", (13,), 20)))
