@@ -31,7 +31,7 @@ for step in range(3):
     {spoil}
     loss.backward()
     optimizer.step()
-print("rank", me, "of", ranks, "done")
+print(f"rank {me} of {ranks} done\\n", end="", flush=True)  # one write: mpirun mixes those of several ranks
 if ranks == 1:  # else the program just ends, and must not hang
     dist.destroy_process_group()
     import threading
