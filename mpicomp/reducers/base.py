@@ -37,8 +37,6 @@ class Reduction(NamedTuple):
 
     total: Array
     """(extent,) the sum over ranks, the same bits everywhere; other elements than the layout's are untouched."""
-    sent: Array | None = None
-    """(extent,) bool, which elements this rank sent, where a policy needs it."""
     poisoned: bool = False
     """Some rank's input was not finite: `total` is NaN, the state is the old one. The same on all ranks."""
 
