@@ -24,7 +24,8 @@ CHUNK = 1 << 30  # bytes in one MPI message
 EXCHANGE_TAG = 1  # messages of collectives: MPI keeps those of one sender in order, so one tag serves all
 POINT_TAG = 2  # and upwards: messages between two ranks
 SPIN = 100e-6  # seconds of polling before a waiting rank begins to sleep
-LONGEST_SLEEP = 1e-3  # seconds; lower = less latency, higher = less time taken from ranks that share the core
+SLEEP_SHARE = 0.05  # of the time waited so far; lower = less latency, higher = less time taken from who shares the core
+LONGEST_SLEEP = 1e-3  # seconds
 
 
 class Request(Protocol):
@@ -172,14 +173,11 @@ def wait(comm: Comm, requests: Sequence[Request], operation: str) -> None:
     """Complete requests; abort the job with a report if that takes longer than the communicator's timeout."""
     began = time.perf_counter()
     pending = list(requests)
-    pause = 0.0
     while pending := [request for request in pending if not request.Test()]:
         waited = time.perf_counter() - began
         if waited > comm.timeout:
             _give_up(comm, operation, len(pending), waited)
-        if waited > SPIN:
-            pause = min(LONGEST_SLEEP, max(10e-6, 1.5 * pause))
-        time.sleep(pause)
+        time.sleep(min(LONGEST_SLEEP, SLEEP_SHARE * waited) if waited > SPIN else 0)
     comm.traffic.seconds += time.perf_counter() - began
 
 
