@@ -256,8 +256,8 @@ class MPIProcessGroup(_ProcessGroup):
         return self.point.receive(tensors, peer, tag)
 
     def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> dist.Work:
-        """Refuse: this library always knows whom it hears."""
-        raise NotImplementedError("mpicomp cannot receive from any rank; pass recv(..., src=RANK)")
+        """Refuse with a ValueError: this library always knows whom it hears."""
+        raise ValueError("mpicomp cannot receive from any rank; pass recv(..., src=RANK)")
 
     # Names that torch used before 2.13, and still does in places.
     _allgather_base = all_gather_single
