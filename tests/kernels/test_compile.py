@@ -97,9 +97,9 @@ from mpicomp.kernels import cpu
 from mpicomp.kernels.cpu import sums
 add = sums._add
 signature = add._types(("float32",))
-dispatcher = numba.njit(**c.OPTIONS)(add.function)
+dispatcher = numba.njit(**c.OPTIONS)(add._named(signature))
 c._enable_caching(dispatcher)
-with c._once(dispatcher, f"{add.name}{signature}"):
+with c._once(dispatcher):
     print("held", flush=True)
     time.sleep(600)
 """

@@ -5,8 +5,12 @@ array, `T[][]` one of two dimensions, all C-contiguous; return types are inferre
 and `I` for uint16 or uint32: one source, one variant for each dtype, compiled when it is first met. `const` marks an
 array that is only read, so read-only arrays may be passed; anything that does not fit the declaration is a TypeError.
 
-Why a lock: 64 ranks that start together would compile every kernel 64 times. Beside Numba's cache lies one lock file
-for each variant; who holds it compiles, who waited finds the result on disk, and a file that says so spares later
+What must be known when code is generated (a width in bits, whether there is a residual) is a variable of the enclosing
+function: a factory, `@functools.cache`, that defines a kernel for its arguments and returns it. Numba takes such
+variables as constants, drops the branches they rule out and unrolls the loops they bound.
+
+Why a lock: 64 ranks that start together would compile every kernel 64 times. Every variant has its own index and its
+own lock file in Numba's cache; who holds it compiles, who waited finds the result on disk, and a file that says so spares later
 processes the lock. `flock` ends with its holder, so a killed process blocks nobody. Why a stamp of our own: Numba
 compares the date of the one file that defines a function, and would go on using machine code made from a helper that
 has changed in another; the stamp hashes the sources of the whole package.
@@ -23,6 +27,7 @@ import hashlib
 import os
 import tempfile
 import threading
+import types as types_of_python
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -71,7 +76,8 @@ class Kernel(Generic[P, R]):
 
     def __init__(self, function: Callable[P, R], signature: str) -> None:
         self.function = function
-        self.name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+        constants = [str(cell.cell_contents) for cell in function.__closure__ or ()]
+        self.name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}({', '.join(constants)})"
         self.parameters = [parameter.strip() for parameter in signature.split(",")]
         self.compiled = 0
         self.loaded = 0
@@ -118,18 +124,31 @@ class Kernel(Generic[P, R]):
 
     def _compile(self, key: tuple[Any, ...]) -> Callable[P, R]:
         signature = self._types(key)
-        dispatcher = numba.njit(**OPTIONS)(self.function)
+        dispatcher = numba.njit(**OPTIONS)(self._named(signature))
         if not _enable_caching(dispatcher):
             self._finish(dispatcher, signature)
         else:
             try:
-                with _once(dispatcher, f"{self.name}{signature}"):
+                with _once(dispatcher):
                     self._finish(dispatcher, signature)
             except OSError as error:  # a full disk or a folder that became read-only: compile for this process alone
                 _say_uncached(str(error))
-                dispatcher = numba.njit(**OPTIONS)(self.function)
+                dispatcher = numba.njit(**OPTIONS)(self._named(signature))
                 self._finish(dispatcher, signature)
         return cast("Callable[P, R]", dispatcher)
+
+    def _named(self, signature: tuple[Any, ...]) -> Callable[P, R]:
+        """Copy the function under a name of this variant alone, from which Numba makes the name of its index.
+
+        In an index of several variants, two processes that add one each at a time would lose one of them.
+        """
+        known = self.function
+        named = types_of_python.FunctionType(
+            known.__code__, known.__globals__, known.__name__, known.__defaults__, known.__closure__
+        )
+        named.__module__ = known.__module__
+        named.__qualname__ = f"{known.__name__}-{_short_hash(self.name, signature)}"
+        return cast("Callable[P, R]", named)
 
     def _finish(self, dispatcher: Any, signature: tuple[Any, ...]) -> None:
         dispatcher.compile(signature)
@@ -210,12 +229,16 @@ def _say_uncached(reason: str) -> None:
         )
 
 
+def _short_hash(*parts: object) -> str:
+    return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
+
+
 @contextlib.contextmanager
-def _once(dispatcher: Any, variant: str) -> Iterator[None]:
+def _once(dispatcher: Any) -> Iterator[None]:
     """Hold the lock of a variant until it is on disk; do not wait where it already is."""
     target = dispatcher.targetctx.codegen().magic_tuple()
-    digest = hashlib.blake2b(repr((variant, _stamp(), target, numba.__version__)).encode(), digest_size=8).hexdigest()
-    path = Path(dispatcher.stats.cache_path) / f"{dispatcher.__name__}-{digest}.lock"
+    digest = _short_hash(_stamp(), target, numba.__version__)
+    path = Path(dispatcher.stats.cache_path) / f"{dispatcher.py_func.__qualname__}-{digest}.lock"
     with contextlib.ExitStack() as held:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         held.callback(os.close, descriptor)

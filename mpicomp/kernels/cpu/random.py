@@ -11,6 +11,16 @@
 `base` comes from `Key.base()`, i is a position in the unit, so the cut into chunks and shards and the device change
 no bit. A uniform number in [0, 1) is (draw >> 40) * 2^-24, exact in float32.
 
+Where every element needs a number of its own, 32 bits are enough and vectorise better: draw32(base, i), all arithmetic
+modulo 2^32, is Wellons' lowbias32 with two words of key (i = low + 2^32 high, base = first + 2^32 second):
+
+    x = low + first
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15) ^ (second + high * 0x9E3779B9)) * 0x846CA68B
+    draw32 = x ^ (x >> 16)
+
+For stochastic rounding, (draw32 >> 8) * 2^-24 is the uniform number of element i.
+
 **A support** is a uniformly distributed subset of k out of n positions: Floyd's algorithm (Bentley, Floyd 1987) on a
 bitmap, for j = n - k .. n - 1: t uniform in 0..j, insert t, or j where t is already in. Step number s = j - (n - k)
 starts from draw(draw(base, start), s); its high 32 bits h give t = h * (j + 1) >> 32, and where the low 32 bits of
@@ -35,6 +45,9 @@ ONE, ZERO = np.uint64(1), np.uint64(0)
 S27, S30, S31, S32, S40 = np.uint64(27), np.uint64(30), np.uint64(31), np.uint64(32), np.uint64(40)
 LOW32 = np.uint64(0xFFFFFFFF)
 WORD = np.uint64(64)  # bits
+U = np.uint32
+MIX, MIX2, HIGH = U(0x7FEB352D), U(0x846CA68B), U(0x9E3779B9)
+S8, S15, S16 = U(8), U(15), U(16)
 
 
 @inline
@@ -50,6 +63,34 @@ def draw(base: Any, counter: Any) -> Any:
 def draw24(base: Any, counter: Any) -> Any:
     """Return 24 random bits as int32."""
     return np.int32(draw(base, counter) >> S40)
+
+
+@inline
+def mix(low: Any, first: Any, second: Any) -> Any:
+    """Return draw32 of a counter's low word, the key's first word and what its second word and the high word make."""
+    x = U(low + first)
+    x = U(U(x ^ U(x >> S16)) * MIX)
+    x = U(U(U(x ^ U(x >> S15)) ^ second) * MIX2)
+    return U(x ^ U(x >> S16))
+
+
+@inline
+def draw32(base: Any, counter: Any) -> Any:
+    """Return 32 random bits as uint32; base and counter are uint64."""
+    return mix(U(counter), U(base), U(U(base >> S32) + U(U(counter >> S32) * HIGH)))
+
+
+@inline
+def draws32(base: Any, start: int, size: int, out: Any) -> None:
+    """Set out[:size], uint32, to draw32 of the counters from `start` on; vectorises."""
+    first = np.uint64(start)
+    if (first >> S32) == ((first + np.uint64(size)) >> S32):
+        low, one, two = U(first), U(base), U(U(base >> S32) + U(U(first >> S32) * HIGH))
+        for i in range(size):
+            out[i] = mix(U(low + U(i)), one, two)
+    else:
+        for i in range(size):
+            out[i] = draw32(base, first + np.uint64(i))
 
 
 @kernel("T[], u8")
