@@ -4,7 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from mpicomp.codecs import Cast, Key, RandomK, Sign, TopK, Uniform
+from mpicomp.codecs import (
+    FP8,
+    MXFP4,
+    MXFP8,
+    QSGD,
+    Cast,
+    DoReFa,
+    Key,
+    Natural,
+    RandomK,
+    Sign,
+    Ternary,
+    TopK,
+    Uniform,
+)
 
 CODECS_TESTED = [
     Cast("fp16"),
@@ -20,7 +34,33 @@ CODECS_TESTED = [
     Uniform(bits=1, block=16, stochastic=True, scaled=False),
     Uniform(bits=3, block=128, stochastic=True, scaled=False),
     Uniform(bits=1, block=2056),
+    Uniform(bits=8, minmax=True),
+    Uniform(bits=2, block=128, minmax=True),
+    Uniform(bits=1, block=64, minmax=True, stochastic=True),
+    Uniform(bits=4, minmax=True, stochastic=True),
+    Uniform(bits=3, block=64, minmax=True, stochastic=True, scaled=False),
+    QSGD(),
+    QSGD(levels=1, bucket=64),
+    QSGD(levels=127, bucket=1032),
+    QSGD(levels=4, bucket=128, scaled=False),
+    DoReFa(),
+    DoReFa(bits=1, block=64),
+    DoReFa(bits=6),
+    DoReFa(bits=1, block=64, scaled=False),
+    DoReFa(bits=3, scaled=False),
     Sign(),
+    Sign(two_means=True),
+    Ternary(),
+    Ternary(scaled=False),
+    Ternary(clip=2.5),
+    Ternary(clip=2.5, scaled=False),
+    Natural(),
+    Natural(block=64, scaled=False),
+    MXFP4(),
+    MXFP8(),
+    MXFP8("e5m2"),
+    FP8(),
+    FP8("e5m2"),
 ]
 KEY = Key(seed=1, step=2, stream=3, stage=0, rank=1, start=8)
 

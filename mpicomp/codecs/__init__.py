@@ -3,17 +3,45 @@
 from __future__ import annotations
 
 from mpicomp.codecs.base import Codec, Key, stream_of
+from mpicomp.codecs.bounded import Bounded
 from mpicomp.codecs.cast import Cast
-from mpicomp.codecs.quantize import Sign, Uniform
+from mpicomp.codecs.floats import FP8, MXFP4, MXFP8, Natural
+from mpicomp.codecs.quantize import QSGD, DoReFa, Uniform
+from mpicomp.codecs.sign import Sign, Ternary
 from mpicomp.codecs.sparse import RandomK, TopK
 
 CODECS: dict[str, type] = {
+    "bounded": Bounded,
     "cast": Cast,
     "topk": TopK,
     "randomk": RandomK,
     "uniform": Uniform,
+    "qsgd": QSGD,
+    "dorefa": DoReFa,
     "sign": Sign,
+    "ternary": Ternary,
+    "natural": Natural,
+    "mxfp4": MXFP4,
+    "mxfp8": MXFP8,
+    "fp8": FP8,
 }
 """Every codec by the name that a spec gives it."""
 
-__all__ = ["CODECS", "Codec", "Key", "stream_of", "Cast", "RandomK", "Sign", "TopK", "Uniform"]
+__all__ = [
+    "CODECS",
+    "Cast",
+    "Codec",
+    "DoReFa",
+    "FP8",
+    "Key",
+    "MXFP4",
+    "MXFP8",
+    "Natural",
+    "QSGD",
+    "RandomK",
+    "Sign",
+    "Ternary",
+    "TopK",
+    "Uniform",
+    "stream_of",
+]

@@ -20,6 +20,22 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def check_integer(name: str, value: object, least: int, most: int) -> None:
+    """Raise ValueError where a setting is no integer from `least` to `most`."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
+    if not least <= value <= most:
+        what = "a multiple of 8 in" if name in ("block", "bucket") else "in"
+        raise ValueError(f"{name} must be {what} {least}..{most}, got {value}")
+
+
+def check_bool(codec: object, *names: str) -> None:
+    """Raise ValueError where one of the codec's settings is not True or False."""
+    for name in names:
+        if not isinstance(getattr(codec, name), bool):
+            raise ValueError(f"{name} must be True or False, got {getattr(codec, name)!r}")
+
+
 def check_density(density: object) -> None:
     """Raise ValueError where a density is none."""
     if not is_number(density) or not 0.0 < density <= 1.0:  # type: ignore[operator]
@@ -62,6 +78,23 @@ def check_finite(values: Array, what: str) -> None:
     """Raise WireFormatError where `values` are not all finite."""
     if not np.isfinite(values).all():
         raise WireFormatError(f"{what} must be finite")
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def check_scales(scales: Array, levels: float, lows: Array | None = None) -> None:
+    """Raise WireFormatError where a scale is negative or what it leads to is not finite."""
+    check_finite(scales * scales.dtype.type(levels), "scales")
+    if (scales < 0).any():
+        raise WireFormatError("scales must not be negative")
+    if lows is not None:
+        check_finite(lows, "lows")
+        check_finite(lows + scales * scales.dtype.type(levels), "ranges")
+
+
+def packed_bytes(size: int, bits: int, block: int) -> int:
+    """Return how many bytes the codes of `size` elements take; the last block is filled up to a multiple of 8."""
+    full = size // block * block
+    return (full + -(-(size - full) // 8) * 8) * bits // 8
 
 
 def little(dtype: str) -> str:

@@ -51,30 +51,95 @@ class Kernels(Protocol):
 
     def fill_uniform(self, out: Array, base: int) -> None: ...  # noqa: D102
 
-    def encode_uniform(  # noqa: D102
+    def encode_blocks(  # noqa: D102
         self,
         x: Array,
         old: Array | None,
         new: Array | None,
         scales: Array,
+        lows: Array | None,
         packed: Array,
+        grid: str,
+        rule: str,
         bits: int,
         block: int,
+        levels: int,
         stochastic: bool = False,
         shrink: float = 1.0,
         base: int = 0,
         start: int = 0,
     ) -> None: ...
 
-    def decode_uniform(  # noqa: D102
-        self, scales: Array, packed: Array, out: Array, bits: int, block: int, factor: float = 1.0
+    def decode_blocks(  # noqa: D102
+        self,
+        scales: Array,
+        lows: Array | None,
+        packed: Array,
+        out: Array,
+        grid: str,
+        bits: int,
+        block: int,
+        factor: float = 1.0,
     ) -> None: ...
 
     def encode_sign(  # noqa: D102
-        self, x: Array, old: Array | None, new: Array | None, scale: Array, packed: Array
+        self, x: Array, old: Array | None, new: Array | None, scales: Array, packed: Array
     ) -> None: ...
 
-    def codes_valid(self, packed: Array, size: int, bits: int, block: int) -> bool: ...  # noqa: D102
+    def largest(self, x: Array, old: Array | None) -> float: ...  # noqa: D102
+
+    def moments(self, x: Array, old: Array | None, limit: float, factor: float) -> tuple[float, float]: ...  # noqa: D102
+
+    def encode_floats(  # noqa: D102
+        self, x: Array, old: Array | None, new: Array | None, exponents: Array | None, packed: Array, name: str
+    ) -> None: ...
+
+    def decode_floats(  # noqa: D102
+        self, exponents: Array | None, packed: Array, out: Array, name: str, factor: float = 1.0
+    ) -> None: ...
+
+    def encode_powers(  # noqa: D102
+        self,
+        x: Array,
+        old: Array | None,
+        new: Array | None,
+        scales: Array,
+        codes: Array,
+        block: int,
+        shrink: float,
+        base: int,
+        start: int,
+    ) -> None: ...
+
+    def decode_powers(  # noqa: D102
+        self, scales: Array, codes: Array, out: Array, block: int, factor: float = 1.0
+    ) -> None: ...
+
+    def codes_valid(  # noqa: D102
+        self, packed: Array, size: int, bits: int, block: int, smallest: int, largest: int
+    ) -> bool: ...
+
+    def encode_bounded(  # noqa: D102
+        self,
+        x: Array,
+        old: Array | None,
+        new: Array | None,
+        headers: Array,
+        words: Array,
+        relative: bool,
+        step: float,
+        inverse: float,
+        limit: int,
+        shift: int,
+    ) -> int: ...
+
+    def decode_bounded(  # noqa: D102
+        self, headers: Array, words: Array, out: Array, relative: bool, step: float, shift: int, factor: float = 1.0
+    ) -> None: ...
+
+    def bounded_valid(  # noqa: D102
+        self, headers: Array, words: Array, size: int, relative: bool, step: float, shift: int
+    ) -> bool: ...
 
     def orthogonalise(self, p: Array, base: int) -> None: ...  # noqa: D102
 

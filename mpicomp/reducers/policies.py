@@ -29,8 +29,28 @@ def _checked(wrapper: str, inner: object) -> None:
 
 
 def unscaled(codec: Codec) -> Codec:
-    """The contraction that an unbiased codec has beside it, for error feedback; a contraction as it is."""
-    return codec if codec.contractive else replace(cast(Any, codec), scaled=False)
+    """The contraction that an unbiased codec has beside it, for error feedback; a contraction as it is.
+
+    ValueError where there is none.
+    """
+    if codec.contractive:
+        return codec
+    inside = {name: getattr(codec, name, None) for name in ("codec", "values")}
+    changes: dict[str, Any] = {
+        name: unscaled(inner) for name, inner in inside.items() if inner is not None and not inner.contractive
+    }
+    if hasattr(codec, "scaled"):
+        changes["scaled"] = False
+    try:
+        found: Codec = replace(cast(Any, codec), **changes)
+    except ValueError:  # deterministic codecs cannot be unscaled
+        found = codec
+    if not found.contractive:
+        raise ValueError(
+            f"error feedback needs a contraction, and {codec} neither is one nor has one beside it; use another codec, "
+            f"or a reducer without feedback, as in two_stage({codec})"
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -55,8 +75,8 @@ class ErrorFeedback(Spec):
         codec: Codec | None = getattr(inner, "codec", None)
         if codec is not None and not codec.contractive:
             raise ValueError(
-                f"error_feedback needs a contraction, and {codec} is unbiased instead: its residual would grow without "
-                f"bound; write {_fed(inner)}"
+                f"error_feedback needs a contraction, and {codec} is none: its residual would grow without bound; "
+                f"write {_fed(inner)}"
             )
 
     def init(self, layout: Layout, dtype: str, feedback: bool = False, seed: int = 0, step: int = 0) -> State:

@@ -12,7 +12,8 @@ from codec_members import CODECS_TESTED, KEY, decoded, encoded, message, normal
 from hypothesis import strategies as st
 
 from mpicomp import specs
-from mpicomp.codecs import CODECS, Cast, RandomK, Sign, TopK, Uniform
+from mpicomp.codecs import CODECS, FP8, MXFP4, MXFP8, Cast, Natural, RandomK, Sign, Ternary, TopK, Uniform
+from mpicomp.codecs.quantize import Blockwise
 from mpicomp.errors import WireFormatError
 
 SIZES = (0, 1, 7, 8, 9, 255, 256, 257, 1000, 5000)
@@ -52,11 +53,29 @@ def bound(codec, x):
         return size * max(1.0, 1.0 / codec.density)
     if isinstance(codec, Sign):
         return np.maximum(size, top)
-    steps = top / max(1, 2 ** (codec.bits - 1) - 1) + 2 * tiny
-    if codec.bits == 1:
-        return 2 * top
-    share = 1.0 if codec.scaled else 1.0 / (1.0 + codec.omega)
-    return steps * (1.0 if codec.stochastic else 0.5) * (1 + 8 * eps) + top * (4 * eps + 1 - share) + 2 * tiny
+    if isinstance(codec, Ternary):
+        return np.full(x.size, 2 * top)
+    if isinstance(codec, Natural):
+        return size * (1 + 8 * eps) + top * 2.0**-125 + 2 * np.finfo(x.dtype).smallest_normal
+    if isinstance(codec, FP8):
+        digits, least, largest = (4, 2.0**-10, 448) if codec.format == "e4m3" else (3, 2.0**-17, 57344)
+        return np.maximum(np.maximum(size * 2.0**-digits, least), size - largest)
+    if isinstance(codec, MXFP4 | MXFP8):
+        digits, reach, largest = {"e2m1": (2, 2, 6), "e4m3": (4, 14, 448), "e5m2": (3, 29, 57344)}[codec.format]
+        whole = np.longdouble(largest) * np.longdouble(2) ** (127 - {"e2m1": 2, "e4m3": 8, "e5m2": 15}[codec.format])
+        # beyond the largest: at most a quarter of it (e2m1: 8 becomes 6), or what no shared exponent reaches
+        return np.maximum(np.maximum(size / 4, top * 2.0**-reach), size - whole) + 2.0**-127
+    share = codec.shrink
+    if codec.grid == "range":
+        steps = (np.longdouble(x.max(initial=0)) - x.min(initial=0)) / codec.levels
+        wide = x.max(initial=0) / 2 - x.min(initial=0) / 2 > np.finfo(x.dtype).max * 0.49
+        return (2 * top if wide else steps * (1 + 8 * eps)) + top * (8 * eps + 1 - share) + 4 * tiny
+    if codec.width == 1:
+        return 2 * top * (1 + 8 * eps)
+    steps = top / codec.levels * (2 if codec.grid == "odd" else 1) + 2 * tiny
+    if codec.rule == "norm":
+        steps = np.linalg.norm(size) / codec.levels + 2 * tiny
+    return steps * (1.0 if codec.random else 0.5) * (1 + 8 * eps) + top * (4 * eps + 1 - share) + 2 * tiny
 
 
 @every_codec
@@ -110,9 +129,11 @@ def test_encode_residual_is_encode_of_the_sum_and_keeps_the_rest(codec, dtype):
             assert all((guard == 0xFF).all() for guard in guards)
 
 
-@pytest.mark.parametrize("codec", [c for c in CODECS_TESTED if not isinstance(c, Sign | TopK | RandomK)], ids=str)
+@pytest.mark.parametrize(
+    "codec", [c for c in CODECS_TESTED if not isinstance(c, Sign | Ternary | TopK | RandomK)], ids=str
+)
 def test_chunks_draw_the_numbers_of_the_whole(codec):
-    size, cut = 4096, codec.block * 2 if isinstance(codec, Uniform) else 777
+    size, cut = 4096, 777 if isinstance(codec, Cast) else codec.block * 2
     x = normal(size, "float32")
     whole = decoded(codec, encoded(codec, x), size, "float32")
     for first, stop in ((0, min(cut, size)), (min(cut, size), size)):
@@ -128,7 +149,7 @@ def test_key_matters_only_where_something_is_drawn(codec):
         tuple(field.tobytes() for field in encoded(codec, x, KEY._replace(**{part: 99})))
         for part in ("seed", "step", "stream", "rank", "stage")
     }
-    drawn = isinstance(codec, Uniform) and codec.stochastic
+    drawn = isinstance(codec, Natural | Ternary) or (isinstance(codec, Blockwise) and codec.random)
     shared = isinstance(codec, RandomK)
     assert len(payloads) == (5 if drawn else 4 if shared else 1)
 
@@ -282,7 +303,7 @@ def test_codecs_are_values_and_print_as_specs(codec):
     assert specs.parse(str(codec), CODECS) == codec
     assert codec.block >= 1
     assert codec.fixed
-    assert codec.contractive != codec.unbiased
+    assert not (codec.contractive and codec.unbiased)
 
 
 def test_density_counts_in_decimals():

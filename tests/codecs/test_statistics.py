@@ -6,34 +6,80 @@ import numpy as np
 import pytest
 from codec_members import CODECS_TESTED, KEY, decoded, encoded, message, normal
 
-from mpicomp.codecs import Key, RandomK, TopK, Uniform
+from mpicomp.codecs import QSGD, DoReFa, Key, Natural, RandomK, Ternary, TopK, Uniform
 
 KEYS = 1000
+UNBIASED = [c for c in CODECS_TESTED if c.unbiased]
 
 
-@pytest.mark.parametrize("codec", [c for c in CODECS_TESTED if c.unbiased], ids=str)
+def grid(codec, x):
+    """The distance between the two values that each element may become, and the chance of the upper one."""
+    if isinstance(codec, Ternary):
+        return np.full(x.size, np.abs(x).max()), np.abs(x) / np.abs(x).max()
+    if isinstance(codec, Natural):
+        step = 2.0 ** np.floor(np.log2(np.abs(x)))
+        return step, np.abs(x) / step - 1
+    step, origin = np.empty(x.size), np.empty(x.size)
+    for start in range(0, x.size, codec.block):
+        part = slice(start, start + codec.block)
+        top, low, high = np.abs(x[part]).max(), x[part].min(), x[part].max()
+        step[part], origin[part] = {
+            "symmetric": (top / codec.levels, 0),
+            "sign": (2 * top, -top),
+            "odd": (2 * top / codec.levels, -top),
+            "range": ((high - low) / codec.levels, low),
+        }[codec.grid]
+        if codec.rule == "norm":
+            step[part] = np.linalg.norm(x[part]) / codec.levels
+    return step, (x - origin) / step % 1
+
+
+def errors(codec, x, keys):
+    return np.stack([decoded(codec, encoded(codec, x, key), x.size, "float64", key) for key in keys]) - x
+
+
+@pytest.mark.parametrize("codec", UNBIASED, ids=str)
 def test_mean_over_keys_is_the_input(codec):
     """Along x within 4 standard errors; each element within Bernstein's bound at 200 * 1e-7 for all together.
 
     The spread of an element is computed, not estimated: an element near a grid point may never have moved.
     """
     x = normal(200, "float64")
-    keys = [Key(step=step) for step in range(KEYS)]
-    error = np.stack([decoded(codec, encoded(codec, x, key), x.size, "float64", key) for key in keys]) - x
+    error = errors(codec, x, [Key(step=step) for step in range(KEYS)])
     if isinstance(codec, RandomK):
         k = codec.fields(x.size, "float64")[0].shape[0]
         spread, step = np.abs(x) * np.sqrt(x.size / k - 1), np.abs(x) * x.size / k
     else:
-        blocks = range(0, x.size, codec.block)
-        top = np.concatenate(
-            [np.full(len(x[b : b + codec.block]), np.abs(x[b : b + codec.block]).max()) for b in blocks]
-        )
-        step = top / codec.levels if codec.bits > 1 else 2 * top
-        chance = (x / step) % 1 if codec.bits > 1 else (1 + x / top) / 2
+        step, chance = grid(codec, x)
         spread = step * np.sqrt(np.maximum(0, chance * (1 - chance)))
     assert (np.abs(error.mean(axis=0)) <= 5.5 * spread / np.sqrt(KEYS) + 12 * step / KEYS).all()
     along = error @ x
     assert abs(along.mean()) <= 4 * along.std() / np.sqrt(KEYS) + 1e-6
+
+
+@pytest.mark.parametrize("codec", [c for c in UNBIASED if not isinstance(c, RandomK)], ids=str)
+def test_variance_is_that_of_the_formula(codec):
+    """The sum of step^2 p (1 - p), within 4 standard errors; at most omega ||x||^2 where the codec states one."""
+    for kind in ("normal", "spiky"):
+        x = normal(400, "float64", seed=3)
+        x = x**5 if kind == "spiky" else x
+        step, chance = grid(codec, x)
+        found = np.sum(errors(codec, x, [Key(step=step) for step in range(KEYS)]) ** 2, axis=1)
+        expected = np.sum(step**2 * chance * (1 - chance))
+        assert abs(found.mean() - expected) <= 4 * found.std() / np.sqrt(KEYS) + 1e-6 * expected
+        assert expected <= getattr(codec, "omega", np.inf) * np.sum(x**2)
+
+
+def test_variances_of_the_papers():
+    """QSGD, lemma 3.1: at most min(n / s^2, sqrt(n) / s) ||x||^2; TernGrad: the sum of |x| (max |x| - |x|)."""
+    x = normal(512, "float64", seed=4)
+    for levels in (1, 4, 16):
+        step, chance = grid(QSGD(levels=levels), x)
+        variance = np.sum(step**2 * chance * (1 - chance))
+        assert variance <= min(x.size / levels**2, np.sqrt(x.size) / levels) * np.sum(x**2)
+    step, chance = grid(Ternary(), x)
+    expected = np.sum(np.abs(x) * (np.abs(x).max() - np.abs(x)))
+    assert np.isclose(np.sum(step**2 * chance * (1 - chance)), expected)
 
 
 @pytest.mark.parametrize("codec", [c for c in CODECS_TESTED if c.contractive], ids=str)
@@ -45,7 +91,7 @@ def test_contractive_codecs_lose_less_than_all(codec, kind):
         "spiky": normal(600, "float64") ** 9,
         "one": np.eye(1, 600, 5)[0],
     }[kind]
-    random = isinstance(codec, RandomK | Uniform)
+    random = isinstance(codec, RandomK | Uniform | QSGD | DoReFa | Ternary | Natural)
     errors = [
         np.sum((x - decoded(codec, encoded(codec, x, key), x.size, "float64", key)) ** 2)
         for key in (Key(step=s) for s in range(200 if random else 1))

@@ -62,6 +62,70 @@ def magnitude(typing_context: Any, value: Any) -> Any:
 
 
 @intrinsic
+def group_largest(typing_context: Any, x: Any, start: Any) -> Any:
+    """Return the largest magnitude, as its bits, of x[start : start + 32]; nothing checks that they are there."""
+    word_type = unsigned(x.dtype)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word = ir.IntType(word_type.bitwidth)
+        vector = ir.VectorType(word, 32)
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        loaded = builder.load(builder.bitcast(builder.gep(data, [args[1]]), vector.as_pointer()))
+        loaded.align = word_type.bitwidth // 8
+        mask = ir.Constant(vector, [(1 << (word_type.bitwidth - 1)) - 1] * 32)
+        name = f"llvm.vector.reduce.umax.v32i{word_type.bitwidth}"
+        largest = builder.module.declare_intrinsic(name, (), ir.FunctionType(word, [vector]))
+        return builder.call(largest, [builder.and_(loaded, mask)])
+
+    return word_type(x, types.int64), codegen
+
+
+@intrinsic
+def fill_group(typing_context: Any, out: Any, start: Any, value: Any) -> Any:
+    """Set out[start : start + 32] to a float; nothing checks that they are there."""
+    width = out.dtype.bitwidth
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector = ir.VectorType(args[2].type, 32)
+        undefined = ir.Constant(vector, ir.Undefined)
+        first = builder.insert_element(undefined, args[2], ir.Constant(ir.IntType(32), 0))
+        splat = builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(ir.IntType(32), 32), [0] * 32))
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        stored = builder.store(splat, builder.bitcast(builder.gep(data, [args[1]]), vector.as_pointer()))
+        stored.align = width // 8
+        return context.get_dummy_value()
+
+    return types.void(out, types.int64, out.dtype), codegen
+
+
+def _ordering(value: Any, width: int) -> Callable[..., Any]:
+    """Return a generator that flips the lower bits of negative numbers: its own inverse."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word = ir.IntType(width)
+        bits = builder.bitcast(args[0], word)
+        sign = builder.ashr(bits, ir.Constant(word, width - 1))
+        flipped = builder.xor(bits, builder.and_(sign, ir.Constant(word, (1 << (width - 1)) - 1)))
+        return builder.bitcast(flipped, context.get_value_type(signature.return_type))
+
+    return codegen
+
+
+@intrinsic
+def ordered(typing_context: Any, value: Any) -> Any:
+    """Return a signed integer of a float; larger numbers are larger integers, NaN lie beyond the infinities."""
+    word: Any = types.int32 if value == types.float32 else types.int64
+    return word(value), _ordering(value, word.bitwidth)
+
+
+@intrinsic
+def from_ordered(typing_context: Any, value: Any) -> Any:
+    """Undo `ordered`."""
+    floating = types.float32 if value == types.int32 else types.float64
+    return floating(value), _ordering(value, value.bitwidth)
+
+
+@intrinsic
 def above(typing_context: Any, x: Any, start: Any, threshold: Any) -> Any:
     """Return bit i set where the magnitude of x[start + i] is at least `threshold`, i < GROUP; as uint64.
 
@@ -84,6 +148,36 @@ def above(typing_context: Any, x: Any, start: Any, threshold: Any) -> Any:
         return builder.zext(builder.bitcast(hit, ir.IntType(GROUP)), ir.IntType(64))
 
     return types.uint64(x, types.int64, types.uint64), codegen
+
+
+def _word_at(context: Any, builder: Any, array_type: Any, array: Any, place: Any) -> Any:
+    data = context.make_array(array_type)(context, builder, array).data
+    word = ir.IntType(64)
+    return builder.bitcast(builder.gep(data, [place]), word.as_pointer())
+
+
+@intrinsic
+def word(typing_context: Any, x: Any, place: Any) -> Any:
+    """Return bytes place .. place + 7 of a uint8 array as uint64; nothing checks that they are there."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        loaded = builder.load(_word_at(context, builder, signature.args[0], args[0], args[1]))
+        loaded.align = 1
+        return loaded
+
+    return types.uint64(x, types.int64), codegen
+
+
+@intrinsic
+def set_word(typing_context: Any, x: Any, place: Any, value: Any) -> Any:
+    """Write what `word` reads."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        stored = builder.store(args[2], _word_at(context, builder, signature.args[0], args[0], args[1]))
+        stored.align = 1
+        return context.get_dummy_value()
+
+    return types.void(x, types.int64, types.uint64), codegen
 
 
 @intrinsic

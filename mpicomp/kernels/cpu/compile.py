@@ -10,10 +10,10 @@ function: a factory, `@functools.cache`, that defines a kernel for its arguments
 variables as constants, drops the branches they rule out and unrolls the loops they bound.
 
 Why a lock: 64 ranks that start together would compile every kernel 64 times. Every variant has its own index and its
-own lock file in Numba's cache; who holds it compiles, who waited finds the result on disk, and a file that says so spares later
-processes the lock. `flock` ends with its holder, so a killed process blocks nobody. Why a stamp of our own: Numba
-compares the date of the one file that defines a function, and would go on using machine code made from a helper that
-has changed in another; the stamp hashes the sources of the whole package.
+own lock file in Numba's cache; who holds it compiles, who waited finds the result on disk, and a file that says so
+spares later processes the lock. `flock` ends with its holder, so a killed process blocks nobody. Why a stamp of our
+own: Numba compares the date of the one file that defines a function, and would go on using machine code made from a
+helper that has changed in another; the stamp hashes the sources of the whole package.
 
 Code is generated without `fastmath` and without contraction, so results do not depend on the processor.
 """

@@ -7,15 +7,15 @@ to half"), so no result depends on whether the processor flushes subnormals of f
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 
 from mpicomp.arrays import Array
-from mpicomp.kernels.cpu.bits import bits_of, float_of, load
-from mpicomp.kernels.cpu.compile import inline, kernel
+from mpicomp.kernels.cpu.bits import bits_of, float_of
+from mpicomp.kernels.cpu.compile import Kernel, inline, kernel
 
-BLOCK = 1024
 U = np.uint32
 SIGN, ABS, INFINITE = U(0x80000000), U(0x7FFFFFFF), U(0x7F800000)
 ONE, S13, S16 = U(1), U(13), U(16)
@@ -93,56 +93,32 @@ def from_bfloat(bits: Any) -> Any:
     return float_of(U(U(bits) << S16))
 
 
-@inline
-def narrow_block(buffer: Any, size: int, codes: Any, half: bool) -> None:
-    """Set codes[:size] to the float16 (`half`) or bfloat16 bits of buffer[:size]."""
-    if half:
-        for i in range(size):
-            codes[i] = np.uint16(to_half(single(buffer[i])))
-    else:
-        for i in range(size):
-            codes[i] = np.uint16(to_bfloat(single(buffer[i])))
+@functools.cache
+def _narrower(half: bool, fed: bool, feedback: bool) -> Kernel[..., Any]:
+    @kernel("const T[], const T[], T[], u2[]")
+    def narrow(x: Any, old: Any, new: Any, out: Any) -> None:
+        for i in range(x.size):
+            value = x[i] + old[i] if fed else x[i]
+            code = to_half(single(value)) if half else to_bfloat(single(value))
+            out[i] = np.uint16(code)
+            if feedback:
+                new[i] = value - x.dtype.type(from_half(code) if half else from_bfloat(code))
+
+    return narrow
 
 
-@inline
-def widen_block(codes: Any, size: int, buffer: Any, half: bool) -> None:
-    """Set buffer[:size] to the floats of codes[:size]."""
-    if half:
-        for i in range(size):
-            buffer[i] = from_half(U(codes[i]))
-    else:
-        for i in range(size):
-            buffer[i] = from_bfloat(U(codes[i]))
+@functools.cache
+def _widener(half: bool, fresh: bool) -> Kernel[..., Any]:
+    @kernel("const u2[], T[], T")
+    def widen(bits: Any, out: Any, scale: Any) -> None:
+        for i in range(bits.size):
+            value = out.dtype.type(from_half(U(bits[i])) if half else from_bfloat(bits[i]))
+            if fresh:
+                out[i] = value
+            else:
+                out[i] += scale * value
 
-
-@kernel("const T[], const T[], T[], u2[], b1")
-def _narrow(x: Any, old: Any, new: Any, out: Any, half: bool) -> None:
-    buffer, decoded = np.empty(BLOCK, x.dtype), np.empty(BLOCK, x.dtype)
-    for start in range(0, x.size, BLOCK):
-        stop = min(start + BLOCK, x.size)
-        size = stop - start
-        load(x, old, start, stop, buffer)
-        codes = out[start:stop]
-        narrow_block(buffer, size, codes, half)
-        if new.size:
-            widen_block(codes, size, decoded, half)
-            rest = new[start:stop]
-            for i in range(size):
-                rest[i] = buffer[i] - decoded[i]
-
-
-@kernel("const u2[], T[], T, b1, b1")
-def _widen(bits: Any, out: Any, scale: Any, half: bool, fresh: bool) -> None:
-    decoded = np.empty(BLOCK, out.dtype)
-    for start in range(0, bits.size, BLOCK):
-        stop = min(start + BLOCK, bits.size)
-        target = out[start:stop]
-        if fresh:
-            widen_block(bits[start:stop], stop - start, target, half)
-        else:
-            widen_block(bits[start:stop], stop - start, decoded, half)
-            for i in range(stop - start):
-                target[i] += scale * decoded[i]
+    return widen
 
 
 def _is_half(dtype: str) -> bool:
@@ -153,19 +129,19 @@ def _is_half(dtype: str) -> bool:
 
 def narrow(x: Array, out: Array, dtype: str) -> None:
     """Set `out`, (n,) uint16, to the bits of x, (n,) float, in `dtype`: "float16" or "bfloat16"."""
-    _narrow(x, x[:0], np.empty(0, x.dtype), out, _is_half(dtype))
+    _narrower(_is_half(dtype), False, False)(x, x, np.empty(0, x.dtype), out)
 
 
 def narrow_residual(x: Array, old: Array | None, new: Array, out: Array, dtype: str) -> None:
     """Set `out` to the bits of x + old in `dtype`, and `new` to what they leave out; one pass."""
-    _narrow(x, x[:0] if old is None else old, new, out, _is_half(dtype))
+    _narrower(_is_half(dtype), old is not None, True)(x, x if old is None else old, new, out)
 
 
 def widen(bits: Array, out: Array, dtype: str) -> None:
     """Set `out`, (n,) float, to the numbers whose bits in `dtype` are `bits`, (n,) uint16."""
-    _widen(bits, out, out.dtype.type(1), _is_half(dtype), True)
+    _widener(_is_half(dtype), True)(bits, out, out.dtype.type(1))
 
 
 def widen_add(bits: Array, out: Array, scale: float, dtype: str) -> None:
     """Add scale times the numbers whose bits in `dtype` are `bits` to `out`."""
-    _widen(bits, out, out.dtype.type(scale), _is_half(dtype), False)
+    _widener(_is_half(dtype), False)(bits, out, out.dtype.type(scale))

@@ -45,6 +45,7 @@ ONE, ZERO = np.uint64(1), np.uint64(0)
 S27, S30, S31, S32, S40 = np.uint64(27), np.uint64(30), np.uint64(31), np.uint64(32), np.uint64(40)
 LOW32 = np.uint64(0xFFFFFFFF)
 WORD = np.uint64(64)  # bits
+UNIT = 2.0**-24
 U = np.uint32
 MIX, MIX2, HIGH = U(0x7FEB352D), U(0x846CA68B), U(0x9E3779B9)
 S8, S15, S16 = U(8), U(15), U(16)
@@ -91,6 +92,12 @@ def draws32(base: Any, start: int, size: int, out: Any) -> None:
     else:
         for i in range(size):
             out[i] = draw32(base, first + np.uint64(i))
+
+
+@inline
+def unit24(word: Any) -> Any:
+    """Return the upper 24 of 32 random bits as int32; times UNIT a uniform number in [0, 1)."""
+    return np.int32(word >> S8)
 
 
 @kernel("T[], u8")

@@ -57,9 +57,16 @@ def total(partial: Any, size: int, buffer: Any) -> float:
 @inline
 def magnitudes(x: Any, size: int, factor: float, buffer: Any) -> float:
     """Sum |x[:size]| * factor of one block, size <= TREE."""
-    for i in range(size):
-        buffer[i] = abs(np.float64(x[i])) * factor
-    return fold(buffer, size)
+    if size < TREE:
+        for i in range(size):
+            buffer[i] = abs(np.float64(x[i])) * factor
+        return fold(buffer, size)
+    quarter = TREE // 4  # the first two folds, without a way through the buffer
+    for i in range(quarter):
+        left = abs(np.float64(x[i])) * factor + abs(np.float64(x[i + 2 * quarter])) * factor
+        right = abs(np.float64(x[i + quarter])) * factor + abs(np.float64(x[i + 3 * quarter])) * factor
+        buffer[i] = left + right
+    return fold(buffer, quarter)
 
 
 @inline
@@ -69,6 +76,25 @@ def sum_magnitudes(x: Any, size: int, factor: float, partial: Any, buffer: Any) 
     for block in range(blocks):
         start = block * TREE
         partial[block] = magnitudes(x[start:], min(size - start, TREE), factor, buffer)
+    return total(partial, blocks, buffer)
+
+
+@inline
+def squares(x: Any, size: int, factor: float, buffer: Any) -> float:
+    """Sum (x[:size] * factor)^2 of one block, size <= TREE."""
+    for i in range(size):
+        value = np.float64(x[i]) * factor
+        buffer[i] = value * value
+    return fold(buffer, size)
+
+
+@inline
+def sum_squares(x: Any, size: int, factor: float, partial: Any, buffer: Any) -> float:
+    """Sum (x[:size] * factor)^2; `partial` has room for one float64 a block."""
+    blocks = (size + TREE - 1) // TREE
+    for block in range(blocks):
+        start = block * TREE
+        partial[block] = squares(x[start:], min(size - start, TREE), factor, buffer)
     return total(partial, blocks, buffer)
 
 

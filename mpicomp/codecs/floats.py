@@ -1,0 +1,185 @@
+"""Small floats: `mxfp4` and `mxfp8` with a power of two for 32 elements, `fp8` without, `natural` powers of two."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from mpicomp.arrays import Array
+from mpicomp.codecs.base import Key
+from mpicomp.codecs.checks import check_bool, check_fields, check_scales, little, packed_bytes, work_dtype_of
+from mpicomp.codecs.quantize import check_block
+from mpicomp.errors import WireFormatError
+from mpicomp.kernels import kernels_for
+from mpicomp.specs import Spec
+from mpicomp.wire import Field, Payload
+
+CODES = 512  # elements whose codes lie together
+GROUP = 32  # elements that share an exponent
+LARGEST = {"e4m3": 8, "e5m2": 15, "e2m1": 2}  # exponent of the largest finite number
+TOP = {"e4m3": 0x7E, "e5m2": 0x7B, "e2m1": 0x7}  # its code, without sign
+
+
+class SmallFloat:
+    """What codecs share that write small floats, as `mpicomp.kernels.cpu.floats` does.
+
+    Payload: where 32 elements share a power of two, its exponents (groups,), u1, biased by 127 (E8M0); then codes, u1,
+    packed in blocks of 512 as `mpicomp.kernels.cpu.pack` says. Rounding is to the nearest, ties to even; what exceeds
+    the largest number becomes that, and the rest stays in the residual. `encode` reads x once; `encode_residual` reads
+    x and old once and writes new once.
+    """
+
+    format: str
+
+    linear: ClassVar[bool] = False
+    unbiased: ClassVar[bool] = False
+    contractive: ClassVar[bool] = True
+    fixed: ClassVar[bool] = True
+    block: ClassVar[int] = CODES
+    shared: ClassVar[bool] = True
+
+    @property
+    def _bits(self) -> int:
+        return 4 if self.format == "e2m1" else 8
+
+    def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
+        """The payload of an array of `size` elements of work dtype `dtype`."""
+        codes = Field((packed_bytes(size, self._bits, CODES),), "|u1")
+        return (Field((-(-size // GROUP),), "|u1"), codes) if self.shared else (codes,)
+
+    def encode(self, x: Array, payload: Payload, key: Key) -> int:
+        """Write x into `payload`; return the bytes used."""
+        return self._encode(x, None, payload, None)
+
+    def encode_residual(self, x: Array, old: Array | None, payload: Payload, new: Array, key: Key) -> int:
+        """Encode x + old and set new = x + old - decode(payload); return the bytes used."""
+        return self._encode(x, old, payload, new)
+
+    def _encode(self, x: Array, old: Array | None, payload: Payload, new: Array | None) -> int:
+        kernels_for(x).encode_floats(x, old, new, payload[0] if self.shared else None, payload[-1], self.format)
+        return sum(field.nbytes for field in payload)
+
+    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0) -> None:
+        """Add scale * decode(payload) to `out`."""
+        kernels_for(out).decode_floats(payload[0] if self.shared else None, payload[-1], out, self.format, scale)
+
+    def check(self, payload: Payload, size: int) -> None:
+        """Raise WireFormatError where `payload` is not one of `size` finite elements."""
+        check_fields(payload, self.fields(size, "float32"))
+        if self.shared and (payload[0] > 254 - LARGEST[self.format]).any():
+            raise WireFormatError(f"exponents must be at most {254 - LARGEST[self.format]}")
+        codes = payload[-1]
+        if self._bits == 8 and ((codes & np.uint8(0x7F)) > TOP[self.format]).any():
+            raise WireFormatError("elements must be finite")
+        if not kernels_for(codes).codes_valid(codes, size, self._bits, CODES, 0, 255):
+            raise WireFormatError("the padding must be zero")
+
+
+@dataclass(frozen=True)
+class MXFP4(SmallFloat, Spec):
+    """E2M1, four bits: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and a shared power of two; 4.25 bits an element (OCP MX 1.0, 2023).
+
+    The shared exponent is floor(log2(largest magnitude)) - 2, so what lies above 6 (up to 8) times it becomes 6.
+    """
+
+    spec_name: ClassVar[str] = "mxfp4"
+    format: ClassVar[str] = "e2m1"  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class MXFP8(SmallFloat, Spec):
+    """E4M3 or E5M2, eight bits, and a shared power of two; 8.25 bits an element (OCP MX 1.0, 2023).
+
+    The shared exponent is floor(log2(largest magnitude)) less the format's largest exponent, 8 or 15.
+    """
+
+    format: str = "e4m3"
+
+    spec_name: ClassVar[str] = "mxfp8"
+
+    def __post_init__(self) -> None:
+        _check_format(self.format)
+
+
+@dataclass(frozen=True)
+class FP8(SmallFloat, Spec):
+    """E4M3 (largest 448, smallest 2^-9) or E5M2 (57344, 2^-16) as they are, as `ml_dtypes` rounds; 8 bits an element.
+
+    There is no scale: what is below half the smallest number becomes zero and waits in the residual.
+    """
+
+    format: str = "e4m3"
+
+    spec_name: ClassVar[str] = "fp8"
+    shared: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_format(self.format)
+
+
+def _check_format(name: object) -> None:
+    if name not in ("e4m3", "e5m2"):
+        raise ValueError(f"format must be e4m3 or e5m2, got {name!r}")
+
+
+@dataclass(frozen=True)
+class Natural(Spec):
+    """Round each magnitude at random to a power of two next to it (natural compression, Horvath et al. 2019).
+
+    Unbiased with E||Q - x||^2 <= ||x||^2 / 8; `scaled=False` sends 8/9 as much, which contracts. Payload: scales
+    (blocks,) in the work dtype and codes (size,) u1, a sign and 7 bits of exponent below the scale's, as
+    `mpicomp.kernels.cpu.floats.encode_powers` says, where the paper has 9 bits and no scale. `encode` reads x once;
+    `encode_residual` reads x and old once and writes new once.
+    """
+
+    block: int = 256
+    scaled: bool = True
+
+    spec_name: ClassVar[str] = "natural"
+
+    linear: ClassVar[bool] = False
+    fixed: ClassVar[bool] = True
+    omega: ClassVar[float] = 0.125
+
+    def __post_init__(self) -> None:
+        check_block(self.block)
+        check_bool(self, "scaled")
+
+    @property
+    def unbiased(self) -> bool:
+        """The mean of decode(encode(x)) over keys is x."""
+        return self.scaled
+
+    @property
+    def contractive(self) -> bool:
+        """The error is smaller than x in the mean over keys."""
+        return not self.scaled
+
+    def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
+        """The payload of an array of `size` elements of work dtype `dtype`."""
+        return Field((-(-size // self.block),), little(dtype)), Field((size,), "|u1")
+
+    def encode(self, x: Array, payload: Payload, key: Key) -> int:
+        """Write x into `payload`; return the bytes used."""
+        return self._encode(x, None, payload, None, key)
+
+    def encode_residual(self, x: Array, old: Array | None, payload: Payload, new: Array, key: Key) -> int:
+        """Encode x + old and set new = x + old - decode(payload); return the bytes used."""
+        return self._encode(x, old, payload, new, key)
+
+    def _encode(self, x: Array, old: Array | None, payload: Payload, new: Array | None, key: Key) -> int:
+        scales, codes = payload
+        shrink = 1.0 if self.scaled else 1.0 / (1.0 + self.omega)
+        kernels_for(x).encode_powers(x, old, new, scales, codes, self.block, shrink, key.base(), key.start)
+        return scales.nbytes + codes.nbytes
+
+    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0) -> None:
+        """Add scale * decode(payload) to `out`."""
+        kernels_for(out).decode_powers(payload[0], payload[1], out, self.block, scale)
+
+    def check(self, payload: Payload, size: int) -> None:
+        """Raise WireFormatError where `payload` is not one of `size` finite elements."""
+        check_fields(payload, self.fields(size, work_dtype_of(payload, 0)))
+        check_scales(payload[0], 2)
