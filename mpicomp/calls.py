@@ -18,12 +18,12 @@ from mpicomp.collectives import allgather as allgather_bytes
 from mpicomp.collectives import allreduce as allreduce_exact
 from mpicomp.kernels import kernels_for
 from mpicomp.reducers.apply import OPS, apply
-from mpicomp.reducers.base import Reducer, State
+from mpicomp.reducers.base import Reducer, State, exchange_lengths
 from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.layout import Layout
 from mpicomp.reducers.policies import After, ErrorFeedback, Partition
 from mpicomp.reducers.resolve import Method, describe, is_codec, parsed, resolve
-from mpicomp.wire import POISON, Header, MessageLayout, read_header, write_header
+from mpicomp.wire import HEADER, POISON, Header, MessageLayout, read_header, write_header
 
 HALF = ("float16", "bfloat16")
 
@@ -240,16 +240,22 @@ def _gather_encoded(comm: Comm, codec: Codec, x: Array, rows: Array, step: int) 
     *received, mine = messages
     key = Key(step=step)
     poisoned = bool(x.size) and kernels.nonfinite(wide, None)
+    used = 0
     if not poisoned:
-        codec.encode(wide, layout.views(mine)[0], key._replace(rank=comm.rank))
+        used = codec.encode(wide, layout.views(mine)[0], key._replace(rank=comm.rank))
     write_header(mine, Header(step & 0xFFFFFFFF, 0, POISON if poisoned else 0))
+    if not codec.fixed:
+        mine = mine[: HEADER + used]
+        lengths = exchange_lengths(comm, [mine.size] * comm.size, [True] * comm.size, f"allgather by {codec}")
+        received = [message[:length] for message, length in zip(received, lengths, strict=True)]
     allgather_bytes(comm, mine, received, f"allgather by {codec}")
+    views = layout.views if codec.fixed else layout.cut
     for rank, (row, message) in enumerate(zip(rows, received, strict=True)):
         if read_header(message).flags & POISON:
             wide[...] = np.nan
         else:
             wide[...] = 0
-            codec.decode_add(layout.views(message)[0], wide, key._replace(rank=rank))
+            codec.decode_add(views(message)[0], wide, key._replace(rank=rank))
         if dtype in HALF:
             kernels.narrow(wide, _bits(row), dtype)
         else:

@@ -7,13 +7,20 @@ from mpicomp.codecs.bounded import Bounded
 from mpicomp.codecs.cast import Cast
 from mpicomp.codecs.floats import FP8, MXFP4, MXFP8, Natural
 from mpicomp.codecs.quantize import QSGD, DoReFa, Uniform
+from mpicomp.codecs.randomk import RandomK
+from mpicomp.codecs.rotation import Rotated
 from mpicomp.codecs.sign import Sign, Ternary
-from mpicomp.codecs.sparse import RandomK, TopK
+from mpicomp.codecs.threshold import SampledTopK, Threshold
+from mpicomp.codecs.topk import BlockTopK, TopK
 
 CODECS: dict[str, type] = {
+    "rotated": Rotated,
     "bounded": Bounded,
     "cast": Cast,
     "topk": TopK,
+    "blocktopk": BlockTopK,
+    "sampled_topk": SampledTopK,
+    "threshold": Threshold,
     "randomk": RandomK,
     "uniform": Uniform,
     "qsgd": QSGD,
@@ -29,6 +36,8 @@ CODECS: dict[str, type] = {
 
 __all__ = [
     "CODECS",
+    "BlockTopK",
+    "Bounded",
     "Cast",
     "Codec",
     "DoReFa",
@@ -39,8 +48,11 @@ __all__ = [
     "Natural",
     "QSGD",
     "RandomK",
+    "SampledTopK",
+    "Rotated",
     "Sign",
     "Ternary",
+    "Threshold",
     "TopK",
     "Uniform",
     "stream_of",

@@ -33,8 +33,8 @@ class Sign(Spec):
     With `two_means` (1-bit SGD, Seide et al. 2014, but for an array, not a column of a matrix) what is zero or above
     becomes its own mean, what is below its own. Payload: scale (1,), or means (2,), above first, in the work dtype,
     then bits, u1, as `uniform(bits=1, block=1024)` packs them; nothing for size 0. Sums are taken by the tree of
-    `mpicomp.kernels.cpu.sums`. `encode` reads x once; `encode_residual` reads x and old twice, since the scale is known
-    only at the end, and writes new once.
+    `mpicomp.kernels.cpu.sums`. `encode` reads x once; `encode_residual` reads x and old once, writes new and updates
+    it in a second pass, since the scale is known only at the end of the first.
     """
 
     two_means: bool = False

@@ -1,154 +1,168 @@
-"""A few elements of many: the largest, or random ones."""
+"""What sparse codecs share: k values and where they are, in one message.
+
+**Values.** In the work dtype, or as `values`, any codec of fixed size, encodes an array of these k values, with the
+key of the whole array. **Indices.** One field of bytes, in the coding that `mpicomp.codecs.indices` finds smallest.
+
+**Messages of variable size** are one field of bytes: the number of bytes used, as uint64, these 8 included; 2 k, or
+2 k + 1 where the work dtype is float64, as uint64; the values' fields and the indices, each starting at a multiple of 8
+bytes, filled up with zeros; all little-endian. The capacity is that of k = size.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
+
+import numpy as np
 
 from mpicomp.arrays import Array
-from mpicomp.codecs.base import Key
-from mpicomp.codecs.checks import (
-    check_density,
-    check_fields,
-    check_finite,
-    kept,
-    little,
-    sparse_block,
-    work_dtype_of,
-)
+from mpicomp.codecs import indices
+from mpicomp.codecs.base import Codec, Key
+from mpicomp.codecs.checks import check_fields, check_finite, little
 from mpicomp.errors import WireFormatError
 from mpicomp.kernels import kernels_for
-from mpicomp.specs import Spec
-from mpicomp.wire import Field, Payload
+from mpicomp.wire import ALIGN, Field, Payload
 
-SHORT = 65_536  # elements up to which an index fits two bytes
+HEAD = 16  # bytes before the values of a message of variable size
 
 
-@dataclass(frozen=True)
-class TopK(Spec):
-    """Keep the k = ceil(density * size) elements of largest magnitude, exactly.
+def check_values(values: Any) -> None:
+    """Raise ValueError for what cannot code the values of a sparse codec."""
+    if values is not None and not (hasattr(values, "decode_add") and values.fixed):
+        raise ValueError(f"values must be None or a codec whose messages have a fixed size, got {values!s}")
 
-    Payload: values (k,) in the work dtype, then indices (k,), ascending, u2 where size <= 65,536 and u4 beyond. Of
-    equal magnitudes the lowest indices are kept. `encode` reads x once; `encode_residual` reads x and old once and
-    writes new once, and the elements kept are exactly zero in it. Only adversarial arrays (far more than k elements as
-    large as the k-th) are read a few times more.
-    """
 
-    density: float
+def contracts(values: Codec | None) -> bool:
+    """Whether a codec of values keeps what it is given, or contracts."""
+    return values is None or values.contractive
 
-    spec_name: ClassVar[str] = "topk"
 
-    def __post_init__(self) -> None:
-        check_density(self.density)
-
-    linear: ClassVar[bool] = False
-    unbiased: ClassVar[bool] = False
-    contractive: ClassVar[bool] = True
-    fixed: ClassVar[bool] = True
-
-    @property
-    def block(self) -> int:
-        """Shards are cut at multiples of this: one element is kept of each, or a share of 64."""
-        return sparse_block(self.density)
-
-    def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
-        """The payload of an array of `size` elements of work dtype `dtype`."""
-        k = kept(self.density, size)
-        return Field((k,), little(dtype)), Field((k,), "<u2" if size <= SHORT else "<u4")
-
-    def encode(self, x: Array, payload: Payload, key: Key) -> int:
-        """Write x into `payload`; return the bytes used."""
-        values, indices = payload
-        kernels_for(x).top_k(x, values, indices)
-        return values.nbytes + indices.nbytes
-
-    def encode_residual(self, x: Array, old: Array | None, payload: Payload, new: Array, key: Key) -> int:
-        """Encode x + old and set new = x + old - decode(payload); return the bytes used."""
-        values, indices = payload
-        kernels_for(x).top_k_residual(x, old, new, values, indices)
-        return values.nbytes + indices.nbytes
-
-    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0) -> None:
-        """Add scale * decode(payload) to `out`."""
-        values, indices = payload
-        kernels_for(out).scatter_add(indices, values, out, scale)
-
-    def check(self, payload: Payload, size: int) -> None:
-        """Raise WireFormatError where `payload` is not one of `size` elements with ascending indices below it."""
-        check_fields(payload, self.fields(size, work_dtype_of(payload, 0)))
-        values, indices = payload
-        check_finite(values, "values")
-        if indices.size and (int(indices[-1]) >= size or not (indices[1:] > indices[:-1]).all()):
-            raise WireFormatError(f"indices must ascend strictly and stay below {size}")
+def padded(size: int) -> int:
+    """Round up to a multiple of 8."""
+    return -(-size // ALIGN) * ALIGN
 
 
 @dataclass(frozen=True)
-class RandomK(Spec):
-    """Keep k = ceil(density * size) elements at random places, the same ones on every rank, which nobody sends.
+class Values:
+    """How the k values of a sparse codec are coded: as they are, or by `codec`."""
 
-    Payload: values (k,) in the work dtype. The places are `random_support(size, k, key.shared().base(), key.start)` of
-    `mpicomp.kernels.cpu.random`. `scaled` multiplies by size / k when encoding, which makes the mean over keys exact;
-    unscaled the codec contracts. Payloads of one key may be summed. `encode` touches k elements; `encode_residual`
-    reads x and old once and writes new once.
-    """
+    codec: Codec | None
 
-    density: float
-    scaled: bool = True
+    def fields(self, k: int, dtype: str) -> tuple[Field, ...]:
+        """The fields of k values."""
+        return (Field((k,), little(dtype)),) if self.codec is None else self.codec.fields(k, dtype)
 
-    spec_name: ClassVar[str] = "randomk"
+    def room(self, k: int, payload: Payload, like: Array) -> Array:
+        """Return where k values are written before `encode`: the payload itself where they stay as they are."""
+        return payload[0] if self.codec is None else np.empty(k, like.dtype)
 
-    def __post_init__(self) -> None:
-        check_density(self.density)
-        if not isinstance(self.scaled, bool):
-            raise ValueError(f"scaled must be True or False, got {self.scaled!r}")
+    def encode(self, values: Array, payload: Payload, new: Array | None, places: Array | None, key: Key) -> None:
+        """Encode what `room` holds; new[places] = what the code leaves out."""
+        if self.codec is None:
+            return
+        if new is None or places is None:
+            self.codec.encode(values, payload, key)
+        else:
+            rest = np.empty_like(values)
+            self.codec.encode_residual(values, None, payload, rest, key)
+            kernels_for(new).put_at(places, rest, new)
 
-    linear: ClassVar[bool] = True
-    fixed: ClassVar[bool] = True
+    def decode(self, payload: Payload, k: int, like: Array, key: Key) -> Array:
+        """Return the k values in the dtype of `like`."""
+        if self.codec is None:
+            return payload[0]
+        values = np.zeros(k, like.dtype)
+        self.codec.decode_add(payload, values, key)
+        return values
 
-    @property
-    def unbiased(self) -> bool:
-        """The mean of decode(encode(x)) over keys is x."""
-        return self.scaled
+    def check(self, payload: Payload, k: int, dtypes: tuple[str, ...] = ("float32", "float64")) -> None:
+        """Raise WireFormatError where `payload` is not one of k finite values in one of the dtypes."""
+        kinds = [tuple((array.shape, array.dtype) for array in payload)] * len(dtypes)
+        known = [tuple((f.shape, np.dtype(f.dtype)) for f in self.fields(k, dtype)) for dtype in dtypes]
+        if not any(kind == fields for kind, fields in zip(kinds, known, strict=True)):
+            check_fields(payload, self.fields(k, dtypes[0]))
+        if self.codec is None:
+            check_finite(payload[0], "values")
+        else:
+            self.codec.check(payload, k)
 
-    @property
-    def contractive(self) -> bool:
-        """The error is smaller than x in the mean over keys."""
-        return not self.scaled
 
-    @property
-    def block(self) -> int:
-        """Shards are cut at multiples of this: one element is kept of each, or a share of 64."""
-        return sparse_block(self.density)
+def indices_field(size: int, k: int) -> Field:
+    """The field of k indices below `size`."""
+    return Field((indices.nbytes(indices.smallest(size, k), size, k),), "|u1")
 
-    def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
-        """The payload of an array of `size` elements of work dtype `dtype`."""
-        return (Field((kept(self.density, size),), little(dtype)),)
 
-    def support(self, size: int, key: Key, like: Array) -> Array:
-        """Return the places that are kept, (k,) uint32, ascending, in the kind of array that `like` is."""
-        k = kept(self.density, size)
-        return kernels_for(like).random_support(size, k, key.shared().base(), key.start)
+def write_indices(places: Array, size: int, data: Array) -> None:
+    """Write ascending indices, (k,) uint32, in the smallest coding."""
+    indices.encode(places, size, indices.smallest(size, places.size), data)
 
-    def encode(self, x: Array, payload: Payload, key: Key) -> int:
-        """Write x into `payload`; return the bytes used."""
-        (values,) = payload
-        kernels_for(x).gather(x, self.support(x.size, key, x), values, self._factor(x.size))
-        return values.nbytes
 
-    def encode_residual(self, x: Array, old: Array | None, payload: Payload, new: Array, key: Key) -> int:
-        """Encode x + old and set new = x + old - decode(payload); return the bytes used."""
-        (values,) = payload
-        kernels_for(x).gather_residual(x, old, new, self.support(x.size, key, x), values, self._factor(x.size))
-        return values.nbytes
+def add_sparse(data: Array, values: Array, out: Array, scale: float) -> None:
+    """Add scale * values, (k,), to `out` at the indices in `data`."""
+    indices.scatter_add(data, indices.smallest(out.size, values.size), values, out, scale)
 
-    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0) -> None:
-        """Add scale * decode(payload) to `out`."""
-        kernels_for(out).scatter_add(self.support(out.size, key, out), payload[0], out, scale)
 
-    def check(self, payload: Payload, size: int) -> None:
-        """Raise WireFormatError where `payload` is not one of `size` elements."""
-        check_fields(payload, self.fields(size, work_dtype_of(payload, 0)))
-        check_finite(payload[0], "values")
+def check_indices(data: Array, size: int, k: int) -> None:
+    """Raise WireFormatError where `data` are not k ascending indices below `size` in the smallest coding."""
+    check_fields((data,), (indices_field(size, k),))
+    indices.check(data, size, k, indices.smallest(size, k))
 
-    def _factor(self, size: int) -> float:
-        return size / kept(self.density, size) if self.scaled and size else 1.0
+
+def capacity(values: Values, size: int, dtype: str) -> tuple[Field, ...]:
+    """The field of a message of variable size, whatever number of elements is kept."""
+    if size == 0:
+        return (Field((0,), "|u1"),)
+    room = sum(padded(field.nbytes) for field in values.fields(size, dtype))
+    return (Field((HEAD + room + padded(-(-size // 8)),), "|u1"),)
+
+
+def variable_views(values: Values, message: Array, size: int, k: int, dtype: str) -> tuple[Payload, Array, int]:
+    """Return views of the values' fields and of the indices of a message of variable size, and the bytes used."""
+    found, at = [], HEAD
+    for field in (*values.fields(k, dtype), indices_field(size, k)):
+        found.append(message[at : at + field.nbytes].view(field.dtype).reshape(field.shape))
+        at += padded(field.nbytes)
+    return tuple(found[:-1]), found[-1], at
+
+
+def start_variable(message: Array, used: int, k: int, dtype: str) -> None:
+    """Write the first 16 bytes and zero the others; the arrays are written over them."""
+    message[:used] = 0
+    message[:HEAD].view("<u8")[:] = (used, 2 * k + (dtype == "float64"))
+
+
+def read_variable(message: Array, size: int) -> tuple[int, str]:
+    """Return how many elements a message of variable size holds, and their work dtype; WireFormatError."""
+    if message.size < HEAD:
+        raise WireFormatError(f"a message of {message.size} bytes is shorter than its head")
+    used, counted = message[:HEAD].view("<u8").tolist()
+    k, dtype = counted >> 1, "float64" if counted & 1 else "float32"
+    if k > size or not HEAD <= used <= message.size or used % ALIGN:
+        raise WireFormatError(f"{k} elements of {size} in {used} bytes of {message.size}")
+    return k, dtype
+
+
+def check_variable(values: Values, payload: Payload, size: int) -> None:
+    """Raise WireFormatError where `payload` is no message of variable size for `size` elements."""
+    if len(payload) != 1 or payload[0].ndim != 1 or payload[0].dtype != np.uint8:
+        raise WireFormatError("a payload of one array of bytes expected")
+    message = payload[0]
+    if size == 0:
+        if message.size:
+            raise WireFormatError(f"{message.size} bytes for no elements")
+        return
+    k, dtype = read_variable(message, size)
+    if message.size > capacity(values, size, dtype)[0].nbytes:
+        raise WireFormatError(f"a message of {message.size} bytes is longer than {size} elements can make it")
+    fields = (*values.fields(k, dtype), indices_field(size, k))
+    used = HEAD + sum(padded(field.nbytes) for field in fields)
+    if used != int(message[:8].view("<u8")[0]):
+        raise WireFormatError(f"{k} elements take {used} bytes")
+    coded, data, _ = variable_views(values, message, size, k, dtype)
+    at = HEAD
+    for field in fields:
+        if message[at + field.nbytes : at + padded(field.nbytes)].any():
+            raise WireFormatError("padding must be zero")
+        at += padded(field.nbytes)
+    values.check(coded, k, (dtype,))
+    check_indices(data, size, k)

@@ -12,6 +12,15 @@ import numpy as np
 from mpicomp.arrays import Array
 
 
+class Selection(Protocol):
+    """Which elements were chosen: `count` of them; see `mpicomp.kernels.cpu.select`."""
+
+    @property
+    def count(self) -> int: ...  # noqa: D102
+
+    def write(self, values: Array, indices: Array, zero: bool = False) -> None: ...  # noqa: D102
+
+
 class Kernels(Protocol):
     """What an implementation provides; `mpicomp.kernels.cpu` says what each does. Results are equal bit by bit."""
 
@@ -31,11 +40,33 @@ class Kernels(Protocol):
 
     def widen_add(self, bits: Array, out: Array, scale: float, dtype: str) -> None: ...  # noqa: D102
 
-    def top_k(self, x: Array, values: Array, indices: Array) -> None: ...  # noqa: D102
+    def select_top(  # noqa: D102
+        self, x: Array, old: Array | None, new: Array | None, k: int, share: float = 0.0
+    ) -> Selection: ...
 
-    def top_k_residual(  # noqa: D102
-        self, x: Array, old: Array | None, new: Array, values: Array, indices: Array
+    def select_above(self, x: Array, old: Array | None, new: Array | None, value: float) -> Selection: ...  # noqa: D102
+
+    def block_top_k(  # noqa: D102
+        self, x: Array, old: Array | None, new: Array | None, block: int, k: int, values: Array, indices: Array
     ) -> None: ...
+
+    def encode_bitmap(self, indices: Array, out: Array) -> None: ...  # noqa: D102
+
+    def decode_bitmap(self, data: Array, out: Array) -> None: ...  # noqa: D102
+
+    def add_bitmap(self, data: Array, values: Array, out: Array, scale: float = 1.0) -> None: ...  # noqa: D102
+
+    def encode_elias_fano(self, indices: Array, width: int, out: Array) -> None: ...  # noqa: D102
+
+    def decode_elias_fano(self, data: Array, width: int, out: Array) -> None: ...  # noqa: D102
+
+    def add_elias_fano(  # noqa: D102
+        self, data: Array, width: int, values: Array, out: Array, scale: float = 1.0
+    ) -> None: ...
+
+    def bits_set(self, data: Array, bits: int) -> int: ...  # noqa: D102
+
+    def ascending(self, indices: Array, size: int) -> bool: ...  # noqa: D102
 
     def gather(self, x: Array, indices: Array, values: Array, factor: float = 1.0) -> None: ...  # noqa: D102
 
@@ -45,7 +76,7 @@ class Kernels(Protocol):
 
     def scatter_add(self, indices: Array, values: Array, out: Array, scale: float = 1.0) -> None: ...  # noqa: D102
 
-    def zero_at(self, indices: Array, out: Array) -> None: ...  # noqa: D102
+    def put_at(self, indices: Array, values: Array, out: Array) -> None: ...  # noqa: D102
 
     def random_support(self, size: int, k: int, base: int, start: int = 0) -> Array: ...  # noqa: D102
 
@@ -140,6 +171,18 @@ class Kernels(Protocol):
     def bounded_valid(  # noqa: D102
         self, headers: Array, words: Array, size: int, relative: bool, step: float, shift: int
     ) -> bool: ...
+
+    def rotate(self, x: Array, old: Array | None, y: Array, base: int, start: int) -> None: ...  # noqa: D102
+
+    def spread(self, x: Array, old: Array | None, a: Array, base: int, start: int) -> None: ...  # noqa: D102
+
+    def unspread(self, a: Array, out: Array, base: int, start: int) -> None: ...  # noqa: D102
+
+    def left_out(self, x: Array, old: Array | None, z: Array, scale: float, new: Array) -> None: ...  # noqa: D102
+
+    def products(self, y: Array, z: Array) -> tuple[float, float]: ...  # noqa: D102
+
+    def unrotate(self, y: Array, base: int, start: int) -> None: ...  # noqa: D102
 
     def orthogonalise(self, p: Array, base: int) -> None: ...  # noqa: D102
 

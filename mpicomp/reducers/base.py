@@ -22,11 +22,11 @@ import numpy as np
 from mpicomp.agreement import digest_of
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec, Key, stream_of
-from mpicomp.collectives import Comm
+from mpicomp.collectives import Comm, as_bytes, exchange
 from mpicomp.errors import ConfigMismatch
 from mpicomp.kernels import kernels_for
 from mpicomp.reducers.layout import Layout, Piece, empty
-from mpicomp.wire import POISON, Field, Header, MessageLayout, read_header, write_header
+from mpicomp.wire import ALIGN, HEADER, POISON, Field, Header, MessageLayout, Payload, read_header, write_header
 
 Units = dict[str, dict[str, Array]]
 """What is worth keeping of a state, by unit name: {"layer.weight": {"residual": (size,) array}}."""
@@ -172,7 +172,8 @@ def nonfinite(x: Array, old: Array | None, layout: Layout) -> bool:
 class Message:
     """A buffer with the payloads of several pieces, and the coding of these pieces in it.
 
-    The pieces lie in a flat array where their units do, or, with `side_by_side`, one after the other.
+    The pieces lie in a flat array where their units do, or, with `side_by_side`, one after the other. The first
+    `length` bytes of the buffer are what is sent or was received: all of them for a fixed codec.
     """
 
     def __init__(
@@ -191,34 +192,78 @@ class Message:
             for piece, end in zip(self.pieces, ends, strict=True)
         ]
         fields = [codec.fields(piece.size, dtype) for piece in self.pieces]
-        layout = MessageLayout([*fields, extra] if extra else fields)
-        self.buffer = empty(layout.nbytes if self.pieces else 0, "uint8")
+        self.layout = MessageLayout([*fields, extra] if extra else fields)
+        self.buffer = empty(self.layout.nbytes if self.pieces else 0, "uint8")
         self.buffer[...] = 0  # padding travels too
-        self.payloads = layout.views(self.buffer) if self.pieces else []
+        self.payloads = self.layout.views(self.buffer) if self.pieces else []
+        self.length = self.buffer.size
+
+    @property
+    def travelling(self) -> Array:
+        """The part of the buffer that is sent or received."""
+        return self.buffer[: self.length]
 
     def seal(self, sequence: int, state: State, poisoned: bool) -> None:
-        """Write the header."""
+        """Write the header. Of a poisoned message of variable size nothing else is sent."""
+        if poisoned and not self.codec.fixed:
+            self.length = min(HEADER, self.buffer.size)
         if self.pieces:
             write_header(self.buffer, Header(sequence & 0xFFFFFFFF, state.digest, POISON if poisoned else 0))
 
     def encode(self, x: Array, state: State, stage: int, rank: int, old: Array | None, new: Array | None) -> None:
         """Encode the pieces of x, or those of x + old and write what the code leaves out to `new`."""
+        used = []
         for piece, place, payload in zip(self.pieces, self.places, self.payloads, strict=False):
             key = state.key(piece, stage, rank)
             if new is None:
-                self.codec.encode(x[place], payload, key)
+                used.append(self.codec.encode(x[place], payload, key))
             else:
-                self.codec.encode_residual(x[place], None if old is None else old[place], payload, new[place], key)
+                rest = None if old is None else old[place]
+                used.append(self.codec.encode_residual(x[place], rest, payload, new[place], key))
+        if self.pieces and not self.codec.fixed:
+            self.length = self.layout.close_up(self.buffer, used)
 
     def decode_add(self, out: Array, state: State, stage: int, rank: int) -> None:
         """Add the decoded pieces to `out`."""
-        for piece, place, payload in zip(self.pieces, self.places, self.payloads, strict=False):
+        payloads: list[Payload] = self.payloads
+        if self.pieces and not self.codec.fixed:
+            payloads = self.layout.cut(self.buffer)
+        for piece, place, payload in zip(self.pieces, self.places, payloads, strict=False):
             self.codec.decode_add(payload, out[place], state.key(piece, stage, rank))
 
 
 def message_nbytes(codec: Codec, pieces: Sequence[Piece], dtype: str) -> int:
-    """Size in bytes of a message of these pieces; nothing is sent for none."""
-    return MessageLayout([codec.fields(piece.size, dtype) for piece in pieces]).nbytes if pieces else 0
+    """Bytes sent for a message of these pieces, none for none; if its size varies, at most so many, length included."""
+    if not pieces:
+        return 0
+    return MessageLayout([codec.fields(piece.size, dtype) for piece in pieces]).nbytes + (0 if codec.fixed else ALIGN)
+
+
+def exchange_messages(comm: Comm, outgoing: Sequence[Message], incoming: Sequence[Message], operation: str) -> None:
+    """Send outgoing[r] to every rank r and receive incoming[r] from it; messages of variable size after their lengths.
+
+    A message without pieces is not sent, and has no length to tell: both sides know that.
+    """
+    if not outgoing[0].codec.fixed:
+        told = exchange_lengths(
+            comm, [m.length if m.pieces else None for m in outgoing], [bool(m.pieces) for m in incoming], operation
+        )
+        for message, length in zip(incoming, told, strict=True):
+            message.length = length
+    exchange(comm, [m.travelling for m in outgoing], [m.travelling for m in incoming], operation)
+
+
+def exchange_lengths(comm: Comm, outgoing: Sequence[int | None], expected: Sequence[bool], operation: str) -> list[int]:
+    """Tell every rank r the length outgoing[r], unless None, and return those told, 0 where none is expected."""
+    lengths = np.array([length or 0 for length in outgoing], "<u8").reshape(-1, 1)
+    told = np.zeros((comm.size, 1), "<u8")
+    exchange(
+        comm,
+        [as_bytes(row[: 0 if length is None else 1]) for row, length in zip(lengths, outgoing, strict=True)],
+        [as_bytes(row[: int(some)]) for row, some in zip(told, expected, strict=True)],
+        f"{operation}, lengths",
+    )
+    return [int(length) for length in told[:, 0]]
 
 
 def opened(messages: Sequence[Message], sequence: int, state: State) -> bool:

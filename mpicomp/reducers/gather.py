@@ -9,13 +9,14 @@ import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
-from mpicomp.collectives import Comm, allgather
+from mpicomp.collectives import Comm
 from mpicomp.reducers.base import (
     Message,
     Reduction,
     Remembering,
     State,
     check_codec,
+    exchange_messages,
     message_nbytes,
     nonfinite,
     opened,
@@ -56,7 +57,7 @@ class Gather(Remembering, Spec):
         if not poisoned:
             mine.encode(x, state, 0, comm.rank, state.residual, state.spare)
         mine.seal(sequence, state, poisoned)
-        allgather(comm, mine.buffer, [message.buffer for message in received], str(self))
+        exchange_messages(comm, [mine] * comm.size, received, str(self))
         if opened(received, sequence, state):
             return poisoned_total(out, state.layout), state
 

@@ -36,7 +36,7 @@ REDUCERS: dict[str, type[Any]] = {
     "after": After,
     "partition": Partition,
 }
-ALIASES = {"fp16": "cast(dtype=fp16)", "bf16": "cast(dtype=bf16)"}
+ALIASES = {"fp16": "cast(dtype=fp16)", "bf16": "cast(dtype=bf16)", "int8": "uniform(bits=8)"}
 GATHER_BYTES = 4096  # a payload below this is gathered: its cost is the number of messages, not their size
 
 Method = str | Codec | Reducer

@@ -14,7 +14,7 @@ import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
-from mpicomp.collectives import Comm, allgather, exchange
+from mpicomp.collectives import Comm
 from mpicomp.kernels import kernels_for
 from mpicomp.reducers.base import (
     Message,
@@ -22,6 +22,7 @@ from mpicomp.reducers.base import (
     Remembering,
     State,
     check_codec,
+    exchange_messages,
     message_nbytes,
     nonfinite,
     opened,
@@ -63,11 +64,11 @@ class TwoStage(Remembering, Spec):
             if not poisoned:
                 message.encode(x, state, 0, me, state.residual, state.spare)
             message.seal(sequence, state, poisoned)
-        exchange(comm, [m.buffer for m in buffers.outgoing], [m.buffer for m in buffers.incoming], f"{self}, stage 1")
+        exchange_messages(comm, buffers.outgoing, buffers.incoming, f"{self}, stage 1")
 
         poisoned = opened(buffers.incoming, sequence, state) or self._fill_share(buffers, state, me)
         buffers.share.seal(sequence, state, poisoned)
-        allgather(comm, buffers.share.buffer, [m.buffer for m in buffers.shares], f"{self}, stage 2")
+        exchange_messages(comm, [buffers.share] * comm.size, buffers.shares, f"{self}, stage 2")
         if opened(buffers.shares, sequence, state):
             return poisoned_total(out, state.layout), state
 

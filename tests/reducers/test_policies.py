@@ -146,6 +146,28 @@ def test_unbiased_codecs_are_refused_under_feedback_with_the_spec_to_use(
 
 
 @pytest.mark.parametrize(
+    ("codec", "contraction"),
+    [
+        ("qsgd", "qsgd(scaled=False)"),
+        ("ternary(clip=2.5)", "ternary(clip=2.5, scaled=False)"),
+        ("rotated(dorefa)", "rotated(dorefa(scaled=False))"),
+        ("rotated(sign, scaled=True)", "rotated(sign)"),
+        ("topk(density=0.1, values=natural)", "topk(density=0.1, values=natural(scaled=False))"),
+        ("randomk(density=0.1, values=sign)", "randomk(density=0.1, scaled=False, values=sign)"),
+    ],
+)
+def test_every_codec_has_its_contraction_under_feedback(codec: str, contraction: str) -> None:
+    with pytest.raises(ValueError, match="needs a contraction") as caught:
+        parse(f"error_feedback(two_stage({codec}))")
+    assert str(parse(f"error_feedback(two_stage({contraction}))")) in str(caught.value)
+
+
+def test_a_codec_without_a_contraction_is_refused_under_feedback() -> None:
+    with pytest.raises(ValueError, match=r"uniform\(bits=2, minmax=True\) neither is one nor has one beside it"):
+        parse("error_feedback(gather(uniform(bits=2, minmax=True)))")
+
+
+@pytest.mark.parametrize(
     "spec",
     [
         "error_feedback(topk(density=0.1))",

@@ -3,23 +3,49 @@
 from mpicomp.kernels.cpu.bounded import bounded_valid, decode_bounded, encode_bounded
 from mpicomp.kernels.cpu.convert import narrow, narrow_residual, widen, widen_add
 from mpicomp.kernels.cpu.floats import decode_floats, decode_powers, encode_floats, encode_powers
+from mpicomp.kernels.cpu.hadamard import left_out, products, rotate, spread, unrotate, unspread
+from mpicomp.kernels.cpu.indices import (
+    add_bitmap,
+    add_elias_fano,
+    ascending,
+    bits_set,
+    decode_bitmap,
+    decode_elias_fano,
+    encode_bitmap,
+    encode_elias_fano,
+)
 from mpicomp.kernels.cpu.linalg import orthogonalise, outer_add
 from mpicomp.kernels.cpu.quantize import codes_valid, decode_blocks, encode_blocks
 from mpicomp.kernels.cpu.random import fill_uniform, random_support
-from mpicomp.kernels.cpu.select import gather, gather_residual, scatter_add, top_k, top_k_residual, zero_at
+from mpicomp.kernels.cpu.scatter import gather, gather_residual, put_at, scatter_add
+from mpicomp.kernels.cpu.select import block_top_k, select_above, select_top
 from mpicomp.kernels.cpu.sign import encode_sign, largest, moments
 from mpicomp.kernels.cpu.sums import add, axpy, nonfinite, sum_tree
 
 __all__ = [
+    "unspread",
+    "spread",
+    "products",
+    "left_out",
     "add",
+    "add_bitmap",
+    "add_elias_fano",
+    "ascending",
     "axpy",
+    "bits_set",
+    "block_top_k",
     "bounded_valid",
     "codes_valid",
+    "decode_bitmap",
     "decode_blocks",
+    "decode_bounded",
+    "decode_elias_fano",
     "decode_floats",
     "decode_powers",
-    "encode_bounded",
+    "encode_bitmap",
     "encode_blocks",
+    "encode_bounded",
+    "encode_elias_fano",
     "encode_floats",
     "encode_powers",
     "encode_sign",
@@ -33,12 +59,14 @@ __all__ = [
     "nonfinite",
     "orthogonalise",
     "outer_add",
+    "put_at",
     "random_support",
+    "rotate",
     "scatter_add",
+    "select_above",
+    "select_top",
     "sum_tree",
-    "top_k",
-    "top_k_residual",
+    "unrotate",
     "widen",
     "widen_add",
-    "zero_at",
 ]

@@ -76,8 +76,10 @@ class Kernel(Generic[P, R]):
 
     def __init__(self, function: Callable[P, R], signature: str) -> None:
         self.function = function
-        constants = [str(cell.cell_contents) for cell in function.__closure__ or ()]
-        self.name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}({', '.join(constants)})"
+        constants = [cell.cell_contents for cell in function.__closure__ or ()]
+        if not all(isinstance(constant, int | float) for constant in constants):
+            raise TypeError(f"constants of a kernel must be numbers, or Numba compiles it every time; got {constants}")
+        self.name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}({', '.join(map(str, constants))})"
         self.parameters = [parameter.strip() for parameter in signature.split(",")]
         self.compiled = 0
         self.loaded = 0

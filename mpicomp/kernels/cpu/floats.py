@@ -240,9 +240,10 @@ def encode_powers(
     """Write x + old as signed powers of two times a scale a block; `new` gets what is left out; one pass.
 
     The scale before it is multiplied by `shrink` is the power of two at or below the block's largest magnitude, at
-    least the smallest normal number and at most a quarter of the first one beyond the largest (more is clipped). Code: sign in bit 7, below it c = 0 for zero, else 1 .. 127 for 2^(c - 126) times
-    the scale. The float32 of |x| / scale is rounded to a power of two at random such that its mean stays: draw32 >> 9
-    is added to its bits and the mantissa dropped. Below 2^-125 of the scale numbers become zero.
+    least the smallest normal number and at most a quarter of the first one beyond the largest (more is clipped). Code:
+    sign in bit 7, below it c = 0 for zero, else 1 .. 127 for 2^(c - 126) times the scale. The float32 of |x| / scale is
+    rounded to a power of two at random such that its mean stays: draw32 >> 9 is added to its bits and the mantissa
+    dropped. Below 2^-125 of the scale numbers become zero.
     """
     if x.size:
         _power_encoder(new is not None)(

@@ -47,7 +47,7 @@ def load_range(x: Any, old: Any, start: int, size: int, out: Any) -> Any:
 
 @inline
 def load_norm(x: Any, old: Any, start: int, size: int, out: Any, partial: Any, tree: Any) -> Any:
-    """Do the same; return the Euclidean norm, by the tree of `sums`; the largest magnitude where the norm is infinite."""
+    """Do the same; return the norm, by the tree of `sums`, or the largest magnitude where the norm is infinite."""
     top = np.float64(load_largest(x, old, start, size, out))
     if not 0 < top < np.inf:
         return out.dtype.type(top)

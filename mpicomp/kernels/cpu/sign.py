@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mpicomp.arrays import Array
-from mpicomp.kernels.cpu.bits import clear, float_of, load, magnitude
+from mpicomp.kernels.cpu.bits import clear, copy, float_of, load, magnitude
 from mpicomp.kernels.cpu.compile import Kernel, inline, kernel
 from mpicomp.kernels.cpu.pack import pack, padded
 from mpicomp.kernels.cpu.scale import load_largest
@@ -30,54 +30,52 @@ def above_zero(x: Any, size: int, factor: float, buffer: Any) -> float:
 
 
 @inline
-def leave(x: Any, old: Any, upper: Any, lower: Any, new: Any) -> None:
-    """Set new = x + old less the number that stands for its sign."""
-    if old.size:
-        for i in range(x.size):
-            value = x[i] + old[i]
-            new[i] = value - (lower if value < 0 else upper)
-    else:
-        for i in range(x.size):
-            new[i] = x[i] - (lower if x[i] < 0 else upper)
+def leave(upper: Any, lower: Any, new: Any) -> None:
+    """Take from each element the number that stands for its sign."""
+    for i in range(new.size):
+        new[i] -= lower if new[i] < 0 else upper
+
+
+@inline
+def sums(x: Any, old: Any, new: Any, factor: float, packed: Any, two_means: bool, write: bool) -> Any:
+    """Return the sum of magnitudes, that of what is positive (for two means), and how many are negative."""
+    buffer, codes, tree = np.empty(TREE, x.dtype), np.empty(TREE, np.uint8), np.empty(TREE, np.float64)
+    blocks = (x.size + TREE - 1) // TREE
+    every, positive = np.empty(blocks + 1, np.float64), np.empty(blocks + 1, np.float64)
+    negative: Any = 0
+    for number in range(blocks):
+        first = number * TREE
+        size = min(TREE, x.size - first)
+        load(x, old, first, first + size, buffer)
+        if new.size and write:
+            copy(buffer, size, new[first : first + size])
+        if write:
+            whole = padded(size)
+            count = np.int32(0)
+            for i in range(size):
+                code = np.uint8(buffer[i] < 0)
+                codes[i] = code
+                count += np.int32(code)
+            negative += count
+            clear(codes, size, whole)
+            pack(codes[:whole], 1, packed[first // 8 : (first + whole) // 8])
+        every[number] = magnitudes(buffer, size, factor, tree)
+        if two_means:
+            positive[number] = above_zero(buffer, size, factor, tree)
+    if two_means:
+        return total(every, blocks, tree), total(positive, blocks, tree), negative
+    return total(every, blocks, tree), 0.0, negative
 
 
 @functools.cache
 def _encoder(two_means: bool, feedback: bool) -> Kernel[..., Any]:
-    @inline
-    def sums(x: Any, old: Any, factor: float, packed: Any, write: bool) -> Any:
-        """Return the sum of magnitudes, that of what is positive (for two means), and how many are negative."""
-        buffer, codes, tree = np.empty(TREE, x.dtype), np.empty(TREE, np.uint8), np.empty(TREE, np.float64)
-        blocks = (x.size + TREE - 1) // TREE
-        every, positive = np.empty(blocks + 1, np.float64), np.empty(blocks + 1, np.float64)
-        negative: Any = 0
-        for number in range(blocks):
-            first = number * TREE
-            size = min(TREE, x.size - first)
-            load(x, old, first, first + size, buffer)
-            if write:
-                whole = padded(size)
-                count = np.int32(0)
-                for i in range(size):
-                    code = np.uint8(buffer[i] < 0)
-                    codes[i] = code
-                    count += np.int32(code)
-                negative += count
-                clear(codes, size, whole)
-                pack(codes[:whole], 1, packed[first // 8 : (first + whole) // 8])
-            every[number] = magnitudes(buffer, size, factor, tree)
-            if two_means:
-                positive[number] = above_zero(buffer, size, factor, tree)
-        if two_means:
-            return total(every, blocks, tree), total(positive, blocks, tree), negative
-        return total(every, blocks, tree), 0.0, negative
-
     @kernel("const T[], const T[], T[], T[], u1[]")
     def encode_sign(x: Any, old: Any, new: Any, scales: Any, packed: Any) -> None:
         factor, back = 1.0, 1.0
-        every, positive, negative = sums(x, old, factor, packed, True)
+        every, positive, negative = sums(x, old, new, factor, packed, two_means, True)
         if every == np.inf:  # numbers near the top of float64
             factor, back = DOWN, UP
-            every, positive, _ = sums(x, old, factor, packed, False)
+            every, positive, _ = sums(x, old, new, factor, packed, two_means, False)
         if two_means:
             scales[0] = positive / max(1, x.size - negative) * back
             scales[1] = -((every - positive) / max(1, negative) * back)
@@ -87,7 +85,7 @@ def _encoder(two_means: bool, feedback: bool) -> Kernel[..., Any]:
             upper, lower = scales[0], scales[1] if two_means else -scales[0]
             for stretch in range((x.size + STRETCH - 1) // STRETCH - 1, -1, -1):
                 part = slice(stretch * STRETCH, min((stretch + 1) * STRETCH, x.size))
-                leave(x[part], old[part] if old.size else old, upper, lower, new[part])
+                leave(upper, lower, new[part])
 
     return encode_sign
 
@@ -133,8 +131,8 @@ def moments(x: Array, old: Array | None, limit: float, factor: float) -> tuple[f
 def encode_sign(x: Array, old: Array | None, new: Array | None, scales: Array, packed: Array) -> None:
     """Write the signs of x + old, and to scales, (1,), its mean magnitude; to (2,) the means of x >= 0 and of x < 0.
 
-    x and old are read once; for `new`, what is left out, they are read a second time. The mean below zero is the sum of
-    magnitudes less that of what is positive, over their number; all sums by the tree of `sums`.
+    x and old are read once; `new`, what is left out, is written and then updated in a second pass. The mean below zero
+    is the sum of magnitudes less that of what is positive, over their number; all sums by the tree of `sums`.
     """
     if x.size:
         encoder = _encoder(scales.size == 2, new is not None)

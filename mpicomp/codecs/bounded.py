@@ -1,0 +1,174 @@
+"""Every element within a bound: `bounded`, for numbers of simulations rather than gradients."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+
+from mpicomp.arrays import Array
+from mpicomp.codecs.base import Key
+from mpicomp.codecs.checks import is_number
+from mpicomp.errors import WireFormatError
+from mpicomp.kernels import kernels_for
+from mpicomp.specs import Spec
+from mpicomp.wire import Field, Payload
+
+BLOCK = 256  # elements
+LENGTH = 8  # bytes of the field that says how many are used
+NARROWER = 1 - 2.0**-6  # of a step: what rounding d costs then rarely breaks the bound; 0.02 bits an element
+
+
+class Settings(NamedTuple):
+    """What the kernels take for a bound and a dtype; see `mpicomp.kernels.cpu.bounded`."""
+
+    relative: bool
+    step: float
+    inverse: float
+    limit: int
+    shift: int
+
+
+@lru_cache(maxsize=256)
+def settings(absolute: float | None, relative: float | None, dtype: str) -> Settings:
+    """Return what the kernels take; step and inverse are numbers of the dtype."""
+    kind, word = (np.float32, np.uint32) if dtype == "float32" else (np.float64, np.uint64)
+    if relative is not None:
+        mantissa = max(0, math.ceil(-math.log2(relative)) - 1)
+        while math.ldexp(1.0, -mantissa - 1) > relative:  # the logarithm was rounded
+            mantissa += 1
+        return Settings(True, 0.0, 0.0, 0, max(0, np.finfo(kind).nmant - mantissa))
+    assert absolute is not None
+    largest = float(np.finfo(kind).max)
+    limit = kind(min(absolute, largest))
+    if float(limit) > absolute:
+        limit = np.nextafter(limit, kind(0))
+    step = float(kind(min(2 * absolute * NARROWER, largest)))
+    inverse = 1 / step if step and 1 / step <= largest else 0.0
+    return Settings(False, step, float(kind(inverse)), max(1, int(limit.view(word))), 0)
+
+
+@dataclass(frozen=True)
+class Bounded(Spec):
+    """Keep every element within a bound, |x - d| <= abs, or pointwise |x - d| <= rel * |x|; exactly one is given.
+
+    d is what `decode_add` adds to zeros of x's dtype, and the bound holds in exact arithmetic, for any finite x: the
+    encoder compares each x with the d that the decoder will compute, and a block of 256 of which one element misses the
+    bound (huge beside `abs`, denormal under `rel`) is stored as it is. `rel` is relative to each element, not to the
+    range of the array as elsewhere: a range is known only after a pass over x, differs between ranks, and says nothing
+    about small elements; for it, compute `abs` from the range. `rel` keeps ceil(-log2(rel)) - 1 bits of mantissa
+    rounded to the nearest, so bounds between two powers of 1/2 cost what the smaller one costs; a zero stays zero.
+
+    Payload: one array of bytes: how many are used (u8, a multiple of 8), itemsize of x (u1), a header for each block,
+    zeros up to a multiple of 8, then the blocks' words and zeros up to a multiple of 8, all as
+    `mpicomp.kernels.cpu.bounded` says; nothing for size 0. For `abs`, step is 2 * abs * (1 - 2^-6) in double precision,
+    at most the largest number of x's dtype, rounded to it; inverse is 1 / step in double precision, rounded to it, or 0
+    where that is infinite; limit is `abs` rounded to the dtype towards zero, at least its smallest number. For `rel`,
+    shift is the bits of a mantissa less those that are kept. Quantisation follows SZ (Di, Cappello 2016), with its
+    first-order prediction where that takes fewer bits.
+
+    Under error feedback the residual is what is left out, so it stays within the bound too (`rel`: of x + old).
+    `encode` reads x once; `encode_residual` reads x and old once and writes new once.
+    """
+
+    abs: float | None = None
+    rel: float | None = None
+
+    spec_name: ClassVar[str] = "bounded"
+
+    def __post_init__(self) -> None:
+        if (self.abs is None) == (self.rel is None):
+            raise ValueError("bounded takes either abs or rel")
+        name, value = ("abs", self.abs) if self.rel is None else ("rel", self.rel)
+        if not is_number(value) or not 0.0 < value < math.inf:  # type: ignore[operator]
+            raise ValueError(f"{name} must be a positive number, got {value!r}")
+        if self.rel is not None and self.rel >= 1.0:
+            raise ValueError(f"rel must be below 1, got {self.rel!r}")
+
+    linear: ClassVar[bool] = False
+    unbiased: ClassVar[bool] = False
+    contractive: ClassVar[bool] = True
+    fixed: ClassVar[bool] = False
+    block: ClassVar[int] = BLOCK
+
+    def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
+        """The payload of an array of `size` elements of work dtype `dtype`: room for all of them as they are."""
+        itemsize = np.dtype(dtype).itemsize
+        return (Field((_words_at(size) + -(-size * itemsize // 8) * 8 if size else 0,), "|u1"),)
+
+    def encode(self, x: Array, payload: Payload, key: Key) -> int:
+        """Write x into `payload`; return the bytes used."""
+        return self._encode(x, None, payload, None)
+
+    def encode_residual(self, x: Array, old: Array | None, payload: Payload, new: Array, key: Key) -> int:
+        """Encode x + old and set new = x + old - decode(payload); return the bytes used."""
+        return self._encode(x, old, payload, new)
+
+    def _encode(self, x: Array, old: Array | None, payload: Payload, new: Array | None) -> int:
+        if not x.size:
+            return 0
+        (message,) = payload
+        start, blocks = _words_at(x.size), -(-x.size // BLOCK)
+        message[LENGTH] = x.itemsize
+        message[LENGTH + 1 + blocks : start] = 0
+        room = start + -(-x.nbytes // 8) * 8
+        words = message[start:room].view(f"<u{x.itemsize}")
+        headers = message[LENGTH + 1 : LENGTH + 1 + blocks]
+        wide = settings(self.abs, self.rel, x.dtype.name)
+        count = kernels_for(x).encode_bounded(x, old, new, headers, words, *wide)
+        used = start + -(-count * x.itemsize // 8) * 8
+        message[start + count * x.itemsize : used] = 0
+        message[:LENGTH].view("<u8")[0] = used
+        return used
+
+    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0) -> None:
+        """Add scale * decode(payload) to `out`; ValueError where the message is one of another dtype."""
+        if not out.size:
+            return
+        headers, words = _parts(payload[0], out.size)
+        if words.itemsize != out.itemsize:
+            raise ValueError(f"the message holds elements of {words.itemsize} bytes, out those of {out.itemsize}")
+        wide = settings(self.abs, self.rel, out.dtype.name)
+        kernels_for(out).decode_bounded(headers, words, out, wide.relative, wide.step, wide.shift, scale)
+
+    def check(self, payload: Payload, size: int) -> None:
+        """Raise WireFormatError where `payload` is not one of `size` finite elements."""
+        if len(payload) != 1 or payload[0].dtype != np.uint8 or payload[0].ndim != 1:
+            raise WireFormatError("a payload of one array of bytes expected")
+        message = payload[0]
+        if size == 0:
+            if message.size:
+                raise WireFormatError(f"no bytes expected for no elements, got {message.size}")
+            return
+        headers, words = _parts(message, size)
+        wide = settings(self.abs, self.rel, f"float{8 * words.itemsize}")
+        if message.size > self.fields(size, f"float{8 * words.itemsize}")[0].shape[0]:
+            raise WireFormatError(f"{message.size} bytes are more than {size} elements can take")
+        if not kernels_for(message).bounded_valid(headers, words, size, wide.relative, wide.step, wide.shift):
+            raise WireFormatError("headers and words do not fit each other, or an element is not finite")
+
+    def ratio(self, payload: Payload, size: int, dtype: str) -> float:
+        """Return the ratio achieved: bytes of an array of `size` elements of `dtype` over the bytes used for it."""
+        return size * np.dtype(dtype).itemsize / int(payload[0][:LENGTH].view("<u8")[0]) if size else 1.0
+
+
+def _words_at(size: int) -> int:
+    """Return where the words of a message begin."""
+    return LENGTH + -(-(1 + -(-size // BLOCK)) // 8) * 8
+
+
+def _parts(message: Array, size: int) -> tuple[Array, Array]:
+    """Return the headers and words of a message; WireFormatError where it is too short or contradicts itself."""
+    start = _words_at(size)
+    if not message.flags.aligned or message.ctypes.data % 8:
+        message = message.copy()
+    used = int(message[:LENGTH].view("<u8")[0]) if message.size >= LENGTH else 0
+    if not start <= used <= message.size or used % 8:
+        raise WireFormatError(f"a message of {message.size} bytes says that {used} are used, {start} at least expected")
+    itemsize = int(message[LENGTH])
+    if itemsize not in (4, 8):
+        raise WireFormatError(f"elements of {itemsize} bytes; 4 or 8 expected")
+    return message[LENGTH + 1 : LENGTH + 1 + -(-size // BLOCK)], message[start:used].view(f"<u{itemsize}")

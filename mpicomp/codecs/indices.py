@@ -1,0 +1,130 @@
+"""How k ascending indices below `size` become bytes, and which way takes the fewest.
+
+    u32         4 bytes an index, little-endian
+    u16         in blocks of 65,536 elements: for every block but the last the number of its indices, 4 bytes; then the
+                lower 2 bytes of every index; little-endian
+    bitmap      one bit an element
+    elias_fano  the lower w bits of every index, then its upper part in unary; w = `width(size, k)`
+
+`mpicomp.kernels.cpu.indices` says where each bit of the last two lies. `smallest` chooses by `nbytes` alone, so that
+sizes are known before any data is, and are the same on every rank.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from mpicomp.arrays import Array
+from mpicomp.errors import WireFormatError
+from mpicomp.kernels import kernels_for
+
+CODINGS = ("u32", "u16", "bitmap", "elias_fano")
+SHORT = 65_536
+
+
+@lru_cache(maxsize=4096)
+def width(size: int, k: int) -> int:
+    """Return the width of Elias-Fano's lower parts: the one of 0..31 with the fewest bits, of equal ones the least."""
+    return min(range(32), key=lambda w: (k * w + ((size - 1) >> w), w))
+
+
+def _upper_bits(size: int, k: int) -> int:
+    return k + ((size - 1) >> width(size, k))
+
+
+def nbytes(coding: str, size: int, k: int) -> int:
+    """Return how many bytes `k` indices below `size` take; none for k = 0."""
+    if k == 0:
+        return 0
+    if coding == "u32":
+        return 4 * k
+    if coding == "u16":
+        return 2 * k + 4 * ((size - 1) // SHORT)
+    if coding == "bitmap":
+        return -(-size // 8)
+    if coding == "elias_fano":
+        return -(-k * width(size, k) // 8) + -(-_upper_bits(size, k) // 8)
+    raise ValueError(f"coding must be one of {', '.join(CODINGS)}, got {coding!r}")
+
+
+@lru_cache(maxsize=4096)
+def smallest(size: int, k: int) -> str:
+    """Return the coding that takes the fewest bytes, of equal ones the first of CODINGS."""
+    return min(CODINGS, key=lambda coding: nbytes(coding, size, k))
+
+
+def encode(indices: Array, size: int, coding: str, out: Array) -> None:
+    """Write indices, (k,) uint32, strictly ascending and below size, to out, (nbytes(coding, size, k),) uint8."""
+    if indices.size == 0:
+        return
+    if coding == "u32":
+        out.view("<u4")[:] = indices
+    elif coding == "u16":
+        blocks = (size - 1) // SHORT
+        ends = np.searchsorted(indices, np.arange(1, blocks + 1) * SHORT)
+        out[: 4 * blocks].view("<u4")[:] = np.diff(ends, prepend=0)
+        out[4 * blocks :].view("<u2")[:] = indices & np.uint32(SHORT - 1)
+    elif coding == "bitmap":
+        kernels_for(out).encode_bitmap(indices, out)
+    else:
+        kernels_for(out).encode_elias_fano(indices, width(size, indices.size), out)
+
+
+def decode(data: Array, size: int, coding: str, out: Array) -> None:
+    """Set out, (k,) uint32, to the indices in `data`, which `check` let pass."""
+    if out.size == 0:
+        return
+    if coding == "u32":
+        out[:] = data.view("<u4")
+    elif coding == "u16":
+        blocks = (size - 1) // SHORT
+        counts = data[: 4 * blocks].view("<u4").astype(np.int64)
+        last = out.size - int(counts.sum())
+        out[:] = np.repeat(np.arange(blocks + 1, dtype=np.uint32) << np.uint32(16), np.append(counts, last))
+        out |= data[4 * blocks :].view("<u2")
+    elif coding == "bitmap":
+        kernels_for(out).decode_bitmap(data, out)
+    else:
+        kernels_for(out).decode_elias_fano(data, width(size, out.size), out)
+
+
+def scatter_add(data: Array, coding: str, values: Array, out: Array, scale: float = 1.0) -> None:
+    """Add scale * values, (k,), to `out` at the indices in `data`."""
+    kernels = kernels_for(out)
+    if coding == "bitmap":
+        kernels.add_bitmap(data, values, out, scale)
+    elif coding == "elias_fano":
+        kernels.add_elias_fano(data, width(out.size, values.size), values, out, scale)
+    else:
+        places = np.empty(values.size, np.uint32)
+        decode(data, out.size, coding, places)
+        kernels.scatter_add(places, values, out, scale)
+
+
+def check(data: Array, size: int, k: int, coding: str) -> None:
+    """Raise WireFormatError where `data`, (nbytes(coding, size, k),) uint8, is not what `encode` writes for k indices.
+
+    Takes 4 k bytes of memory.
+    """
+    if k == 0:
+        return
+    if coding == "u16":
+        counts = data[: 4 * ((size - 1) // SHORT)].view("<u4")
+        whole = int(counts.sum(dtype=np.uint64)) <= k
+    elif coding == "bitmap":
+        whole = kernels_for(data).bits_set(data, size) == k
+    elif coding == "elias_fano":
+        lower = k * width(size, k)
+        at = -(-lower // 8)
+        padded = lower % 8 and int(data[at - 1]) >> lower % 8
+        whole = not padded and kernels_for(data).bits_set(data[at:], _upper_bits(size, k)) == k
+    else:
+        whole = True
+    if whole:
+        indices = np.empty(k, np.uint32)
+        decode(data, size, coding, indices)
+        whole = kernels_for(data).ascending(indices, size)
+    if not whole:
+        raise WireFormatError(f"indices must be {k}, ascend strictly and stay below {size}")

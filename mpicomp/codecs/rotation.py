@@ -1,0 +1,202 @@
+"""A random rotation before another codec, or a Kashin representation: large elements are spread over their chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from mpicomp.arrays import Array
+from mpicomp.codecs.base import Codec, Key
+from mpicomp.codecs.checks import check_bool, check_fields, check_finite, little
+from mpicomp.errors import WireFormatError
+from mpicomp.kernels import kernels_for
+from mpicomp.specs import Spec
+from mpicomp.wire import Field, Payload
+
+CHUNK = 4096  # elements that are rotated together
+TILE = 1 << 16  # elements: a tile, rotated, stays in the second-level cache
+ROOM = 3481  # elements that a Kashin representation of 4096 holds
+KASHIN_TILE = 18 * ROOM
+STAGE = 2  # of the key that draws signs; the codec inside draws from stages 0 and 1
+
+
+def coefficients(size: int) -> int:
+    """Return how many numbers the Kashin representation of `size` numbers has; `mpicomp.kernels.cpu.hadamard`."""
+    total, length = 0, CHUNK
+    while size > 0:
+        while length > 64 and length * 17 // 20 > size:
+            length //= 2
+        total += length
+        size -= length * 17 // 20
+    return total
+
+
+@dataclass(frozen=True)
+class Rotated(Spec):
+    """Multiply by random signs and a Hadamard matrix, in chunks, then encode with `codec`, which must be fixed.
+
+    An array is cut into tiles of 65,536 elements; each is rotated as `mpicomp.kernels.cpu.hadamard` says, with base
+    `key.shared()` at stage 2 and counted from the tile's position in the unit, and then encoded as an array of its own,
+    with the key's start moved to the tile. Nothing is padded. Payload: the fields of `codec`, each the concatenation
+    over tiles; with `scaled`, then scales (tiles,) in the work dtype: S = ||x||^2 / <Rx, Q(Rx)> (DRIVE and EDEN,
+    Vargaftik et al. 2021, 2022), 1 where that is no positive finite number.
+
+    `kashin` encodes instead the Kashin representation of tiles of 18 * 3481 elements, 1 / 0.85 as many numbers without
+    large ones among them (Caldas et al. 2018), which pays for a codec of one or two bits; positions
+    are counted in coefficients: a tile at t starts at (start // 3481 + t / 3481) * 4096.
+
+    The rotation is orthogonal, so the error of a tile is that of its rotated numbers: bias and contraction are those of
+    `codec`, as is the mean under `kashin`, while the norm of a representation exceeds that of x and nothing is known of
+    contraction; S makes `sign` nearly unbiased, and neither unbiased nor contracting exactly. Numbers beyond 1/256 of
+    the largest finite one are clipped; the rest stays in the residual. `encode` reads x once; `encode_residual` reads x
+    and old twice, the second time from the cache, and writes new once.
+    """
+
+    codec: Codec
+    kashin: bool = False
+    scaled: bool = False
+
+    spec_name: ClassVar[str] = "rotated"
+
+    def __post_init__(self) -> None:
+        if not getattr(self.codec, "fixed", False) or isinstance(self.codec, Rotated):
+            raise ValueError(f"codec must be a codec of fixed size that does not rotate, got {self.codec}")
+        check_bool(self, "kashin", "scaled")
+
+    linear: ClassVar[bool] = False
+    fixed: ClassVar[bool] = True
+
+    @property
+    def unbiased(self) -> bool:
+        """The mean of decode(encode(x)) over keys is x."""
+        return self.codec.unbiased and not self.scaled
+
+    @property
+    def contractive(self) -> bool:
+        """The error is smaller than x in the mean over keys."""
+        return self.codec.contractive and not self.scaled and not self.kashin
+
+    @property
+    def tile(self) -> int:
+        """Elements that are rotated and encoded together."""
+        return KASHIN_TILE if self.kashin else TILE
+
+    @property
+    def block(self) -> int:
+        """Shards are cut at multiples of this: whole chunks of at least one block of the codec inside."""
+        chunks = -(-self.codec.block // CHUNK)
+        return chunks * (ROOM if self.kashin else CHUNK)
+
+    def _inside(self, size: int) -> int:
+        """Return how many numbers the codec inside gets for `size` elements."""
+        return coefficients(size) if self.kashin else size
+
+    def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
+        """The payload of an array of `size` elements of work dtype `dtype`."""
+        full = self.codec.fields(self._inside(self.tile), dtype)
+        rest = self.codec.fields(self._inside(size % self.tile), dtype)
+        count = size // self.tile
+        joined = [Field((count * a.shape[0] + b.shape[0],), b.dtype) for a, b in zip(full, rest, strict=True)]
+        return (*joined, Field((-(-size // self.tile),), little(dtype))) if self.scaled else tuple(joined)
+
+    def encode(self, x: Array, payload: Payload, key: Key) -> int:
+        """Write x into `payload`; return the bytes used."""
+        return self._encode(x, None, payload, None, key)
+
+    def encode_residual(self, x: Array, old: Array | None, payload: Payload, new: Array, key: Key) -> int:
+        """Encode x + old and set new = x + old - decode(payload); return the bytes used."""
+        return self._encode(x, old, payload, new, key)
+
+    def _encode(self, x: Array, old: Array | None, payload: Payload, new: Array | None, key: Key) -> int:
+        kernels = kernels_for(x)
+        base = self._base(key)
+        room = min(self._inside(self.tile), self._inside(x.size))
+        rotated, decoded = np.empty(room, x.dtype), np.empty(room, x.dtype)
+        back = np.empty(min(self.tile, x.size) if self.kashin else 0, x.dtype)
+        for number, (first, stop, inner, part) in enumerate(self._tiles(payload, x.size, x.dtype.name, key)):
+            size = self._inside(stop - first)
+            y, z = rotated[:size], decoded[:size]
+            rest = None if old is None else old[first:stop]
+            (kernels.spread if self.kashin else kernels.rotate)(x[first:stop], rest, y, base, inner.start)
+            self.codec.encode(y, part, inner)
+            if self.scaled or new is not None:
+                z.fill(0)
+                self.codec.decode_add(part, z, inner)
+            if self.scaled:
+                payload[-1][number] = _drive_scale(y, z)
+            if new is not None:
+                z = self._back(z, back[: stop - first], base, inner.start)
+                kernels.left_out(x[first:stop], rest, z, payload[-1][number] if self.scaled else 1.0, new[first:stop])
+        return sum(field.nbytes for field in payload)
+
+    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0) -> None:
+        """Add scale * decode(payload) to `out`."""
+        kernels = kernels_for(out)
+        base = self._base(key)
+        decoded = np.empty(min(self._inside(self.tile), self._inside(out.size)), out.dtype)
+        back = np.empty(min(self.tile, out.size) if self.kashin else 0, out.dtype)
+        for number, (first, stop, inner, part) in enumerate(self._tiles(payload, out.size, out.dtype.name, key)):
+            z = decoded[: self._inside(stop - first)]
+            z.fill(0)
+            self.codec.decode_add(part, z, inner)
+            z = self._back(z, back[: stop - first], base, inner.start)
+            if self.scaled:
+                z *= payload[-1][number]
+            kernels.axpy(z, out[first:stop], scale)
+
+    def check(self, payload: Payload, size: int) -> None:
+        """Raise WireFormatError where `payload` is not one of `size` elements, or they would not all be finite."""
+        dtype = next((name for name in ("float32", "float64") if self._fits(payload, size, name)), "")
+        if not dtype:
+            raise WireFormatError(f"the fields are not those of {size} elements")
+        if self.scaled:
+            check_finite(payload[-1], "scales")
+        for first, stop, _, part in self._tiles(payload, size, dtype, Key()):
+            self.codec.check(part, self._inside(stop - first))
+        out = np.zeros(size, dtype)
+        with np.errstate(over="ignore", invalid="ignore"):
+            self.decode_add(payload, out, Key())
+        check_finite(out, "elements")
+
+    def _back(self, z: Array, out: Array, base: int, start: int) -> Array:
+        """Undo the rotation of z, in place or into `out`; return where the result is."""
+        if self.kashin:
+            kernels_for(z).unspread(z, out, base, start)
+            return out
+        kernels_for(z).unrotate(z, base, start)
+        return z
+
+    def _fits(self, payload: Payload, size: int, dtype: str) -> bool:
+        try:
+            check_fields(payload, self.fields(size, dtype))
+        except WireFormatError:
+            return False
+        return True
+
+    def _base(self, key: Key) -> int:
+        return key.shared()._replace(stage=STAGE).base()
+
+    def _tiles(self, payload: Payload, size: int, dtype: str, key: Key) -> Iterator[tuple[int, int, Key, Payload]]:
+        """Yield where each tile begins and ends, its key, and its part of the payload."""
+        widths = [field.shape[0] for field in self.codec.fields(self._inside(self.tile), dtype)]
+        for number, first in enumerate(range(0, size, self.tile)):
+            start = key.start // ROOM * CHUNK + first // ROOM * CHUNK if self.kashin else key.start + first
+            yield (
+                first,
+                min(first + self.tile, size),
+                key._replace(start=start),
+                tuple(
+                    field[number * width : (number + 1) * width] for field, width in zip(payload, widths, strict=False)
+                ),
+            )
+
+
+def _drive_scale(y: Array, z: Array) -> float:
+    """Return <y, y> / <y, z>, or 1 where that is no positive finite number of their dtype."""
+    same, mixed = kernels_for(y).products(y, z)
+    with np.errstate(all="ignore"):
+        scale = float(y.dtype.type(np.float64(same) / np.float64(mixed)))
+    return scale if 0 < scale < np.inf else 1.0

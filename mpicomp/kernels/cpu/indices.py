@@ -1,0 +1,248 @@
+"""Ascending indices as bytes: bitmaps and Elias-Fano codes, and their way back.
+
+**bitmap.** Index i is bit i % 8, counted from the lowest, of byte i // 8: ceil(size / 8) bytes.
+
+**Elias-Fano** (Elias 1974, Fano 1971) of k indices below size, with a width of w bits: the w lowest bits of index
+number j are bits j w .. j w + w - 1 of the first ceil(k w / 8) bytes; of the bits of the bytes that follow, as many as
+hold k + ((size - 1) >> w) bits, bit (index >> w) + j is set. Bits are counted from the lowest of the first byte; what
+is left of either part's last byte is zero.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+
+from mpicomp.arrays import Array
+from mpicomp.kernels.cpu.bits import clear, intrinsic, lowest
+from mpicomp.kernels.cpu.compile import inline, kernel
+
+ZERO, ONE, WORD = np.uint64(0), np.uint64(1), np.uint64(64)
+S6, LOW3, LOW6 = np.uint64(6), np.uint64(7), np.uint64(63)
+STEP = 1024  # elements whose memory is asked for together
+
+
+@intrinsic
+def load64(typing_context: Any, data: Any, at: Any) -> Any:
+    """Return bytes at .. at + 7 of data, (n,) uint8, as a little-endian uint64; nothing checks at + 8 <= n."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        start = context.make_array(signature.args[0])(context, builder, args[0]).data
+        word = builder.load(builder.bitcast(builder.gep(start, [args[1]]), ir.IntType(64).as_pointer()))
+        word.align = 1
+        return word
+
+    return types.uint64(data, types.int64), codegen
+
+
+@intrinsic
+def store64(typing_context: Any, data: Any, at: Any, word: Any) -> Any:
+    """Set bytes at .. at + 7 of data, (n,) uint8, to a little-endian uint64; nothing checks at + 8 <= n."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        start = context.make_array(signature.args[0])(context, builder, args[0]).data
+        stored = builder.store(args[2], builder.bitcast(builder.gep(start, [args[1]]), ir.IntType(64).as_pointer()))
+        stored.align = 1
+        return context.get_dummy_value()
+
+    return types.void(data, types.int64, types.uint64), codegen
+
+
+@intrinsic
+def prefetch(typing_context: Any, x: Any, at: Any) -> Any:
+    """Ask for x[at] to be brought to the cache; never fails."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        start = context.make_array(signature.args[0])(context, builder, args[0]).data
+        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+        asked = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+        where = builder.bitcast(builder.gep(start, [args[1]]), byte)
+        builder.call(asked, [where, ir.Constant(word, 1), ir.Constant(word, 3), ir.Constant(word, 1)])
+        return context.get_dummy_value()
+
+    return types.void(x, types.int64), codegen
+
+
+@intrinsic
+def ones(typing_context: Any, value: Any) -> Any:
+    """Return how many bits of a uint64 are set."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.ctpop(args[0])
+
+    return types.int64(types.uint64), codegen
+
+
+@inline
+def read(data: Any, at: int) -> Any:
+    """Return eight bytes from `at` on, zeros beyond the end."""
+    if at + 8 <= data.size:
+        return load64(data, at)
+    word = ZERO
+    for place in range(at, data.size):
+        word |= np.uint64(data[place]) << np.uint64(8 * (place - at))
+    return word
+
+
+@inline
+def write(data: Any, at: int, word: Any) -> None:
+    """Set eight bytes from `at` on, those that exist."""
+    if at + 8 <= data.size:
+        store64(data, at, word)
+    else:
+        for place in range(at, data.size):
+            data[place] = np.uint8(word >> np.uint64(8 * (place - at)))
+
+
+@kernel("const u4[], u1[]")
+def _encode_bitmap(indices: Any, out: Any) -> None:
+    clear(out, 0, out.size)
+    for i in range(indices.size):
+        out[indices[i] >> np.uint32(3)] |= np.uint8(1) << np.uint8(indices[i] & np.uint32(7))
+
+
+@kernel("const u4[], i8, u1[]")
+def _encode_elias_fano(indices: Any, width: int, out: Any) -> None:
+    k = indices.size
+    low, high = out[: (k * width + 7) // 8], out[(k * width + 7) // 8 :]
+    mask, shift = (ONE << np.uint64(width)) - ONE, np.uint64(width)
+    word, filled, at = ZERO, ZERO, 0
+    for j in range(k):  # the lower parts: whole 32-bit words
+        word |= (np.uint64(indices[j]) & mask) << filled
+        filled += shift
+        if filled >= np.uint64(32):
+            write(low, at, word)
+            word >>= np.uint64(32)
+            filled -= np.uint64(32)
+            at += 4
+    write(low, at, word)
+    word, now = ZERO, np.int64(0)
+    for j in range(k):
+        place = (np.uint64(indices[j]) >> shift) + np.uint64(j)
+        block = np.int64(place >> S6)
+        if block != now:
+            write(high, 8 * now, word)
+            for between in range(now + 1, block):
+                write(high, 8 * between, ZERO)
+            word, now = ZERO, block
+        word |= ONE << (place & LOW6)
+    write(high, 8 * now, word)
+    clear(high, min(8 * now + 8, high.size), high.size)
+
+
+@inline
+def add_at(places: Any, first: int, count: int, values: Any, out: Any, scale: Any) -> None:
+    """Add scale * values[first : first + count] to out[places[:count]]."""
+    for i in range(count):
+        out[places[i]] += scale * values[first + i]
+
+
+@kernel("const u1[], i8, u4[]")
+def _decode(data: Any, width: int, out: Any) -> None:
+    j = 0
+    high, mask, shift = data[(out.size * max(width, 0) + 7) // 8 :], ZERO, ZERO
+    if width >= 0:
+        mask, shift = (ONE << np.uint64(width)) - ONE, np.uint64(width)
+    for at in range(0, high.size, 8):
+        word = read(high, at)
+        while word != ZERO:
+            place = 8 * at + lowest(word)
+            word &= word - ONE
+            if width >= 0:
+                bit = j * width
+                low = (read(data, bit >> 3) >> (np.uint64(bit) & LOW3)) & mask
+                out[j] = (np.uint64(place - j) << shift) | low
+            else:
+                out[j] = place
+            j += 1
+
+
+@kernel("const u1[], i8, const T[], T[], T")
+def _add(data: Any, width: int, values: Any, out: Any, scale: Any) -> None:
+    # In steps: indices first, with their elements asked for, then the sums, which so wait for memory together.
+    places = np.empty(STEP + 64, np.uint32)
+    j, done = 0, 0
+    high, mask, shift = data[(values.size * max(width, 0) + 7) // 8 :], ZERO, ZERO
+    if width >= 0:
+        mask, shift = (ONE << np.uint64(width)) - ONE, np.uint64(width)
+    for at in range(0, high.size, 8):
+        word = read(high, at)
+        while word != ZERO:
+            place = np.int64(8 * at + lowest(word))
+            word &= word - ONE
+            if width >= 0:
+                bit = j * width
+                low = (read(data, bit >> 3) >> (np.uint64(bit) & LOW3)) & mask
+                place = np.int64((np.uint64(place - j) << shift) | low)
+            prefetch(out, place)
+            places[j - done] = place
+            j += 1
+        if j - done >= STEP:
+            add_at(places, done, j - done, values, out, scale)
+            done = j
+    add_at(places, done, j - done, values, out, scale)
+
+
+@kernel("const u1[], i8")
+def _count(data: Any, bits: int) -> int:
+    """Return how many bits are set, or -1 where one is from bit `bits` on; data has ceil(bits / 8) bytes."""
+    count = 0
+    for at in range(0, data.size, 8):
+        count += ones(read(data, at))
+    if bits % 8 and data[bits // 8] >> np.uint8(bits % 8):
+        return -1
+    return count
+
+
+@kernel("const u4[], i8")
+def _ascending(indices: Any, size: int) -> bool:
+    wrong = 0
+    for i in range(1, indices.size):
+        wrong |= indices[i] <= indices[i - 1]
+    return not wrong and (indices.size == 0 or int(indices[indices.size - 1]) < size)
+
+
+def encode_bitmap(indices: Array, out: Array) -> None:
+    """Write ascending indices, (k,) uint32, as a bitmap, (ceil(size / 8),) uint8."""
+    _encode_bitmap(indices, out)
+
+
+def encode_elias_fano(indices: Array, width: int, out: Array) -> None:
+    """Write ascending indices, (k,) uint32, k > 0, as an Elias-Fano code of that width."""
+    _encode_elias_fano(indices, width, out)
+
+
+def decode_bitmap(data: Array, out: Array) -> None:
+    """Set out, (k,) uint32, to the k indices of a bitmap."""
+    _decode(data, -1, out)
+
+
+def decode_elias_fano(data: Array, width: int, out: Array) -> None:
+    """Set out, (k,) uint32, to the indices of an Elias-Fano code."""
+    _decode(data, width, out)
+
+
+def add_bitmap(data: Array, values: Array, out: Array, scale: float = 1.0) -> None:
+    """Add scale * values, (k,), to `out` at the k places of a bitmap."""
+    if values.size:
+        _add(data, -1, values, out, out.dtype.type(scale))
+
+
+def add_elias_fano(data: Array, width: int, values: Array, out: Array, scale: float = 1.0) -> None:
+    """Add scale * values, (k,), to `out` at the places of an Elias-Fano code; nothing is kept in between."""
+    if values.size:
+        _add(data, width, values, out, out.dtype.type(scale))
+
+
+def bits_set(data: Array, bits: int) -> int:
+    """Return how many of the first `bits` bits are set, -1 where one beyond them is; data: (ceil(bits / 8),) uint8."""
+    return int(_count(data, bits))
+
+
+def ascending(indices: Array, size: int) -> bool:
+    """Tell whether indices, (k,) uint32, ascend strictly and stay below size."""
+    return bool(_ascending(indices, size))

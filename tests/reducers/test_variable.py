@@ -1,0 +1,121 @@
+"""Messages of codecs whose size depends on the data: only what is used is sent, and nothing else changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pytest
+from reducers.members import FEW, LAYOUT, TINY, check_law, inputs, layout_of, run
+from team import Team
+
+from mpicomp.arrays import Array
+from mpicomp.calls import allgather
+from mpicomp.codecs import CODECS, Key
+from mpicomp.reducers import Layout, Reducer
+from mpicomp.reducers.gather import Gather
+from mpicomp.reducers.policies import ErrorFeedback
+from mpicomp.reducers.two_stage import TwoStage
+from mpicomp.specs import Spec
+from mpicomp.wire import Field, Payload
+
+
+@dataclass(frozen=True)
+class Above(Spec):
+    """Keep what is above `value` in magnitude, as (index, value) in float64; in pure NumPy."""
+
+    value: float
+    spec_name: ClassVar[str] = "above"
+    linear: ClassVar[bool] = False
+    unbiased: ClassVar[bool] = False
+    contractive: ClassVar[bool] = True
+    fixed: ClassVar[bool] = False
+    block: ClassVar[int] = 16
+
+    def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
+        return (Field((8 + 16 * size if size else 0,), "|u1"),)
+
+    def encode(self, x: Array, payload: Payload, key: Key) -> int:
+        if not x.size:
+            return 0
+        (data,) = payload
+        (indices,) = np.nonzero(np.abs(x) > self.value)
+        used = 8 + 16 * indices.size
+        words = data[:used].view("<f8")
+        words[:1].view("<u8")[0] = used
+        words[1 : 1 + indices.size] = indices
+        words[1 + indices.size :] = x[indices]
+        return used
+
+    def encode_residual(self, x: Array, old: Array | None, payload: Payload, new: Array, key: Key) -> int:
+        new[...] = x if old is None else x + old
+        used = self.encode(new, payload, key)
+        new[np.abs(new) > self.value] = 0
+        return used
+
+    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0) -> None:
+        if out.size:
+            (data,) = payload
+            assert data.size == int(data[:8].view("<u8")[0])
+            indices, values = data[8:].view("<f8").reshape(2, -1)
+            out[indices.astype(int)] += (scale * values).astype(out.dtype)
+
+    def check(self, payload: Payload, size: int) -> None:
+        pass
+
+
+REDUCERS = [Gather, TwoStage]
+
+
+def check_traffic(team: Team, reducer: Reducer, layout: Layout, dtype: str, reductions: int) -> None:
+    for comm, rank in zip(team.comms, team.ranks, strict=True):
+        assert comm.traffic.counted == rank.sent_bytes
+        assert comm.traffic.counted <= reductions * reducer.nbytes(layout, dtype, team.size, comm.rank)
+
+
+@pytest.mark.parametrize("kind", REDUCERS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5])
+def test_nothing_is_lost(kind: type, dtype: str, ranks: int) -> None:
+    for layout in (LAYOUT, FEW, TINY, layout_of({"a": (0,)}), layout_of({})):
+        team, reducer = Team(ranks, seed=ranks), ErrorFeedback(kind(Above(2.0)))
+        check_law(run(team, reducer, layout, inputs(ranks, 20, layout.size, dtype)))
+        check_traffic(team, reducer, layout, dtype, 20)
+
+
+@pytest.mark.parametrize("kind", REDUCERS)
+def test_only_what_is_used_is_sent(kind: type) -> None:
+    team, reducer = Team(3), ErrorFeedback(kind(Above(1e30)))
+    history = run(team, reducer, LAYOUT, inputs(3, 1, LAYOUT.size, "float32"))
+    assert not history.totals.any()
+    for comm in team.comms:  # headers, lengths, and 8 bytes for each of at most 12 pieces, to two ranks in two stages
+        assert comm.traffic.counted <= 2 * 2 * (16 + 8 + 8 * 12)
+
+
+@pytest.mark.parametrize("kind", REDUCERS)
+def test_a_poisoned_rank_sends_a_header_and_later_steps_are_as_ever(kind: type) -> None:
+    x = inputs(3, 4, LAYOUT.size, "float32").copy()
+    x[1, 2, 5] = np.inf
+    team, reducer = Team(3), ErrorFeedback(kind(Above(1.0)))
+    history = run(team, reducer, LAYOUT, x)
+    assert history.poisoned.tolist() == [[False, False, True, False]] * 3
+    assert np.isnan(history.totals[:, 2]).all()
+    assert np.array_equal(history.residuals[:, 2], history.residuals[:, 3])
+    without = run(Team(3), reducer, LAYOUT, np.delete(x, 2, axis=1))
+    assert without.totals[:, 2].tobytes() == history.totals[:, 3].tobytes()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_allgather_of_variable_size(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+    monkeypatch.setitem(CODECS, "above", Above)
+    team, codec = Team(ranks), Above(1.0)
+    x = inputs(ranks, 1, 50, "float32")[:, 0].copy()
+    x[-1, 3] = np.nan
+    rows = team.run(lambda comm: allgather(comm, x[comm.rank], codec))
+    expected = np.where(np.abs(x) > 1, x, 0)
+    expected[-1] = np.nan
+    for found in rows:
+        assert np.array_equal(found, expected, equal_nan=True)
+    empty = Team(ranks).run(lambda comm: allgather(comm, x[comm.rank, :0], codec))
+    assert [found.shape for found in empty] == [(ranks, 0)] * ranks
