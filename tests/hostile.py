@@ -29,6 +29,22 @@ WORDS = (0, 1, 2, 7, 0x7F, 0x80, 0xFF, 0x7F80, 0x7C00, 0xFFFF, 0x7F800000, 0x7F7
 WORDS += (0x80000000, 1 << 32, (1 << 63) - 1, (1 << 64) - 1, 0x7FEFFFFFFFFFFFFF, 0x7FF0000000000000)
 
 
+class Unchecked:
+    """A codec to `unframe`, but for its check."""
+
+    def __init__(self, codec: Any) -> None:
+        self.codec = codec
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.codec, name)
+
+    def __str__(self) -> str:
+        return str(self.codec)
+
+    def check(self, payload: Any, size: int) -> None:
+        """Let everything pass."""
+
+
 class Target:
     """A codec, honest frames of it, and guarded arrays to decode into."""
 
@@ -103,26 +119,31 @@ class Target:
         return outcomes
 
     def outcome(self, data: bytes) -> str:
-        """Decode a message if it is accepted; return why not, in the first words of the error, or "decoded"."""
+        """Decode a message if it is accepted; return who refused it and the first words why, or "decoded"."""
+        stage, out = "frame", None
         try:
-            framed = unframe(data, self.codec, max_size=max(SIZES))
-        except WireFormatError as error:
-            return " ".join(word for word in str(error).split()[:5] if not any(c.isdigit() for c in word))
-        memory = self.memory[framed.dtype]
-        out = memory[GUARD : GUARD + framed.size]
-        out[...] = 0
-        try:
+            framed = unframe(data, Unchecked(self.codec), max_size=max(SIZES))
+            stage = "check"
+            self.codec.check(framed.payload, framed.size)
+            stage = "decode_add"
+            memory = self.memory[framed.dtype]
+            out = memory[GUARD : GUARD + framed.size]
+            out[...] = 0
             self.codec.decode_add(framed.payload, out, Key(*framed.key))
+            stage = "decoded"
         except WireFormatError as error:
-            assert not out.any(), "refused after the array was written to"
-            out[...] = FILL
-            assert (memory == FILL).all(), "written outside the array"
-            return "decode_add: " + " ".join(str(error).split()[:4])
-        finite = np.isfinite(out).all()
+            words = [word for word in str(error).split()[:5] if not any(c.isdigit() for c in word)]
+            reason = f"{stage}: {' '.join(words)}"
+        if out is None:
+            return reason
+        finite, touched = np.isfinite(out).all(), out.any()
         out[...] = FILL
         assert (memory == FILL).all(), "written outside the array"
         assert finite, "decoded to what is not finite"
-        return "decoded"
+        if stage == "decoded":
+            return stage
+        assert not touched, "refused after the array was written to"
+        return reason
 
 
 def main() -> None:
@@ -148,10 +169,13 @@ def main() -> None:
             failed += 1
             print(f"FAILED {error}", flush=True)
             continue
-        decoded = outcomes.pop("decoded", 0)
-        print(f"{codec}: {args.messages} messages, {decoded} decoded, {time.perf_counter() - began:.0f} s; refused:")
+        stages: Counter[str] = Counter()
+        for reason, count in outcomes.items():
+            stages[reason.partition(":")[0]] += count
+        print(f"{codec}: {args.messages} messages, {dict(stages)}, {time.perf_counter() - began:.0f} s; refused:")
         for reason, count in outcomes.most_common():
-            print(f"  {count:8} {reason}", flush=True)
+            if reason != "decoded":
+                print(f"  {count:8} {reason}", flush=True)
     raise SystemExit(failed > 0)
 
 

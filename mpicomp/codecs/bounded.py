@@ -125,12 +125,12 @@ class Bounded(Spec):
         return used
 
     def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0) -> None:
-        """Add scale * decode(payload) to `out`; ValueError where the message is one of another dtype."""
+        """Add scale * decode(payload) to `out`; WireFormatError where the message is one of another dtype."""
         if not out.size:
             return
         headers, words = _parts(payload[0], out.size)
         if words.itemsize != out.itemsize:
-            raise ValueError(f"the message holds elements of {words.itemsize} bytes, out those of {out.itemsize}")
+            raise WireFormatError(f"the message holds elements of {words.itemsize} bytes, out those of {out.itemsize}")
         wide = settings(self.abs, self.rel, out.dtype.name)
         kernels_for(out).decode_bounded(headers, words, out, wide.relative, wide.step, wide.shift, scale)
 

@@ -183,10 +183,12 @@ def test_wrong_settings_are_refused(config, text):
     assert text in str(caught.value)
 
 
-def test_other_dtype_is_refused():
-    message = coded(Bounded(abs=0.1), np.ones(5, np.float32))[0]
-    with pytest.raises(ValueError, match="elements of 4 bytes"):
-        Bounded(abs=0.1).decode_add((message,), np.zeros(5), Key())
+@pytest.mark.parametrize(("sent", "taken"), [("float32", "float64"), ("float64", "float32")])
+def test_other_dtype_is_refused(sent, taken):
+    message, out = coded(Bounded(abs=0.1), np.ones(5, sent))[0], np.full(5, 3, taken)
+    with pytest.raises(WireFormatError, match=f"elements of {np.dtype(sent).itemsize} bytes"):
+        Bounded(abs=0.1).decode_add((message,), out, Key())
+    assert (out == 3).all()
 
 
 if __name__ == "__main__":

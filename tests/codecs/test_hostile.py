@@ -15,5 +15,5 @@ def test_hostile_messages_are_refused_or_decoded_in_bounds(codec):
     assert all(target.outcome(honest) == "decoded" for honest, _ in target.honest)
     outcomes = target.attack(MESSAGES)
     assert sum(outcomes.values()) == MESSAGES
-    assert outcomes["the checksum is wrong: the"] > MESSAGES / 50
+    assert outcomes["frame: the checksum is wrong: the"] > MESSAGES / 50
     assert 0 < outcomes["decoded"] < MESSAGES

@@ -120,7 +120,8 @@ def _encode_elias_fano(indices: Any, width: int, out: Any) -> None:
             filled -= np.uint64(32)
             at += 4
     write(low, at, word)
-    word, now = ZERO, np.int64(0)
+    word = ZERO
+    now: Any = np.int64(0)
     for j in range(k):
         place = (np.uint64(indices[j]) >> shift) + np.uint64(j)
         block = np.int64(place >> S6)

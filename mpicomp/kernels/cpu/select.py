@@ -2,10 +2,11 @@
 
 Exact selection of k of n: (1) a sample gives two magnitudes, `low`, which somewhat more than k elements should reach,
 and `high`, which somewhat fewer should exceed; (2) one pass over the array marks those that reach `low`, one bit an
-element, counts those above `high` and copies the few in between; (3) bisection among the copied ones finds the k-th
-largest magnitude, and how many of the k have just that; (4) the marked elements are visited in ascending order and
-those chosen are written, of equal magnitudes the first. Where the sample misled, the bisection runs over the whole
-array. So the result is exact for any input and the sample only decides how long it takes.
+element, counts those above `high`, and copies them, and the few in between apart, while they are in the cache; (3)
+bisection among those in between finds the k-th largest magnitude, and how many of the k have just that; (4) the marked
+elements are gone through in ascending order and those chosen are written, of equal magnitudes the first. Where the
+sample misled, the bisection runs over the whole array. So the result is exact for any input and the sample only decides
+how long it takes.
 """
 
 from __future__ import annotations
@@ -16,73 +17,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import types
 
 from mpicomp.arrays import Array
-from mpicomp.kernels.cpu.bits import copy, intrinsic, load, lowest, magnitude, unsigned
-from mpicomp.kernels.cpu.compile import inline, kernel
-from mpicomp.kernels.cpu.indices import STEP, ones, prefetch
+from mpicomp.kernels.cpu.bits import copy, load, lowest, magnitude
+from mpicomp.kernels.cpu.compile import kernel
+from mpicomp.kernels.cpu.indices import ones, prefetch
+from mpicomp.kernels.cpu.marks import marked, reaching, sum_above64
 from mpicomp.kernels.cpu.random import draw
 
 CHUNK = 1024  # elements, a multiple of 64
 SAMPLE = 16384  # elements at most, for an exact selection
+AHEAD = 64  # elements whose memory is asked for before they are zeroed
 DIRECT = 4096  # arrays of fewer elements are not sampled
 ZERO, ONE, S32 = np.uint64(0), np.uint64(1), np.uint64(32)
-
-
-@intrinsic
-def above64(typing_context: Any, x: Any, start: Any, threshold: Any) -> Any:
-    """Return bit i set where the magnitude of x[start + i] is at least `threshold`, i < 64; as uint64.
-
-    x: (n,) float, threshold: bits of a magnitude as uint64; nothing checks start + 64 <= n.
-    """
-    width = unsigned(x.dtype).bitwidth
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        word, lanes = ir.IntType(width), 16 if width == 32 else 8
-        vector = ir.VectorType(word, lanes)
-        undefined = ir.Constant(vector, ir.Undefined)
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        first = builder.gep(data, [args[1]])
-        limit = args[2] if width == 64 else builder.trunc(args[2], word)
-        single = builder.insert_element(undefined, limit, ir.Constant(ir.IntType(32), 0))
-        zeros = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
-        splat = builder.shuffle_vector(single, undefined, zeros)
-        mask = ir.Constant(vector, [(1 << (width - 1)) - 1] * lanes)
-        hits = []
-        for part in range(64 // lanes):
-            place = builder.gep(first, [ir.Constant(ir.IntType(64), part * lanes)])
-            loaded = builder.load(builder.bitcast(place, vector.as_pointer()))
-            loaded.align = width // 8
-            hits.append(builder.icmp_unsigned(">=", builder.and_(loaded, mask), splat))
-        while len(hits) > 1:
-            size = hits[0].type.count
-            both = ir.Constant(ir.VectorType(ir.IntType(32), 2 * size), list(range(2 * size)))
-            hits = [builder.shuffle_vector(a, b, both) for a, b in zip(hits[::2], hits[1::2], strict=True)]
-        return builder.bitcast(hits[0], ir.IntType(64))
-
-    return types.uint64(x, types.int64, types.uint64), codegen
-
-
-@inline
-def marked(x: Any, start: int, stop: int, threshold: Any) -> Any:
-    """Return bit i set where the magnitude of x[start + i] is at least `threshold`, for up to 64 elements."""
-    if start + 64 <= stop:
-        return above64(x, start, threshold)
-    word = ZERO
-    for place in range(start, stop):
-        word |= np.uint64(np.uint64(magnitude(x[place])) >= threshold) << np.uint64(place - start)
-    return word
-
-
-@inline
-def reaching(x: Any, start: int, stop: int, threshold: Any) -> Any:
-    """Count the elements of x[start:stop] whose magnitude is at least `threshold`."""
-    count = 0
-    for base in range(start, stop, 64):
-        count += ones(marked(x, base, stop, threshold))
-    return count
 
 
 @kernel("const T[], i8, u8, u8")
@@ -109,84 +56,74 @@ def _sample(x: Any, old: Any, out: Any) -> None:
         out[i] = x[place] + old[place] if old.size else x[place]
 
 
-@inline
-def mark_chunk(x: Any, size: int, low: Any, high: Any, marks: Any, between: Any, band: Any, copied: int) -> Any:
-    """Do what `_mark` does to x[:size]; `copied` elements are in the band so far."""
-    reached, exceeding, above_band = 0, 0, high + ONE
-    for base in range(0, size, 64):  # without branches
-        word = marked(x, base, size, low)
-        over = marked(x, base, size, above_band)
-        marks[base >> 6] = word
-        between[base >> 6] = word & ~over
-        reached += ones(word)
-        exceeding += ones(over)
-    if copied + size > band.size:
-        return reached, exceeding, copied + reached - exceeding
-    for base in range(0, size, 64):
-        word = between[base >> 6]
-        while word != ZERO:
-            band[copied] = x[base + lowest(word)]
-            copied += 1
-            word &= word - ONE
-    return reached, exceeding, copied
-
-
-@kernel("const T[], const T[], T[], u8, u8, u8[], T[]")
-def _mark(x: Any, old: Any, new: Any, low: Any, high: Any, marks: Any, band: Any) -> Any:
+@kernel("const T[], const T[], T[], u8, u8, u8[], T[], T[]")
+def _mark(x: Any, old: Any, new: Any, low: Any, high: Any, marks: Any, found: Any, band: Any) -> Any:
     """Mark what reaches `low`; return how many do, how many exceed `high`, and how many lie between.
 
-    These are copied to `band` as long as there is room for a chunk. `new`, unless empty, is set to x + old, which is
-    then what is looked at.
+    While they are in the cache, the marked ones are copied to `found` and those between to `band`, as long as there is
+    room for a chunk in both. `new`, unless empty, is set to x + old, which is then what is looked at.
     """
-    between, buffer = np.empty(CHUNK // 64, np.uint64), np.empty(CHUNK, x.dtype)
-    reached, exceeding, copied = 0, 0, 0
+    between = np.empty(CHUNK // 64, np.uint64)
+    above_band, copied = high + ONE, np.int64(0)
+    reached, exceeding, stored = 0, 0, 0
+    storing = found.size > 0
     for start in range(0, x.size, CHUNK):
         stop = min(start + CHUNK, x.size)
-        words = marks[start >> 6 :]
-        if new.size:
-            load(x, old, start, stop, buffer)
-            copy(buffer, stop - start, new[start:stop])
-            more, over, copied = mark_chunk(buffer, stop - start, low, high, words, between, band, copied)
-        else:
-            more, over, copied = mark_chunk(x[start:stop], stop - start, low, high, words, between, band, copied)
-        reached += more
-        exceeding += over
-    return reached, exceeding, copied
+        if new.size and (not old.size or stop - start < CHUNK):
+            load(x, old, start, stop, new[start:stop])
+        for base in range(start, stop, 64):  # without branches
+            if new.size and old.size and stop - start == CHUNK:
+                word, over = sum_above64(x, old, new, base, low, above_band)
+            elif new.size:
+                word, over = marked(new, base, stop, low), marked(new, base, stop, above_band)
+            else:
+                word, over = marked(x, base, stop, low), marked(x, base, stop, above_band)
+            marks[base >> 6] = word
+            between[(base - start) >> 6] = word & ~over
+            reached += ones(word)
+            exceeding += ones(over)
+        storing = storing and stored + CHUNK <= found.size and copied + CHUNK <= band.size
+        if not storing:
+            continue
+        for base in range(start, stop, 64):
+            word, inside = marks[base >> 6], between[(base - start) >> 6]
+            while word != ZERO:
+                at = lowest(word)
+                word &= word - ONE
+                value = new[base + at] if new.size else x[base + at]
+                found[stored] = value
+                band[copied] = value
+                stored += 1
+                copied += np.int64((inside >> np.uint64(at)) & ONE)
+    return reached, exceeding, reached - exceeding if stored < reached else copied
 
 
-@kernel("const T[], T[], u8[], u8, i8, T[], u4[]")
-def _emit(x: Any, new: Any, marks: Any, exact: Any, ties: int, values: Any, indices: Any) -> None:
-    """Write the marked elements above `exact` and the first `ties` at it, values.size in all; zero them in `new`."""
-    # In steps: places first, with their elements asked for, then the choice, without branches on what was not there.
-    places = np.empty(STEP + 64, np.uint32)
-    count, waiting = 0, 0
+@kernel("const T[], T[], u8[], const T[], u8, i8, T[], u4[]")
+def _emit(x: Any, new: Any, marks: Any, found: Any, exact: Any, ties: int, values: Any, indices: Any) -> None:
+    """Write the marked elements above `exact` and the first `ties` at it, values.size in all; zero them in `new`.
+
+    `found` has the marked elements, or nothing, and then they are read from x.
+    """
+    count, seen = 0, 0
     for number in range(marks.size):
         word = marks[number]
         base = number * 64
-        if ties == 0 and ones(word) > 16:  # few candidates are cheaper to look at one by one
-            word = marked(x, base, x.size, exact + ONE)
-        while word != ZERO:
-            place = base + lowest(word)
+        while word != ZERO and count < values.size:
+            at = base + lowest(word)
             word &= word - ONE
-            prefetch(x, place)
-            places[waiting] = place
-            waiting += 1
-        if waiting >= STEP or number == marks.size - 1:
-            for i in range(waiting):
-                if count == values.size:
-                    return
-                at = places[i]
-                value = x[at]
-                size = np.uint64(magnitude(value))
-                tie = size == exact
-                keep = (size > exact) | (tie & (ties > 0))
-                ties -= int(tie & keep)
-                values[count] = value
-                indices[count] = at
-                count += int(keep)
-                if new.size:
-                    new[at] = new.dtype.type(0) if keep else value
-            waiting = 0
+            value = found[seen] if found.size else x[at]
+            seen += 1
+            size = np.uint64(magnitude(value))
+            tie = size == exact
+            keep = (size > exact) | (tie & (ties > 0))
+            ties -= int(tie & keep)
+            values[count] = value
+            indices[count] = at
+            count += int(keep)
+    if new.size:
+        for i in range(indices.size):
+            prefetch(new, np.int64(indices[min(i + AHEAD, indices.size - 1)]))
+            new[indices[i]] = 0
 
 
 @kernel("const T[], const T[], T[], i8, i8, T[], u4[]")
@@ -270,6 +207,7 @@ class Selection:
 
     source: Array
     marks: Array
+    found: Array
     threshold: int
     ties: int
     count: int
@@ -278,7 +216,7 @@ class Selection:
         """Write the chosen elements, (count,), and where they are, uint32, ascending; zero them in the source too."""
         if self.count:
             new = self.source if zero else self.source[:0].copy()
-            _emit(self.source, new, self.marks, np.uint64(self.threshold), self.ties, values, indices)
+            _emit(self.source, new, self.marks, self.found, np.uint64(self.threshold), self.ties, values, indices)
 
 
 def _nothing(x: Array, old: Array | None, new: Array | None) -> tuple[Array, Array, Array]:
@@ -300,8 +238,9 @@ def select_above(x: Array, old: Array | None, new: Array | None, value: float) -
     old, new, source = _nothing(x, old, new)
     marks = _scratch("marks", -(-x.size // 64), np.dtype(np.uint64))
     low = bits_of_magnitude(x, value)
-    reached = _mark(x, old, new, np.uint64(low), np.uint64(low - 1), marks, x[:0].copy())[0] if x.size else 0
-    return Selection(source, marks, low - 1, 0, reached)
+    found, band = _scratch("found", x.size // 16, x.dtype), _scratch("band", CHUNK, x.dtype)
+    reached = _mark(x, old, new, np.uint64(low), np.uint64(low - 1), marks, found, band)[0] if x.size else 0
+    return Selection(source, marks, found[: reached if reached + CHUNK <= found.size else 0], low - 1, 0, reached)
 
 
 def sample_size(size: int, share: float = 0.0) -> int:
@@ -326,7 +265,7 @@ def select_top(x: Array, old: Array | None, new: Array | None, k: int, share: fl
     """
     n, top = x.size, 2 ** (x.itemsize * 8 - 1) - 1
     old, new, source = _nothing(x, old, new)
-    low, high, room = 0, top, n
+    low, high, room, most = 0, top, n, n
     size = sample_size(n, share)
     if size:
         sample = np.empty(size, x.dtype)
@@ -339,16 +278,20 @@ def select_top(x: Array, old: Array | None, new: Array | None, k: int, share: fl
         if expected - margin >= 1:
             high = _quantile(sample, math.floor(expected - margin))
         room = min(n, int(4 * (2 * margin) * n / size) + DIRECT)
+        most = min(n, k + room)
     marks = _scratch("marks", -(-n // 64), np.dtype(np.uint64))
-    band = _scratch("band", room + CHUNK if low < high else 0, x.dtype)
-    reached, exceeding, copied = _mark(x, old, new, np.uint64(low), np.uint64(high), marks, band)
+    band = _scratch("band", room + CHUNK, x.dtype)
+    found = _scratch("found", most + CHUNK, x.dtype)
+    reached, exceeding, copied = _mark(x, old, new, np.uint64(low), np.uint64(high), marks, found, band)
+    whole = reached + CHUNK <= found.size and copied + CHUNK <= band.size
+    found = found[: reached if whole else 0]
     if share and reached <= k:
-        return Selection(source, marks, low - 1 if low else 0, n if low == 0 else 0, reached)
-    if exceeding < k <= reached and (low == high or copied + CHUNK <= band.size):
+        return Selection(source, marks, found, low - 1 if low else 0, n if low == 0 else 0, reached)
+    if exceeding < k <= reached and (low == high or whole):
         exact, more = low, 0
         if low < high:
             exact, more = _kth(band[:copied], k - exceeding, np.uint64(low), np.uint64(high))
-        return Selection(source, marks, int(exact), k - exceeding - int(more), k)
+        return Selection(source, marks, found, int(exact), k - exceeding - int(more), k)
     exact, exceeding = _kth(source, k, np.uint64(0), np.uint64(top))
-    _mark(source, x[:0], np.empty(0, x.dtype), exact, exact, marks, band[:0])
-    return Selection(source, marks, int(exact), k - int(exceeding), k)
+    _mark(source, x[:0], np.empty(0, x.dtype), exact, exact, marks, found[:0], band)
+    return Selection(source, marks, found[:0], int(exact), k - int(exceeding), k)

@@ -1,0 +1,120 @@
+"""Marks: one bit an element, set where its magnitude reaches a threshold; 64 elements at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+
+from mpicomp.kernels.cpu.bits import intrinsic, magnitude, unsigned
+from mpicomp.kernels.cpu.compile import inline
+from mpicomp.kernels.cpu.indices import ones
+
+ZERO = np.uint64(0)
+
+
+def _splat(builder: Any, scalar: Any, lanes: int) -> Any:
+    undefined = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
+    first = builder.insert_element(undefined, scalar, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes))
+
+
+def _joined(builder: Any, hits: list[Any]) -> Any:
+    """Return the bits of several comparisons as one integer of 64."""
+    while len(hits) > 1:
+        size = hits[0].type.count
+        both = ir.Constant(ir.VectorType(ir.IntType(32), 2 * size), list(range(2 * size)))
+        hits = [builder.shuffle_vector(a, b, both) for a, b in zip(hits[::2], hits[1::2], strict=True)]
+    return builder.bitcast(hits[0], ir.IntType(64))
+
+
+class _Vectors:
+    """Access to 64 elements of arrays as vectors of the processor's size."""
+
+    def __init__(self, context: Any, builder: Any, element: Any) -> None:
+        self.context, self.builder = context, builder
+        self.width: int = unsigned(element).bitwidth
+        self.lanes = 512 // self.width
+        self.floats = ir.VectorType(context.get_value_type(element), self.lanes)
+        self.words = ir.VectorType(ir.IntType(self.width), self.lanes)
+        self.mask = ir.Constant(self.words, [(1 << (self.width - 1)) - 1] * self.lanes)
+
+    def address(self, array_type: Any, array: Any, start: Any, part: int) -> Any:
+        data = self.context.make_array(array_type)(self.context, self.builder, array).data
+        place = self.builder.add(start, ir.Constant(ir.IntType(64), part * self.lanes))
+        return self.builder.bitcast(self.builder.gep(data, [place]), self.floats.as_pointer())
+
+    def load(self, address: Any) -> Any:
+        loaded = self.builder.load(address)
+        loaded.align = self.width // 8
+        return loaded
+
+    def limit(self, threshold: Any) -> Any:
+        scalar = threshold if self.width == 64 else self.builder.trunc(threshold, ir.IntType(self.width))
+        return _splat(self.builder, scalar, self.lanes)
+
+    def reaches(self, value: Any, limit: Any) -> Any:
+        size = self.builder.and_(self.builder.bitcast(value, self.words), self.mask)
+        return self.builder.icmp_unsigned(">=", size, limit)
+
+
+@intrinsic
+def above64(typing_context: Any, x: Any, start: Any, threshold: Any) -> Any:
+    """Return bit i set where the magnitude of x[start + i] is at least `threshold`, i < 64; as uint64.
+
+    x: (n,) float, threshold: bits of a magnitude as uint64; nothing checks start + 64 <= n.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vectors = _Vectors(context, builder, signature.args[0].dtype)
+        limit, hits = vectors.limit(args[2]), []
+        for part in range(64 // vectors.lanes):
+            value = vectors.load(vectors.address(signature.args[0], args[0], args[1], part))
+            hits.append(vectors.reaches(value, limit))
+        return _joined(builder, hits)
+
+    return types.uint64(x, types.int64, types.uint64), codegen
+
+
+@intrinsic
+def sum_above64(typing_context: Any, x: Any, old: Any, new: Any, start: Any, low: Any, high: Any) -> Any:
+    """Set new = x + old for 64 elements from `start` on; return the marks of it at two thresholds."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vectors = _Vectors(context, builder, signature.args[0].dtype)
+        limits = [vectors.limit(args[4]), vectors.limit(args[5])]
+        hits: tuple[list[Any], list[Any]] = ([], [])
+        for part in range(64 // vectors.lanes):
+            first = vectors.load(vectors.address(signature.args[0], args[0], args[3], part))
+            second = vectors.load(vectors.address(signature.args[1], args[1], args[3], part))
+            value = builder.fadd(first, second)
+            stored = builder.store(value, vectors.address(signature.args[2], args[2], args[3], part))
+            stored.align = vectors.width // 8
+            for each, limit in zip(hits, limits, strict=True):
+                each.append(vectors.reaches(value, limit))
+        return context.make_tuple(builder, signature.return_type, [_joined(builder, each) for each in hits])
+
+    pair: Any = types.UniTuple(types.uint64, 2)  # type: ignore[no-untyped-call]
+    return pair(x, old, new, types.int64, types.uint64, types.uint64), codegen
+
+
+@inline
+def marked(x: Any, start: int, stop: int, threshold: Any) -> Any:
+    """Return bit i set where the magnitude of x[start + i] is at least `threshold`, for up to 64 elements."""
+    if start + 64 <= stop:
+        return above64(x, start, threshold)
+    word = ZERO
+    for place in range(start, stop):
+        word |= np.uint64(np.uint64(magnitude(x[place])) >= threshold) << np.uint64(place - start)
+    return word
+
+
+@inline
+def reaching(x: Any, start: int, stop: int, threshold: Any) -> Any:
+    """Count the elements of x[start:stop] whose magnitude is at least `threshold`."""
+    count = 0
+    for base in range(start, stop, 64):
+        count += ones(marked(x, base, stop, threshold))
+    return count
