@@ -25,7 +25,7 @@ BARS: dict[str, tuple[float, float, float]] = {
 }
 """Times memcpy that each op may take, in the order of OPS, by spec; of medians and of minima."""
 LIMIT = 4.0  # times memcpy that any other codec may take
-KEPT_BITS = {"topk(0.01, cast(dtype=bf16))": 25.5, "topk(0.001, cast(dtype=bf16))": 28.5}  # as `str` prints them
+KEPT_BITS = {"topk(density=0.01, values=cast(dtype=bf16))": 25.5, "topk(density=0.001, values=cast(dtype=bf16))": 28.5}
 """Bits on the wire that a kept entry may take, everything included."""
 BARS_FROM = 1 << 24  # elements; below it the bars say nothing
 

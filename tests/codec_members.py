@@ -10,13 +10,17 @@ from mpicomp.codecs import (
     MXFP8,
     QSGD,
     BlockTopK,
+    Bounded,
     Cast,
     DoReFa,
     Key,
     Natural,
     RandomK,
+    Rotated,
+    SampledTopK,
     Sign,
     Ternary,
+    Threshold,
     TopK,
     Uniform,
 )
@@ -36,6 +40,13 @@ CODECS_TESTED = [
     RandomK(0.7),
     RandomK(0.1, scaled=False),
     RandomK(0.2, scaled=False, values=Uniform(bits=4)),
+    RandomK(0.1, values=Uniform(bits=4, stochastic=True)),
+    Threshold(0.5),
+    Threshold(0.25, values=Uniform(bits=8)),
+    SampledTopK(0.05),
+    SampledTopK(0.3, values=Cast("bf16")),
+    Bounded(abs=0.01),
+    Bounded(rel=0.001),
     *[Uniform(bits=bits) for bits in range(1, 9)],
     *[Uniform(bits=bits, block=64, stochastic=True) for bits in range(1, 9)],
     Uniform(bits=1, block=16, stochastic=True, scaled=False),
@@ -68,6 +79,10 @@ CODECS_TESTED = [
     MXFP8("e5m2"),
     FP8(),
     FP8("e5m2"),
+    Rotated(Sign()),
+    Rotated(Sign(), scaled=True),
+    Rotated(Uniform(bits=4, stochastic=True)),
+    Rotated(Uniform(bits=2, block=64, stochastic=True), kashin=True),
 ]
 KEY = Key(seed=1, step=2, stream=3, stage=0, rank=1, start=8)
 
@@ -88,13 +103,34 @@ def message(codec, size, dtype, poison=0xFF):
     return tuple(payload), guards
 
 
+def cut(codec, payload, used):
+    """Return a payload without the bytes that are not used."""
+    return payload if codec.fixed else tuple(field[:used] for field in payload)
+
+
 def encoded(codec, x, key=KEY):
     payload, _ = message(codec, x.size, x.dtype.name)
-    codec.encode(x, payload, key)
-    return payload
+    return cut(codec, payload, codec.encode(x, payload, key))
 
 
 def decoded(codec, payload, size, dtype, key=KEY):
     out = np.zeros(size, dtype)
     codec.decode_add(payload, out, key)
     return out
+
+
+def inside(codec):
+    """Return the codec that codes the values or the rotated numbers of another, None where there is none."""
+    return getattr(codec, "values", None) or getattr(codec, "codec", None)
+
+
+def rounds_at_random(codec):
+    """Tell whether a codec draws numbers of each rank's own."""
+    if codec is None:
+        return False
+    return isinstance(codec, Natural | Ternary) or getattr(codec, "random", False) or rounds_at_random(inside(codec))
+
+
+def draws(codec):
+    """Tell whether a codec draws numbers at all."""
+    return isinstance(codec, RandomK | Rotated) or rounds_at_random(codec)

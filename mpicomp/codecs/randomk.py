@@ -28,10 +28,10 @@ class RandomK(Spec):
     """Keep k = ceil(density * size) elements at random places, the same ones on every rank, which nobody sends.
 
     Payload: the values, k in the work dtype or as the codec `values` writes them. The places are `random_support(size,
-    k, key.shared().base(), key.start)` of `mpicomp.kernels.cpu.random`. `scaled` multiplies by size / k when encoding,
-    which makes the mean over keys exact where that of `values` is; unscaled the codec contracts where `values` does.
-    Payloads of one key may be summed where there is no `values`. `encode` touches k elements; `encode_residual` reads
-    x and old once and writes new once.
+    k, key.shared().base(), key.start)` of `mpicomp.kernels.cpu.random`. `scaled` multiplies by size / k, in the work
+    dtype, when encoding, which makes the mean over keys exact where that of `values` is; unscaled the codec contracts
+    where `values` does. Payloads of one key may be summed where there is no `values`. `encode` touches k elements;
+    `encode_residual` reads x and old once and writes new once.
     """
 
     density: float

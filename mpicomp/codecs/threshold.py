@@ -121,10 +121,12 @@ class SampledTopK(Above, Spec):
     """Keep about k = ceil(density * size) elements, those above a threshold found in a sample (Aji, Heafield 2017).
 
     Payload: bytes, as `mpicomp.codecs.sparse` says. The sample has S = ceil(sample * size) elements, at least 4096 or
-    all; its ceil(k S / size)-th largest magnitude is the threshold. Where more than k elements reach it, the k largest
-    of them are sent (exactly, as in DGC, Lin et al. 2018; of equal magnitudes the lowest indices), where fewer do,
-    these are; what is not sent is in the residual. `encode` reads x once; `encode_residual` reads x and old once and
-    writes new once; both read the sample, and once more those groups of 64 elements in which some reach the threshold.
+    all; element i of it is the one at i s + (h s >> 32), s = floor(size / S), h the upper 32 bits of draw(0, i) of
+    `mpicomp.kernels.cpu.random`. Its ceil(k S / size)-th largest magnitude is the threshold. Where more than k elements
+    reach it, the k largest of them are sent (exactly, as in DGC, Lin et al. 2018; of equal magnitudes the lowest
+    indices), where fewer do, these are; what is not sent is in the residual. `encode` reads x once; `encode_residual`
+    reads x and old once and writes new once; both read the sample, and once more those groups of 64 elements in which
+    some reach the threshold.
     """
 
     density: float

@@ -45,7 +45,6 @@ def float_of(bits, kind):
 def absolute(part, bound):
     """Words, what they stand for, and whether an element misses the bound."""
     kind = part.dtype.type
-    fraction = 22 if part.itemsize == 4 else 51
     largest = float(np.finfo(kind).max)
     step = kind(min(2 * bound * (1 - 2.0**-6), largest))
     reciprocal = 1 / float(step) if step else math.inf
@@ -54,14 +53,13 @@ def absolute(part, bound):
     if Fraction(float(limit)) > Fraction(bound):
         limit = np.nextafter(limit, kind(0))
     limit = max(limit, np.nextafter(kind(0), kind(1)))
-    magic = kind(1.5 * 2.0 ** (fraction + 1))
+    magic = kind(1.5 * 2.0 ** (23 if part.itemsize == 4 else 52))
     words, values, missed = [], [], False
     with np.errstate(all="ignore"):
         for x in part:
-            scaled = x * inverse
-            rounded = scaled + magic
+            rounded = x * inverse + magic
             d = (rounded - magic) * step
-            missed |= not abs(x - d) < limit or not abs(scaled) <= kind(2.0**fraction)
+            missed |= not abs(x - d) < limit
             words.append(bits_of(rounded))
             values.append(d)
     return words, values, missed

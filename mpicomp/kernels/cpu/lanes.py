@@ -18,6 +18,51 @@ from mpicomp.kernels.cpu.bits import intrinsic
 cgutils: Any = untyped
 
 
+@intrinsic
+def width_of(typing_context: Any, value: Any) -> Any:
+    """Return how many bits an unsigned number has."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        width = signature.args[0].bitwidth
+        unused = builder.ctlz(args[0], ir.Constant(ir.IntType(1), 0))
+        used = builder.sub(ir.Constant(ir.IntType(width), width), unused)
+        return used if width == 64 else builder.zext(used, ir.IntType(64))
+
+    return types.int64(value), codegen
+
+
+@intrinsic
+def left(typing_context: Any, value: Any, shift: Any) -> Any:
+    """Return value << shift in the width of `value`, whose type `shift` shares; Numba shifts 32 bits as 64."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.shl(args[0], args[1])
+
+    return value(value, value), codegen
+
+
+@intrinsic
+def right(typing_context: Any, value: Any, shift: Any) -> Any:
+    """Return value >> shift in the width of `value`, unsigned."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.lshr(args[0], args[1])
+
+    return value(value, value), codegen
+
+
+@intrinsic
+def zigzag(typing_context: Any, value: Any) -> Any:
+    """Return 2d, or -2d - 1 where d < 0, d the signed number of the same bits as `value`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word = args[0].type
+        sign = builder.ashr(args[0], ir.Constant(word, word.width - 1))
+        return builder.xor(builder.shl(args[0], ir.Constant(word, 1)), sign)
+
+    return value(value), codegen
+
+
 class _Lanes:
     """The vectors of one row of codes."""
 
