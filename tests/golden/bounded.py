@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
 from fractions import Fraction
@@ -111,7 +112,7 @@ def block(part, config):
     if all(q == zero for q in words):
         return ZEROS, [], values
     plain = [q - min(words) for q in words]
-    steps = [0] + [zigzag((q - before) % 2**width, width) for before, q in zip(words, words[1:], strict=False)]
+    steps = [0] + [zigzag((q - before) % 2**width, width) for before, q in itertools.pairwise(words)]
     found = [(max(plain).bit_length(), 1, min(words), plain), (max(steps).bit_length(), 2, words[0], steps)]
     if "rel" in config and min(found)[0] > 2:
         sizes = [abs(q - zero) for q in words]

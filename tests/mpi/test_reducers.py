@@ -8,6 +8,7 @@ from reducers.members import (
     COMPRESSING,
     LAYOUT,
     MEMBERS,
+    MORE_CONTRACTIONS,
     TINY,
     History,
     check_law,
@@ -79,6 +80,19 @@ def test_fewer_elements_than_ranks(comm: Comm, spec: str) -> None:
     check_law(run_here(comm, reducer, TINY, inputs(comm.size, 5, TINY.size, "float32")))
     if "after" not in spec:
         assert comm.traffic.bytes == 5 * reducer.nbytes(TINY, "float32", comm.size, comm.rank)
+
+
+@pytest.mark.parametrize("reducer", ["gather", "two_stage"])
+@pytest.mark.parametrize("codec", MORE_CONTRACTIONS)
+def test_the_other_families_over_mpi_and_the_bits_of_a_team(comm: Comm, codec: str, reducer: str) -> None:
+    spec = f"error_feedback({reducer}({codec}))"
+    x = inputs(comm.size, 4, LAYOUT.size, "float32")
+    history = run_here(comm, member(spec), LAYOUT, x)
+    check_law(history)
+    assert comm.traffic.bytes <= 4 * member(spec).nbytes(LAYOUT, "float32", comm.size, comm.rank)
+    team = run(Team(comm.size), member(spec), LAYOUT, x)
+    assert history.totals.tobytes() == team.totals.tobytes()
+    assert history.residuals.tobytes() == team.residuals.tobytes()
 
 
 @pytest.mark.parametrize("spec", COMPRESSING)

@@ -27,6 +27,25 @@ CONTRACTIONS = [
     "uniform(bits=4, block=32, stochastic=True, scaled=False)",
     "sign",
 ]
+MORE_CONTRACTIONS = [
+    "fp8(format=e5m2)",
+    "mxfp8",
+    "mxfp4",
+    "natural(block=32, scaled=False)",
+    "qsgd(levels=3, bucket=32, scaled=False)",
+    "dorefa(bits=3, block=32, scaled=False)",
+    "ternary(scaled=False)",
+    "sign(two_means=True)",
+    "uniform(bits=8, block=32, minmax=True)",
+    "topk(density=0.1, values=bf16)",
+    "blocktopk(density=0.1, block=64)",
+    "randomk(density=0.2, scaled=False, values=uniform(bits=8))",
+    "rotated(sign)",
+    "threshold(value=1.5)",
+    "sampled_topk(density=0.1)",
+    "bounded(abs=0.05)",
+]
+"""The other families: reducers meet them at few ranks, since they differ from those above by their kernels."""
 UNBIASED = ["randomk(density=0.25)", "uniform(bits=2, block=16, stochastic=True)"]
 
 ONE_STAGE = [f"error_feedback(gather({codec}))" for codec in CONTRACTIONS]

@@ -13,6 +13,7 @@ from reducers.members import (
     FEW,
     LAYOUT,
     MEMBERS,
+    MORE_CONTRACTIONS,
     REPRESENTATIVES,
     SIZES,
     TINY,
@@ -49,6 +50,21 @@ def test_sixty_steps_lose_nothing(spec: str, ranks: int) -> None:
     if "after" not in spec:
         check_bytes(team, reducer, layout, dtype, STEPS)
     # Feedback over what is no contraction owes a million times a step's norm by now.
+    assert debts(history).max() < 30
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("reducer", ["gather", "two_stage"])
+@pytest.mark.parametrize("codec", MORE_CONTRACTIONS)
+def test_the_other_families_lose_nothing_either(codec: str, reducer: str, ranks: int) -> None:
+    spec, dtype, team = f"error_feedback({reducer}({codec}))", "float64" if ranks == 3 else "float32", Team(ranks)
+    history = run(team, member(spec), LAYOUT, inputs(ranks, 20, LAYOUT.size, dtype))
+    check_law(history)
+    if any(name in codec for name in ("threshold", "sampled", "bounded")):
+        predicted = [20 * member(spec).nbytes(LAYOUT, dtype, ranks, me) for me in range(ranks)]
+        assert all(comm.traffic.counted <= most for comm, most in zip(team.comms, predicted, strict=True))
+    else:
+        check_bytes(team, member(spec), LAYOUT, dtype, 20)
     assert debts(history).max() < 30
 
 

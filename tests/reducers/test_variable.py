@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-from reducers.members import FEW, LAYOUT, TINY, check_law, inputs, layout_of, run
+from reducers.members import FEW, LAYOUT, TINY, check_law, inputs, layout_of, member, run
 from team import Team
 
 from mpicomp.arrays import Array
@@ -66,6 +66,17 @@ class Above(Spec):
 
 
 REDUCERS = [Gather, TwoStage]
+VARIABLE = [
+    "threshold(value=1.0)",
+    "threshold(value=0.5, values=cast(dtype=bf16))",
+    "sampled_topk(density=0.1)",
+    "sampled_topk(density=0.2, values=uniform(bits=4, block=32))",
+    "bounded(abs=0.05)",
+    "bounded(rel=0.01)",
+]
+MEMBERS = [f"{reducer}({codec})" for reducer in ("gather", "two_stage") for codec in VARIABLE]
+every_member = pytest.mark.parametrize("spec", MEMBERS)
+every_dtype = pytest.mark.parametrize("dtype", ["float32", "float64"])
 
 
 def check_traffic(team: Team, reducer: Reducer, layout: Layout, dtype: str, reductions: int) -> None:
@@ -75,13 +86,58 @@ def check_traffic(team: Team, reducer: Reducer, layout: Layout, dtype: str, redu
 
 
 @pytest.mark.parametrize("kind", REDUCERS)
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@every_dtype
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5])
 def test_nothing_is_lost(kind: type, dtype: str, ranks: int) -> None:
     for layout in (LAYOUT, FEW, TINY, layout_of({"a": (0,)}), layout_of({})):
         team, reducer = Team(ranks, seed=ranks), ErrorFeedback(kind(Above(2.0)))
         check_law(run(team, reducer, layout, inputs(ranks, 20, layout.size, dtype)))
         check_traffic(team, reducer, layout, dtype, 20)
+
+
+@every_member
+@every_dtype
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_codecs_of_variable_size_lose_nothing(spec: str, dtype: str, ranks: int) -> None:
+    for layout, steps in ((LAYOUT, 20), (TINY, 6), (layout_of({"a": (0,)}), 2)):
+        team, reducer = Team(ranks, seed=ranks), member(f"error_feedback({spec})")
+        check_law(run(team, reducer, layout, inputs(ranks, steps, layout.size, dtype)))
+        check_traffic(team, reducer, layout, dtype, steps)
+
+
+@every_member
+@every_dtype
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_without_feedback_every_step_is_a_first_one(spec: str, dtype: str, ranks: int) -> None:
+    team, reducer, x = Team(ranks, seed=ranks), member(spec), inputs(ranks, 4, LAYOUT.size, dtype)
+    history = run(team, reducer, LAYOUT, x)
+    check_traffic(team, reducer, LAYOUT, dtype, 4)
+    assert not history.residuals.any()
+    for step in range(4):
+        first = run(Team(ranks), member(f"error_feedback({spec})"), LAYOUT, x[:, step : step + 1])
+        for totals in history.totals:
+            assert totals[step].tobytes() == first.totals[0, 0].tobytes()
+
+
+@every_dtype
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_bounded_totals_are_within_the_bounds_of_all_that_was_encoded(dtype: str, ranks: int) -> None:
+    x = inputs(ranks, 3, LAYOUT.size, dtype)
+    exact = x.astype(np.longdouble).sum(0)
+    for spec, events in (("gather(bounded(abs=0.05))", ranks), ("two_stage(bounded(abs=0.05))", ranks + 1)):
+        found = run(Team(ranks), member(spec), LAYOUT, x).totals[0]
+        rounding = 4 * ranks * np.finfo(dtype).eps * np.abs(x).max()
+        assert np.abs(found - exact).max() <= 0.05 * events + rounding
+
+
+@every_member
+def test_codecs_of_variable_size_send_less_than_their_capacity(spec: str) -> None:
+    layout = layout_of({"a": (5000,)})
+    x = np.random.default_rng(0).standard_normal((3, 1, 5000)).astype(np.float32)
+    team, reducer = Team(3), member(spec)
+    run(team, reducer, layout, x)
+    for comm in team.comms:
+        assert 0 < comm.traffic.counted <= 0.8 * reducer.nbytes(layout, "float32", 3, comm.rank)
 
 
 @pytest.mark.parametrize("kind", REDUCERS)

@@ -46,7 +46,7 @@ def words_of(header: int, size: int, word_bits: int) -> int:
 def signed_zero(q: Any) -> Any:
     """Return the word of zero where numbers have a sign of their own."""
     word = q.dtype.type
-    return word(1) << word(8 * q.itemsize - 1)
+    return left(word(1), word(8 * q.itemsize - 1))
 
 
 @inline
@@ -58,7 +58,7 @@ def largest_size(least: Any, most: Any, zero: Any) -> Any:
 
 
 @inline
-def widest_step(q: Any) -> int:
+def widest_step(q: Any) -> Any:
     """Return the width of codes in mode 2."""
     word = q.dtype.type
     found, before = word(0), q[0]
@@ -94,10 +94,9 @@ def write_codes(q: Any, size: int, header: int, base: Any, codes: Any, words: An
         for i in range(BLOCK):
             codes[i] = word(q[i] - base)
     elif header < FOLDED:
-        before = base
-        for i in range(BLOCK):
-            codes[i] = zigzag(word(q[i] - before))
-            before = q[i]
+        codes[0] = word(0)
+        for i in range(1, BLOCK):
+            codes[i] = zigzag(word(q[i] - q[i - 1]))
     else:
         zero = signed_zero(q)
         for i in range(BLOCK):
@@ -124,8 +123,10 @@ def read_codes(header: int, words: Any, at: int, size: int, codes: Any) -> Any:
         for i in range(BLOCK):
             codes[i] = word(codes[i] + base)
     elif header < FOLDED:
+        for i in range(BLOCK):
+            codes[i] = word(right(codes[i], word(1)) ^ word(word(0) - word(codes[i] & word(1))))
         q = base
         for i in range(size):
-            q = word(q + word(right(codes[i], word(1)) ^ word(word(0) - word(codes[i] & word(1)))))
+            q = word(q + codes[i])
             codes[i] = q
     return base
