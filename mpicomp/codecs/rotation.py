@@ -17,7 +17,7 @@ from mpicomp.specs import Spec
 from mpicomp.wire import Field, Payload
 
 CHUNK = 4096  # elements that are rotated together
-TILE = 1 << 16  # elements: a tile, rotated, stays in the second-level cache
+TILE = 1 << 17  # elements: a tile, rotated, stays in the second-level cache
 ROOM = 3481  # elements that a Kashin representation of 4096 holds
 KASHIN_TILE = 18 * ROOM
 STAGE = 2  # of the key that draws signs; the codec inside draws from stages 0 and 1
@@ -38,7 +38,7 @@ def coefficients(size: int) -> int:
 class Rotated(Spec):
     """Multiply by random signs and a Hadamard matrix, in chunks, then encode with `codec`, which must be fixed.
 
-    An array is cut into tiles of 65,536 elements; each is rotated as `mpicomp.kernels.cpu.hadamard` says, with base
+    An array is cut into tiles of 131,072 elements; each is rotated as `mpicomp.kernels.cpu.hadamard` says, with base
     `key.shared()` at stage 2 and counted from the tile's position in the unit, and then encoded as an array of its own,
     with the key's start moved to the tile. Nothing is padded. Payload: the fields of `codec`, each the concatenation
     over tiles; with `scaled`, then scales (tiles,) in the work dtype: S = ||x||^2 / <Rx, Q(Rx)> (DRIVE and EDEN,

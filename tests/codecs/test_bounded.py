@@ -140,6 +140,16 @@ def test_hostile_bytes_are_refused_or_decode_to_finite_numbers(codec, data):
     assert not out[-64:].any()
 
 
+@pytest.mark.parametrize("header", [2, 63, 64 + 32, 64 + 63, 128 + 32, 192 + 5])
+def test_headers_that_do_not_exist_are_refused(header):
+    codec = Bounded(abs=0.1)
+    message = coded(codec, np.random.default_rng(0).standard_normal(256).astype(np.float32) * np.float32(1e9))[0]
+    assert message[9] == 1
+    message[9] = header
+    with pytest.raises(WireFormatError, match="do not fit"):
+        codec.check((message,), 256)
+
+
 @every_bound
 def test_residual_stays_within_the_bound_over_1000_steps(codec):
     rng, old = np.random.default_rng(5), np.zeros(300, np.float32)

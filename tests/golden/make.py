@@ -1,4 +1,4 @@
-"""Write messages.npz once, by the slow reference alone: `python tests/golden/make.py`.
+"""Write the messages once, by the slow reference alone: `PYTHONPATH=tests python tests/golden/make.py`.
 
 A file that exists is never written over: a changed wire format gets a new version and a new file.
 """
@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import reference
+from golden import reference
 
-PATH = Path(__file__).with_name("messages.npz")
+PATH = Path(__file__).with_name("messages-0.2.npz")
 
 
 def main() -> None:

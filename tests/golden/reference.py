@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 
 import numpy as np
-from golden import lowbit
+from golden import bounded, lowbit, rotation, sparse
 from golden.primitives import base_of, draw, support, total
 
 __all__ = ["KEY", "base_of", "cases", "digest", "draw", "encode", "support", "total"]
 
-FAMILIES = (lowbit,)
 SIZES = (1, 9, 100, 1500)
 KEY = {"seed": 3, "step": 17, "stream": 0x123456789ABCDEF, "stage": 1, "rank": 2, "start": 4096}
+FAMILIES = {
+    **dict.fromkeys([name for name, _ in lowbit.CONFIGS], lowbit),
+    **dict.fromkeys([name for name, _ in sparse.CONFIGS], sparse),
+    "bounded": bounded,
+    "rotated": rotation,
+}
 
 
 def encode(name, config, x, key):
-    """Return the payload of x and what it decodes to."""
-    (family,) = [each for each in FAMILIES if (name, config) in each.CONFIGS]
-    return family.encode(name, config, x, key)
+    """Return the payload of x and what it decodes to; of a codec of variable size, the bytes used."""
+    return FAMILIES[name].encode(name, config, x, key)
 
 
+@functools.cache
 def sample(size, dtype):
     """Numbers of several magnitudes and signs, zeros and ties among them."""
     draws = [draw(size, i) for i in range(size)]
@@ -35,8 +41,15 @@ def digest(decoded):
 
 def cases():
     """Every configuration, size and dtype: name, config, x."""
-    for family in FAMILIES:
-        for name, config in family.CONFIGS:
-            for dtype in ("float32", "float64"):
-                for size in SIZES:
-                    yield name, config, sample(size, dtype)
+    for dtype in ("float32", "float64"):
+        for name, config in (*lowbit.CONFIGS, *sparse.CONFIGS):
+            for size in SIZES:
+                yield name, config, sample(size, dtype)
+        for name, config in sparse.LARGE:
+            yield name, config, sample(sparse.LARGE_SIZE, dtype)
+        for name, config in bounded.CONFIGS:
+            for size in SIZES:
+                yield name, config, bounded.sample(size, dtype)
+        for name, config in rotation.CONFIGS:
+            for size in rotation.SIZES:
+                yield name, config, sample(size, dtype)

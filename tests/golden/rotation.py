@@ -115,7 +115,7 @@ def unspread(a, size, base, start):
 def encode(name, config, x, key):
     """Return the payload of x and what it decodes to."""
     kashin = config["kashin"]
-    tile = 18 * ROOM if kashin else 1 << 16
+    tile = 18 * ROOM if kashin else 1 << 17
     base = base_of(**{**key, "stage": 2, "rank": 0})
     fields, scales, values = [], [], []
     for first in range(0, len(x), tile):

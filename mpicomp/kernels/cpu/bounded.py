@@ -220,7 +220,8 @@ def _checker(itemsize: int) -> Any:
             header = int(headers[number])
             size = min(BLOCK, total - number * BLOCK)
             taken = words_of(header, size, 8 * words.itemsize)
-            if (header < PLAIN and header > OTHER) or at + taken > words.size or (header >= FOLDED and not relative):
+            known = header <= OTHER or (header >= PLAIN and header % 64 < 8 * words.itemsize)
+            if not known or at + taken > words.size or (header >= FOLDED and not relative):
                 return False
             if header != ZEROS:
                 decode_block(header, words, at, size, relative, step, shift, codes, d)
