@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -41,8 +42,8 @@ class Rotated(Spec):
     An array is cut into tiles of 131,072 elements; each is rotated as `mpicomp.kernels.cpu.hadamard` says, with base
     `key.shared()` at stage 2 and counted from the tile's position in the unit, and then encoded as an array of its own,
     with the key's start moved to the tile. Nothing is padded. Payload: the fields of `codec`, each the concatenation
-    over tiles; with `scaled`, then scales (tiles,) in the work dtype: S = ||x||^2 / <Rx, Q(Rx)> (DRIVE and EDEN,
-    Vargaftik et al. 2021, 2022), 1 where that is no positive finite number.
+    over tiles; with `scaled`, then scales (tiles,) in the work dtype: S = <y, y> / <y, Q(y)> of the numbers y that
+    are encoded (DRIVE and EDEN, Vargaftik et al. 2021, 2022), 1 where that is no positive finite number.
 
     `kashin` encodes instead the Kashin representation of tiles of 18 * 3481 elements, 1 / 0.85 as many numbers without
     large ones among them (Caldas et al. 2018), which pays for a codec of one or two bits; positions
@@ -50,7 +51,7 @@ class Rotated(Spec):
 
     The rotation is orthogonal, so the error of a tile is that of its rotated numbers: bias and contraction are those of
     `codec`, as is the mean under `kashin`, while the norm of a representation exceeds that of x and nothing is known of
-    contraction; S makes `sign` nearly unbiased, and neither unbiased nor contracting exactly. Numbers beyond 1/256 of
+    contraction; S makes `sign` nearly unbiased, and neither unbiased nor contracting exactly. Numbers beyond 2^-16 of
     the largest finite one are clipped; the rest stays in the residual. `encode` reads x once; `encode_residual` reads x
     and old twice, the second time from the cache, and writes new once.
     """
@@ -148,18 +149,21 @@ class Rotated(Spec):
             kernels.axpy(z, out[first:stop], scale)
 
     def check(self, payload: Payload, size: int) -> None:
-        """Raise WireFormatError where `payload` is not one of `size` elements, or they would not all be finite."""
+        """Raise WireFormatError where `payload` is not one of `size` elements, or they might not all be finite."""
         dtype = next((name for name in ("float32", "float64") if self._fits(payload, size, name)), "")
         if not dtype:
             raise WireFormatError(f"the fields are not those of {size} elements")
         if self.scaled:
             check_finite(payload[-1], "scales")
-        for first, stop, _, part in self._tiles(payload, size, dtype, Key()):
-            self.codec.check(part, self._inside(stop - first))
-        out = np.zeros(size, dtype)
-        with np.errstate(over="ignore", invalid="ignore"):
-            self.decode_add(payload, out, Key())
-        check_finite(out, "elements")
+        # What two chunks (the last overlaps the one before) can add up to is at most the norm of all their numbers.
+        most = float(np.finfo(dtype).max) / 2 / math.sqrt(2 * CHUNK)
+        for number, (first, stop, key, part) in enumerate(self._tiles(payload, size, dtype, Key())):
+            self.codec.check(part, inside := self._inside(stop - first))
+            z = np.zeros(inside, dtype)
+            self.codec.decode_add(part, z, key)
+            scale = max(1.0, abs(float(payload[-1][number]))) if self.scaled else 1.0
+            if not float(np.abs(z).max()) <= most / scale:
+                raise WireFormatError(f"elements {first}..{stop - 1} are too large to be rotated back")
 
     def _back(self, z: Array, out: Array, base: int, start: int) -> Array:
         """Undo the rotation of z, in place or into `out`; return where the result is."""

@@ -24,7 +24,11 @@ def messages():
 def codec_of(name, config):
     """Make a codec; a codec among its settings is a spec or a pair of its name and settings."""
     inside = {
-        key: specs.parse(value, CODECS) if key == "values" else CODECS[value[0]](**value[1]) if key == "codec" else value
+        key: specs.parse(value, CODECS)
+        if key == "values"
+        else CODECS[value[0]](**value[1])
+        if key == "codec"
+        else value
         for key, value in config.items()
     }
     return CODECS[name](**inside)

@@ -11,6 +11,7 @@ import numpy as np
 
 M32, M64 = (1 << 32) - 1, (1 << 64) - 1
 
+
 def base_of(seed, step, stream, stage, rank, start):
     return int.from_bytes(
         hashlib.blake2b(struct.pack("<5Q", seed, step, stream, stage, rank), digest_size=8).digest(), "little"

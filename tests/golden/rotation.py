@@ -22,7 +22,7 @@ CHUNK, ROOM = 4096, 3481
 
 
 def clipped(x):
-    limit = x.dtype.type(float(np.finfo(x.dtype).max) / 256)
+    limit = x.dtype.type(float(np.finfo(x.dtype).max) * 2.0**-16)
     return np.minimum(np.maximum(x, -limit), limit)
 
 

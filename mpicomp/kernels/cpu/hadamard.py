@@ -5,13 +5,14 @@ last number and overlaps the one before, with L the largest power of two up to n
 and each chunk is an orthogonal map, applied in order: number j is negated where bit j // W of draw32(base, start +
 first + j % W) is set, W = max(1, L / 32), `first` the chunk's place in the array, or first + L - W for an overlapping
 chunk, whose numbers were signed before; then multiplied by 1 / sqrt(L) and by the Walsh-Hadamard matrix, widths 1, 2,
-4, ..., L / 2. Numbers beyond 1/256 of the largest finite one are clipped to that, so that no sum overflows.
+4, ..., L / 2. Before all that, numbers beyond 2^-16 of the largest finite one are clipped, so that no sum overflows.
 
 **Kashin.** A chunk of m = floor(0.85 L) numbers becomes L, U^T x, U the first m rows of such a rotation undone. Among
 all a with U a = x the iteration of Lyubarskii and Vershynin (2010) finds one whose numbers are all about equally large:
-r = x; twice b = U^T r clipped to +-M, a += b, r -= U b, M *= 0.9, from M = ||x|| / sqrt(L); at last a += U^T r, so that
-U a = x. Chunks have L = 4096, 2048, ..., 64 while floor(0.85 L) numbers are left, and the last one L = 64 and zeros for
-what is missing. Signs of a chunk are counted from its place among the a.
+r = x; twice b = U^T r clipped to +-M, a += b, r -= U b, M *= 0.9, from M = ||x|| / sqrt(L) (of float32,
+sqrt(||x||^2 / L)); at last a += U^T r, so that U a = x. Chunks have L = 4096, 2048, ..., 64 while floor(0.85 L) numbers
+are left, and the last one L = 64 and zeros for what is missing. Signs of a chunk are counted from its place among the
+a.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def back(y: Any, size: int, base: Any, counter: int, words: Any) -> None:
 @inline
 def load_clipped(x: Any, old: Any, start: int, stop: int, out: Any) -> None:
     """Set out to (x + old)[start:stop], clipped."""
-    limit = out.dtype.type(np.finfo(out.dtype.type).max / 256)
+    limit = out.dtype.type(np.finfo(out.dtype.type).max * 2.0**-16)
     source = x[start:stop]
     if old.size:
         rest = old[start:stop]
