@@ -160,5 +160,5 @@ def write_plot(file: str, rows: Sequence[Row]) -> None:
     panels[0][0].invert_yaxis()
     panels[0][-1].legend(fontsize=8)
     figure.suptitle(f"{title(size)} float32, one thread of {rows[0].processor}")
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 0.98))
     figure.savefig(file, dpi=120)

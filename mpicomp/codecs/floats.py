@@ -10,7 +10,7 @@ import numpy as np
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Key
 from mpicomp.codecs.checks import check_bool, check_fields, check_scales, little, packed_bytes, work_dtype_of
-from mpicomp.codecs.quantize import check_block
+from mpicomp.codecs.quantize import Unbiased, check_block
 from mpicomp.errors import WireFormatError
 from mpicomp.kernels import kernels_for
 from mpicomp.specs import Spec
@@ -125,7 +125,7 @@ def _check_format(name: object) -> None:
 
 
 @dataclass(frozen=True)
-class Natural(Spec):
+class Natural(Unbiased, Spec):
     """Round each magnitude at random to a power of two next to it (natural compression, Horvath et al. 2019).
 
     Unbiased with E||Q - x||^2 <= ||x||^2 / 8; `scaled=False` sends 8/9 as much, which contracts. Payload: scales
@@ -141,21 +141,15 @@ class Natural(Spec):
 
     linear: ClassVar[bool] = False
     fixed: ClassVar[bool] = True
-    omega: ClassVar[float] = 0.125
 
     def __post_init__(self) -> None:
         check_block(self.block)
         check_bool(self, "scaled")
 
     @property
-    def unbiased(self) -> bool:
-        """The mean of decode(encode(x)) over keys is x."""
-        return self.scaled
-
-    @property
-    def contractive(self) -> bool:
-        """The error is smaller than x in the mean over keys."""
-        return not self.scaled
+    def omega(self) -> float:
+        """The bound on the relative variance (theorem 1 of the paper)."""
+        return 0.125
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
         """The payload of an array of `size` elements of work dtype `dtype`."""
@@ -171,8 +165,7 @@ class Natural(Spec):
 
     def _encode(self, x: Array, old: Array | None, payload: Payload, new: Array | None, key: Key) -> int:
         scales, codes = payload
-        shrink = 1.0 if self.scaled else 1.0 / (1.0 + self.omega)
-        kernels_for(x).encode_powers(x, old, new, scales, codes, self.block, shrink, key.base(), key.start)
+        kernels_for(x).encode_powers(x, old, new, scales, codes, self.block, self.shrink, key.base(), key.start)
         return scales.nbytes + codes.nbytes
 
     def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0) -> None:

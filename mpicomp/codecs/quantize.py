@@ -23,6 +23,32 @@ from mpicomp.specs import Spec
 from mpicomp.wire import Field, Payload
 
 
+class Unbiased:
+    """What codecs share that are unbiased, and with scaled=False send 1 / (1 + omega) times as much and contract."""
+
+    scaled: bool
+
+    @property
+    def omega(self) -> float:
+        """The bound on the relative variance: E||Q - x||^2 <= omega ||x||^2."""
+        raise NotImplementedError
+
+    @property
+    def unbiased(self) -> bool:
+        """The mean of decode(encode(x)) over keys is x."""
+        return self.scaled
+
+    @property
+    def contractive(self) -> bool:
+        """The error is smaller than x in the mean over keys."""
+        return not self.scaled
+
+    @property
+    def shrink(self) -> float:
+        """1 / (1 + omega) where not scaled."""
+        return 1.0 if self.scaled else 1.0 / (1.0 + self.omega)
+
+
 class Blockwise:
     """What codecs share that quantise blocks, each with a scale of its own; `mpicomp.kernels.cpu.quantize` does it.
 
@@ -210,7 +236,7 @@ class Uniform(Blockwise, Spec):
 
 
 @dataclass(frozen=True)
-class QSGD(Blockwise, Spec):
+class QSGD(Unbiased, Blockwise, Spec):
     """Round each element at random to one of `levels` steps of its bucket's norm, either sign (Alistarh et al. 2017).
 
     Payload: see `Blockwise`; the scale is norm / levels, codes have as many bits as -levels .. levels take. Unbiased:
@@ -235,16 +261,6 @@ class QSGD(Blockwise, Spec):
         check_bool(self, "scaled")
 
     @property
-    def unbiased(self) -> bool:
-        """The mean of decode(encode(x)) over keys is x."""
-        return self.scaled
-
-    @property
-    def contractive(self) -> bool:
-        """The error is smaller than x in the mean over keys."""
-        return not self.scaled
-
-    @property
     def block(self) -> int:  # type: ignore[override]
         """Shards are cut at multiples of a bucket."""
         return self.bucket
@@ -259,14 +275,9 @@ class QSGD(Blockwise, Spec):
         """The bound on the relative variance."""
         return min(self.bucket / self.levels**2, math.sqrt(self.bucket) / self.levels)
 
-    @property
-    def shrink(self) -> float:
-        """1 / (1 + omega) where not scaled."""
-        return 1.0 if self.scaled else 1.0 / (1.0 + self.omega)
-
 
 @dataclass(frozen=True)
-class DoReFa(Blockwise, Spec):
+class DoReFa(Unbiased, Blockwise, Spec):
     """Round each element at random to one of 2^bits values from -m to m, m its block's largest magnitude (Zhou 2016).
 
     Their quantiser of gradients (eq. 12) with its dither of one cell: 2 m (quantize(x / 2m + 1/2 + noise) - 1/2). It is
@@ -289,16 +300,6 @@ class DoReFa(Blockwise, Spec):
         check_bool(self, "scaled")
 
     @property
-    def unbiased(self) -> bool:
-        """The mean of decode(encode(x)) over keys is x."""
-        return self.scaled
-
-    @property
-    def contractive(self) -> bool:
-        """The error is smaller than x in the mean over keys."""
-        return not self.scaled
-
-    @property
     def width(self) -> int:
         """Bits of a code."""
         return self.bits
@@ -312,8 +313,3 @@ class DoReFa(Blockwise, Spec):
     def omega(self) -> float:
         """The bound on the relative variance."""
         return self.block / self.levels**2
-
-    @property
-    def shrink(self) -> float:
-        """1 / (1 + omega) where not scaled."""
-        return 1.0 if self.scaled else 1.0 / (1.0 + self.omega)

@@ -44,7 +44,7 @@ import numpy as np
 from mpicomp.kernels import cpu
 from mpicomp.kernels.cpu.compile import counts
 x = np.arange(5, dtype=np.float32)
-cpu.add(x, x, x.copy()); cpu.axpy(x, x.copy()); cpu.zero_at(np.zeros(1, np.uint16), x)
+cpu.add(x, x, x.copy()); cpu.axpy(x, x.copy()); cpu.narrow(x, np.empty(5, np.uint16), "bfloat16")
 print(json.dumps(counts()))
 """
 
@@ -202,6 +202,21 @@ def test_results_do_not_depend_on_the_processor(tmp_path):
     expected = json.loads(namespace["digest_here"])
     for process in processes:
         assert result(process) == expected
+
+
+def test_constants_of_kernels_are_numbers():
+    helper = compiling.inline(lambda value: value)
+
+    def kernel_of(constant):
+        @compiling.kernel("T[]")
+        def scaled(x):
+            x[0] = constant
+
+        return scaled
+
+    assert kernel_of(3).name.endswith("scaled(3)")
+    with pytest.raises(TypeError, match="must be numbers"):
+        kernel_of(helper)
 
 
 def test_what_does_not_fit_the_declaration_is_a_type_error():
