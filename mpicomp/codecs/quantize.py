@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,15 +24,15 @@ from mpicomp.specs import Spec
 from mpicomp.wire import Field, Payload
 
 
-class Unbiased:
+class Unbiased(ABC):
     """What codecs share that are unbiased, and with scaled=False send 1 / (1 + omega) times as much and contract."""
 
     scaled: bool
 
     @property
+    @abstractmethod
     def omega(self) -> float:
         """The bound on the relative variance: E||Q - x||^2 <= omega ||x||^2."""
-        raise NotImplementedError
 
     @property
     def unbiased(self) -> bool:
@@ -49,7 +50,7 @@ class Unbiased:
         return 1.0 if self.scaled else 1.0 / (1.0 + self.omega)
 
 
-class Blockwise:
+class Blockwise(ABC):
     """What codecs share that quantise blocks, each with a scale of its own; `mpicomp.kernels.cpu.quantize` does it.
 
     Payload: scales (blocks,) in the work dtype, for the grid "range" the lows (blocks,) too, then codes, u1, packed as
@@ -62,9 +63,9 @@ class Blockwise:
     fixed: ClassVar[bool] = True
 
     @property
+    @abstractmethod
     def grid(self) -> str:
         """What codes stand for; see the kernels."""
-        raise NotImplementedError
 
     @property
     def rule(self) -> str:
@@ -72,14 +73,14 @@ class Blockwise:
         return "largest"
 
     @property
+    @abstractmethod
     def width(self) -> int:
         """Bits of a code."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def levels(self) -> int:
         """What an element as large as the scale allows is rounded to."""
-        raise NotImplementedError
 
     @property
     def random(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -29,7 +30,7 @@ from mpicomp.specs import Spec
 from mpicomp.wire import Field, Payload
 
 
-class Above:
+class Above(ABC):
     """What codecs share that send a number of elements known only when they were seen."""
 
     values: Codec | None
@@ -37,9 +38,9 @@ class Above:
     unbiased: ClassVar[bool] = False
     fixed: ClassVar[bool] = False
 
+    @abstractmethod
     def select(self, x: Array, old: Array | None, new: Array | None) -> Selection:
         """Choose the elements of x + old that are sent; `new` is set to x + old."""
-        raise NotImplementedError
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
         """The capacity of a payload of an array of `size` elements of work dtype `dtype`."""

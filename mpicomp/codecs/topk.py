@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -25,7 +26,7 @@ from mpicomp.specs import Spec
 from mpicomp.wire import Field, Payload
 
 
-class Largest:
+class Largest(ABC):
     """What codecs share that send a fixed number of elements and where they are."""
 
     values: Codec | None
@@ -38,13 +39,13 @@ class Largest:
         """The error is smaller than x: what is left out is, and so is what `values` leaves out of the rest."""
         return contracts(self.values)
 
+    @abstractmethod
     def kept(self, size: int) -> int:
         """Return how many of `size` elements are sent."""
-        raise NotImplementedError
 
+    @abstractmethod
     def select(self, x: Array, old: Array | None, new: Array | None, values: Array, indices: Array) -> None:
         """Write the elements of x + old that are sent, and where they are; `new` gets the others."""
-        raise NotImplementedError
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
         """The payload of an array of `size` elements of work dtype `dtype`."""
