@@ -1,4 +1,4 @@
-"""The only file that calls MPI: every byte that leaves a rank is sent, counted and waited for here.
+"""What the library does with a transport: every byte that leaves a rank is sent, counted and waited for here.
 
 All calls are non-blocking and one loop, `wait`, completes them. So a rank that waits gives its core away after a
 short spin (ranks may outnumber cores), Ctrl-C is seen, and a peer that never answers is named before the job ends.
@@ -14,11 +14,13 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, Protocol
+from functools import cached_property
+from typing import Any, NoReturn
 
 import numpy as np
 
 from mpicomp.arrays import Array
+from mpicomp.transport import MPITransport, Request, Topology, Transport
 
 CHUNK = 1 << 30  # bytes in one MPI message
 EXCHANGE_TAG = 1  # messages of collectives: MPI keeps those of one sender in order, so one tag serves all
@@ -26,79 +28,6 @@ POINT_TAG = 2  # and upwards: messages between two ranks
 SPIN = 100e-6  # seconds of polling before a waiting rank begins to sleep
 SLEEP_SHARE = 0.05  # of the time waited so far; lower = less latency, higher = less time taken from who shares the core
 LONGEST_SLEEP = 1e-3  # seconds
-
-
-class Request(Protocol):
-    """An operation under way."""
-
-    def Test(self) -> bool:
-        """Whether it is complete; makes progress."""
-        ...
-
-
-class Transport(Protocol):
-    """The few operations that this library needs of a communicator; MPI has them, and so has a team of threads.
-
-    Buffers are contiguous arrays, which stay untouched until the request completes.
-    """
-
-    rank: int
-    size: int
-
-    def send(self, data: Array, peer: int, tag: int) -> Request:
-        """Begin to send (n,) uint8 to a peer."""
-        ...
-
-    def receive(self, data: Array, peer: int, tag: int) -> Request:
-        """Begin to receive (n,) uint8 from a peer."""
-        ...
-
-    def allreduce(self, x: Array, total: Array, op: str) -> Request:
-        """Begin MPI's own allreduce of a numeric array; op is a name such as "sum"."""
-        ...
-
-    def broadcast(self, data: Array, root: int) -> Request:
-        """Begin MPI's own broadcast of (n,) uint8, in place."""
-        ...
-
-    def abort(self, code: int) -> None:
-        """End all ranks of the job."""
-        ...
-
-
-class MPITransport:
-    """A duplicate of an mpi4py communicator, so that the library's messages never meet the user's."""
-
-    def __init__(self, mpi: Any) -> None:
-        self.mpi = mpi
-        self.rank: int = mpi.Get_rank()
-        self.size: int = mpi.Get_size()
-
-    def send(self, data: Array, peer: int, tag: int) -> Request:
-        """See Transport."""
-        request: Request = self.mpi.Isend(data, dest=peer, tag=tag)
-        return request
-
-    def receive(self, data: Array, peer: int, tag: int) -> Request:
-        """See Transport."""
-        request: Request = self.mpi.Irecv(data, source=peer, tag=tag)
-        return request
-
-    def allreduce(self, x: Array, total: Array, op: str) -> Request:
-        """See Transport."""
-        from mpi4py import MPI
-
-        request: Request = self.mpi.Iallreduce(x, total, op=getattr(MPI, op.upper()))
-        return request
-
-    def broadcast(self, data: Array, root: int) -> Request:
-        """See Transport."""
-        request: Request = self.mpi.Ibcast(data, root=root)
-        return request
-
-    def abort(self, code: int) -> None:
-        """See Transport."""
-        self.mpi.Abort(code)
 
 
 @dataclass
@@ -159,6 +88,11 @@ class Comm:
     def among(cls, mpi: Any, ranks: Sequence[int]) -> Comm:
         """Return a new communicator of some ranks of `mpi`; only they call this."""
         return cls(MPITransport(mpi.Create_group(mpi.Get_group().Incl(list(ranks)))))
+
+    @cached_property
+    def topology(self) -> Topology:
+        """Which ranks share a node; collective when it is first asked for."""
+        return self.transport.topology()
 
     def next_call(self) -> int:
         """Number of the collective operation that begins now."""

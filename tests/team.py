@@ -30,6 +30,7 @@ import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.collectives import Comm
+from mpicomp.transport import Topology
 
 T = TypeVar("T")
 
@@ -219,6 +220,9 @@ class Rank:
         self._join(operation, ("broadcast", root, data.size), data.size)
         return operation
 
+    def topology(self) -> Topology:
+        return self.team.topology
+
     def abort(self, code: int) -> None:
         with self.team.lock:
             self.team.aborted = self.team.aborted or (self.rank, code)
@@ -301,8 +305,9 @@ class Team:
     kernel compiles it.
     """
 
-    def __init__(self, size: int, seed: int = 0, timeout: float = 300.0) -> None:
+    def __init__(self, size: int, seed: int = 0, timeout: float = 300.0, topology: Topology | None = None) -> None:
         self.size = size
+        self.topology = topology or Topology.flat(size)
         self.lock = threading.Lock()
         self.failed = threading.Event()
         self.aborted: tuple[int, int] | None = None  # rank, code

@@ -21,11 +21,11 @@ LAYERS = [
     {"__main__"},
     {"torch", "federated", "models"},
     {"", "calls"},  # "" is mpicomp/__init__.py
-    {"planner"},
     {"reducers"},
+    {"planner"},
     {"agreement"},
     {"codecs", "collectives"},
-    {"environment"},
+    {"environment", "transport"},
     {"wire", "kernels"},
     {"specs", "arrays"},
     {"errors", "exits"},
@@ -33,7 +33,7 @@ LAYERS = [
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 PLACES = {
-    "mpi4py": {"collectives", "environment", "exits", "__main__"},
+    "mpi4py": {"transport", "collectives", "environment", "exits", "__main__"},
     "torch": {"torch"},
     "cupy": {"arrays", "kernels"},
     "numba": {"kernels"},

@@ -25,7 +25,9 @@ from mpicomp.codecs.base import Codec, Key, stream_of
 from mpicomp.collectives import Comm, as_bytes, exchange
 from mpicomp.errors import ConfigMismatch
 from mpicomp.kernels import kernels_for
+from mpicomp.planner import Cost, Work
 from mpicomp.reducers.layout import Layout, Piece, empty
+from mpicomp.transport import Topology
 from mpicomp.wire import ALIGN, HEADER, POISON, Field, Header, MessageLayout, Payload, read_header, write_header
 
 Units = dict[str, dict[str, Array]]
@@ -91,8 +93,8 @@ class Reducer(Protocol):
         """
         ...
 
-    def nbytes(self, layout: Layout, dtype: str, ranks: int, me: int) -> int:
-        """Bytes that rank `me` sends to other ranks in one `reduce`: the prediction that the count must meet."""
+    def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
+        """What one `reduce` takes of rank `me`, with or without feedback; its bytes are what the count must meet."""
         ...
 
     def export(self, state: State) -> Units:
@@ -230,6 +232,11 @@ class Message:
             payloads = self.layout.cut(self.buffer)
         for piece, place, payload in zip(self.pieces, self.places, payloads, strict=False):
             self.codec.decode_add(payload, out[place], state.key(piece, stage, rank))
+
+
+def coding(codec: Codec, elements: int, op: str = "encode", feedback: bool = False) -> Work:
+    """The work of encoding or decoding so many elements."""
+    return Work("encode_residual" if feedback and op == "encode" else op, elements, str(codec))
 
 
 def message_nbytes(codec: Codec, pieces: Sequence[Piece], dtype: str) -> int:

@@ -10,9 +10,11 @@ import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.collectives import Comm, allgather, allreduce, as_bytes, exchange
+from mpicomp.planner import Cost, Work
 from mpicomp.reducers.base import Reduction, Remembering, State, nonfinite
 from mpicomp.reducers.layout import Layout, even_cuts
 from mpicomp.specs import Spec
+from mpicomp.transport import Topology
 
 ALGORITHMS = ("mpi", "two_shot")
 
@@ -65,12 +67,14 @@ class Dense(Remembering, Spec):
         if self.algorithm not in ALGORITHMS:
             raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {self.algorithm!r}")
 
-    def nbytes(self, layout: Layout, dtype: str, ranks: int, me: int) -> int:
+    def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
         """See Reducer."""
-        itemsize = np.dtype(dtype).itemsize
+        ranks, itemsize = topology.size, np.dtype(dtype).itemsize
+        nbytes = layout.size * itemsize
         if self.algorithm == "mpi":
-            return math.ceil(2 * layout.size * itemsize * (ranks - 1) / ranks)
-        return two_shot_nbytes(layout.size * itemsize, itemsize, ranks, me)
+            return Cost(math.ceil(2 * nbytes * (ranks - 1) / ranks), mpi=(nbytes,))
+        sent = two_shot_nbytes(nbytes, itemsize, ranks, me)
+        return Cost(sent, rounds=2, messages=2 * (ranks - 1), work=(Work("add", layout.size),))
 
     @np.errstate(over="ignore", invalid="ignore")  # IEEE, as above
     def reduce(self, comm: Comm, x: Array, state: State, out: Array | None = None) -> tuple[Reduction, State]:

@@ -10,12 +10,14 @@ import numpy as np
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
 from mpicomp.collectives import Comm
+from mpicomp.planner import Cost
 from mpicomp.reducers.base import (
     Message,
     Reduction,
     Remembering,
     State,
     check_codec,
+    coding,
     exchange_messages,
     message_nbytes,
     nonfinite,
@@ -24,6 +26,7 @@ from mpicomp.reducers.base import (
 )
 from mpicomp.reducers.layout import Layout
 from mpicomp.specs import Spec
+from mpicomp.transport import Topology
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,21 @@ class Gather(Remembering, Spec):
     def __post_init__(self) -> None:
         check_codec(self, self.codec)
 
-    def nbytes(self, layout: Layout, dtype: str, ranks: int, me: int) -> int:
+    def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
         """See Reducer."""
-        return message_nbytes(self.codec, layout.whole(), dtype) * (ranks - 1)
+        peers = topology.size - 1
+        nbytes = message_nbytes(self.codec, layout.whole(), dtype)
+        lengths = 0 if self.codec.fixed or not nbytes else 1
+        return Cost(
+            nbytes * peers,
+            rounds=1 + lengths,
+            messages=peers * (1 + lengths) if nbytes else 0,
+            lossy=1,
+            work=(
+                coding(self.codec, layout.size, feedback=feedback),
+                coding(self.codec, layout.size * topology.size, "decode_add"),
+            ),
+        )
 
     def reduce(self, comm: Comm, x: Array, state: State, out: Array | None = None) -> tuple[Reduction, State]:
         """See Reducer."""

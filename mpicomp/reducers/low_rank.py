@@ -23,9 +23,11 @@ from mpicomp.arrays import Array
 from mpicomp.codecs.base import Key, stream_of
 from mpicomp.collectives import Comm, allreduce
 from mpicomp.kernels import kernels_for
+from mpicomp.planner import Cost, Work
 from mpicomp.reducers.base import Reduction, Remembering, State, Units, nonfinite, poisoned_total
 from mpicomp.reducers.layout import Layout, Piece, Unit
 from mpicomp.specs import Spec
+from mpicomp.transport import Topology
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,14 @@ class LowRank(Remembering, Spec):
             second += 0 if shape is None else shape[1] * self.rank
         return first, second
 
-    def nbytes(self, layout: Layout, dtype: str, ranks: int, me: int) -> int:
+    def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
         """See Reducer."""
-        itemsize = np.dtype(dtype).itemsize
-        return sum(math.ceil(2 * size * itemsize * (ranks - 1) / ranks) for size in self._sizes(layout) if size)
+        itemsize, ranks = np.dtype(dtype).itemsize, topology.size
+        sizes = [size * itemsize for size in self._sizes(layout) if size]
+        nbytes = sum(math.ceil(2 * size * (ranks - 1) / ranks) for size in sizes)
+        matrices = sum(unit.size for unit in layout.units if self.factors(unit))
+        passes = (Work("add", layout.size), Work("matmul", (4 if feedback else 3) * matrices))
+        return Cost(nbytes, lossy=1, work=passes, mpi=tuple(sizes))
 
     def init(self, layout: Layout, dtype: str, feedback: bool = False, seed: int = 0, step: int = 0) -> State:
         """See Reducer. The first Q is random, the same on every rank."""

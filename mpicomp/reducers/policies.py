@@ -14,10 +14,12 @@ import numpy as np
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
 from mpicomp.collectives import Comm
+from mpicomp.planner import Cost
 from mpicomp.reducers.base import Reducer, Reduction, State, Units
 from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.layout import Layout, Unit
 from mpicomp.specs import Spec
+from mpicomp.transport import Topology
 
 
 def _checked(wrapper: str, inner: object) -> None:
@@ -87,9 +89,9 @@ class ErrorFeedback(Spec):
         """See Reducer."""
         return self.reducer.reduce(comm, x, state, out)
 
-    def nbytes(self, layout: Layout, dtype: str, ranks: int, me: int) -> int:
+    def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
         """See Reducer."""
-        return self.reducer.nbytes(layout, dtype, ranks, me)
+        return self.reducer.cost(layout, dtype, topology, me, feedback=True)
 
     def export(self, state: State) -> Units:
         """See Reducer."""
@@ -145,9 +147,9 @@ class After(Spec):
         reduction, inner = self.reducer.reduce(comm, x, inner, out)
         return reduction, replace(state, step=inner.step, inner=(inner,))
 
-    def nbytes(self, layout: Layout, dtype: str, ranks: int, me: int) -> int:
+    def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
         """See Reducer; from step `steps` on."""
-        return self.reducer.nbytes(layout, dtype, ranks, me)
+        return self.reducer.cost(layout, dtype, topology, me, feedback)
 
     def export(self, state: State) -> Units:
         """See Reducer."""
@@ -205,9 +207,10 @@ class Partition(Spec):
             states.append(after)
         return Reduction(out, poisoned=poisoned), replace(state, step=state.step + 1, inner=tuple(states))
 
-    def nbytes(self, layout: Layout, dtype: str, ranks: int, me: int) -> int:
+    def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
         """See Reducer."""
-        return sum(r.nbytes(part, dtype, ranks, me) for r, part in self._branches(layout) if part.units)
+        costs = (r.cost(part, dtype, topology, me, feedback) for r, part in self._branches(layout) if part.units)
+        return sum(costs, Cost())
 
     def export(self, state: State) -> Units:
         """See Reducer."""

@@ -10,12 +10,14 @@ import numpy as np
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
 from mpicomp.collectives import Comm
+from mpicomp.planner import Cost, Work
 from mpicomp.reducers.base import (
     Message,
     Reduction,
     Remembering,
     State,
     check_codec,
+    coding,
     message_nbytes,
     nonfinite,
     poisoned_total,
@@ -23,6 +25,7 @@ from mpicomp.reducers.base import (
 from mpicomp.reducers.dense import two_shot_nbytes, two_shot_rows, two_shot_sum
 from mpicomp.reducers.layout import Layout
 from mpicomp.specs import Spec
+from mpicomp.transport import Topology
 from mpicomp.wire import ALIGN, HEADER, Field
 
 
@@ -40,10 +43,19 @@ class SharedSupport(Remembering, Spec):
         if not check_codec(self, self.codec).linear:
             raise ValueError(f"shared_support needs a linear codec such as randomk, got {self.codec}; use two_stage")
 
-    def nbytes(self, layout: Layout, dtype: str, ranks: int, me: int) -> int:
+    def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
         """See Reducer."""
         values = message_nbytes(self.codec, layout.whole(), dtype)
-        return two_shot_nbytes(values - HEADER + ALIGN, np.dtype(dtype).itemsize, ranks, me) if values else 0
+        if not values:
+            return Cost()
+        itemsize = np.dtype(dtype).itemsize
+        nbytes = two_shot_nbytes(values - HEADER + ALIGN, itemsize, topology.size, me)
+        work = (
+            coding(self.codec, layout.size, feedback=feedback),
+            Work("add", values // itemsize),
+            coding(self.codec, layout.size, "decode_add"),
+        )
+        return Cost(nbytes, rounds=2, messages=2 * (topology.size - 1), lossy=1, work=work)
 
     def reduce(self, comm: Comm, x: Array, state: State, out: Array | None = None) -> tuple[Reduction, State]:
         """See Reducer."""

@@ -16,12 +16,14 @@ from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
 from mpicomp.collectives import Comm
 from mpicomp.kernels import kernels_for
+from mpicomp.planner import Cost
 from mpicomp.reducers.base import (
     Message,
     Reduction,
     Remembering,
     State,
     check_codec,
+    coding,
     exchange_messages,
     message_nbytes,
     nonfinite,
@@ -30,6 +32,7 @@ from mpicomp.reducers.base import (
 )
 from mpicomp.reducers.layout import Layout, empty, shards
 from mpicomp.specs import Spec
+from mpicomp.transport import Topology
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,27 @@ class TwoStage(Remembering, Spec):
     def __post_init__(self) -> None:
         check_codec(self, self.codec)
 
-    def nbytes(self, layout: Layout, dtype: str, ranks: int, me: int) -> int:
+    def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
         """See Reducer."""
-        sizes = [message_nbytes(self.codec, owned, dtype) for owned in shards(layout, self.codec.block, ranks)]
-        return sum(sizes) - sizes[me] + sizes[me] * (ranks - 1)
+        ranks = topology.size
+        owned = shards(layout, self.codec.block, ranks)
+        sizes = [message_nbytes(self.codec, pieces, dtype) for pieces in owned]
+        mine = sum(piece.size for piece in owned[me])
+        messages = sum(size > 0 for size in sizes) - (sizes[me] > 0) + (ranks - 1) * (sizes[me] > 0)
+        lengths = 1 if self.codec.fixed else 2
+        recoded = () if self.codec.linear else (coding(self.codec, mine, feedback=feedback),)
+        return Cost(
+            sum(sizes) - sizes[me] + sizes[me] * (ranks - 1),
+            rounds=2 * lengths,
+            messages=messages * lengths,
+            lossy=1 if self.codec.linear else 2,
+            work=(
+                coding(self.codec, layout.size, feedback=feedback),
+                coding(self.codec, mine * ranks, "decode_add"),
+                *recoded,
+                coding(self.codec, layout.size, "decode_add"),
+            ),
+        )
 
     def reduce(self, comm: Comm, x: Array, state: State, out: Array | None = None) -> tuple[Reduction, State]:
         """See Reducer."""

@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 
 from mpicomp import collectives
-from mpicomp.collectives import Comm, Request
+from mpicomp.collectives import Comm
 from mpicomp.torch.exact import Tensor
 from mpicomp.torch.tensors import bytes_of, flat
+from mpicomp.transport import Request
 
 
 class PointWork(dist.Work):

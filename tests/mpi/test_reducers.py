@@ -64,7 +64,7 @@ def test_the_law_over_mpi_and_the_bits_of_a_team(comm: Comm, spec: str, dtype: s
     history = run_here(comm, reducer, LAYOUT, x)
     check_law(history)
     if "after" not in spec:
-        assert comm.traffic.bytes == 8 * reducer.nbytes(LAYOUT, dtype, comm.size, comm.rank)
+        assert comm.traffic.bytes == 8 * reducer.cost(LAYOUT, dtype, comm.topology, comm.rank).nbytes
     team = run(Team(comm.size), reducer, LAYOUT, x)
     if is_ours(spec):
         assert history.totals.tobytes() == team.totals.tobytes()
@@ -79,7 +79,7 @@ def test_fewer_elements_than_ranks(comm: Comm, spec: str) -> None:
     reducer = member(spec)
     check_law(run_here(comm, reducer, TINY, inputs(comm.size, 5, TINY.size, "float32")))
     if "after" not in spec:
-        assert comm.traffic.bytes == 5 * reducer.nbytes(TINY, "float32", comm.size, comm.rank)
+        assert comm.traffic.bytes == 5 * reducer.cost(TINY, "float32", comm.topology, comm.rank).nbytes
 
 
 @pytest.mark.parametrize("reducer", ["gather", "two_stage"])
@@ -89,7 +89,7 @@ def test_the_other_families_over_mpi_and_the_bits_of_a_team(comm: Comm, codec: s
     x = inputs(comm.size, 4, LAYOUT.size, "float32")
     history = run_here(comm, member(spec), LAYOUT, x)
     check_law(history)
-    assert comm.traffic.bytes <= 4 * member(spec).nbytes(LAYOUT, "float32", comm.size, comm.rank)
+    assert comm.traffic.bytes <= 4 * member(spec).cost(LAYOUT, "float32", comm.topology, comm.rank).nbytes
     team = run(Team(comm.size), member(spec), LAYOUT, x)
     assert history.totals.tobytes() == team.totals.tobytes()
     assert history.residuals.tobytes() == team.residuals.tobytes()

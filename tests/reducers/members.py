@@ -190,6 +190,6 @@ def check_law(history: History) -> None:
 def check_bytes(team: Team, reducer: Reducer, layout: Layout, dtype: str, reductions: int) -> None:
     """Check that the bytes predicted, those the library counted, and those the team saw are the same."""
     for comm, rank in zip(team.comms, team.ranks, strict=True):
-        predicted = reductions * reducer.nbytes(layout, dtype, team.size, comm.rank)
+        predicted = reductions * reducer.cost(layout, dtype, comm.topology, comm.rank).nbytes
         assert (comm.traffic.counted, comm.traffic.modelled) == (rank.sent_bytes, rank.modelled_bytes)
         assert predicted == comm.traffic.bytes, f"rank {comm.rank}: {predicted} predicted, {comm.traffic.bytes} counted"

@@ -9,6 +9,7 @@ from team import Team
 
 from mpicomp.collectives import Comm
 from mpicomp.reducers import After, Dense, ErrorFeedback, Gather, Partition, SharedSupport, TwoStage, parse
+from mpicomp.transport import Topology
 
 INNER = [
     "error_feedback(gather(topk(density=0.1)))",
@@ -36,7 +37,7 @@ def test_after_predicts_the_bytes_of_its_reducer() -> None:
     reducer, team = After(2, member(INNER[1])), Team(3)
     run(team, reducer, LAYOUT, inputs(3, 2, LAYOUT.size, "float32"))
     dense = [comm.traffic.counted for comm in team.comms]
-    assert dense == [2 * Dense("two_shot").nbytes(LAYOUT, "float32", 3, me) for me in range(3)]
+    assert dense == [2 * Dense("two_shot").cost(LAYOUT, "float32", Topology.flat(3), me).nbytes for me in range(3)]
     team = Team(3)
     run(team, reducer, LAYOUT, inputs(3, 4, LAYOUT.size, "float32"), step=2)
     check_bytes(team, reducer, LAYOUT, "float32", 4)

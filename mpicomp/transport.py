@@ -1,0 +1,180 @@
+"""The only file that calls MPI. Everything above it knows a `Transport`, which a team of threads provides too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+
+from mpicomp.arrays import Array
+
+
+class Request(Protocol):
+    """An operation under way."""
+
+    def Test(self) -> bool:
+        """Whether it is complete; makes progress."""
+        ...
+
+
+class Window(Protocol):
+    """Memory that the ranks of one node share: `parts[r]` is rank r's, (nbytes,) uint8, and all may read and write it.
+
+    Between a rank's write and another's read both call `sync`, the writer before and the reader after they have met.
+    """
+
+    parts: Sequence[Array]
+
+    def sync(self) -> None:
+        """Make this rank's writes visible, and others' writes seen."""
+        ...
+
+    def free(self) -> None:
+        """Give the memory back; collective, and the parts must not be used again."""
+        ...
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Which ranks share a node: `nodes[i]` are the ranks of node i, ascending; nodes are sorted by their first rank."""
+
+    nodes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def flat(cls, ranks: int) -> Topology:
+        """Every rank on a node of its own."""
+        return cls(tuple((rank,) for rank in range(ranks)))
+
+    @cached_property
+    def size(self) -> int:
+        """Number of ranks."""
+        return sum(map(len, self.nodes))
+
+    def node_of(self, rank: int) -> int:
+        """Number of the node on which a rank is."""
+        return next(place for place, node in enumerate(self.nodes) if rank in node)
+
+    def __str__(self) -> str:
+        return "+".join(str(len(node)) for node in self.nodes)
+
+
+class Transport(Protocol):
+    """The few operations that this library needs of a communicator; MPI has them, and so has a team of threads.
+
+    Buffers are contiguous arrays, which stay untouched until the request completes.
+    """
+
+    rank: int
+    size: int
+
+    def send(self, data: Array, peer: int, tag: int) -> Request:
+        """Begin to send (n,) uint8 to a peer."""
+        ...
+
+    def receive(self, data: Array, peer: int, tag: int) -> Request:
+        """Begin to receive (n,) uint8 from a peer."""
+        ...
+
+    def allreduce(self, x: Array, total: Array, op: str) -> Request:
+        """Begin MPI's own allreduce of a numeric array; op is a name such as "sum"."""
+        ...
+
+    def broadcast(self, data: Array, root: int) -> Request:
+        """Begin MPI's own broadcast of (n,) uint8, in place."""
+        ...
+
+    def topology(self) -> Topology:
+        """Find out which ranks share a node; collective."""
+        ...
+
+    def among(self, ranks: Sequence[int]) -> Transport:
+        """Make a transport of some ranks, in this order; only they call this."""
+        ...
+
+    def window(self, nbytes: int) -> Window:
+        """Make memory that all ranks share, `nbytes` of it owned by this one; collective, on one node only."""
+        ...
+
+    def abort(self, code: int) -> None:
+        """End all ranks of the job."""
+        ...
+
+
+class MPITransport:
+    """A duplicate of an mpi4py communicator, so that the library's messages never meet the user's."""
+
+    def __init__(self, mpi: Any) -> None:
+        self.mpi = mpi
+        self.rank: int = mpi.Get_rank()
+        self.size: int = mpi.Get_size()
+
+    def send(self, data: Array, peer: int, tag: int) -> Request:
+        """See Transport."""
+        request: Request = self.mpi.Isend(data, dest=peer, tag=tag)
+        return request
+
+    def receive(self, data: Array, peer: int, tag: int) -> Request:
+        """See Transport."""
+        request: Request = self.mpi.Irecv(data, source=peer, tag=tag)
+        return request
+
+    def allreduce(self, x: Array, total: Array, op: str) -> Request:
+        """See Transport."""
+        from mpi4py import MPI
+
+        request: Request = self.mpi.Iallreduce(x, total, op=getattr(MPI, op.upper()))
+        return request
+
+    def broadcast(self, data: Array, root: int) -> Request:
+        """See Transport."""
+        request: Request = self.mpi.Ibcast(data, root=root)
+        return request
+
+    def topology(self) -> Topology:
+        """See Transport."""
+        from mpi4py import MPI
+
+        node = self.mpi.Split_type(MPI.COMM_TYPE_SHARED, key=self.rank)
+        first = np.array([self.rank], np.int64)
+        node.Bcast(first, root=0)
+        node.Free()
+        firsts = np.empty(self.size, np.int64)  # (ranks,) of each rank's node the first rank
+        self.mpi.Allgather(first, firsts)
+        return Topology(tuple(tuple(np.flatnonzero(firsts == each).tolist()) for each in np.unique(firsts)))
+
+    def among(self, ranks: Sequence[int]) -> MPITransport:
+        """See Transport."""
+        return MPITransport(self.mpi.Create_group(self.mpi.Get_group().Incl(list(ranks))))
+
+    def window(self, nbytes: int) -> MPIWindow:
+        """See Transport."""
+        return MPIWindow(self.mpi, nbytes)
+
+    def abort(self, code: int) -> None:
+        """See Transport."""
+        self.mpi.Abort(code)
+
+
+class MPIWindow:
+    """A window of MPI's shared memory; see Window."""
+
+    def __init__(self, mpi: Any, nbytes: int) -> None:
+        from mpi4py import MPI
+
+        self._win = MPI.Win.Allocate_shared(nbytes, 1, comm=mpi)
+        self._win.Lock_all(MPI.MODE_NOCHECK)
+        memories: list[Any] = [self._win.Shared_query(rank)[0] for rank in range(mpi.Get_size())]
+        self.parts: Sequence[Array] = [np.frombuffer(memory, np.uint8) for memory in memories]
+
+    def sync(self) -> None:
+        """See Window."""
+        self._win.Sync()
+
+    def free(self) -> None:
+        """See Window."""
+        self.parts = []
+        self._win.Unlock_all()
+        self._win.Free()
