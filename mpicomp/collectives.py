@@ -23,8 +23,6 @@ from mpicomp.arrays import Array
 from mpicomp.transport import MPITransport, Request, Topology, Transport
 
 CHUNK = 1 << 30  # bytes in one MPI message
-EXCHANGE_TAG = 1  # messages of collectives: MPI keeps those of one sender in order, so one tag serves all
-POINT_TAG = 2  # and upwards: messages between two ranks
 SPIN = 100e-6  # seconds of polling before a waiting rank begins to sleep
 SLEEP_SHARE = 0.05  # of the time waited so far; lower = less latency, higher = less time taken from who shares the core
 LONGEST_SLEEP = 1e-3  # seconds
@@ -104,14 +102,17 @@ _keyval: int | None = None  # where MPI keeps the Comm of a communicator
 
 
 def wait(comm: Comm, requests: Sequence[Request], operation: str) -> None:
-    """Complete requests; abort the job with a report if that takes longer than the communicator's timeout."""
+    """Complete requests; abort the job with a report if that takes longer than the communicator's timeout.
+
+    They are tested one after the other: any test moves all that is under way, on MPI.
+    """
     began = time.perf_counter()
-    pending = list(requests)
-    while pending := [request for request in pending if not request.Test()]:
-        waited = time.perf_counter() - began
-        if waited > comm.timeout:
-            _give_up(comm, operation, len(pending), waited)
-        time.sleep(min(LONGEST_SLEEP, SLEEP_SHARE * waited) if waited > SPIN else 0)
+    for place, request in enumerate(requests):
+        while not request.Test():
+            waited = time.perf_counter() - began
+            if waited > comm.timeout:
+                _give_up(comm, operation, len(requests) - place, waited)
+            time.sleep(min(LONGEST_SLEEP, SLEEP_SHARE * waited) if waited > SPIN else 0)
     comm.traffic.seconds += time.perf_counter() - began
 
 
@@ -130,6 +131,8 @@ def _give_up(comm: Comm, operation: str, pending: int, waited: float) -> NoRetur
 
 def _chunks(data: Array) -> list[Array]:
     """Cut (n,) uint8 into messages that any MPI takes; nothing for nothing."""
+    if 0 < data.size <= CHUNK:
+        return [data]
     return [data[start : start + CHUNK] for start in range(0, data.size, CHUNK)]
 
 
@@ -148,13 +151,10 @@ def exchange(comm: Comm, outgoing: Sequence[Array], incoming: Sequence[Array], o
     requests = []
     for distance in range(1, ranks):
         peer = (me - distance) % ranks
-        requests += [comm.transport.receive(part, peer, EXCHANGE_TAG) for part in _chunks(incoming[peer])]
+        requests += begin_receive(comm, incoming[peer], peer)
     for distance in range(1, ranks):
         peer = (me + distance) % ranks
-        for part in _chunks(outgoing[peer]):
-            requests.append(comm.transport.send(part, peer, EXCHANGE_TAG))
-            comm.traffic.counted += part.size
-            comm.traffic.messages += 1
+        requests += begin_send(comm, outgoing[peer], peer)
     incoming[me][...] = outgoing[me]
     wait(comm, requests, operation)
 
@@ -185,15 +185,16 @@ def broadcast(comm: Comm, data: Array, root: int) -> None:
 
 
 def begin_send(comm: Comm, data: Array, peer: int, tag: int = 0) -> list[Request]:
-    """Begin to send (n,) uint8, which must stay untouched, to one rank."""
+    """Begin to send (n,) uint8, which must stay untouched, to one rank. MPI keeps messages of one tag in order."""
+    parts = _chunks(data)
     comm.traffic.counted += data.size
-    comm.traffic.messages += len(_chunks(data))
-    return [comm.transport.send(part, peer, POINT_TAG + tag) for part in _chunks(data)]
+    comm.traffic.messages += len(parts)
+    return [comm.transport.send(part, peer, tag) for part in parts]
 
 
 def begin_receive(comm: Comm, data: Array, peer: int, tag: int = 0) -> list[Request]:
     """Begin to receive (n,) uint8 from one rank."""
-    return [comm.transport.receive(part, peer, POINT_TAG + tag) for part in _chunks(data)]
+    return [comm.transport.receive(part, peer, tag) for part in _chunks(data)]
 
 
 def send(comm: Comm, data: Array, peer: int, tag: int = 0) -> None:

@@ -86,6 +86,10 @@ class Transport(Protocol):
         """Begin MPI's own broadcast of (n,) uint8, in place."""
         ...
 
+    def progress(self) -> None:
+        """Let what is under way move: MPI moves nothing outside its own calls."""
+        ...
+
     def topology(self) -> Topology:
         """Find out which ranks share a node; collective."""
         ...
@@ -132,6 +136,10 @@ class MPITransport:
         """See Transport."""
         request: Request = self.mpi.Ibcast(data, root=root)
         return request
+
+    def progress(self) -> None:
+        """See Transport."""
+        self.mpi.Iprobe()
 
     def topology(self) -> Topology:
         """See Transport."""

@@ -220,6 +220,9 @@ class Rank:
         self._join(operation, ("broadcast", root, data.size), data.size)
         return operation
 
+    def progress(self) -> None:
+        pass
+
     def topology(self) -> Topology:
         return self.team.topology
 

@@ -76,6 +76,16 @@ class Codec(Protocol):
         """Shards of a tensor are cut at multiples of this number of elements; a tensor of fewer has one owner."""
         ...
 
+    @property
+    def blockwise(self) -> bool:
+        """An array cut at multiples of `block` is coded as the whole is: each part for itself, to the same codes."""
+        ...
+
+    @property
+    def loud(self) -> bool:
+        """What is not finite in an input shows in the first field of the payload: nobody need look for it before."""
+        ...
+
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
         """The payload of an array of `size` elements of work dtype `dtype` ("float32" or "float64")."""
         ...

@@ -92,6 +92,8 @@ class Bounded(Spec):
     unbiased: ClassVar[bool] = False
     contractive: ClassVar[bool] = True
     fixed: ClassVar[bool] = False
+    blockwise: ClassVar[bool] = False
+    loud: ClassVar[bool] = False
     block: ClassVar[int] = BLOCK
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:

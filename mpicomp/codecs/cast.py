@@ -40,6 +40,8 @@ class Cast(Spec):
     contractive: ClassVar[bool] = True
     fixed: ClassVar[bool] = True
     block: ClassVar[int] = 256
+    blockwise: ClassVar[bool] = True
+    loud: ClassVar[bool] = False
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
         """The payload of an array of `size` elements of work dtype `dtype`."""

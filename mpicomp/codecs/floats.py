@@ -38,6 +38,8 @@ class SmallFloat:
     contractive: ClassVar[bool] = True
     fixed: ClassVar[bool] = True
     block: ClassVar[int] = CODES
+    blockwise: ClassVar[bool] = True
+    loud: ClassVar[bool] = False
     shared: ClassVar[bool] = True
 
     @property
@@ -141,6 +143,8 @@ class Natural(Unbiased, Spec):
 
     linear: ClassVar[bool] = False
     fixed: ClassVar[bool] = True
+    blockwise: ClassVar[bool] = True
+    loud: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_block(self.block)

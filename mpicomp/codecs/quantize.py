@@ -61,6 +61,12 @@ class Blockwise(ABC):
 
     linear: ClassVar[bool] = False
     fixed: ClassVar[bool] = True
+    blockwise: ClassVar[bool] = True
+
+    @property
+    def loud(self) -> bool:
+        """A scale is not finite where an element of its block is not, but those of a range are clipped."""
+        return self.grid != "range"
 
     @property
     @abstractmethod

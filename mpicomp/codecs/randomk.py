@@ -47,6 +47,8 @@ class RandomK(Spec):
         check_values(self.values)
 
     fixed: ClassVar[bool] = True
+    blockwise: ClassVar[bool] = False
+    loud: ClassVar[bool] = False
 
     @property
     def linear(self) -> bool:

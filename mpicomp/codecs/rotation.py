@@ -69,6 +69,8 @@ class Rotated(Spec):
 
     linear: ClassVar[bool] = False
     fixed: ClassVar[bool] = True
+    blockwise: ClassVar[bool] = False
+    loud: ClassVar[bool] = False
 
     @property
     def unbiased(self) -> bool:

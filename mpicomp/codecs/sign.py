@@ -46,6 +46,8 @@ class Sign(Spec):
     contractive: ClassVar[bool] = True
     fixed: ClassVar[bool] = True
     block: ClassVar[int] = BLOCK
+    blockwise: ClassVar[bool] = False
+    loud: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_bool(self, "two_means")
@@ -106,6 +108,8 @@ class Ternary(Spec):
     linear: ClassVar[bool] = False
     fixed: ClassVar[bool] = True
     block: ClassVar[int] = BLOCK
+    blockwise: ClassVar[bool] = False
+    loud: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not is_number(self.clip) or not self.clip > 0:

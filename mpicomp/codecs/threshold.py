@@ -37,6 +37,8 @@ class Above(ABC):
     linear: ClassVar[bool] = False
     unbiased: ClassVar[bool] = False
     fixed: ClassVar[bool] = False
+    blockwise: ClassVar[bool] = False
+    loud: ClassVar[bool] = False
 
     @abstractmethod
     def select(self, x: Array, old: Array | None, new: Array | None) -> Selection:

@@ -35,6 +35,16 @@ class Largest(ABC):
     fixed: ClassVar[bool] = True
 
     @property
+    def blockwise(self) -> bool:
+        """The largest of all are not those of the parts."""
+        return False
+
+    @property
+    def loud(self) -> bool:
+        """NaN and infinity are the largest of all, and are sent as they are."""
+        return self.values is None
+
+    @property
     def contractive(self) -> bool:
         """The error is smaller than x: what is left out is, and so is what `values` leaves out of the rest."""
         return contracts(self.values)
@@ -140,6 +150,11 @@ class BlockTopK(Largest, Spec):
         if not 64 <= self.block <= 65_536 or self.block % 64:
             raise ValueError(f"block must be a multiple of 64 in 64..65536, got {self.block}")
         check_values(self.values)
+
+    @property
+    def blockwise(self) -> bool:
+        """The largest of a block are its own affair, as long as nobody codes values across blocks."""
+        return self.values is None
 
     def kept(self, size: int) -> int:
         """Return how many of `size` elements are sent."""

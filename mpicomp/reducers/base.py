@@ -175,7 +175,8 @@ class Message:
     """A buffer with the payloads of several pieces, and the coding of these pieces in it.
 
     The pieces lie in a flat array where their units do, or, with `side_by_side`, one after the other. The first
-    `length` bytes of the buffer are what is sent or was received: all of them for a fixed codec.
+    `length` bytes of the buffer are what is sent or was received: all of them for a fixed codec. A given `buffer` is
+    another message's of the same codec and pieces.
     """
 
     def __init__(
@@ -185,6 +186,7 @@ class Message:
         dtype: str,
         side_by_side: bool = False,
         extra: tuple[Field, ...] = (),
+        buffer: Array | None = None,
     ) -> None:
         self.codec = codec
         self.pieces = list(pieces)
@@ -195,8 +197,10 @@ class Message:
         ]
         fields = [codec.fields(piece.size, dtype) for piece in self.pieces]
         self.layout = MessageLayout([*fields, extra] if extra else fields)
-        self.buffer = empty(self.layout.nbytes if self.pieces else 0, "uint8")
-        self.buffer[...] = 0  # padding travels too
+        if buffer is None:
+            buffer = empty(self.layout.nbytes if self.pieces else 0, "uint8")
+            buffer[...] = 0  # padding travels too
+        self.buffer = buffer
         self.payloads = self.layout.views(self.buffer) if self.pieces else []
         self.length = self.buffer.size
 
@@ -212,18 +216,32 @@ class Message:
         if self.pieces:
             write_header(self.buffer, Header(sequence & 0xFFFFFFFF, state.digest, POISON if poisoned else 0))
 
-    def encode(self, x: Array, state: State, stage: int, rank: int, old: Array | None, new: Array | None) -> None:
-        """Encode the pieces of x, or those of x + old and write what the code leaves out to `new`."""
-        used = []
+    def encode(self, x: Array, state: State, stage: int, rank: int, old: Array | None, new: Array | None) -> bool:
+        """Encode the pieces of x, or those of x + old and write what the code leaves out to `new`.
+
+        Returns whether all of it was finite; where it was not, payload and `new` are not to be used.
+        """
+        used, codec = [], self.codec
         for piece, place, payload in zip(self.pieces, self.places, self.payloads, strict=False):
             key = state.key(piece, stage, rank)
+            rest = None if old is None else old[place]
+            if not codec.loud and kernels_for(x).nonfinite(x[place], rest):
+                return False
             if new is None:
-                used.append(self.codec.encode(x[place], payload, key))
+                used.append(codec.encode(x[place], payload, key))
             else:
-                rest = None if old is None else old[place]
-                used.append(self.codec.encode_residual(x[place], rest, payload, new[place], key))
-        if self.pieces and not self.codec.fixed:
+                used.append(codec.encode_residual(x[place], rest, payload, new[place], key))
+            if codec.loud and not np.isfinite(payload[0]).all():
+                return False
+        if self.pieces and not codec.fixed:
             self.length = self.layout.close_up(self.buffer, used)
+        return True
+
+    def decode(self, out: Array, state: State, stage: int, rank: int) -> None:
+        """Set the pieces of `out` to what was encoded; zeroed one by one, while they are in the cache."""
+        for place in self.places:
+            out[place] = 0
+        self.decode_add(out, state, stage, rank)
 
     def decode_add(self, out: Array, state: State, stage: int, rank: int) -> None:
         """Add the decoded pieces to `out`."""
@@ -273,13 +291,13 @@ def exchange_lengths(comm: Comm, outgoing: Sequence[int | None], expected: Seque
     return [int(length) for length in told[:, 0]]
 
 
-def opened(messages: Sequence[Message], sequence: int, state: State) -> bool:
-    """Check the headers of messages received, by source rank; return whether any sender's input was poisoned.
+def opened(messages: Sequence[Message], sequence: int, state: State, first: int = 0) -> bool:
+    """Check the headers of messages received, by source rank from `first`; return whether any input was poisoned.
 
     Raises ConfigMismatch for a sender that was at another operation or had another configuration.
     """
     poisoned = False
-    for rank, message in enumerate(messages):
+    for rank, message in enumerate(messages, first):
         if not message.pieces:
             continue
         header = read_header(message.buffer)

@@ -18,13 +18,11 @@ from mpicomp.reducers.base import (
     State,
     check_codec,
     coding,
-    exchange_messages,
     message_nbytes,
-    nonfinite,
-    opened,
     poisoned_total,
 )
 from mpicomp.reducers.layout import Layout
+from mpicomp.reducers.pipeline import Burst, groups, in_turn
 from mpicomp.specs import Spec
 from mpicomp.transport import Topology
 
@@ -45,13 +43,14 @@ class Gather(Remembering, Spec):
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
         """See Reducer."""
         peers = topology.size - 1
-        nbytes = message_nbytes(self.codec, layout.whole(), dtype)
-        lengths = 0 if self.codec.fixed or not nbytes else 1
+        sizes = [message_nbytes(self.codec, part, dtype) for part in groups(layout.whole(), self.codec)]
+        lengths = 1 if self.codec.fixed else 2
         return Cost(
-            nbytes * peers,
-            rounds=1 + lengths,
-            messages=peers * (1 + lengths) if nbytes else 0,
+            sum(sizes) * peers,
+            rounds=lengths,
+            messages=len(sizes) * peers * lengths,
             lossy=1,
+            chunks=max(1, len(sizes)),
             work=(
                 coding(self.codec, layout.size, feedback=feedback),
                 coding(self.codec, layout.size * topology.size, "decode_add"),
@@ -62,21 +61,31 @@ class Gather(Remembering, Spec):
         """See Reducer."""
         out = np.empty_like(x) if out is None else out
         if "messages" not in state.work:
+            parts = groups(state.layout.whole(), self.codec)
             state.work["messages"] = [
-                Message(self.codec, state.layout.whole(), state.dtype) for _ in range(comm.size + 1)
+                [Message(self.codec, part, state.dtype) for part in parts] for _ in range(comm.size + 1)
             ]
         mine, *received = state.work["messages"]
         sequence = comm.next_call()
 
-        poisoned = nonfinite(x, state.residual, state.layout)
-        if not poisoned:
-            mine.encode(x, state, 0, comm.rank, state.residual, state.spare)
-        mine.seal(sequence, state, poisoned)
-        exchange_messages(comm, [mine] * comm.size, received, str(self))
-        if opened(received, sequence, state):
-            return poisoned_total(out, state.layout), state
+        poisoned = False
+        burst = Burst(comm, [mine] * comm.size, received, str(self))
+        for number, message in enumerate(mine):
+            finite = message.encode(x, state, 0, comm.rank, state.residual, state.spare)
+            message.seal(sequence, state, not finite)
+            poisoned |= not finite
+            kept = received[comm.rank][number]  # decoded in its turn, when what was sent may be gone
+            kept.length = message.length
+            kept.travelling[...] = message.travelling
+            for distance in range(1, comm.size):
+                burst.send((comm.rank + distance) % comm.size, number)
+        burst.send_all()
 
-        state.layout.fill(out, 0)
-        for rank, message in enumerate(received):
-            message.decode_add(out, state, 0, rank)
-        return Reduction(out), state.advanced()
+        for rank, number in in_turn(received):
+            poisoned |= burst.arrived(rank, number, sequence, state)
+            if not poisoned and rank == 0:
+                received[0][number].decode(out, state, 0, 0)
+            elif not poisoned:
+                received[rank][number].decode_add(out, state, 0, rank)
+        burst.finish()
+        return (poisoned_total(out, state.layout), state) if poisoned else (Reduction(out), state.advanced())

@@ -2,7 +2,7 @@
 
 Alltoall of encoded shards, sum at the owner, re-encoding, allgather: the optimal number of bytes, two lossy events at
 any number of ranks. The owner of a shard adds what its re-encoding drops to its own residual, so error feedback needs
-no second buffer (DESIGN section 3).
+no second buffer (DESIGN section 3). Both stages are cut into groups (`pipeline`), so that coding hides behind the wire.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import numpy as np
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
 from mpicomp.collectives import Comm
-from mpicomp.kernels import kernels_for
 from mpicomp.planner import Cost
 from mpicomp.reducers.base import (
     Message,
@@ -24,13 +23,11 @@ from mpicomp.reducers.base import (
     State,
     check_codec,
     coding,
-    exchange_messages,
     message_nbytes,
-    nonfinite,
-    opened,
     poisoned_total,
 )
 from mpicomp.reducers.layout import Layout, empty, shards
+from mpicomp.reducers.pipeline import Burst, groups, in_turn, ring
 from mpicomp.specs import Spec
 from mpicomp.transport import Topology
 
@@ -39,82 +36,109 @@ from mpicomp.transport import Topology
 class TwoStage(Remembering, Spec):
     """Reduce-scatter and allgather of encoded shards, each an array of its own to the codec.
 
-    The payloads of a linear codec are summed as they are and not encoded again.
+    `second` encodes the sums, None: `codec` does. The payloads of a linear codec are summed as they are and not encoded
+    again.
     """
 
     spec_name: ClassVar[str] = "two_stage"
     codec: Codec
+    second: Codec | None = None
 
     def __post_init__(self) -> None:
         check_codec(self, self.codec)
+        if self.second is None:
+            return
+        kinds = [(codec.block, codec.blockwise, codec.fixed) for codec in (self.codec, check_codec(self, self.second))]
+        if kinds[0] != kinds[1] or self.codec.linear:
+            raise ValueError(
+                f"second must be a codec of the first one's family, and the first not a linear one: it gets the same "
+                f"shards; got {self.codec} and {self.second}"
+            )
+
+    @property
+    def recodec(self) -> Codec:
+        """What encodes the sums."""
+        return self.second or self.codec
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
         """See Reducer."""
         ranks = topology.size
         owned = shards(layout, self.codec.block, ranks)
-        sizes = [message_nbytes(self.codec, pieces, dtype) for pieces in owned]
+        first = [[message_nbytes(self.codec, part, dtype) for part in groups(own, self.codec)] for own in owned]
+        second = [message_nbytes(self.recodec, part, dtype) for part in groups(owned[me], self.recodec)]
+        sent = [size for peer, sizes in enumerate(first) if peer != me for size in sizes]
+        lengths = [1 if codec.fixed else 2 for codec in (self.codec, self.recodec)]
         mine = sum(piece.size for piece in owned[me])
-        messages = sum(size > 0 for size in sizes) - (sizes[me] > 0) + (ranks - 1) * (sizes[me] > 0)
-        lengths = 1 if self.codec.fixed else 2
-        recoded = () if self.codec.linear else (coding(self.codec, mine, feedback=feedback),)
         return Cost(
-            sum(sizes) - sizes[me] + sizes[me] * (ranks - 1),
-            rounds=2 * lengths,
-            messages=messages * lengths,
+            sum(sent) + sum(second) * (ranks - 1),
+            rounds=sum(lengths),
+            messages=len(sent) * lengths[0] + len(second) * (ranks - 1) * lengths[1],
             lossy=1 if self.codec.linear else 2,
             work=(
                 coding(self.codec, layout.size, feedback=feedback),
                 coding(self.codec, mine * ranks, "decode_add"),
-                *recoded,
-                coding(self.codec, layout.size, "decode_add"),
+                *(() if self.codec.linear else (coding(self.recodec, mine, feedback=feedback),)),
+                coding(self.recodec, layout.size, "decode_add"),
             ),
+            chunks=max(1, len(sent)) if self.codec.fixed else 1,
         )
 
     def reduce(self, comm: Comm, x: Array, state: State, out: Array | None = None) -> tuple[Reduction, State]:
         """See Reducer."""
         out = np.empty_like(x) if out is None else out
-        me = comm.rank
         if "buffers" not in state.work:
-            state.work["buffers"] = _Buffers(self.codec, state, comm.size, me)
+            state.work["buffers"] = _Buffers(self, state, comm.size, comm.rank)
         buffers: _Buffers = state.work["buffers"]
         sequence = comm.next_call()
 
-        poisoned = nonfinite(x, state.residual, state.layout)
-        for message in buffers.outgoing:
+        poisoned = False
+        first = Burst(comm, buffers.outgoing, buffers.incoming, f"{self}, stage 1")
+        for peer, number in ring(comm, buffers.outgoing):
+            message = buffers.outgoing[peer][number]
+            finite = message.encode(x, state, 0, comm.rank, state.residual, state.spare)
+            message.seal(sequence, state, not finite)
+            poisoned |= not finite
+            first.send(peer, number)
+        first.send_all()
+
+        second = Burst(comm, [buffers.share] * comm.size, buffers.shares, f"{self}, stage 2")
+        for number, share in enumerate(buffers.share):
+            for rank in range(comm.size):
+                poisoned |= first.arrived(rank, number, sequence, state)
+            parts = [messages[number] for messages in buffers.incoming]
+            poisoned = poisoned or not self._fill(share, parts, state, buffers, comm.rank)
+            share.seal(sequence, state, poisoned)
+            for distance in range(1, comm.size):
+                second.send((comm.rank + distance) % comm.size, number)
             if not poisoned:
-                message.encode(x, state, 0, me, state.residual, state.spare)
-            message.seal(sequence, state, poisoned)
-        exchange_messages(comm, buffers.outgoing, buffers.incoming, f"{self}, stage 1")
+                buffers.shares[comm.rank][number].decode(out, state, 1, comm.rank)
+        first.finish()
+        second.send_all()
+        for owner, number in in_turn(buffers.shares):
+            poisoned |= second.arrived(owner, number, sequence, state)
+            if not poisoned and owner != comm.rank:
+                buffers.shares[owner][number].decode(out, state, 1, owner)
+        second.finish()
+        return (poisoned_total(out, state.layout), state) if poisoned else (Reduction(out), state.advanced())
 
-        poisoned = opened(buffers.incoming, sequence, state) or self._fill_share(buffers, state, me)
-        buffers.share.seal(sequence, state, poisoned)
-        exchange_messages(comm, [buffers.share] * comm.size, buffers.shares, f"{self}, stage 2")
-        if opened(buffers.shares, sequence, state):
-            return poisoned_total(out, state.layout), state
-
-        state.layout.fill(out, 0)
-        for rank, share in enumerate(buffers.shares):
-            share.decode_add(out, state, 1, rank)
-        return Reduction(out), state.advanced()
-
-    def _fill_share(self, buffers: _Buffers, state: State, me: int) -> bool:
-        """Sum what came in for this rank's shard and encode it into the share; return whether the sum overflowed.
+    def _fill(self, share: Message, messages: list[Message], state: State, buffers: _Buffers, me: int) -> bool:
+        """Sum what came in for a part of this rank's shard and encode it; return whether the sum is finite.
 
         With feedback the owner adds what the re-encoding drops to its own new residual.
         """
-        share, total, error = buffers.share, buffers.total, buffers.error
         if self.codec.linear:
-            return not _sum_payloads(buffers.incoming, share)
+            return _sum_payloads(messages, share)
+        size = sum(piece.size for piece in share.pieces)
+        total, error = buffers.total[:size], buffers.error[:size]
         total[...] = 0
-        for rank, message in enumerate(buffers.incoming):
+        for rank, message in enumerate(messages):
             message.decode_add(total, state, 0, rank)
-        if total.size and kernels_for(total).nonfinite(total, None):
-            return True
-        share.encode(total, state, 1, me, None, None if state.spare is None else error)
+        if not share.encode(total, state, 1, me, None, None if state.spare is None else error):
+            return False
         if state.spare is not None:
             for piece, place in zip(share.pieces, share.places, strict=True):
                 state.spare[piece.where] += error[place]
-        return False
+        return True
 
     def absorb(self, comm: Comm, dropped: Array, state: State) -> None:
         """See Reducer: the owner of a shard takes what rounding dropped there."""
@@ -137,14 +161,23 @@ def _sum_payloads(messages: list[Message], total: Message) -> bool:
 
 
 class _Buffers:
-    """The messages of one rank, and the sum of the shard it owns."""
+    """The messages of one rank, by peer and group, and the sum of one group of its shard."""
 
-    def __init__(self, codec: Codec, state: State, ranks: int, me: int) -> None:
-        owned = shards(state.layout, codec.block, ranks)
-        self.outgoing = [Message(codec, pieces, state.dtype) for pieces in owned]
-        self.incoming = [Message(codec, owned[me], state.dtype, side_by_side=True) for _ in range(ranks)]
-        self.share = Message(codec, owned[me], state.dtype, side_by_side=True)
-        self.shares = [Message(codec, pieces, state.dtype) for pieces in owned]
-        size = sum(piece.size for piece in owned[me])
-        self.total = empty(size, state.dtype)
-        self.error = empty(size if state.residual is not None else 0, state.dtype)
+    def __init__(self, reducer: TwoStage, state: State, ranks: int, me: int) -> None:
+        codec, recodec, dtype = reducer.codec, reducer.recodec, state.dtype
+        parts = [groups(pieces, codec) for pieces in shards(state.layout, codec.block, ranks)]
+        self.outgoing = [[Message(codec, part, dtype) for part in own] for own in parts]
+        # What a rank has for itself is decoded where it was encoded.
+        self.incoming = [
+            [
+                Message(codec, part, dtype, side_by_side=True, buffer=mine.buffer if rank == me else None)
+                for part, mine in zip(parts[me], self.outgoing[me], strict=True)
+            ]
+            for rank in range(ranks)
+        ]
+        self.share = [Message(recodec, part, dtype, side_by_side=True) for part in parts[me]]
+        self.shares = [[Message(recodec, part, dtype) for part in own] for own in parts]
+        self.shares[me] = [Message(recodec, share.pieces, dtype, buffer=share.buffer) for share in self.share]
+        size = max((sum(piece.size for piece in part) for part in parts[me]), default=0)
+        self.total = empty(size, dtype)
+        self.error = empty(size if state.residual is not None else 0, dtype)

@@ -219,6 +219,26 @@ def test_chunks_draw_the_numbers_of_the_whole(codec):
 
 
 @every_codec
+def test_a_codec_that_says_it_works_in_blocks_does(codec):
+    assert works_in_blocks(codec) or not codec.blockwise
+
+
+@pytest.mark.parametrize("codec", [c for c in CODECS_TESTED if c.loud], ids=str)
+@every_dtype
+def test_what_is_not_finite_shows_in_the_first_field_of_a_loud_codec(codec, dtype):
+    for bad, more in ((np.nan, 0), (np.inf, 1), (-np.inf, -1), (np.finfo(dtype).max, np.finfo(dtype).max)):
+        for size, place in ((1, 0), (10, 7), (5000, 0), (5000, 4999)):
+            x, old = normal(size, dtype).copy(), normal(size, dtype, seed=1).copy()
+            x[place], old[place] = bad, more
+            payload, _ = message(codec, size, dtype)
+            codec.encode_residual(x, old, payload, np.empty_like(x), KEY)
+            assert not np.isfinite(payload[0]).all()
+            if more != bad:
+                codec.encode(x, payload, KEY)
+                assert not np.isfinite(payload[0]).all()
+
+
+@every_codec
 def test_key_matters_only_where_something_is_drawn(codec):
     x = normal(1000, "float32")
     payloads = {

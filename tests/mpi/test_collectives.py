@@ -136,11 +136,11 @@ def test_the_users_messages_are_not_met(comm: Comm) -> None:
 
     right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
     theirs, got = np.full(3, 50 + comm.rank, np.uint8), np.empty(3, np.uint8)
-    request = MPI.COMM_WORLD.Isend(theirs, right, collectives.EXCHANGE_TAG)
+    request = MPI.COMM_WORLD.Isend(theirs, right, 0)
     incoming = [np.empty(3, np.uint8) for _ in range(comm.size)]
     allgather(comm, np.full(3, comm.rank, np.uint8), incoming)
     assert [data[0] for data in incoming] == list(range(comm.size))
-    MPI.COMM_WORLD.Recv(got, left, collectives.EXCHANGE_TAG)
+    MPI.COMM_WORLD.Recv(got, left, 0)
     request.Wait()
     assert got.tolist() == [50 + left] * 3
 

@@ -70,11 +70,14 @@ def inverse_scale(buffer: Any, top: Any, levels: Any) -> Any:
 
 @inline
 def safe_scale(top: Any, levels: Any) -> Any:
-    """Return top / levels so that `levels` times it reaches `top` where it is tiny, and is finite where it is huge."""
+    """Return top / levels so that `levels` times it reaches `top` where it is tiny, and is finite where it is huge.
+
+    What is not finite stays so: the scale shows it (`Codec.loud`).
+    """
     scale = top / levels
     product = scale * levels
     if product < top and top < 1:
         scale = neighbour(scale, 1)
-    elif product == np.inf:
+    elif scale < np.inf and product == np.inf:
         scale = neighbour(scale, -1)
     return scale
