@@ -165,8 +165,10 @@ class Cluster:
                 call(f"{add} root handle 1: netem delay {self.delay} limit 100000", hint="is sch_netem in this kernel?")
                 call(f"{add} parent 1:1 handle 10: {queue}")
 
-    def start(self, command: list[str], environment: dict[str, str], host: int | None = None) -> subprocess.Popen[str]:
-        """Start a command at the switch, which every host can reach, or on a host; its output is ours."""
+    def start(
+        self, command: list[str], environment: dict[str, str], host: int | None = None, stdout: int | None = None
+    ) -> subprocess.Popen[str]:
+        """Start a command at the switch, which every host can reach, or on a host."""
         if host is None:
             command = ["ip", "netns", "exec", self.switch, *command]
         else:
@@ -176,6 +178,7 @@ class Cluster:
             command,
             env={**os.environ, **environment, **ours},
             stdin=subprocess.DEVNULL,
+            stdout=stdout,
             text=True,
             start_new_session=True,
         )
