@@ -12,8 +12,12 @@ from mpicomp.reducers.base import Reducer, State, nonfinite
 OPS = ("sum", "mean")
 
 
-def apply(comm: Comm, reducer: Reducer, x: Array, dtype: str, op: str, state: State, out: Array) -> tuple[State, bool]:
+def apply(
+    comm: Comm, reducer: Reducer, x: Array, dtype: str, op: str, state: State, out: Array, watched: bool = True
+) -> tuple[State, bool]:
     """Reduce x into `out`, which may be x; return the next state, and whether the result is not finite.
+
+    The latter is False where nobody watched for it, unless some input was poisoned.
 
     x, out: (extent,) float32 or float64, or uint16 bits where dtype is "float16" or "bfloat16". `op` is "sum" or
     "mean". The given state stays valid until the next call: going on with it means that this step never happened.
@@ -28,7 +32,7 @@ def apply(comm: Comm, reducer: Reducer, x: Array, dtype: str, op: str, state: St
     else:
         wide, total = x, out
     reduction, after = reducer.reduce(comm, wide, state, total)
-    poisoned = reduction.poisoned or nonfinite(total, None, state.layout)
+    poisoned = reduction.poisoned or ((watched or half) and nonfinite(total, None, state.layout))
     divisor = comm.size if op == "mean" else 1
     if not half:
         if divisor > 1:

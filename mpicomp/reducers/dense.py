@@ -9,31 +9,68 @@ from typing import ClassVar
 import numpy as np
 
 from mpicomp.arrays import Array
-from mpicomp.collectives import Comm, allgather, allreduce, as_bytes, exchange
+from mpicomp.collectives import Comm, allreduce, as_bytes, begin_receive, begin_send, wait
 from mpicomp.planner import Cost, Work
 from mpicomp.reducers.base import Reduction, Remembering, State, nonfinite
 from mpicomp.reducers.layout import Layout, even_cuts
 from mpicomp.specs import Spec
-from mpicomp.transport import Topology
+from mpicomp.transport import Request, Topology
 
-ALGORITHMS = ("mpi", "two_shot")
+ALGORITHMS = ("best", "mpi", "two_shot")
+GROUP = 1 << 18  # bytes in a message, about: long enough for the network, short enough that sums hide behind it
+OURS_FROM = 1 << 18  # bytes of an array
 
 
 @np.errstate(over="ignore", invalid="ignore")  # what is not finite is an input like others, no ground to warn
 def two_shot_sum(comm: Comm, flat: Array, total: Array, rows: Array, operation: str) -> None:
-    """Sum `flat` over ranks into `total`, both (n,); every element in rank order, so its place changes no bit.
+    """Sum `flat` over ranks into `total`, both (n,), apart; every element in rank order, so its place changes no bit.
 
-    Each rank adds up one cut of every array and shares the sum: 2n(P-1)/P elements sent by each. `rows` is a
-    workspace of `two_shot_rows` elements.
+    Each rank adds up one cut of every array and shares the sum: 2n(P-1)/P elements sent by each. A cut travels in
+    groups, so that the network need not wait for sums. `rows` is a workspace of `two_shot_rows` elements.
     """
-    cuts = even_cuts(flat.size, comm.size)
-    size = _length(cuts[comm.rank])
-    received = rows.reshape(-1)[: comm.size * size].reshape(comm.size, size)  # (ranks, size of my cut)
-    exchange(comm, [as_bytes(flat[cut]) for cut in cuts], [as_bytes(row) for row in received], f"{operation}, stage 1")
-    share = received[0]
-    for row in received[1:]:
-        share += row
-    allgather(comm, as_bytes(share), [as_bytes(total[cut]) for cut in cuts], f"{operation}, stage 2")
+    me, ranks = comm.rank, comm.size
+    cuts = even_cuts(flat.size, ranks)
+    parts = [_groups(cut, flat.itemsize) for cut in cuts]
+    size = _length(cuts[me])
+    received = rows[: ranks * size].reshape(ranks, size)  # (ranks, size of my cut); mine holds the sum
+    arrivals: list[list[list[Request]]] = [[] for _ in range(ranks)]
+    shares: list[list[list[Request]]] = [[] for _ in range(ranks)]
+    for distance in range(1, ranks):
+        peer = (me - distance) % ranks
+        for part in parts[me]:
+            place = slice(part.start - cuts[me].start, part.stop - cuts[me].start)
+            arrivals[peer].append(begin_receive(comm, as_bytes(received[peer, place]), peer))
+        shares[peer] = [begin_receive(comm, as_bytes(total[part]), peer) for part in parts[peer]]
+    sends: list[Request] = []
+    for number in range(max(map(len, parts))):
+        for distance in range(1, ranks):
+            peer = (me + distance) % ranks
+            for part in parts[peer][number : number + 1]:
+                sends += begin_send(comm, as_bytes(flat[part]), peer)
+    for number, part in enumerate(parts[me]):
+        place = slice(part.start - cuts[me].start, part.stop - cuts[me].start)
+        share = received[me, place]  # what is sent; a result in `total` is the caller's
+        for rank in range(ranks):
+            if rank != me:
+                wait(comm, arrivals[rank][number], f"{operation}, stage 1")
+            row = flat[part] if rank == me else received[rank, place]
+            if rank == 0:
+                share[...] = row
+            else:
+                share += row
+        for distance in range(1, ranks):
+            sends += begin_send(comm, as_bytes(share), (me + distance) % ranks)
+        total[part] = share
+    for peer in range(ranks):
+        for requests in shares[peer]:
+            wait(comm, requests, f"{operation}, stage 2")
+    wait(comm, sends, operation)
+
+
+def _groups(cut: slice, itemsize: int) -> list[slice]:
+    """Cut a range of elements into those that travel together."""
+    step = GROUP // itemsize
+    return [slice(start, min(cut.stop, start + step)) for start in range(cut.start, cut.stop, step)]
 
 
 def _length(cut: slice) -> int:
@@ -57,47 +94,64 @@ class Dense(Remembering, Spec):
     """The exact sum, to rounding; NaN and infinity follow IEEE element by element.
 
     `algorithm` "mpi" is MPI's own allreduce, which promises the same bits on all ranks but not the same for an
-    element at another place; "two_shot" is ours, which adds in rank order whatever the place.
+    element at another place; "two_shot" is ours, which adds in rank order whatever the place. "best" is ours from
+    OURS_FROM bytes on where several nodes take part, else MPI's.
     """
 
     spec_name: ClassVar[str] = "dense"
-    algorithm: str = "mpi"
+    algorithm: str = "best"
 
     def __post_init__(self) -> None:
         if self.algorithm not in ALGORITHMS:
             raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {self.algorithm!r}")
 
+    def _algorithm(self, nbytes: int, topology: Topology) -> str:
+        """Which algorithm sums an array of so many bytes: decided by what all ranks know, so alike in every run."""
+        if self.algorithm != "best":
+            return self.algorithm
+        return "two_shot" if len(topology.nodes) > 1 and nbytes >= OURS_FROM else "mpi"
+
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
         """See Reducer."""
         ranks, itemsize = topology.size, np.dtype(dtype).itemsize
         nbytes = layout.size * itemsize
-        if self.algorithm == "mpi":
+        if self._algorithm(nbytes, topology) == "mpi":
             return Cost(math.ceil(2 * nbytes * (ranks - 1) / ranks), mpi=(nbytes,))
         sent = two_shot_nbytes(nbytes, itemsize, ranks, me)
-        return Cost(sent, rounds=2, messages=2 * (ranks - 1), work=(Work("add", layout.size),))
+        parts = [len(_groups(cut, itemsize)) for cut in even_cuts(layout.size, ranks)]
+        messages = sum(parts) + parts[me] * (ranks - 2)
+        return Cost(sent, rounds=2, messages=messages, work=(Work("add", layout.size),), chunks=max(parts))
 
     @np.errstate(over="ignore", invalid="ignore")  # IEEE, as above
     def reduce(self, comm: Comm, x: Array, state: State, out: Array | None = None) -> tuple[Reduction, State]:
-        """See Reducer. `poisoned` says whether the total is not finite; the state is untouched by that."""
+        """See Reducer. With feedback, `poisoned` says whether the total is not finite."""
         out = np.empty_like(x) if out is None else out
         layout = state.layout
         comm.next_call()
-        flat, total = state.buffer("flat", layout.size), state.buffer("total", layout.size)
+        flat, total, in_place = self._buffers(x, state, out)
+        if self._algorithm(flat.nbytes, comm.topology) == "mpi":
+            allreduce(comm, flat, total)
+        else:
+            rows = state.buffer("rows", two_shot_rows(layout.size, comm.size))
+            two_shot_sum(comm, flat, total, rows, str(self))
+        if not in_place:
+            layout.spread(total, out)
+        if state.spare is None:
+            return Reduction(out), state.advanced()
+        if nonfinite(out, None, layout):
+            return Reduction(out, poisoned=True), state
+        state.spare[...] = 0
+        return Reduction(out), state.advanced()
+
+    def _buffers(self, x: Array, state: State, out: Array) -> tuple[Array, Array, bool]:
+        """Return what is summed and where to, both (size,) and apart, and whether that is in `out` itself."""
+        layout, where = state.layout, state.layout.where
+        if where is not None and state.residual is None and not np.may_share_memory(x, out):
+            return x[where], out[where], True
+        flat = state.buffer("flat", layout.size)
         layout.collect(x, flat)
         if state.residual is not None:
             debt = state.buffer("debt", layout.size)
             layout.collect(state.residual, debt)
             flat += debt
-        if self.algorithm == "mpi":
-            allreduce(comm, flat, total)
-        else:
-            rows = state.buffer("rows", two_shot_rows(layout.size, comm.size))
-            two_shot_sum(comm, flat, total, rows, str(self))
-        layout.spread(total, out)
-        poisoned = nonfinite(out, None, layout)
-        if state.spare is None:
-            return Reduction(out, poisoned=poisoned), state.advanced()
-        if poisoned:
-            return Reduction(out, poisoned=True), state
-        state.spare[...] = 0
-        return Reduction(out), state.advanced()
+        return (flat, out[where], True) if where is not None else (flat, state.buffer("total", layout.size), False)

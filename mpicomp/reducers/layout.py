@@ -86,6 +86,13 @@ class Layout:
         """Elements from the start of the flat array to the end of the last unit."""
         return max((unit.offset + unit.size for unit in self.units), default=0)
 
+    @cached_property
+    def where(self) -> slice | None:
+        """The place of all elements in the flat array if nothing lies between them, else None."""
+        units = [unit for unit in self.units if unit.size]
+        start, stop = (units[0].where.start, units[-1].where.stop) if units else (0, 0)
+        return slice(start, stop) if stop - start == self.size else None
+
     def select(self, wanted: Callable[[Unit], bool]) -> Layout:
         """The units that are wanted, where they are."""
         return Layout(tuple(unit for unit in self.units if wanted(unit)))
