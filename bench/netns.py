@@ -1,8 +1,8 @@
 """Hosts as network namespaces around a switch, with links of a chosen rate: the machinery of `cluster.py`.
 
-A cluster is 1 + N network namespaces: `mcPID-sw` holds a bridge, and `mcPID-I` holds host I, joined to it by a veth
-pair (`eth0` in the host, `portI` at the switch). Nothing is made in the machine's own network, so several clusters can
-use the same addresses, and whoever deletes the namespaces has deleted everything.
+A cluster is 1 + N network namespaces: `mcPIDxHEX-sw` holds a bridge, and `mcPIDxHEX-I` holds host I, joined to it by a
+veth pair (`eth0` in the host, `portI` at the switch). Nothing is made in the machine's own network, so several clusters
+can use the same addresses, and whoever deletes the namespaces has deleted everything.
 
 Cleaning up is left to a process in a session of its own that waits until its standard input ends, which it also does
 when this process is killed: then it ends the processes in the namespaces (no others) and deletes these.
@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -111,7 +112,7 @@ class Cluster:
         if "MPICOMP_CLUSTER" in os.environ:
             raise Unavailable("already inside a cluster (MPICOMP_CLUSTER is set), which cannot hold another")
         self.hosts, self.rate, self.delay = hosts, rate, delay
-        self.tag = f"mc{os.getpid()}"
+        self.tag = f"mc{os.getpid()}x{secrets.token_hex(2)}"  # containers may have the same ids and share /run/netns
         self.names = [f"{self.tag}-{host}" for host in range(hosts)]
         self.switch = f"{self.tag}-sw"
         self.addresses = [NETWORK.format(host + 1) for host in range(hosts)]

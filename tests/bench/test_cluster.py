@@ -90,7 +90,7 @@ def run(*arguments: str) -> tuple[int, str, str]:
 
 def leftovers(pid: int) -> list[str]:
     places = (Path("/run/netns"), Path("/etc/netns"), Path(tempfile.gettempdir()), Path("/sys/class/net"))
-    return [str(file) for place in places for file in place.glob(f"mc{pid}-*")]
+    return [str(file) for place in places for file in place.glob(f"mc{pid}x*")]
 
 
 # What needs no hosts
@@ -251,7 +251,7 @@ def test_bytes_of_the_network_beside_bytes_counted(tmp_path: Path) -> None:
     code, out, err = run("--hosts", "2", "--rate", "100mbit", "--", "python", str(tmp_path / "exchange.py"))
     assert code == 0, out + err
     names, numbers = re.search(r"rows \[(.*?)\] \[(.*?)\]", out).groups()  # type: ignore[union-attr]
-    assert re.fullmatch(r"'mc(\d+)-0', 'mc\1-1'", names)
+    assert re.fullmatch(r"'mc(\d+x\w+)-0', 'mc\1-1'", names)
     assert all(4 * MIB <= int(sent) <= 1.09 * 4 * MIB for sent in numbers.split(", ")), out
     assert "2 hosts at 100mbit" in out
     assert f"2 ranks counted {8 * MIB:,} (modelled {8 * MIB:,})" in out
