@@ -1,0 +1,257 @@
+"""Time allreduces side by side, compressed and not: `mpirun -n 4 python bench/collectives.py`.
+
+Ours beside MPI's own and torch's gloo, in turn, so that what disturbs one disturbs the others. What the columns mean
+stands in `collectives_report.Row`. Slow networks come from `bench/cluster.py`. Instead of this comparison:
+
+- `--ddp` times training steps of DistributedDataParallel, with torch's own hooks as peers;
+- `--auto` holds `auto` against `dense`, and a plan against MPI's own call and against a plain call;
+- `--overlap` shows what a reduction in the background takes from the computation beside it;
+- `--read FILE` only prints and draws what earlier runs wrote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# ruff: noqa: E402 - the libraries read these when they are imported
+for _library in ("OMP", "MKL", "OPENBLAS", "NUMEXPR"):
+    os.environ.setdefault(f"{_library}_NUM_THREADS", "1")  # the ranks share the cores
+
+from collectives_report import Row, figures, identity, merge, print_rows, read, write_plots
+
+if TYPE_CHECKING:
+    from collectives_systems import System, World
+
+REDUCERS = (
+    "dense",
+    "topk(density=0.01)",
+    "error_feedback(two_stage(uniform(bits=4)))",
+    "error_feedback(low_rank(rank=4))",
+)
+SIZES = (1 << 10, 1 << 15, 1 << 20, 1 << 24)
+LEAST_ROUNDS = 5
+UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+def compare(world: World, args: argparse.Namespace) -> list[Row]:
+    """Measure every system at every size."""
+    from collectives_systems import Gloo, Native, Ours
+
+    systems: list[System] = []
+    if "mpicomp" in args.system:
+        systems += [Ours(world, spec) for spec in args.reducer]
+    if "mpi" in args.system:
+        systems.append(Native(world, "dense"))
+    if "gloo" in args.system:
+        systems.append(Gloo(world, args.patience))
+    rows: list[Row] = []
+    try:
+        for nbytes in args.size or SIZES:
+            rows += compare_at(world, systems, nbytes, args, 10 if nbytes < 1 << 16 else 3 if nbytes < 1 << 20 else 1)
+    finally:
+        for system in systems:
+            system.close()
+    return rows
+
+
+def compare_ddp(world: World, args: argparse.Namespace) -> list[Row]:
+    """Measure training steps of every system."""
+    from collectives_ddp import gradient_bytes, rows, systems
+
+    with systems(world, args.reducer, args.system, args.patience) as found:
+        return list(rows(compare_at(world, found, gradient_bytes(), args, 1)))
+
+
+def compare_at(
+    world: World, systems: list[System], nbytes: int, args: argparse.Namespace, repetitions: int
+) -> list[Row]:
+    """Measure every system at one size: judge its first reduction, warm up, count bytes, then rounds in turn."""
+    measured = [Measured(world, system, nbytes, args.seed) for system in systems]
+    for each in measured:
+        each.begin(repetitions)
+    began, rounds = time.monotonic(), 0
+    while world.first(rounds < LEAST_ROUNDS or (rounds < args.rounds and time.monotonic() - began < args.seconds)):
+        for place in range(len(measured)):
+            measured[(place + rounds) % len(measured)].go_on(repetitions)
+        rounds += 1
+    if world.me == 0:
+        print(f"{nbytes:,} bytes: {rounds} rounds of {repetitions}", flush=True)
+    return [each.row() for each in measured]
+
+
+class Measured:
+    """A system at one size, and what was found so far; the same on all ranks."""
+
+    def __init__(self, world: World, system: System, nbytes: int, seed: int) -> None:
+        self.world, self.system, self.nbytes, self.seed = world, system, nbytes, seed
+        self.seconds: list[float] = []
+        self.sent: int | None = None
+        self.network: float | None = None
+        self.error: float | None = None
+        self.identical: bool | None = None
+
+    def begin(self, repetitions: int) -> None:
+        """Judge the first reduction, warm up, and count the bytes of a few more."""
+        world = self.world
+        self.system.open(self.nbytes)
+        slot = self._slot(1, judged=True)
+        if slot is not None and slot.squares is not None:
+            error, exact = world.sum(slot.squares)
+            self.error = math.sqrt(error / exact)
+        self._slot(2 * repetitions)
+        before = world.network()
+        slot = self._slot(repetitions)
+        after = world.network()
+        if slot is not None:
+            self.sent = None if slot.sent is None else int(world.most([slot.sent])[0])
+            self.network = None if before is None or after is None else (after - before) / repetitions
+
+    def go_on(self, repetitions: int) -> None:
+        """Take part in a round."""
+        if (slot := self._slot(repetitions)) is not None:
+            self.seconds += self.world.most(slot.seconds).tolist()
+
+    def _slot(self, repetitions: int, judged: bool = False) -> Any:
+        """Measure with data that no slot had before."""
+        self.seed += 1
+        slot = self.system.slot(self.seed, repetitions, judged)
+        if slot is None:
+            self.identical, self.seconds = None, []
+        else:
+            self.identical = self.world.same(slot.digest) and self.identical is not False
+        return slot
+
+    def row(self) -> Row:
+        """Sum up."""
+        from collectives_timing import median, p95
+
+        world = self.world
+        seconds = median(self.seconds) if self.seconds else None
+        finite = self.error is not None and math.isfinite(self.error)
+        return Row(
+            self.system.name,
+            self.system.reducer,
+            world.ranks,
+            world.hosts,
+            world.rate,
+            self.nbytes,
+            seconds,
+            p95(self.seconds) if self.seconds else None,
+            *figures(self.nbytes, world.ranks, seconds),
+            wire_bytes=self.sent,
+            network_bytes=self.network,
+            relative_error=self.error if finite else None,
+            identical=self.identical,
+        )
+
+
+# -------------------------------------------------------------------------------------------------- the command line
+
+
+def size_of(text: str) -> int:
+    """Read a size in bytes of float32 elements: 4096, 16MiB or 2^24."""
+    if power := re.fullmatch(r"2\^(\d+)", text):
+        nbytes = 1 << int(power[1])
+    elif (number := re.fullmatch(r"(\d+) ?([KMG]?i?B?)", text)) and number[2] in UNITS:
+        nbytes = int(number[1]) * UNITS[number[2]]
+    else:
+        raise argparse.ArgumentTypeError(f"a size is e.g. 4096, 16MiB or 2^24, in bytes; got {text!r}")
+    if nbytes % 4 or not 4 <= nbytes <= 1 << 36:
+        raise argparse.ArgumentTypeError(f"a size holds whole float32 elements, 4 bytes to 64 GiB; got {text!r}")
+    return nbytes
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that every rank runs and rank 0 speaks for."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        rank = next((os.environ[name] for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK") if name in os.environ), "0")
+        if rank == "0":
+            super()._print_message(message, file)
+
+
+def arguments(words: list[str]) -> argparse.Namespace:
+    """Read and check the command line, before anything is measured."""
+    parser = Parser(
+        description=(__doc__ or "").partition("\n\n")[2], formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--ddp", action="store_true", help="compare training steps")
+    mode.add_argument("--auto", action="store_true", help="auto against dense, and what a plan adds")
+    mode.add_argument("--overlap", action="store_true", help="a reduction in the background of a computation")
+    mode.add_argument("--read", action="append", metavar="FILE", help="measure nothing; may be repeated")
+    parser.add_argument("--size", action="append", type=size_of, metavar="BYTES", help="4096, 16MiB, 2^24; repeatable")
+    parser.add_argument("--reducer", action="append", metavar="SPEC", help="may be repeated; default: four of them")
+    parser.add_argument("--system", action="append", choices=("mpicomp", "mpi", "gloo"), help="default: all three")
+    parser.add_argument("--rounds", type=int, default=15, help=f"at most (default: 15), at least {LEAST_ROUNDS}")
+    parser.add_argument("--seconds", type=float, default=60, help="after which a size makes no more rounds than needed")
+    parser.add_argument("--patience", type=float, default=60, help="seconds after which a peer has hung (default: 60)")
+    parser.add_argument("--seed", type=int, default=0, help="of the data")
+    parser.add_argument("--stream", action="store_true", help="hold dense against bulk TCP streams of the same run")
+    parser.add_argument("--json", metavar="FILE", help="write the rows there; rows of other runs stay")
+    parser.add_argument("--plot", metavar="PREFIX", help="draw PREFIX-size.png, PREFIX-ranks.png, PREFIX-error.png")
+    args = parser.parse_args(words)
+    args.system = args.system or ["mpicomp", "mpi", "gloo"]
+    args.reducer = args.reducer or list(REDUCERS)
+    if args.rounds < LEAST_ROUNDS:
+        parser.error(f"--rounds must be at least {LEAST_ROUNDS}, got {args.rounds}")
+    for name in ("seconds", "patience"):
+        if not 0 < getattr(args, name) < math.inf:
+            parser.error(f"--{name} must be positive, got {getattr(args, name)}")
+    for name in ("json", "plot"):
+        file = getattr(args, name)
+        if file and not Path(file).absolute().parent.is_dir():
+            parser.error(f"--{name}: there is no folder {Path(file).parent}")
+    for file in args.read or ():
+        if not Path(file).is_file():
+            parser.error(f"--read: there is no file {file}")
+    if args.stream and "MPICOMP_CLUSTER" not in os.environ:
+        parser.error("--stream needs hosts with TCP between them: run this under bench/cluster.py")
+    if not args.read:
+        from mpicomp.reducers import parse
+
+        try:
+            for spec in args.reducer:
+                parse(spec)
+        except ValueError as error:
+            parser.error(f"--reducer: {error}")
+    return args
+
+
+def main() -> None:
+    """Measure what was asked for, then print it, keep it and draw it on rank 0."""
+    args = arguments(sys.argv[1:])
+    if args.read:
+        rows = {identity(row): row for file in args.read for row in read(file)}
+        show(list(rows.values()), args.plot)
+        return
+    from collectives_systems import World
+
+    world = World()
+    found = compare_ddp(world, args) if args.ddp else compare(world, args)
+    if world.me:
+        return
+    rows_now = [row.to_json() for row in found]
+    if args.json:
+        merge(args.json, rows_now)
+    show(rows_now, args.plot)
+    if any(row.identical is False for row in found if row.system == "mpicomp"):
+        sys.exit("the ranks' results differ: this must not happen, please report it")
+
+
+def show(rows: list[dict[str, Any]], plot: str | None) -> None:
+    """Print the tables, and draw the charts."""
+    print_rows(rows)
+    if plot:
+        print("drawn:", ", ".join(write_plots(plot, rows)) or "nothing, for want of rows")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""The systems of `collectives.py --ddp`: DistributedDataParallel with our hook, with torch's own, and without any.
+
+Ours live in the ranks; each of torch's hooks lives in processes and a process group of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+
+import torch
+import torch.distributed as dist
+from collectives_report import DDPRow, Row, figures, least_bytes
+from collectives_step import HOOKS, Trainer, gradient_bytes, model
+from collectives_systems import Group, System, World
+from collectives_timing import Slot
+from torch.nn.parallel import DistributedDataParallel
+
+import mpicomp.torch
+
+
+class Ours:
+    """DDP over mpicomp's backend, with its hook; `none` is the same without reduction."""
+
+    def __init__(self, world: World, reducer: str) -> None:
+        self.world, self.reducer = world, reducer
+        self.name = "none" if reducer == "none" else "mpicomp"
+
+    def open(self, nbytes: int) -> None:
+        """See System."""
+        ddp, world = DistributedDataParallel(model()), self.world
+        if self.name == "none":
+            self.trainer = Trainer(ddp, world.meet, world.me, world.ranks, reduced=False)
+        else:
+            traffic = mpicomp.torch.compress(ddp, self.reducer).traffic
+            self.trainer = Trainer(ddp, world.meet, world.me, world.ranks, sent=lambda: traffic.bytes)
+
+    def slot(self, seed: int, repetitions: int, judged: bool = False) -> Slot | None:
+        """See System."""
+        return self.trainer.slot(seed, repetitions, judged)
+
+    def close(self) -> None:
+        """See System."""
+
+
+class Torch:
+    """DDP over gloo with one of torch's hooks, in processes of its own."""
+
+    name = "gloo"
+
+    def __init__(self, world: World, hook: str, patience: float) -> None:
+        self.world, self.reducer = world, hook
+        self.group = Group(world, f"gloo {hook}", patience)
+
+    def open(self, nbytes: int) -> None:
+        """See System."""
+        share = {"dense": 1, "fp16": 2}.get(self.reducer)
+        self.sent = share and least_bytes(nbytes // share, self.world.ranks)
+        self.group.start()
+        self.group.ask("train", hook=self.reducer)
+
+    def slot(self, seed: int, repetitions: int, judged: bool = False) -> Slot | None:
+        """See System."""
+        answer = self.group.ask("step", seed=seed, steps=repetitions, judged=judged)
+        return answer and Slot(answer["seconds"], answer["digest"], self.sent, answer["squares"])
+
+    def close(self) -> None:
+        """See System."""
+        self.group.close()
+
+
+@contextmanager
+def systems(world: World, specs: list[str], wanted: list[str], patience: float) -> Iterator[list[System]]:
+    """Yield `none`, ours and torch's, over a process group of ours. Collective."""
+    torch.set_num_threads(1)
+    dist.init_process_group("mpicomp")
+    found: list[System] = [Ours(world, "none")]
+    found += [Ours(world, spec) for spec in specs if "mpicomp" in wanted]
+    found += [Torch(world, hook, patience) for hook in HOOKS if "gloo" in wanted]
+    try:
+        yield found
+    finally:
+        for system in found:
+            system.close()
+    dist.destroy_process_group()
+
+
+def rows(found: list[Row]) -> list[DDPRow]:
+    """Add what is left of a step's time without that of `none`, the first row."""
+    alone = found[0].median_s
+    assert found[0].system == "none"
+    assert alone is not None
+    made = []
+    for row in found:
+        added = None if row.median_s is None else row.median_s - alone
+        algbw, busbw = figures(row.nbytes, row.ranks, added)
+        changed = {**asdict(row), "algbw": algbw, "busbw": busbw}
+        if row.system == "none":
+            changed |= {"wire_bytes": 0, "identical": None}
+        made.append(DDPRow(**changed, step_s=row.median_s, added_s=added))
+    return made
+
+
+__all__ = ["gradient_bytes", "rows", "systems"]

@@ -1,0 +1,132 @@
+"""The training step that `collectives.py --ddp` times, the same for every system, in the processes of peers too."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from collectives_timing import Slot
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+WIDTH, LAYERS, BATCH = 2048, 4, 4
+HOOKS = ("dense", "fp16", "powersgd", "powersgd-default")
+"""Of gloo: torch's own; PowerSGD of rank 4 with all gradients in a single bucket, and with the default buckets."""
+DENSE_STEPS = 2  # that PowerSGD needs before it compresses: DDP makes its buckets anew after the first
+
+
+def model() -> nn.Module:
+    """Make the model, the same everywhere."""
+    torch.manual_seed(0)
+    return nn.Sequential(*(layer for _ in range(LAYERS) for layer in (nn.Linear(WIDTH, WIDTH), nn.ReLU())))
+
+
+def gradient_bytes() -> int:
+    """Bytes of the model's gradients, float32."""
+    return 4 * LAYERS * (WIDTH * WIDTH + WIDTH)
+
+
+def batch(seed: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw inputs and targets of a rank's step, (BATCH, WIDTH) each."""
+    generator = torch.Generator().manual_seed(seed * 4096 + rank)
+    inputs, targets = torch.randn(2, BATCH, WIDTH, generator=generator)
+    return inputs, targets
+
+
+def gloo_model(hook: str) -> DistributedDataParallel:
+    """Make DDP over the process group of gloo with one of HOOKS."""
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+
+    single = hook == "powersgd"
+    ddp = DistributedDataParallel(model(), bucket_cap_mb=1024 if single else None)
+    if hook == "fp16":
+        ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)
+    elif hook != "dense":
+        state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=4, start_powerSGD_iter=DENSE_STEPS)
+        ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+    return ddp
+
+
+class Trainer:
+    """Steps of a DDP model on this rank: forward and backward. The weights stay, so that all systems do the same.
+
+    Without `reduced` nothing is reduced: no_sync. The first `skipped` steps are not those to be judged.
+    """
+
+    def __init__(
+        self,
+        ddp: DistributedDataParallel,
+        meet: Callable[[], None],
+        me: int,
+        ranks: int,
+        skipped: int = 0,
+        reduced: bool = True,
+        sent: Callable[[], int] | None = None,
+    ) -> None:
+        self.ddp, self.meet, self.me, self.ranks = ddp, meet, me, ranks
+        self.skipped, self.reduced, self.sent = skipped, reduced, sent
+
+    def slot(self, seed: int, steps: int, judged: bool) -> Slot:
+        """Time some steps, and judge the gradients of the last."""
+        if judged:
+            for number in range(self.skipped):
+                self._backward(batch(seed + number, self.me), self.reduced)
+        inputs = batch(seed, self.me)
+        before, seconds, clock = self.sent() if self.sent else 0, [], time.perf_counter
+        gc.collect()
+        gc.disable()
+        for _ in range(steps):
+            self.ddp.zero_grad()
+            self.meet()
+            began = clock()
+            self._backward(inputs, self.reduced)
+            seconds.append(clock() - began)
+        gc.enable()
+        sent = (self.sent() - before) // steps if self.sent else None
+        gradients = self._gradients()
+        digest = hashlib.blake2b(digest_size=7)
+        for gradient in gradients:
+            digest.update(gradient.numpy().data)
+        squares = self._squares(gradients, seed) if judged and self.reduced else None
+        self.ddp.zero_grad()  # gives their memory back: other systems take their turns now
+        return Slot(seconds, int.from_bytes(digest.digest(), "little"), sent, squares)
+
+    def _backward(self, data: tuple[torch.Tensor, torch.Tensor], reduced: bool) -> None:
+        inputs, targets = data
+        with contextlib.nullcontext() if reduced else self.ddp.no_sync():
+            loss = (self.ddp(inputs) - targets).square().sum() / BATCH
+            loss.backward()
+
+    def _gradients(self) -> list[torch.Tensor]:
+        found = []
+        for parameter in self.ddp.parameters():
+            assert parameter.grad is not None
+            found.append(parameter.grad.detach())
+        return found
+
+    def _squares(self, gradients: list[torch.Tensor], seed: int) -> tuple[float, float]:
+        """Compare every ranks-th gradient with the exact mean: this rank does all ranks' steps itself."""
+        mine = slice(self.me, None, self.ranks)
+        exact = [torch.zeros_like(gradient, dtype=torch.float64) for gradient in gradients[mine]]
+        results = gradients[mine]
+        for rank in range(self.ranks):
+            self.ddp.zero_grad()
+            self._backward(batch(seed, rank), reduced=False)
+            for total, gradient in zip(exact, self._gradients()[mine], strict=True):
+                total += gradient / self.ranks
+        error = sum(_square(total - result) for total, result in zip(exact, results, strict=True))
+        return error, sum(_square(total) for total in exact)
+
+
+def _square(x: torch.Tensor) -> float:
+    return float(x.square().sum()) if x.isfinite().all() else float("inf")
+
+
+def serve_gloo(hook: str, meet: Callable[[], None], me: int, ranks: int) -> Any:
+    """Return the trainer of a peer's process."""
+    return Trainer(gloo_model(hook), meet, me, ranks, DENSE_STEPS if hook.startswith("powersgd") else 0)
