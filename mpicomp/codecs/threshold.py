@@ -41,8 +41,21 @@ class Above(ABC):
     loud: ClassVar[bool] = False
 
     @abstractmethod
+    def kept(self, size: int) -> int:
+        """Return how many of `size` elements are sent at most."""
+
+    @abstractmethod
     def select(self, x: Array, old: Array | None, new: Array | None) -> Selection:
         """Choose the elements of x + old that are sent; `new` is set to x + old."""
+
+    def pick(self, x: Array, old: Array | None, new: Array | None) -> tuple[Array, Array]:
+        """Return the elements of x + old that are sent, (k,), and where they are, uint32; `new` gets the others."""
+        if x.size == 0:
+            return np.empty(0, x.dtype), np.empty(0, np.uint32)
+        chosen = self.select(x, old, new)
+        values, places = np.empty(chosen.count, x.dtype), np.empty(chosen.count, np.uint32)
+        chosen.write(values, places, zero=new is not None)
+        return values, places
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
         """The capacity of a payload of an array of `size` elements of work dtype `dtype`."""
@@ -114,6 +127,10 @@ class Threshold(Above, Spec):
         """The residual stays bounded."""
         return contracts(self.values)
 
+    def kept(self, size: int) -> int:
+        """Return how many of `size` elements are sent at most: all."""
+        return size
+
     def select(self, x: Array, old: Array | None, new: Array | None) -> Selection:
         """See Above."""
         return kernels_for(x).select_above(x, old, new, float(self.value))
@@ -153,6 +170,10 @@ class SampledTopK(Above, Spec):
     def block(self) -> int:
         """Shards are cut at multiples of this: one element is kept of each, or a share of 64."""
         return sparse_block(self.density)
+
+    def kept(self, size: int) -> int:
+        """Return how many of `size` elements are sent at most."""
+        return kept(self.density, size)
 
     def select(self, x: Array, old: Array | None, new: Array | None) -> Selection:
         """See Above."""

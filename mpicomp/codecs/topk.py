@@ -57,6 +57,14 @@ class Largest(ABC):
     def select(self, x: Array, old: Array | None, new: Array | None, values: Array, indices: Array) -> None:
         """Write the elements of x + old that are sent, and where they are; `new` gets the others."""
 
+    def pick(self, x: Array, old: Array | None, new: Array | None) -> tuple[Array, Array]:
+        """Return the elements of x + old that are sent, (k,), and where they are, uint32; `new` gets the others."""
+        k = self.kept(x.size)
+        values, places = np.empty(k, x.dtype), np.empty(k, np.uint32)
+        if k:
+            self.select(x, old, new, values, places)
+        return values, places
+
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
         """The payload of an array of `size` elements of work dtype `dtype`."""
         k = self.kept(size)

@@ -78,6 +78,18 @@ class Kernels(Protocol):
 
     def put_at(self, indices: Array, values: Array, out: Array) -> None: ...  # noqa: D102
 
+    def add_marked(self, places: Array, values: Array, sums: Array, marks: Array) -> None: ...  # noqa: D102
+
+    def count_marks(self, marks: Array) -> int: ...  # noqa: D102
+
+    def mark_first(self, marks: Array, count: int) -> None: ...  # noqa: D102
+
+    def collect(self, marks: Array, sums: Array, values: Array, places: Array) -> None: ...  # noqa: D102
+
+    def merge(  # noqa: D102
+        self, places: Array, values: Array, others: Array, theirs: Array, merged: Array, sums: Array
+    ) -> int: ...
+
     def random_support(self, size: int, k: int, base: int, start: int = 0) -> Array: ...  # noqa: D102
 
     def fill_uniform(self, out: Array, base: int) -> None: ...  # noqa: D102

@@ -9,6 +9,8 @@ from mpicomp.reducers.low_rank import LowRank
 from mpicomp.reducers.policies import After, ErrorFeedback, Partition
 from mpicomp.reducers.resolve import REDUCERS, describe, parse, resolve, resolve_partitioned
 from mpicomp.reducers.shared_support import SharedSupport
+from mpicomp.reducers.split import Split
+from mpicomp.reducers.tree import Tree
 from mpicomp.reducers.two_stage import TwoStage
 
 __all__ = [
@@ -23,7 +25,9 @@ __all__ = [
     "Reducer",
     "Reduction",
     "SharedSupport",
+    "Split",
     "State",
+    "Tree",
     "TwoStage",
     "Unit",
     "Units",

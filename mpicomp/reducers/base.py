@@ -296,18 +296,19 @@ def opened(messages: Sequence[Message], sequence: int, state: State, first: int 
 
     Raises ConfigMismatch for a sender that was at another operation or had another configuration.
     """
-    poisoned = False
-    for rank, message in enumerate(messages, first):
-        if not message.pieces:
-            continue
-        header = read_header(message.buffer)
-        if (header.sequence, header.digest) != (sequence & 0xFFFFFFFF, state.digest):
-            raise ConfigMismatch(
-                f"rank {rank} sent operation {header.sequence} of configuration {header.digest:08x}, expected "
-                f"{sequence & 0xFFFFFFFF} of {state.digest:08x}: the ranks have parted ways"
-            )
-        poisoned |= bool(header.flags & POISON)
-    return poisoned
+    found = [says_poison(m.buffer, rank, sequence, state) for rank, m in enumerate(messages, first) if m.pieces]
+    return any(found)
+
+
+def says_poison(message: Array, rank: int, sequence: int, state: State) -> bool:
+    """Check the header of a message of `rank`; return whether an input was poisoned; raises ConfigMismatch."""
+    header = read_header(message)
+    if (header.sequence, header.digest) != (sequence & 0xFFFFFFFF, state.digest):
+        raise ConfigMismatch(
+            f"rank {rank} sent operation {header.sequence} of configuration {header.digest:08x}, expected "
+            f"{sequence & 0xFFFFFFFF} of {state.digest:08x}: the ranks have parted ways"
+        )
+    return bool(header.flags & POISON)
 
 
 def poisoned_total(out: Array, layout: Layout) -> Reduction:

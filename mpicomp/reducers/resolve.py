@@ -23,6 +23,8 @@ from mpicomp.reducers.layout import Layout, Unit
 from mpicomp.reducers.low_rank import LowRank
 from mpicomp.reducers.policies import After, ErrorFeedback, Partition, unscaled
 from mpicomp.reducers.shared_support import SharedSupport
+from mpicomp.reducers.split import Split
+from mpicomp.reducers.tree import Tree
 from mpicomp.reducers.two_stage import TwoStage
 from mpicomp.specs import parse as parse_spec
 
@@ -31,6 +33,8 @@ REDUCERS: dict[str, type[Any]] = {
     "gather": Gather,
     "two_stage": TwoStage,
     "shared_support": SharedSupport,
+    "split": Split,
+    "tree": Tree,
     "low_rank": LowRank,
     "error_feedback": ErrorFeedback,
     "after": After,

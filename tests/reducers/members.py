@@ -55,6 +55,10 @@ COMPRESSING = [
     *TWO_STAGE,
     "error_feedback(shared_support(randomk(density=0.1, scaled=False)))",
     "error_feedback(low_rank(rank=2))",
+    "error_feedback(split(topk(density=0.1)))",
+    "error_feedback(split(topk(density=0.5, values=bf16), cut=True))",
+    "error_feedback(split(topk(density=0.3), dense_after=0.5, dense=uniform(bits=8, block=32)))",
+    "error_feedback(tree(topk(density=0.2, values=bf16)))",
 ]
 DENSE = ["dense", "dense(algorithm=two_shot)", "error_feedback(dense)"]
 COMPOSED = [
@@ -192,4 +196,9 @@ def check_bytes(team: Team, reducer: Reducer, layout: Layout, dtype: str, reduct
     for comm, rank in zip(team.comms, team.ranks, strict=True):
         predicted = reductions * reducer.cost(layout, dtype, comm.topology, comm.rank).nbytes
         assert (comm.traffic.counted, comm.traffic.modelled) == (rank.sent_bytes, rank.modelled_bytes)
-        assert predicted == comm.traffic.bytes, f"rank {comm.rank}: {predicted} predicted, {comm.traffic.bytes} counted"
+        assert as_predicted(reducer, comm.traffic.bytes, predicted), f"rank {comm.rank}: {comm.traffic} {predicted}"
+
+
+def as_predicted(reducer: Reducer, counted: int, predicted: int) -> bool:
+    """Whether so many bytes were to be expected: exactly so many, or at most where sizes depend on the data."""
+    return counted <= predicted if "split(" in str(reducer) else counted == predicted

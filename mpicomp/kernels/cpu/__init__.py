@@ -15,6 +15,7 @@ from mpicomp.kernels.cpu.indices import (
     encode_elias_fano,
 )
 from mpicomp.kernels.cpu.linalg import orthogonalise, outer_add
+from mpicomp.kernels.cpu.merge import add_marked, collect, count_marks, mark_first, merge
 from mpicomp.kernels.cpu.quantize import codes_valid, decode_blocks, encode_blocks
 from mpicomp.kernels.cpu.random import fill_uniform, random_support
 from mpicomp.kernels.cpu.scatter import gather, gather_residual, put_at, scatter_add
@@ -29,6 +30,7 @@ __all__ = [
     "left_out",
     "add",
     "add_bitmap",
+    "add_marked",
     "add_elias_fano",
     "ascending",
     "axpy",
@@ -36,6 +38,8 @@ __all__ = [
     "block_top_k",
     "bounded_valid",
     "codes_valid",
+    "collect",
+    "count_marks",
     "decode_bitmap",
     "decode_blocks",
     "decode_bounded",
@@ -53,6 +57,8 @@ __all__ = [
     "gather",
     "gather_residual",
     "largest",
+    "mark_first",
+    "merge",
     "moments",
     "narrow",
     "narrow_residual",
