@@ -28,6 +28,8 @@ class Kernels(Protocol):
 
     def sum_tree(self, x: Array) -> float: ...  # noqa: D102
 
+    def divide(self, x: Array, divisor: float, out: Array) -> bool: ...  # noqa: D102
+
     def add(self, x: Array, old: Array, out: Array) -> None: ...  # noqa: D102
 
     def axpy(self, x: Array, out: Array, scale: float = 1.0) -> None: ...  # noqa: D102
@@ -197,6 +199,10 @@ class Kernels(Protocol):
     def unrotate(self, y: Array, base: int, start: int) -> None: ...  # noqa: D102
 
     def orthogonalise(self, p: Array, base: int) -> None: ...  # noqa: D102
+
+    def back_project(self, m: Array, p: Array, q: Array) -> None: ...  # noqa: D102
+
+    def outer(self, p: Array, q: Array, out: Array) -> None: ...  # noqa: D102
 
     def outer_add(self, p: Array, q: Array, out: Array, scale: float = 1.0) -> None: ...  # noqa: D102
 

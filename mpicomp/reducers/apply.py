@@ -32,15 +32,16 @@ def apply(
     else:
         wide, total = x, out
     reduction, after = reducer.reduce(comm, wide, state, total)
-    poisoned = reduction.poisoned or ((watched or half) and nonfinite(total, None, state.layout))
+    poisoned = reduction.poisoned
     divisor = comm.size if op == "mean" else 1
+    if divisor > 1:
+        for unit in state.layout.units:
+            poisoned |= not kernels.divide(total[unit.where], divisor, total[unit.where])
+    elif watched or half:
+        poisoned = poisoned or nonfinite(total, None, state.layout)
     if not half:
-        if divisor > 1:
-            for unit in state.layout.units:
-                np.divide(total[unit.where], divisor, out=out[unit.where])
         return after, poisoned
 
-    np.divide(total, divisor, out=total)
     kernels.narrow(total, out, dtype)
     if not poisoned:
         kernels.widen(out, wide, dtype)  # its input is spent

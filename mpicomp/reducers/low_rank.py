@@ -6,8 +6,9 @@ For the matrix M of a unit (a tensor's first dimension by the rest), on every ra
     Q' = sum over ranks of M^T P
     total = P Q'^T,    new residual = M - P (M^T P)^T,    Q' is the next step's Q (warm start)
 
-The products with M concern one rank alone and use BLAS; what every rank recomputes from the sums (Gram-Schmidt,
-P Q'^T) runs in our own kernels in a fixed order. MPI's own allreduce sums: see `dense` for what it promises.
+The products with M concern one rank alone, and M Q uses BLAS; what every rank recomputes from the sums (Gram-Schmidt,
+P Q'^T) runs in our own kernels in a fixed order. MPI's own allreduce sums: see `dense` for what it promises. What is
+not finite in any M shows in the sum of M Q.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from mpicomp.codecs.base import Key, stream_of
 from mpicomp.collectives import Comm, allreduce
 from mpicomp.kernels import kernels_for
 from mpicomp.planner import Cost, Work
-from mpicomp.reducers.base import Reduction, Remembering, State, Units, nonfinite, poisoned_total
+from mpicomp.reducers.base import Reduction, Remembering, State, Units, poisoned_total
 from mpicomp.reducers.layout import Layout, Piece, Unit
 from mpicomp.specs import Spec
 from mpicomp.transport import Topology
+
+BLOCK = 1 << 17  # elements
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,8 @@ class LowRank(Remembering, Spec):
         return (rows, columns) if self.rank * (rows + columns) < unit.size else None
 
     def _sizes(self, layout: Layout) -> tuple[int, int]:
-        """Numbers in the first allreduce, with the slot for poison, and in the second."""
-        first, second = 1, 0
+        """Numbers in the first allreduce and in the second."""
+        first, second = 0, 0
         for unit in layout.units:
             shape = self.factors(unit)
             first += unit.size if shape is None else shape[0] * self.rank
@@ -100,20 +103,19 @@ class LowRank(Remembering, Spec):
         first, sum_p, second, sum_q = (
             state.buffer(name, sizes[number]) for number, name in ((0, "p"), (0, "sum p"), (1, "q"), (1, "sum q"))
         )
-        poisoned = nonfinite(x, state.residual, state.layout)
-        if state.residual is not None and state.spare is not None:
-            m = state.spare
-            for unit in state.layout.units:
-                np.add(x[unit.where], state.residual[unit.where], out=m[unit.where])
-        else:
-            m = x
-
+        m = x if state.spare is None else state.spare
         for unit, shape, low, _ in self._walk(state.layout):
             if shape is None:
-                first[low] = m[unit.where]
-            else:
-                np.matmul(m[unit.where].reshape(shape), state.memory[unit.name], out=first[low].reshape(-1, self.rank))
-        first[-1] = np.nan if poisoned else 0.0
+                first[low] = _sum_into(m, x, state.residual, unit.where)
+                continue
+            rows, columns = shape
+            p = first[low].reshape(rows, self.rank)
+            step = max(1, BLOCK // columns)  # rows that fit into the second-level cache together
+            for row in range(0, rows, step):
+                start = unit.offset + row * columns
+                place = slice(start, min(start + step * columns, unit.where.stop))
+                part = _sum_into(m, x, state.residual, place).reshape(-1, columns)
+                np.matmul(part, state.memory[unit.name], out=p[row : row + step])
         allreduce(comm, first, sum_p)
         if not np.isfinite(sum_p).all():
             return poisoned_total(out, state.layout), state
@@ -123,7 +125,7 @@ class LowRank(Remembering, Spec):
                 p = sum_p[low].reshape(-1, self.rank)  # (rows, low rank)
                 kernels_for(p).orthogonalise(p, state.key(Piece(unit, 0, unit.size), 0, 0).base())
                 q = second[high].reshape(-1, self.rank)  # (columns, low rank)
-                np.matmul(m[unit.where].reshape(shape).T, p, out=q)
+                kernels_for(p).back_project(m[unit.where].reshape(shape), p, q)
                 if state.spare is not None:
                     kernels_for(p).outer_add(p, q, state.spare[unit.where].reshape(shape), -1.0)
             elif state.spare is not None:
@@ -140,8 +142,7 @@ class LowRank(Remembering, Spec):
                 out[here] = sum_p[low]
                 continue
             p, q = sum_p[low].reshape(-1, self.rank), sum_q[high].reshape(-1, self.rank)
-            out[here] = 0
-            kernels_for(p).outer_add(p, q, out[here].reshape(shape), 1.0)
+            kernels_for(p).outer(p, q, out[here].reshape(shape))
             memory[unit.name] = _normalised(q, state.memory[unit.name])
         return Reduction(out), state.advanced(memory=memory)
 
@@ -155,6 +156,13 @@ class LowRank(Remembering, Spec):
             places.append((unit, shape, low, high))
             first, second = low.stop, high.stop
         return places
+
+
+def _sum_into(m: Array, x: Array, old: Array | None, place: slice) -> Array:
+    """Set m = x + old at a place and return that part; without feedback m is x."""
+    if old is not None:
+        np.add(x[place], old[place], out=m[place])
+    return m[place]
 
 
 def _normalised(q: Array, before: Array) -> Array:

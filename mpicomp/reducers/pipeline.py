@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from mpicomp.codecs.base import Codec
 from mpicomp.collectives import Comm, begin_receive, begin_send, wait
+from mpicomp.errors import ConfigMismatch
 from mpicomp.reducers.base import Message, State, exchange_lengths, opened
 from mpicomp.reducers.layout import Piece
 from mpicomp.transport import Request
@@ -108,11 +109,21 @@ class Burst:
                 self.sends += begin_send(comm, message.travelling, peer)
 
     def arrived(self, peer: int, group: int, sequence: int, state: State) -> bool:
-        """Wait for a message of a peer; return whether it says that an input was not finite."""
+        """Wait for a message of a peer; return whether it says that an input was not finite.
+
+        Raises ConfigMismatch for one of another operation, when all that is under way has come to its end.
+        """
         if peer == self.comm.rank:
             return False
         wait(self.comm, self.arrivals[peer][group], self.operation)
-        return opened([self.incoming[peer][group]], sequence, state, peer)
+        try:
+            return opened([self.incoming[peer][group]], sequence, state, peer)
+        except ConfigMismatch:
+            wait(
+                self.comm, [r for messages in self.arrivals for requests in messages for r in requests], self.operation
+            )
+            self.finish()
+            raise
 
     def finish(self) -> None:
         """Wait until what was sent has left."""

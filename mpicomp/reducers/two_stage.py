@@ -101,10 +101,11 @@ class TwoStage(Remembering, Spec):
             first.send(peer, number)
         first.send_all()
 
+        if buffers.share:  # headers first: after a mismatch nothing more may be under way
+            poisoned |= any([first.arrived(rank, 0, sequence, state) for rank in range(comm.size)])
         second = Burst(comm, [buffers.share] * comm.size, buffers.shares, f"{self}, stage 2")
         for number, share in enumerate(buffers.share):
-            for rank in range(comm.size):
-                poisoned |= first.arrived(rank, number, sequence, state)
+            poisoned |= any([first.arrived(rank, number, sequence, state) for rank in range(comm.size)])
             parts = [messages[number] for messages in buffers.incoming]
             poisoned = poisoned or not self._fill(share, parts, state, buffers, comm.rank)
             share.seal(sequence, state, poisoned)

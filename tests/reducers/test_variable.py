@@ -33,6 +33,8 @@ class Above(Spec):
     contractive: ClassVar[bool] = True
     fixed: ClassVar[bool] = False
     block: ClassVar[int] = 16
+    blockwise: ClassVar[bool] = False
+    loud: ClassVar[bool] = False
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
         return (Field((8 + 16 * size if size else 0,), "|u1"),)

@@ -14,14 +14,14 @@ from mpicomp.kernels.cpu.indices import (
     encode_bitmap,
     encode_elias_fano,
 )
-from mpicomp.kernels.cpu.linalg import orthogonalise, outer_add
+from mpicomp.kernels.cpu.linalg import back_project, orthogonalise, outer, outer_add
 from mpicomp.kernels.cpu.merge import add_marked, collect, count_marks, mark_first, merge
 from mpicomp.kernels.cpu.quantize import codes_valid, decode_blocks, encode_blocks
 from mpicomp.kernels.cpu.random import fill_uniform, random_support
 from mpicomp.kernels.cpu.scatter import gather, gather_residual, put_at, scatter_add
 from mpicomp.kernels.cpu.select import block_top_k, select_above, select_top
 from mpicomp.kernels.cpu.sign import encode_sign, largest, moments
-from mpicomp.kernels.cpu.sums import add, axpy, nonfinite, sum_tree
+from mpicomp.kernels.cpu.sums import add, axpy, divide, nonfinite, sum_tree
 
 __all__ = [
     "unspread",
@@ -34,6 +34,7 @@ __all__ = [
     "add_elias_fano",
     "ascending",
     "axpy",
+    "back_project",
     "bits_set",
     "block_top_k",
     "bounded_valid",
@@ -46,6 +47,7 @@ __all__ = [
     "decode_elias_fano",
     "decode_floats",
     "decode_powers",
+    "divide",
     "encode_bitmap",
     "encode_blocks",
     "encode_bounded",
@@ -64,6 +66,7 @@ __all__ = [
     "narrow_residual",
     "nonfinite",
     "orthogonalise",
+    "outer",
     "outer_add",
     "put_at",
     "random_support",

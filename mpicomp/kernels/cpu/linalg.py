@@ -6,13 +6,14 @@ which IEEE 754 defines.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.kernels.cpu.bits import clear
-from mpicomp.kernels.cpu.compile import inline, kernel
+from mpicomp.kernels.cpu.compile import Kernel, inline, kernel
 from mpicomp.kernels.cpu.random import draw, draw24
 from mpicomp.kernels.cpu.sums import TREE, fold, total
 
@@ -109,32 +110,49 @@ def orthogonalise(p: Array, base: int) -> None:
         _orthogonalise(p, np.uint64(base), 8.0 * float(np.finfo(p.dtype).eps))
 
 
-@kernel("const T[][], const T[][], T[][], T")
-def _outer_add(p: Any, q_rows: Any, out: Any, scale: Any) -> None:
-    m, r = p.shape
-    n = out.shape[1]
-    buffer = np.empty(BLOCK, out.dtype)
-    whole = r // 4 * 4
-    for first in range(0, n, BLOCK):
-        stop = min(first + BLOCK, n)
-        size = stop - first
-        for i in range(m):
-            target = out[i, first:stop]
-            clear(buffer, 0, size)
-            for t in range(0, whole, 4):
-                c0, c1 = scale * p[i, t], scale * p[i, t + 1]
-                c2, c3 = scale * p[i, t + 2], scale * p[i, t + 3]
-                q0, q1 = q_rows[t, first:stop], q_rows[t + 1, first:stop]
-                q2, q3 = q_rows[t + 2, first:stop], q_rows[t + 3, first:stop]
+@functools.cache
+def _outer(adding: bool) -> Kernel[..., Any]:
+    @kernel("const T[][], const T[][], T[][], T")
+    def outer(p: Any, q_rows: Any, out: Any, scale: Any) -> None:
+        m, r = p.shape
+        n = out.shape[1]
+        zero = out.dtype.type(0)
+        buffer = np.empty(BLOCK, out.dtype)
+        whole = r // 4 * 4
+        for first in range(0, n, BLOCK):
+            stop = min(first + BLOCK, n)
+            size = stop - first
+            for i in range(m):
+                target = out[i, first:stop]
+                if r == 4:  # the usual rank goes without the buffer
+                    c0, c1, c2, c3 = scale * p[i, 0], scale * p[i, 1], scale * p[i, 2], scale * p[i, 3]
+                    q0, q1, q2, q3 = (
+                        q_rows[0, first:stop],
+                        q_rows[1, first:stop],
+                        q_rows[2, first:stop],
+                        q_rows[3, first:stop],
+                    )
+                    for j in range(size):
+                        found = (((zero + c0 * q0[j]) + c1 * q1[j]) + c2 * q2[j]) + c3 * q3[j]
+                        target[j] = target[j] + found if adding else found
+                    continue
+                clear(buffer, 0, size)
+                for t in range(0, whole, 4):
+                    c0, c1 = scale * p[i, t], scale * p[i, t + 1]
+                    c2, c3 = scale * p[i, t + 2], scale * p[i, t + 3]
+                    q0, q1 = q_rows[t, first:stop], q_rows[t + 1, first:stop]
+                    q2, q3 = q_rows[t + 2, first:stop], q_rows[t + 3, first:stop]
+                    for j in range(size):
+                        buffer[j] = (((buffer[j] + c0 * q0[j]) + c1 * q1[j]) + c2 * q2[j]) + c3 * q3[j]
+                for t in range(whole, r):
+                    c0 = scale * p[i, t]
+                    q0 = q_rows[t, first:stop]
+                    for j in range(size):
+                        buffer[j] += c0 * q0[j]
                 for j in range(size):
-                    buffer[j] = (((buffer[j] + c0 * q0[j]) + c1 * q1[j]) + c2 * q2[j]) + c3 * q3[j]
-            for t in range(whole, r):
-                c0 = scale * p[i, t]
-                q0 = q_rows[t, first:stop]
-                for j in range(size):
-                    buffer[j] += c0 * q0[j]
-            for j in range(size):
-                target[j] += buffer[j]
+                    target[j] = target[j] + buffer[j] if adding else buffer[j]
+
+    return outer
 
 
 def outer_add(p: Array, q: Array, out: Array, scale: float = 1.0) -> None:
@@ -143,4 +161,39 @@ def outer_add(p: Array, q: Array, out: Array, scale: float = 1.0) -> None:
     Element (i, j) is out + sum over t, in this order from zero, of (scale * p[i, t]) * q[j, t].
     """
     if out.size and p.shape[1]:
-        _outer_add(p, np.ascontiguousarray(q.T), out, out.dtype.type(scale))
+        _outer(True)(p, np.ascontiguousarray(q.T), out, out.dtype.type(scale))
+
+
+def outer(p: Array, q: Array, out: Array) -> None:
+    """Set `out` to p @ q.T, summed as `outer_add` does."""
+    _outer(False)(p, np.ascontiguousarray(q.T), out, out.dtype.type(1))
+
+
+@kernel("const T[][], const T[][], T[][]")
+def _back_project(m: Any, p: Any, q_rows: Any) -> None:
+    rows, n = m.shape
+    r = p.shape[1]
+    for t in range(r):
+        clear(q_rows[t], 0, n)
+    for i in range(0, rows // 4 * 4, 4):
+        for first in range(0, n, BLOCK):
+            stop = min(first + BLOCK, n)
+            m0, m1, m2, m3 = m[i, first:stop], m[i + 1, first:stop], m[i + 2, first:stop], m[i + 3, first:stop]
+            for t in range(r):
+                c0, c1, c2, c3 = p[i, t], p[i + 1, t], p[i + 2, t], p[i + 3, t]
+                target = q_rows[t, first:stop]
+                for j in range(stop - first):
+                    target[j] += (c0 * m0[j] + c1 * m1[j]) + (c2 * m2[j] + c3 * m3[j])
+    for i in range(rows // 4 * 4, rows):
+        for t in range(r):
+            c0 = p[i, t]
+            row, target = m[i], q_rows[t]
+            for j in range(n):
+                target[j] += c0 * row[j]
+
+
+def back_project(m: Array, p: Array, q: Array) -> None:
+    """Set q = m.T @ p for m (m, n), p (m, r), q (n, r), C-contiguous; one pass, for one rank alone."""
+    q_rows = np.empty((q.shape[1], q.shape[0]), q.dtype)  # (r, n)
+    _back_project(m, p, q_rows)
+    q[...] = q_rows.T

@@ -143,6 +143,25 @@ def nonfinite(x: Array, old: Array | None = None) -> bool:
     return bool(_nonfinite(x, x[:0] if old is None else old))
 
 
+@kernel("const T[], T[], T")
+def _divide(x: Any, out: Any, divisor: Any) -> bool:
+    bad = 0
+    for start in range(0, x.size, TREE):
+        stop = min(start + TREE, x.size)
+        source, target = x[start:stop], out[start:stop]
+        for i in range(stop - start):
+            value = source[i] / divisor
+            target[i] = value
+            difference = value - value
+            bad |= difference != difference
+    return bad == 0
+
+
+def divide(x: Array, divisor: float, out: Array) -> bool:
+    """Set out = x / divisor, `out` may be x; return whether all of it is finite. One pass."""
+    return bool(_divide(x, out, out.dtype.type(divisor)))
+
+
 @kernel("const T[], const T[], T[]")
 def _add(x: Any, old: Any, out: Any) -> None:
     for i in range(x.size):
