@@ -51,8 +51,10 @@ class Split(Remembering, Spec):
     at most twice. With `cut` the owners keep as many entries of a unit as one rank selects, each those of largest
     magnitude of its region; what an owner drops goes to its own residual. Owners have equal quotas, not what a common
     threshold would leave them: regions have equally many entries, and so no owner ever has more to send than its part.
-    With `dense_after` an owner sends its region whole as soon as more than that share of it is taken: as it is, or by
-    the codec `dense`, whose error goes to the owner's residual; its message says so.
+    With `dense_after` an owner sends its region whole as soon as more than that share of it is taken, by the codec
+    `dense` or else as values are, with what that leaves out in the owner's residual; its message says so. Indices cost
+    one bit an element at most: unless `dense` is shorter than values are, a whole region has fewer bytes than its
+    entries only where 31/32 of it are taken (SparCML, whose indices have 32 bits, turns at 1/2).
     """
 
     spec_name: ClassVar[str] = "split"
@@ -82,6 +84,11 @@ class Split(Remembering, Spec):
     def selecting(self) -> Selecting:
         """The codec, as one that selects."""
         return check_selecting("split", self.codec)
+
+    @property
+    def whole(self) -> Codec | None:
+        """What encodes a region that is sent whole."""
+        return self.dense or self.selecting.values
 
     def init(self, layout: Layout, dtype: str, feedback: bool = False, seed: int = 0, step: int = 0) -> State:
         """See Reducer; ValueError where feedback meets a `dense` that does not contract."""
@@ -137,7 +144,7 @@ class Split(Remembering, Spec):
         if self.dense_after is None:
             return how.most(size, taken)
         # a region that is sent whole is no longer than so: more than that share of it is taken
-        whole = Coding(self.dense, how.dtype).most_values(min(size, int(taken / self.dense_after)))
+        whole = Coding(self.whole, how.dtype).most_values(min(size, int(taken / self.dense_after)))
         return max(how.most(size, min(taken, int(self.dense_after * size) + 1)), whole)
 
     def reduce(self, comm: Comm, x: Array, state: State, out: Array | None = None) -> tuple[Reduction, State]:
@@ -155,7 +162,7 @@ class _Step:
     def __init__(self, reducer: Split, comm: Comm, state: State) -> None:
         self.reducer, self.comm, self.state = reducer, comm, state
         self.coding = Coding(reducer.selecting.values, state.dtype)
-        self.wire = Wire(comm, state, self.coding, reducer.dense, str(reducer))
+        self.wire = Wire(comm, state, self.coding, reducer.whole, str(reducer))
         self.poisoned = False
         if "divisions" not in state.work:
             state.work["divisions"] = reducer.divisions(state.layout, comm.size)
@@ -276,14 +283,14 @@ class _Step:
                 kernels_for(rest).scatter_add(kept.places, rest, owed)
 
     def _encode_whole(self, values: Array, payload: Payload, owed: Array | None, key: Key) -> None:
-        dense = self.reducer.dense
-        if dense is None:
+        codec = self.reducer.whole
+        if codec is None:
             payload[0][:] = values
         elif owed is None:
-            dense.encode(values, payload, key)
+            codec.encode(values, payload, key)
         else:
             rest = np.empty_like(values)
-            dense.encode_residual(values, None, payload, rest, key)
+            codec.encode_residual(values, None, payload, rest, key)
             owed += rest
 
     def _largest(self, sums: Entries, quota: int, owed: Array | None) -> Entries:
@@ -299,14 +306,14 @@ class _Step:
 
     def _decode(self, parcel: Parcel, owner: int, out: Array) -> None:
         """Set an owner's regions of `out` to what it sent."""
-        dense = self.reducer.dense
+        codec = self.reducer.whole
         for region, count, payload in zip(self.owned[owner], parcel.counts, parcel.payloads, strict=True):
             target, key = out[region.piece.where], self.state.key(region.piece, 1, owner)
-            if count == WHOLE and dense is None:
+            if count == WHOLE and codec is None:
                 target[:] = payload[0]
                 continue
             target[...] = 0
-            if count == WHOLE and dense is not None:
-                dense.decode_add(payload, target, key)
+            if count == WHOLE and codec is not None:
+                codec.decode_add(payload, target, key)
             else:
                 self.coding.add(payload, count, target, key)
