@@ -26,8 +26,14 @@ SHORT = 65_536
 
 @lru_cache(maxsize=4096)
 def width(size: int, k: int) -> int:
-    """Return the width of Elias-Fano's lower parts: the one of 0..31 with the fewest bits, of equal ones the least."""
-    return min(range(32), key=lambda w: (k * w + ((size - 1) >> w), w))
+    """Return the width of Elias-Fano's lower parts: the one of 0..31 with the fewest bits, of equal ones the least.
+
+    Of k w + ((size - 1) >> w) bits one more bit of width saves ceil(((size - 1) >> w) / 2) - k: the least w is wanted
+    with (size - 1) >> w at most 2 k.
+    """
+    last, most = size - 1, 2 * k
+    w = max(0, last.bit_length() - most.bit_length())
+    return min(31, w if last >> w <= most else w + 1)
 
 
 def _upper_bits(size: int, k: int) -> int:
