@@ -75,6 +75,9 @@ REPRESENTATIVES = [
     "error_feedback(two_stage(randomk(density=0.1, scaled=False)))",
     "error_feedback(shared_support(randomk(density=0.1, scaled=False)))",
     "error_feedback(low_rank(rank=2))",
+    "error_feedback(split(topk(density=0.1)))",
+    "error_feedback(split(topk(density=0.5, values=bf16), cut=True))",
+    "error_feedback(tree(topk(density=0.2, values=bf16)))",
     *COMPOSED,
 ]
 """One of each kind, for tests that take long."""

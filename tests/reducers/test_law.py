@@ -54,6 +54,22 @@ def test_sixty_steps_lose_nothing(spec: str, ranks: int) -> None:
     assert debts(history).max() < 30
 
 
+@pytest.mark.parametrize("ranks", [*range(10, 16), 32, 64])
+@pytest.mark.parametrize("spec", REPRESENTATIVES + DENSE)
+def test_many_ranks(spec: str, ranks: int) -> None:
+    """The other numbers of ranks, a kind of reducer each, and the same bits when all is done once more."""
+    reducer, x = member(spec), inputs(ranks, 3, FEW.size, "float32")
+    team = Team(ranks, seed=ranks)
+    history = run(team, reducer, FEW, x)
+    check_law(history)
+    if "after" not in spec:
+        check_bytes(team, reducer, FEW, "float32", 3)
+    if ranks < 16:
+        again = run(Team(ranks, seed=ranks + 1), reducer, FEW, x)
+        assert again.totals.tobytes() == history.totals.tobytes()
+        assert again.residuals.tobytes() == history.residuals.tobytes()
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 @pytest.mark.parametrize("reducer", ["gather", "two_stage"])
 @pytest.mark.parametrize("codec", MORE_CONTRACTIONS)
