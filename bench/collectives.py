@@ -17,6 +17,7 @@ import os
 import re
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 for _library in ("OMP", "MKL", "OPENBLAS", "NUMEXPR"):
     os.environ.setdefault(f"{_library}_NUM_THREADS", "1")  # the ranks share the cores
 
-from collectives_report import Row, figures, identity, merge, print_rows, read, write_plots
+from collectives_plots import write_plots
+from collectives_report import HOOKS, Row, figures, identity, merge, print_plans, print_rows, print_streams, read
 
 if TYPE_CHECKING:
     from collectives_systems import System, World
@@ -54,7 +56,13 @@ def compare(world: World, args: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     try:
         for nbytes in args.size or SIZES:
-            rows += compare_at(world, systems, nbytes, args, 10 if nbytes < 1 << 16 else 3 if nbytes < 1 << 20 else 1)
+            streams = [world.stream()] if args.stream else []
+            found = compare_at(world, systems, nbytes, args, 10 if nbytes < 1 << 16 else 3 if nbytes < 1 << 20 else 1)
+            if args.stream:
+                streams.append(world.stream())
+                if world.me == 0:
+                    print_streams(streams, found)
+            rows += found
     finally:
         for system in systems:
             system.close()
@@ -63,10 +71,13 @@ def compare(world: World, args: argparse.Namespace) -> list[Row]:
 
 def compare_ddp(world: World, args: argparse.Namespace) -> list[Row]:
     """Measure training steps of every system."""
-    from collectives_ddp import gradient_bytes, rows, systems
+    from collectives_ddp import rows, systems
+    from collectives_step import gradient_bytes
 
-    with systems(world, args.reducer, args.system, args.patience) as found:
-        return list(rows(compare_at(world, found, gradient_bytes(), args, 1)))
+    specs = args.reducer if "mpicomp" in args.system else []
+    hooks = args.hook if "gloo" in args.system else []
+    with systems(world, specs, hooks, args.width, args.patience) as found:
+        return list(rows(compare_at(world, found, gradient_bytes(args.width), args, 1)))
 
 
 def compare_at(
@@ -188,21 +199,26 @@ def arguments(words: list[str]) -> argparse.Namespace:
     mode.add_argument("--overlap", action="store_true", help="a reduction in the background of a computation")
     mode.add_argument("--read", action="append", metavar="FILE", help="measure nothing; may be repeated")
     parser.add_argument("--size", action="append", type=size_of, metavar="BYTES", help="4096, 16MiB, 2^24; repeatable")
-    parser.add_argument("--reducer", action="append", metavar="SPEC", help="may be repeated; default: four of them")
+    parser.add_argument("--reducer", action="append", metavar="SPEC", help="may be repeated; default: the mode's")
     parser.add_argument("--system", action="append", choices=("mpicomp", "mpi", "gloo"), help="default: all three")
+    parser.add_argument("--hook", action="append", choices=HOOKS, help="of gloo in --ddp; default: all four")
+    parser.add_argument("--width", type=int, default=2048, help="of the layers of --ddp (default: 2048)")
     parser.add_argument("--rounds", type=int, default=15, help=f"at most (default: 15), at least {LEAST_ROUNDS}")
+    parser.add_argument("--pairs", type=int, default=50, help="of --auto, at most (default: 50)")
     parser.add_argument("--seconds", type=float, default=60, help="after which a size makes no more rounds than needed")
     parser.add_argument("--patience", type=float, default=60, help="seconds after which a peer has hung (default: 60)")
     parser.add_argument("--seed", type=int, default=0, help="of the data")
     parser.add_argument("--stream", action="store_true", help="hold dense against bulk TCP streams of the same run")
-    parser.add_argument("--json", metavar="FILE", help="write the rows there; rows of other runs stay")
+    parser.add_argument("--json", metavar="FILE", help="write the rows there; those of other measurements stay")
     parser.add_argument("--plot", metavar="PREFIX", help="draw PREFIX-size.png, PREFIX-ranks.png, PREFIX-error.png")
     args = parser.parse_args(words)
     args.system = args.system or ["mpicomp", "mpi", "gloo"]
-    args.reducer = args.reducer or list(REDUCERS)
-    if args.rounds < LEAST_ROUNDS:
-        parser.error(f"--rounds must be at least {LEAST_ROUNDS}, got {args.rounds}")
-    for name in ("seconds", "patience"):
+    args.hook = args.hook or list(HOOKS)
+    args.reducer = args.reducer or (["auto"] if args.auto else ["dense"] if args.overlap else list(REDUCERS))
+    for name in ("rounds", "pairs"):
+        if getattr(args, name) < LEAST_ROUNDS:
+            parser.error(f"--{name} must be at least {LEAST_ROUNDS}, got {getattr(args, name)}")
+    for name in ("width", "seconds", "patience"):
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name} must be positive, got {getattr(args, name)}")
     for name in ("json", "plot"):
@@ -229,26 +245,30 @@ def main() -> None:
     """Measure what was asked for, then print it, keep it and draw it on rank 0."""
     args = arguments(sys.argv[1:])
     if args.read:
-        rows = {identity(row): row for file in args.read for row in read(file)}
-        show(list(rows.values()), args.plot)
+        show(list({identity(row): row for file in args.read for row in read(file)}.values()), args.plot)
         return
     from collectives_systems import World
 
     world = World()
-    found = compare_ddp(world, args) if args.ddp else compare(world, args)
+    if args.auto or args.overlap:
+        import collectives_plans
+
+        rows = list((collectives_plans.auto if args.auto else collectives_plans.overlap)(world, args))
+    else:
+        rows = [asdict(row) for row in (compare_ddp if args.ddp else compare)(world, args)]
     if world.me:
         return
-    rows_now = [row.to_json() for row in found]
     if args.json:
-        merge(args.json, rows_now)
-    show(rows_now, args.plot)
-    if any(row.identical is False for row in found if row.system == "mpicomp"):
+        merge(args.json, rows)
+    show(rows, args.plot)
+    if any(row["system"] == "mpicomp" and row["identical"] is False for row in rows if "system" in row):
         sys.exit("the ranks' results differ: this must not happen, please report it")
 
 
 def show(rows: list[dict[str, Any]], plot: str | None) -> None:
     """Print the tables, and draw the charts."""
-    print_rows(rows)
+    print_rows([row for row in rows if "system" in row])
+    print_plans([row for row in rows if "mode" in row])
     if plot:
         print("drawn:", ", ".join(write_plots(plot, rows)) or "nothing, for want of rows")
 

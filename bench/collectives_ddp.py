@@ -12,7 +12,7 @@ from dataclasses import asdict
 import torch
 import torch.distributed as dist
 from collectives_report import DDPRow, Row, figures, least_bytes
-from collectives_step import HOOKS, Trainer, gradient_bytes, model
+from collectives_step import Trainer, model
 from collectives_systems import Group, System, World
 from collectives_timing import Slot
 from torch.nn.parallel import DistributedDataParallel
@@ -23,13 +23,13 @@ import mpicomp.torch
 class Ours:
     """DDP over mpicomp's backend, with its hook; `none` is the same without reduction."""
 
-    def __init__(self, world: World, reducer: str) -> None:
-        self.world, self.reducer = world, reducer
+    def __init__(self, world: World, reducer: str, width: int) -> None:
+        self.world, self.reducer, self.width = world, reducer, width
         self.name = "none" if reducer == "none" else "mpicomp"
 
     def open(self, nbytes: int) -> None:
         """See System."""
-        ddp, world = DistributedDataParallel(model()), self.world
+        ddp, world = DistributedDataParallel(model(self.width)), self.world
         if self.name == "none":
             self.trainer = Trainer(ddp, world.meet, world.me, world.ranks, reduced=False)
         else:
@@ -49,8 +49,8 @@ class Torch:
 
     name = "gloo"
 
-    def __init__(self, world: World, hook: str, patience: float) -> None:
-        self.world, self.reducer = world, hook
+    def __init__(self, world: World, hook: str, width: int, patience: float) -> None:
+        self.world, self.reducer, self.width = world, hook, width
         self.group = Group(world, f"gloo {hook}", patience)
 
     def open(self, nbytes: int) -> None:
@@ -58,7 +58,7 @@ class Torch:
         share = {"dense": 1, "fp16": 2}.get(self.reducer)
         self.sent = share and least_bytes(nbytes // share, self.world.ranks)
         self.group.start()
-        self.group.ask("train", hook=self.reducer)
+        self.group.ask("train", hook=self.reducer, width=self.width)
 
     def slot(self, seed: int, repetitions: int, judged: bool = False) -> Slot | None:
         """See System."""
@@ -71,13 +71,13 @@ class Torch:
 
 
 @contextmanager
-def systems(world: World, specs: list[str], wanted: list[str], patience: float) -> Iterator[list[System]]:
+def systems(world: World, specs: list[str], hooks: list[str], width: int, patience: float) -> Iterator[list[System]]:
     """Yield `none`, ours and torch's, over a process group of ours. Collective."""
     torch.set_num_threads(1)
     dist.init_process_group("mpicomp")
-    found: list[System] = [Ours(world, "none")]
-    found += [Ours(world, spec) for spec in specs if "mpicomp" in wanted]
-    found += [Torch(world, hook, patience) for hook in HOOKS if "gloo" in wanted]
+    found: list[System] = [Ours(world, "none", width)]
+    found += [Ours(world, spec, width) for spec in specs]
+    found += [Torch(world, hook, width, patience) for hook in hooks]
     try:
         yield found
     finally:
@@ -100,6 +100,3 @@ def rows(found: list[Row]) -> list[DDPRow]:
             changed |= {"wire_bytes": 0, "identical": None}
         made.append(DDPRow(**changed, step_s=row.median_s, added_s=added))
     return made
-
-
-__all__ = ["gradient_bytes", "rows", "systems"]

@@ -19,9 +19,11 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 from collectives_timing import Arrays, Slot, measure
+
+PROGRAM = __file__
 
 
 class PeerLost(Exception):
@@ -31,19 +33,24 @@ class PeerLost(Exception):
 class Peer:
     """A process of this rank that runs a peer. Its answers are waited for without taking any of the processor."""
 
-    def __init__(self, program: str | None = None, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, environment: dict[str, str] | None = None) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self._rest = b""
         # What a launcher told this process is not meant for the child, which is no MPI process.
         launcher = ("PMI", "OMPI_", "PRTE_", "MPI_", "HYDI_", "HYDRA_", "MASTER_", "RANK", "LOCAL_RANK", "WORLD_SIZE")
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(launcher)}
         self._process = subprocess.Popen(
-            [sys.executable, program or __file__],
+            [sys.executable, PROGRAM],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             env={**inherited, "OMP_NUM_THREADS": "1", **(environment or {})},
         )
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
 
     def ask(self, do: str, seconds: float, **what: Any) -> Any:
         """Have something done and return the answer; raises PeerLost after so many seconds without one."""
@@ -77,7 +84,7 @@ class Peer:
         said = [line.strip() for line in self._errors.read().decode(errors="replace").splitlines() if line.strip()]
         return PeerLost(f"{how}{': ' + said[-1][:300] if said else ''}")
 
-    def close(self, patience: float = 5.0) -> int:
+    def close(self, patience: float) -> int:
         """End the process, in good order if it does so within some seconds, and return its exit code."""
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):  # what was not sent yet has nobody to go to
@@ -92,16 +99,23 @@ class Peer:
 # ----------------------------------------------------------------------------------------------- the child's program
 
 
-def serve(jobs: dict[str, Callable[..., Any]]) -> None:
-    """Answer the parent's commands, until there are no more."""
+def serve(jobs: dict[str, Callable[..., Any]]) -> NoReturn:
+    """Answer the parent's commands until there are no more, then exit."""
     if sys.platform == "linux":
         # A collective that hangs in C++ never comes back to the end of its input.
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer
-    for line in sys.stdin:
-        what = json.loads(line)
-        print(json.dumps(jobs[what.pop("do")](**what)), file=answers)
+    code = 1
+    try:
+        for line in sys.stdin:
+            what = json.loads(line)
+            print(json.dumps(jobs[what.pop("do")](**what)), file=answers)
+        code = 0
+    except Exception:
+        traceback.print_exc()
+    finally:
+        os._exit(code)  # threads of a library that wait for peers which are gone must not hold up the exit
 
 
 class Gloo:
@@ -158,11 +172,11 @@ class Gloo:
 
         dist.barrier()
 
-    def train(self, hook: str) -> bool:
+    def train(self, hook: str, width: int) -> bool:
         """Make the DDP model whose gradients `step` reduces."""
-        from collectives_step import serve_gloo
+        from collectives_step import gloo_trainer
 
-        self.trainer = serve_gloo(hook, self.meet, self.me, self.ranks)
+        self.trainer = gloo_trainer(hook, width, self.meet, self.me, self.ranks)
         return True
 
     def step(self, seed: int, steps: int, judged: bool) -> dict[str, Any]:
@@ -182,14 +196,7 @@ def main() -> None:
         "train": gloo.train,
         "step": gloo.step,
     }
-    code = 1
-    try:
-        serve(jobs)
-        code = 0
-    except Exception:
-        traceback.print_exc()
-    finally:
-        os._exit(code)  # threads of gloo that wait for peers which are gone must not hold up the exit
+    serve(jobs)
 
 
 if __name__ == "__main__":

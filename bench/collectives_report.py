@@ -1,4 +1,4 @@
-"""What `collectives.py` measures and how it is shown: the rows, their file, a table, charts."""
+"""What `collectives.py` measures and how it is shown: the rows, their file, tables."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 SYSTEMS = ("mpicomp", "mpi", "gloo", "none")
+HOOKS = ("dense", "fp16", "powersgd", "powersgd-default")
+"""Of gloo: torch's own; PowerSGD of rank 4 with all gradients in a single bucket, and with the default buckets."""
 IDENTITY = ("mode", "system", "reducer", "ranks", "hosts", "rate", "nbytes")
 
 
@@ -158,115 +160,69 @@ def _line(row: dict[str, Any], ddp: bool) -> list[str]:
     ]
 
 
-# Charts
+BOUND = 1.05  # of auto over dense
+ADDED = 30e-6  # seconds that a dense plan may add to MPI's own call
+EXCESS = 0.2  # of the time of communication that may be left over
+STREAM = 0.92  # of a bulk TCP stream
 
 
-def write_plots(prefix: str, rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Draw what the rows allow: PREFIX-size.png, PREFIX-ranks.png, PREFIX-error.png; return the files."""
-    rows = [row for row in rows if row.get("median_s") and "step_s" not in row]
-    written = []
-    for name, draw in (("size", _draw_size), ("ranks", _draw_ranks), ("error", _draw_error)):
-        file = f"{prefix}-{name}.png"
-        if draw(rows, file):
-            written.append(file)
-    return written
-
-
-def _series(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Sort rows into lines of a chart, one for each system and method."""
-    lines: dict[str, list[dict[str, Any]]] = {}
+def print_plans(rows: Sequence[dict[str, Any]]) -> None:
+    """Print what --auto and --overlap found, a table for each place."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
-        lines.setdefault(f"{row['system']} {row['reducer']}", []).append(row)
-    return lines
+        groups.setdefault((row["mode"], place_name(row)), []).append(row)
+    for (mode, _), group in groups.items():
+        (_print_auto if mode == "auto" else _print_overlap)(group)
 
 
-def _panels(groups: Sequence[Any]) -> tuple[Any, list[Any]]:
-    """Make a figure with a panel for each group."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, len(groups), figsize=(2 + 6 * len(groups), 6), squeeze=False)
-    return figure, list(panels[0])
-
-
-def _save(figure: Any, panels: Sequence[Any], file: str) -> None:
-    for panel in panels:
-        panel.grid(which="both", alpha=0.25)
-        panel.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(file, dpi=120)
-
-
-def _colours(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The same colour for a system and method in every panel."""
-    from matplotlib import colormaps
-
-    return {name: colormaps["tab20"](place % 20) for place, name in enumerate(sorted(_series(rows)))}
+def _print_auto(rows: Sequence[dict[str, Any]]) -> None:
+    columns = ["size", "reducer", "pairs", "auto ms", "dense ms", "ratio", f"95 % bound (≤ {BOUND})", "mpi ms"]
+    columns += [f"plan adds us (≤ {1e6 * ADDED:g})", "agreement us"]
+    lines = []
+    for row in rows:
+        added = row["plan_added_s"]
+        lines.append(
+            [
+                size_name(row["nbytes"]),
+                row["chosen"],
+                str(row["pairs"]),
+                *(cell(row[name], ".4g", 1e3) for name in ("auto_s", "dense_s")),
+                cell(row["ratio"], ".3f"),
+                _held(cell(row["ratio_upper_95"], ".3f"), (row["ratio_upper_95"] or BOUND) <= BOUND),
+                cell(row["mpi_s"], ".4g", 1e3),
+                _held(cell(added, ".1f", 1e6), added is None or added <= ADDED),
+                cell(row["agreement_s"], ".1f", 1e6),
+            ]
+        )
+    title = "Plans: auto over dense, median of paired ratios and an order statistic as its bound"
+    table(f"{title}; {place_name(rows[0])}", columns, lines)
 
 
-def _draw_size(rows: Sequence[dict[str, Any]], file: str) -> bool:
-    """Time against size, a panel for each place."""
-    places = [
-        place
-        for place in dict.fromkeys(map(place_name, rows))
-        if len({r["nbytes"] for r in rows if place_name(r) == place}) > 1
+def _print_overlap(rows: Sequence[dict[str, Any]]) -> None:
+    columns = ["size", "reducer", "rounds", "compute ms", "comm ms", "both ms", f"excess over comm (≤ {EXCESS})"]
+    lines = [
+        [
+            size_name(row["nbytes"]),
+            row["reducer"],
+            str(row["rounds"]),
+            *(cell(row[name], ".4g", 1e3) for name in ("compute_s", "comm_s", "both_s")),
+            _held(cell(row["excess"], ".3f"), row["excess"] <= EXCESS),
+        ]
+        for row in rows
     ]
-    if not places:
-        return False
-    figure, panels = _panels(places)
-    colours = _colours(rows)
-    for panel, place in zip(panels, places, strict=True):
-        for name, line in _series(row for row in rows if place_name(row) == place).items():
-            line = sorted(line, key=lambda row: row["nbytes"])
-            sizes, medians = [row["nbytes"] for row in line], [1e3 * row["median_s"] for row in line]
-            panel.plot(sizes, medians, marker="o", markersize=3, label=name, color=colours[name])
-            panel.fill_between(sizes, medians, [1e3 * row["p95_s"] for row in line], alpha=0.1, color=colours[name])
-        panel.set(xscale="log", yscale="log", title=place, xlabel="bytes of the array", ylabel="ms, median to p95")
-        panel.set_xscale("log", base=2)
-    _save(figure, panels, file)
-    return True
+    title = f"Overlap: (both - max(compute, comm)) / comm, of medians; {place_name(rows[0])}"
+    table(title, columns, lines)
 
 
-def _draw_ranks(rows: Sequence[dict[str, Any]], file: str) -> bool:
-    """Time against the number of ranks, a panel for each size and rate of which there are several."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+def print_streams(streams: Sequence[float], rows: Sequence[Row]) -> None:
+    """Print which part of a bulk TCP stream, both ways at once, uncompressed reductions use."""
+    speed = sum(streams) / len(streams)
+    print(f"bulk TCP streams before and after: {', '.join(f'{each / 1e6:.1f}' for each in streams)} Mb/s a host")
     for row in rows:
-        groups.setdefault((row["nbytes"], row["rate"]), []).append(row)
-    groups = {key: group for key, group in groups.items() if len({row["ranks"] for row in group}) > 1}
-    if not groups:
-        return False
-    figure, panels = _panels(list(groups))
-    colours = _colours(rows)
-    for panel, ((nbytes, rate), group) in zip(panels, groups.items(), strict=True):
-        for name, line in _series(group).items():
-            line = sorted(line, key=lambda row: (row["ranks"], row["hosts"]))
-            ranks = [row["ranks"] for row in line]
-            panel.plot(ranks, [1e3 * row["median_s"] for row in line], marker="o", label=name, color=colours[name])
-        panel.set(yscale="log", title=f"{size_name(nbytes)}, {rate or 'shared memory'}", xlabel="ranks", ylabel="ms")
-    _save(figure, panels, file)
-    return True
+        if row.reducer == "dense" and row.busbw is not None:
+            share = 8 * row.busbw / speed
+            print(f"  {row.system} dense of {size_name(row.nbytes)}: {share:.1%} of a stream (required: {STREAM:.0%})")
 
 
-def _draw_error(rows: Sequence[dict[str, Any]], file: str) -> bool:
-    """Error against bytes on the wire, of the largest size of each number of ranks."""
-    rows = [row for row in rows if row["relative_error"] is not None and row["wire_bytes"]]
-    if not rows:
-        return False
-    largest = max(row["nbytes"] for row in rows)
-    rows = [row for row in rows if row["nbytes"] == largest]
-    figure, panels = _panels([largest])
-    colours = _colours(rows)
-    for name, line in _series(rows).items():
-        bits = [8 * row["wire_bytes"] / (row["nbytes"] / 4) for row in line]
-        panels[0].scatter(bits, [max(row["relative_error"], 1e-9) for row in line], label=name, color=colours[name])
-    panels[0].set(
-        xscale="log",
-        yscale="log",
-        title=f"{size_name(largest)}; error of the first reduction",
-        xlabel="bits a rank sends for each element",
-        ylabel="relative error",
-    )
-    _save(figure, panels, file)
-    return True
+def _held(text: str, well: bool) -> str:
+    return text if text == "-" else f"[{'green' if well else 'red'}]{text}[/]"

@@ -7,43 +7,33 @@ import gc
 import hashlib
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from collectives_timing import Slot
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-WIDTH, LAYERS, BATCH = 2048, 4, 4
-HOOKS = ("dense", "fp16", "powersgd", "powersgd-default")
-"""Of gloo: torch's own; PowerSGD of rank 4 with all gradients in a single bucket, and with the default buckets."""
+LAYERS, BATCH = 4, 4
 DENSE_STEPS = 2  # that PowerSGD needs before it compresses: DDP makes its buckets anew after the first
 
 
-def model() -> nn.Module:
+def model(width: int) -> nn.Module:
     """Make the model, the same everywhere."""
     torch.manual_seed(0)
-    return nn.Sequential(*(layer for _ in range(LAYERS) for layer in (nn.Linear(WIDTH, WIDTH), nn.ReLU())))
+    return nn.Sequential(*(layer for _ in range(LAYERS) for layer in (nn.Linear(width, width), nn.ReLU())))
 
 
-def gradient_bytes() -> int:
+def gradient_bytes(width: int) -> int:
     """Bytes of the model's gradients, float32."""
-    return 4 * LAYERS * (WIDTH * WIDTH + WIDTH)
+    return 4 * LAYERS * (width * width + width)
 
 
-def batch(seed: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw inputs and targets of a rank's step, (BATCH, WIDTH) each."""
-    generator = torch.Generator().manual_seed(seed * 4096 + rank)
-    inputs, targets = torch.randn(2, BATCH, WIDTH, generator=generator)
-    return inputs, targets
-
-
-def gloo_model(hook: str) -> DistributedDataParallel:
-    """Make DDP over the process group of gloo with one of HOOKS."""
+def gloo_model(hook: str, width: int) -> DistributedDataParallel:
+    """Make DDP over gloo with a hook of HOOKS."""
     from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
     single = hook == "powersgd"
-    ddp = DistributedDataParallel(model(), bucket_cap_mb=1024 if single else None)
+    ddp = DistributedDataParallel(model(width), bucket_cap_mb=1024 if single else None)
     if hook == "fp16":
         ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)
     elif hook != "dense":
@@ -70,13 +60,14 @@ class Trainer:
     ) -> None:
         self.ddp, self.meet, self.me, self.ranks = ddp, meet, me, ranks
         self.skipped, self.reduced, self.sent = skipped, reduced, sent
+        self.width = next(ddp.parameters()).shape[1]
 
     def slot(self, seed: int, steps: int, judged: bool) -> Slot:
         """Time some steps, and judge the gradients of the last."""
         if judged:
-            for number in range(self.skipped):
-                self._backward(batch(seed + number, self.me), self.reduced)
-        inputs = batch(seed, self.me)
+            for _ in range(self.skipped):
+                self._backward(self._batch(seed, self.me), self.reduced)
+        inputs = self._batch(seed, self.me)
         before, seconds, clock = self.sent() if self.sent else 0, [], time.perf_counter
         gc.collect()
         gc.disable()
@@ -95,6 +86,12 @@ class Trainer:
         squares = self._squares(gradients, seed) if judged and self.reduced else None
         self.ddp.zero_grad()  # gives their memory back: other systems take their turns now
         return Slot(seconds, int.from_bytes(digest.digest(), "little"), sent, squares)
+
+    def _batch(self, seed: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw inputs and targets of a rank's step, (BATCH, width) each."""
+        generator = torch.Generator().manual_seed(seed * 4096 + rank)
+        inputs, targets = torch.randn(2, BATCH, self.width, generator=generator)
+        return inputs, targets
 
     def _backward(self, data: tuple[torch.Tensor, torch.Tensor], reduced: bool) -> None:
         inputs, targets = data
@@ -116,7 +113,7 @@ class Trainer:
         results = gradients[mine]
         for rank in range(self.ranks):
             self.ddp.zero_grad()
-            self._backward(batch(seed, rank), reduced=False)
+            self._backward(self._batch(seed, rank), reduced=False)
             for total, gradient in zip(exact, self._gradients()[mine], strict=True):
                 total += gradient / self.ranks
         error = sum(_square(total - result) for total, result in zip(exact, results, strict=True))
@@ -127,6 +124,6 @@ def _square(x: torch.Tensor) -> float:
     return float(x.square().sum()) if x.isfinite().all() else float("inf")
 
 
-def serve_gloo(hook: str, meet: Callable[[], None], me: int, ranks: int) -> Any:
+def gloo_trainer(hook: str, width: int, meet: Callable[[], None], me: int, ranks: int) -> Trainer:
     """Return the trainer of a peer's process."""
-    return Trainer(gloo_model(hook), meet, me, ranks, DENSE_STEPS if hook.startswith("powersgd") else 0)
+    return Trainer(gloo_model(hook, width), meet, me, ranks, DENSE_STEPS if hook.startswith("powersgd") else 0)

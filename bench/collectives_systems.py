@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
-from cluster import network_bytes
+from cluster import bulk_stream, network_bytes
 from collectives_peer import Peer, PeerLost
 from collectives_report import least_bytes
 from collectives_timing import Array, Arrays, Slot, measure
@@ -18,6 +18,7 @@ from mpi4py import MPI
 from mpicomp.arrays import work_dtype
 from mpicomp.collectives import Comm, barrier
 from mpicomp.reducers import Layout, resolve
+from mpicomp.transport import MPITransport
 
 
 class World:
@@ -26,7 +27,7 @@ class World:
     def __init__(self) -> None:
         self.mpi = MPI.COMM_WORLD
         self.me, self.ranks = self.mpi.Get_rank(), self.mpi.Get_size()
-        self._comm = Comm.of(self.mpi.Dup())
+        self._comm = Comm(MPITransport(self.mpi.Dup()), timeout=3600)  # longer than a peer may hang on one rank
         nodes = self._comm.topology.nodes
         self.hosts, self.leads_host = len(nodes), any(node[0] == self.me for node in nodes)
         self.rate = os.environ["MPICOMP_CLUSTER"].partition(",")[2] if "MPICOMP_CLUSTER" in os.environ else None
@@ -78,6 +79,12 @@ class World:
         self.meet()
         mine = network_bytes() if self.leads_host else 0
         return float(self.sum([mine or 0])[0]) / self.hosts
+
+    def stream(self) -> float:
+        """Bits per second of a bulk TCP stream to a host, while each streams to another; mean of hosts. Collective."""
+        self.meet()
+        mine = bulk_stream() if self.leads_host else 0.0
+        return float(self.sum([mine])[0]) / self.hosts
 
 
 class System(Protocol):
@@ -172,14 +179,14 @@ class Native(InProcess):
 class Group:
     """Peers' processes, one beside each rank: lost on all ranks as soon as one of them is. All calls are collective."""
 
-    def __init__(self, world: World, name: str, patience: float, program: str | None = None) -> None:
-        self.world, self.name, self.patience, self.program = world, name, patience, program
+    def __init__(self, world: World, name: str, patience: float) -> None:
+        self.world, self.name, self.patience = world, name, patience
         self.peer: Peer | None = None
 
     def start(self) -> None:
         """Start the processes and make their process group."""
         world = self.world
-        self.peer = Peer(self.program, _interface(world))
+        self.peer = Peer(_interface(world))
         port = self._ask("serve", 120) if world.me == 0 else None
         where = {"address": _meeting(world), "port": world.first(port or 0), "me": world.me, "ranks": world.ranks}
         self.ask("join", 120, **where)
@@ -189,7 +196,7 @@ class Group:
         answer = self._ask(do, self.patience if seconds is None else seconds, **what)
         if self.world.all(answer is not None):
             return answer
-        self.close()
+        self.close(0)  # a peer that waits for one that is gone
         return None
 
     def _ask(self, do: str, seconds: float, **what: Any) -> Any:
@@ -202,10 +209,10 @@ class Group:
             self.peer = None
             return None
 
-    def close(self) -> None:
+    def close(self, patience: float = 5) -> None:
         """End this rank's process."""
         if self.peer is not None:
-            self.peer.close()
+            self.peer.close(patience)
             self.peer = None
 
 

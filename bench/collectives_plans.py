@@ -1,0 +1,153 @@
+"""What `collectives.py --auto` and `--overlap` measure: plans held against each other, and against what they hide."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from collectives_systems import World
+from collectives_timing import Arrays, measure, median, upper_bound
+
+import mpicomp
+
+AUTO_SIZES = tuple(1 << power for power in range(10, 29, 2))  # 1 KiB to 256 MiB
+SMALL = 1 << 20  # bytes up to which MPI's own call and the plain call are timed as well
+LEAST_PAIRS = 5
+OVERLAP_SIZES = (1 << 24,)
+
+
+class Rounds:
+    """Calls of one size that take turns; of each the times, (rounds,), of a round the median of its repetitions."""
+
+    def __init__(self, world: World, arrays: Arrays, calls: dict[str, Callable[[], object]], seed: int) -> None:
+        self.world, self.arrays, self.calls, self.seed = world, arrays, calls, seed
+        self.repetitions = 10 if arrays.nbytes < 1 << 16 else 3 if arrays.nbytes < 1 << 20 else 1
+        self.seconds: dict[str, list[float]] = {name: [] for name in calls}
+
+    def run(self, least: int, most: int, seconds: float) -> int:
+        """Make `most` rounds, or fewer, but `least`, when the time is over; return how many."""
+        for name in self.calls:  # to warm up
+            self._turn(name)
+        began, rounds = time.monotonic(), 0
+        while self.world.first(rounds < least or (rounds < most and time.monotonic() - began < seconds)):
+            # Who goes first changes from round to round, since the first may meet other caches than the second.
+            for name in list(self.calls) if rounds % 2 else reversed(list(self.calls)):
+                self.seconds[name].append(self._turn(name))
+            rounds += 1
+        return rounds
+
+    def _turn(self, name: str) -> float:
+        world = self.world
+        self.seed += 1
+        slot = measure(self.arrays, self.calls[name], world.meet, self.seed, world.me, world.ranks, self.repetitions)
+        return median(world.most(slot.seconds).tolist())
+
+    def ratios(self, name: str, other: str) -> list[float]:
+        """Of each round."""
+        return [a / b for a, b in zip(self.seconds[name], self.seconds[other], strict=True)]
+
+    def difference(self, name: str, other: str) -> float | None:
+        """Median over rounds, in seconds; None where one of the two was not timed."""
+        if not {name, other} <= self.calls.keys():
+            return None
+        return median([a - b for a, b in zip(self.seconds[name], self.seconds[other], strict=True)])
+
+
+def auto(world: World, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield for each size what auto takes over dense, and a plan over MPI's own call."""
+    for nbytes in args.size or AUTO_SIZES:
+        arrays = Arrays(nbytes)
+        for spec in args.reducer:
+            yield _auto_at(world, arrays, spec, args)
+
+
+def _auto_at(world: World, arrays: Arrays, spec: str, args: argparse.Namespace) -> dict[str, Any]:
+    x, out = arrays.x.reshape(arrays.shape), arrays.out.reshape(arrays.shape)
+    chosen, dense = mpicomp.plan(world.mpi, x, spec), mpicomp.plan(world.mpi, x, "dense")
+    calls: dict[str, Callable[[], object]] = {
+        "auto": lambda: chosen(x, out=out),
+        "dense": lambda: dense(x, out=out),
+    }
+    if arrays.nbytes <= SMALL:
+        calls["mpi"] = lambda: world.mpi.Allreduce(x, out)
+        calls["plain"] = lambda: mpicomp.allreduce(world.mpi, x, "dense", out=out)
+    rounds = Rounds(world, arrays, calls, args.seed)
+    pairs = rounds.run(LEAST_PAIRS, args.pairs, args.seconds)
+    ratios = rounds.ratios("auto", "dense")
+    return {
+        "mode": "auto",
+        "reducer": spec,
+        "chosen": str(chosen),
+        "ranks": world.ranks,
+        "hosts": world.hosts,
+        "rate": world.rate,
+        "nbytes": arrays.nbytes,
+        "pairs": pairs,
+        "auto_s": median(rounds.seconds["auto"]),
+        "dense_s": median(rounds.seconds["dense"]),
+        "ratio": median(ratios),
+        "ratio_upper_95": upper_bound(ratios),
+        "mpi_s": median(rounds.seconds["mpi"]) if "mpi" in calls else None,
+        "plan_added_s": rounds.difference("dense", "mpi"),
+        "agreement_s": rounds.difference("plain", "dense"),
+    }
+
+
+def overlap(world: World, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield for each size and method how long a reduction and a computation take, alone and together."""
+    for nbytes in args.size or OVERLAP_SIZES:
+        arrays = Arrays(nbytes)
+        for spec in args.reducer:
+            yield _overlap_at(world, arrays, spec, args)
+
+
+def _overlap_at(world: World, arrays: Arrays, spec: str, args: argparse.Namespace) -> dict[str, Any]:
+    x, out = arrays.x.reshape(arrays.shape), arrays.out.reshape(arrays.shape)
+    plan = mpicomp.plan(world.mpi, x, spec)
+
+    def communicate() -> None:
+        plan.start(x, out=out).wait()
+
+    work = Work()
+    first = Rounds(world, arrays, {"comm": communicate, "compute": work.run}, args.seed)
+    first.run(LEAST_PAIRS, LEAST_PAIRS, args.seconds)
+    work.times = max(1, round(median(first.seconds["comm"]) / median(first.seconds["compute"])))
+
+    def both() -> None:
+        request = plan.start(x, out=out)
+        work.run()
+        request.wait()
+
+    rounds = Rounds(world, arrays, {"comm": communicate, "compute": work.run, "both": both}, args.seed)
+    count = rounds.run(LEAST_PAIRS, args.rounds, args.seconds)
+    compute, comm, together = (median(rounds.seconds[name]) for name in ("compute", "comm", "both"))
+    return {
+        "mode": "overlap",
+        "reducer": spec,
+        "ranks": world.ranks,
+        "hosts": world.hosts,
+        "rate": world.rate,
+        "nbytes": arrays.nbytes,
+        "rounds": count,
+        "compute_s": compute,
+        "comm_s": comm,
+        "both_s": together,
+        "excess": (together - max(compute, comm)) / comm,
+    }
+
+
+class Work:
+    """A computation on one core: products of matrices that stay in its cache, `times` times over."""
+
+    def __init__(self) -> None:
+        self.a = np.random.default_rng(0).standard_normal((256, 256), np.float32)
+        self.product = np.empty_like(self.a)
+        self.times = 1
+
+    def run(self) -> None:
+        """Compute; NumPy lets go of the interpreter inside each product, of about half a millisecond."""
+        for _ in range(self.times):
+            np.matmul(self.a, self.a, out=self.product)

@@ -1,0 +1,314 @@
+"""`bench/collectives.py`: the JSON it promises, its statistics, its errors, and peers that crash or hang."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BENCH = ROOT / "bench"
+MPIRUN = Path(sys.executable).with_name("mpirun")
+KEYS = [
+    "system",
+    "reducer",
+    "ranks",
+    "hosts",
+    "rate",
+    "nbytes",
+    "median_s",
+    "p95_s",
+    "algbw",
+    "busbw",
+    "wire_bytes",
+    "network_bytes",
+    "relative_error",
+    "identical",
+]
+
+
+@pytest.fixture(autouse=True)
+def _needs() -> None:
+    for module in ("torch", "rich", "matplotlib"):
+        pytest.importorskip(module, reason=f"bench/collectives.py needs {module}")
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Import a module of the benchmark, whose modules find each other in their own folder."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    before = set(sys.modules)
+
+    def find(name: str) -> ModuleType:
+        return __import__(name)
+
+    yield find
+    for name in set(sys.modules) - before:
+        if name.startswith("collectives"):
+            del sys.modules[name]
+
+
+def environment() -> dict[str, str]:
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+
+
+def mpirun(*command: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    """Run a Python program under mpirun, in a session of its own, and return what it printed."""
+    program = str(MPIRUN) if MPIRUN.exists() else shutil.which("mpirun")
+    if program is None:
+        pytest.skip("bench/collectives.py needs mpirun")
+    version = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
+    as_root = ["--allow-run-as-root", "--oversubscribe"] if "Open MPI" in version or "OpenRTE" in version else []
+    return subprocess.run(
+        [program, *as_root, "-n", str(ranks), sys.executable, *command],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment(),
+        start_new_session=True,
+        check=False,
+    )
+
+
+def test_all_systems_at_two_sizes(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    specs = ["dense", "error_feedback(two_stage(uniform(bits=4)))"]
+    sizes = [4096, 65536]
+    done = mpirun(
+        *(str(BENCH / "collectives.py"), "--rounds", "5", "--json", str(file), "--plot", str(tmp_path / "chart")),
+        *(word for size in sizes for word in ("--size", str(size))),
+        *(word for spec in specs for word in ("--reducer", spec)),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows: list[dict[str, Any]] = json.loads(file.read_text())
+    expected = [*(("mpicomp", spec) for spec in specs), ("mpi", "dense"), ("gloo", "dense")]
+    assert [(row["nbytes"], row["system"], row["reducer"]) for row in rows] == [
+        (size, *each) for size in sizes for each in expected
+    ]
+    for row in rows:
+        assert list(row) == KEYS
+        assert (row["ranks"], row["hosts"], row["rate"], row["network_bytes"]) == (2, 1, None, None)
+        assert 0 < row["median_s"] <= row["p95_s"]
+        assert row["algbw"] == pytest.approx(row["nbytes"] / row["median_s"])
+        assert row["busbw"] == pytest.approx(row["algbw"])  # 2 (P - 1) / P of two ranks
+        assert row["identical"] is True
+        assert row["relative_error"] < (1e-6 if row["reducer"] == "dense" else 0.3)
+        assert row["relative_error"] > 1e-9
+        assert row["wire_bytes"] >= (row["nbytes"] if row["reducer"] == "dense" else 1)
+    dense, lossy = rows[4:6]
+    assert lossy["wire_bytes"] < dense["wire_bytes"] / 7
+    assert all(spec in done.stdout for spec in specs)
+    assert {path.name for path in tmp_path.glob("*.png")} == {"chart-size.png", "chart-error.png"}
+
+    read = subprocess.run(
+        [sys.executable, str(BENCH / "collectives.py"), "--read", str(file)],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=True,
+    )
+    assert "64 KiB, 2 ranks, 1 host, shared memory" in read.stdout
+
+
+DRIVER = """
+import sys
+sys.path.insert(0, {bench!r})
+import collectives, collectives_peer
+collectives_peer.PROGRAM = {program!r}
+sys.argv = ["collectives.py", *sys.argv[1:]]
+collectives.main()
+"""
+
+FAKE = """
+import os, sys, time
+sys.path.insert(0, {bench!r})
+from collectives_peer import serve
+
+class Fake:
+    def join(self, me, **_):
+        self.me = me
+        return True
+
+    def train(self, hook, width):
+        self.hook, self.turns = hook, 0
+        return True
+
+    def step(self, seed, steps, judged):
+        self.turns += 1
+        if self.hook == "powersgd-default" and self.turns == 3 and self.me == 1:
+            print("something is wrong", file=sys.stderr)
+            os.abort()
+        if self.hook == "powersgd" and self.turns == 4 and self.me == 0:
+            time.sleep(1000)
+        if self.hook == "fp16":
+            raise RuntimeError("not for this machine")
+        print("this is no answer")
+        return dict(seconds=[1.0] * steps, digest=7, sent=None, squares=[0.0, 1.0])
+
+fake = Fake()
+serve(dict(serve=lambda: 1, join=fake.join, train=fake.train, step=fake.step))
+"""
+
+
+def test_training_steps_go_on_without_peers_that_crash_or_hang(tmp_path: Path) -> None:
+    driver, fake, file = tmp_path / "driver.py", tmp_path / "fake.py", tmp_path / "rows.json"
+    driver.write_text(DRIVER.format(bench=str(BENCH), program=str(fake)))
+    fake.write_text(FAKE.format(bench=str(BENCH)))
+    done = mpirun(
+        *(str(driver), "--ddp", "--width", "64", "--rounds", "5", "--patience", "5", "--json", str(file)),
+        *("--reducer", "dense", "--reducer", "topk(density=0.01)"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows: list[dict[str, Any]] = json.loads(file.read_text())
+    assert all(list(row) == [*KEYS, "step_s", "added_s"] for row in rows)
+    found = {(row["system"], row["reducer"]): row for row in rows}
+    hooks = [("gloo", hook) for hook in ("dense", "fp16", "powersgd", "powersgd-default")]
+    assert list(found) == [("none", "none"), ("mpicomp", "dense"), ("mpicomp", "topk(density=0.01)"), *hooks]
+    none, dense, topk = rows[:3]
+    assert none["added_s"] == 0
+    assert none["wire_bytes"] == 0
+    assert none["nbytes"] == 4 * 4 * 65 * 64
+    for row in (dense, topk, found["gloo", "dense"]):
+        assert row["identical"] is True
+        assert row["added_s"] == pytest.approx(row["step_s"] - none["step_s"])
+        assert row["median_s"] == row["step_s"]
+    assert dense["relative_error"] < 1e-6 < topk["relative_error"] < 1
+    assert topk["wire_bytes"] < dense["wire_bytes"]
+    for hook in ("fp16", "powersgd", "powersgd-default"):
+        lost = found["gloo", hook]
+        assert [lost[key] for key in ("step_s", "added_s", "median_s", "p95_s", "identical")] == [None] * 5
+    assert "gloo powersgd-default crashed with SIGABRT: something is wrong" in done.stderr
+    assert "gloo powersgd hung: no answer to step in 5 s" in done.stderr
+    assert "gloo fp16 crashed with exit code 1: RuntimeError: not for this machine" in done.stderr
+    processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(fake) not in processes
+
+
+def test_torch_steps_over_gloo(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    done = mpirun(
+        *(str(BENCH / "collectives.py"), "--ddp", "--width", "64", "--rounds", "5", "--json", str(file)),
+        *("--system", "gloo", "--hook", "powersgd"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    none, powersgd = json.loads(file.read_text())
+    assert (none["system"], none["reducer"]) == ("none", "none")
+    assert (powersgd["system"], powersgd["reducer"]) == ("gloo", "powersgd")
+    assert powersgd["added_s"] > 0
+    assert powersgd["identical"] is True
+    assert 0.01 < powersgd["relative_error"] < 1
+
+
+def test_a_peer_ends_with_whoever_started_it(tmp_path: Path) -> None:
+    program = tmp_path / "peer.py"
+    program.write_text(
+        f"import sys, time; sys.path.insert(0, {str(BENCH)!r}); from collectives_peer import serve\n"
+        "serve(dict(hang=lambda: time.sleep(1000)))"
+    )
+    parent = (
+        f"import os, sys; sys.path.insert(0, {str(BENCH)!r}); import collectives_peer\n"
+        f"collectives_peer.PROGRAM = {str(program)!r}\n"
+        "peer = collectives_peer.Peer(); print(peer.pid, flush=True); peer.ask('hang', 1000)"
+    )
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True, env=environment()) as it:
+        assert it.stdout
+        pid = int(it.stdout.readline())
+        while program.name not in Path(f"/proc/{pid}/cmdline").read_text():
+            time.sleep(0.01)
+        time.sleep(0.5)  # into the hang
+        it.kill()
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{pid}/status").exists() and "zombie" not in Path(f"/proc/{pid}/status").read_text():
+        assert time.monotonic() < deadline, "the peer outlives its parent"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("count", "place"), [(4, None), (5, 5), (20, 15), (50, 32)])
+def test_the_bound_of_a_median_is_an_order_statistic(module: Any, count: int, place: int | None) -> None:
+    values = [float(value) for value in reversed(range(1, count + 1))]
+    assert module("collectives_timing").upper_bound(values) == place
+
+
+def test_medians_and_percentiles(module: Any) -> None:
+    timing = module("collectives_timing")
+    assert timing.median([5, 1, 2]) == 2
+    assert timing.median([1, 2, 3, 10]) == 2.5
+    assert timing.p95([float(value) for value in range(1, 101)]) == 95
+    assert timing.p95([3.0, 1.0]) == 3
+
+
+def test_errors_are_measured_against_the_exact_sum(module: Any) -> None:
+    timing = module("collectives_timing")
+    ranks, size = 3, timing.PART * 2 + 100
+    arrays = [timing.Arrays(4 * size) for _ in range(ranks)]
+    for rank, each in enumerate(arrays):
+        each.fill(seed=5, me=rank)
+    total = sum(each.x.astype("float64") for each in arrays)
+    squares = []
+    for rank, each in enumerate(arrays):
+        each.out[:] = total
+        each.out[0] += 3.0
+        squares.append(each.squares(seed=5, me=rank, ranks=ranks))
+    error, exact = (sum(each[place] for each in squares) for place in range(2))
+    assert exact == pytest.approx((total**2).sum())
+    assert error == pytest.approx(9, rel=1e-3)
+    arrays[1].out[timing.PART] = math.nan
+    assert arrays[1].squares(seed=5, me=1, ranks=ranks)[0] == math.inf
+
+
+def test_a_file_keeps_what_other_runs_measured(module: Any, tmp_path: Path) -> None:
+    report, file = module("collectives_report"), str(tmp_path / "rows.json")
+    row = dict.fromkeys(KEYS) | {"system": "mpi", "reducer": "dense", "ranks": 2, "hosts": 1, "nbytes": 4}
+    step = {**row, "step_s": 1.0, "added_s": 0.5}
+    report.merge(file, [row, step])
+    report.merge(file, [{**row, "median_s": 2.0}, {**row, "ranks": 4}])
+    found = report.read(file)
+    assert len(found) == 3
+    assert step in found
+    assert {**row, "median_s": 2.0} in found
+    Path(file).write_text("{}")
+    with pytest.raises(ValueError, match="something else than a list of rows"):
+        report.merge(file, [row])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--size 10", "a size holds whole float32 elements"),
+        ("--size 1MB", "a size is e.g. 4096, 16MiB or 2^24"),
+        ("--reducer topk(density=2)", "density must be in (0, 1], got 2"),
+        ("--rounds 4", "--rounds must be at least 5, got 4"),
+        ("--pairs 4", "--pairs must be at least 5, got 4"),
+        ("--patience 0", "--patience must be positive, got 0.0"),
+        ("--system nccl", "invalid choice: 'nccl'"),
+        ("--json no/where.json", "--json: there is no folder no"),
+        ("--read nothing.json", "--read: there is no file nothing.json"),
+        ("--stream", "--stream needs hosts with TCP between them"),
+    ],
+)
+def test_a_bad_argument_is_refused(
+    module: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: str, message: str
+) -> None:
+    monkeypatch.delenv("MPICOMP_CLUSTER", raising=False)
+    with pytest.raises(SystemExit):
+        module("collectives").arguments(words.split())
+    assert message in capsys.readouterr().err
+
+
+def test_sizes(module: Any) -> None:
+    collectives = module("collectives")
+    args = collectives.arguments(["--size", "2^10", "--size", "16MiB", "--size", "4096"])
+    assert args.size == [1024, 16 << 20, 4096]
+    assert module("collectives_timing").shape_of(1 << 11) == (32, 64)
+    assert module("collectives_timing").shape_of(7) == (1, 7)
