@@ -113,9 +113,8 @@ def place_name(row: dict[str, Any]) -> str:
 
 
 def console() -> Console:
-    """A console wide enough for the tables, also in a file."""
-    found = Console()
-    return found if found.is_terminal else Console(width=180)
+    """A console wide enough for the tables: Open MPI says that it is a terminal of 80 columns."""
+    return Console(width=max(180, Console().width))
 
 
 def table(title: str, columns: Sequence[str], lines: Iterable[Sequence[str]], left: int = 2) -> None:
