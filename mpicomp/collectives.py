@@ -23,9 +23,11 @@ from mpicomp.arrays import Array
 from mpicomp.transport import MPITransport, Request, Topology, Transport
 
 CHUNK = 1 << 30  # bytes in one MPI message
-SPIN = 100e-6  # seconds of polling before a waiting rank begins to sleep
+SPIN = 50e-6  # seconds that a waiting rank polls, at most, before it offers its core to others
+YIELD = 100e-6  # seconds after which it begins to sleep
 SLEEP_SHARE = 0.05  # of the time waited so far; lower = less latency, higher = less time taken from who shares the core
 LONGEST_SLEEP = 1e-3  # seconds
+SHORTEST_SPIN = 3e-6  # seconds
 
 
 @dataclass
@@ -61,6 +63,7 @@ class Comm:
         self.timeout = float(os.environ.get("MPICOMP_TIMEOUT", "600")) if timeout is None else timeout
         self.traffic = Traffic()
         self.calls = 0
+        self.spin = SPIN  # shorter while polling is in vain: where ranks share cores it takes time from who has work
         self.doing = ""  # what the watchdog will say this rank was at: operation and unit
 
     @classmethod
@@ -110,10 +113,15 @@ def wait(comm: Comm, requests: Sequence[Request], operation: str) -> None:
     for place, request in enumerate(requests):
         while not request.Test():
             waited = time.perf_counter() - began
-            if waited > comm.timeout:
-                _give_up(comm, operation, len(requests) - place, waited)
-            time.sleep(min(LONGEST_SLEEP, SLEEP_SHARE * waited) if waited > SPIN else 0)
-    comm.traffic.seconds += time.perf_counter() - began
+            if waited > YIELD:
+                if waited > comm.timeout:
+                    _give_up(comm, operation, len(requests) - place, waited)
+                time.sleep(min(LONGEST_SLEEP, SLEEP_SHARE * waited))
+            elif waited > comm.spin:
+                os.sched_yield()
+    waited = time.perf_counter() - began
+    comm.spin = min(SPIN, 2 * comm.spin) if waited < comm.spin else max(SHORTEST_SPIN, comm.spin / 2)
+    comm.traffic.seconds += waited
 
 
 def _give_up(comm: Comm, operation: str, pending: int, waited: float) -> NoReturn:
