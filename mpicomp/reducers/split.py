@@ -130,7 +130,7 @@ class Split(Remembering, Spec):
             work=(
                 coding(self.codec, layout.size, feedback=feedback),
                 coding(self.codec, elements * ranks, "decode_add"),
-                coding(self.codec, layout.size, "decode_add"),
+                coding(self.codec, layout.size * (1 if self.cut else ranks), "decode_add"),
             ),
             mpi=(histogram,) if histogram else (),
         )
