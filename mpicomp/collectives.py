@@ -115,7 +115,7 @@ def wait(comm: Comm, requests: Sequence[Request], operation: str) -> None:
             waited = time.perf_counter() - began
             if waited > YIELD:
                 if waited > comm.timeout:
-                    _give_up(comm, operation, len(requests) - place, waited)
+                    _give_up(comm, operation, sum(not each.Test() for each in requests[place:]), waited)
                 time.sleep(min(LONGEST_SLEEP, SLEEP_SHARE * waited))
             elif waited > comm.spin:
                 os.sched_yield()
