@@ -31,14 +31,19 @@ class World:
         nodes = self._comm.topology.nodes
         self.hosts, self.leads_host = len(nodes), any(node[0] == self.me for node in nodes)
         self.rate = os.environ["MPICOMP_CLUSTER"].partition(",")[2] if "MPICOMP_CLUSTER" in os.environ else None
+        together = self.ranks if self.rate is not None else max(map(len, nodes))  # all hosts of cluster.py are one
+        self._spins = together <= len(os.sched_getaffinity(0))
 
     def meet(self) -> None:
         """Return when all ranks are there, on all at about the same time, without taking cores from peers' processes.
 
-        Who waits for long sleeps for long. So they meet twice, and the second time nobody has waited for long.
+        Who waits for long sleeps for long. So they meet twice, and the second time nobody has waited for long; where
+        every rank has a core they spin at last, since a reduction of a few microseconds is shorter than any sleep.
         """
         barrier(self._comm)
         barrier(self._comm)
+        if self._spins:
+            self.mpi.Barrier()
 
     def most(self, values: Any) -> Array:
         """Return of each value the greatest of all ranks, (n,) float64."""
