@@ -36,7 +36,7 @@ def apply(
     divisor = comm.size if op == "mean" else 1
     if divisor > 1:
         for unit in state.layout.units:
-            poisoned |= not kernels.divide(total[unit.where], divisor, total[unit.where])
+            poisoned |= not kernels.divide(total[unit.where], divisor)
     elif watched or half:
         poisoned = poisoned or nonfinite(total, None, state.layout)
     if not half:

@@ -256,3 +256,42 @@ def test_outer_add_sums_in_the_written_order(dtype, r):
     expected = out + total
     KERNELS.outer_add(p, q, out, -0.3)
     assert np.array_equal(out, expected)
+
+
+@every_dtype
+@pytest.mark.parametrize("r", [1, 3, 4, 5, 8])
+def test_outer_is_outer_add_to_zeros(dtype, r):
+    for m, n in ((0, 5), (1, 1), (37, 1100)):
+        p, q = normal(m * r, dtype).reshape(m, r), normal(n * r, dtype, seed=1).reshape(n, r)
+        out, expected = np.full((m, n), np.nan, dtype), np.zeros((m, n), dtype)
+        KERNELS.outer(p, q, out)
+        KERNELS.outer_add(p, q, expected, 1.0)
+        assert out.tobytes() == expected.tobytes()
+
+
+@every_dtype
+@pytest.mark.parametrize("r", [1, 4, 5])
+def test_back_project_is_a_product_with_the_transpose(dtype, r):
+    for m, n in ((1, 1), (3, 1030), (37, 50), (64, 2048)):
+        x, p = normal(m * n, dtype).reshape(m, n), normal(m * r, dtype, seed=1).reshape(m, r)
+        q = np.full((n, r), np.nan, dtype)
+        KERNELS.back_project(x, p, q)
+        expected = x.astype(np.longdouble).T @ p.astype(np.longdouble)
+        np.testing.assert_allclose(q, expected, rtol=0, atol=64 * np.finfo(dtype).eps * max(1, m) ** 0.5 * 4)
+        again = np.empty_like(q)
+        KERNELS.back_project(x, p, again)
+        assert again.tobytes() == q.tobytes()
+
+
+@every_dtype
+def test_divide_divides_and_sees_every_place(dtype):
+    for size in (0, 1, 7, 1025):
+        x = normal(size, dtype).copy()
+        expected = x / x.dtype.type(3)
+        assert KERNELS.divide(x, 3)
+        assert x.tobytes() == expected.tobytes()
+        for place in {0, size // 2, size - 1} if size else ():
+            for bad in (np.nan, np.inf, -np.inf):
+                x = normal(size, dtype).copy()
+                x[place] = bad
+                assert not KERNELS.divide(x, 3)

@@ -143,23 +143,20 @@ def nonfinite(x: Array, old: Array | None = None) -> bool:
     return bool(_nonfinite(x, x[:0] if old is None else old))
 
 
-@kernel("const T[], T[], T")
-def _divide(x: Any, out: Any, divisor: Any) -> bool:
+@kernel("T[], T")
+def _divide(x: Any, divisor: Any) -> bool:
     bad = 0
-    for start in range(0, x.size, TREE):
-        stop = min(start + TREE, x.size)
-        source, target = x[start:stop], out[start:stop]
-        for i in range(stop - start):
-            value = source[i] / divisor
-            target[i] = value
-            difference = value - value
-            bad |= difference != difference
+    for i in range(x.size):
+        value = x[i] / divisor
+        x[i] = value
+        difference = value - value
+        bad |= difference != difference
     return bad == 0
 
 
-def divide(x: Array, divisor: float, out: Array) -> bool:
-    """Set out = x / divisor, `out` may be x; return whether all of it is finite. One pass."""
-    return bool(_divide(x, out, out.dtype.type(divisor)))
+def divide(x: Array, divisor: float) -> bool:
+    """Divide x, (n,) float, in place; return whether all of it is finite. One pass."""
+    return bool(_divide(x, x.dtype.type(divisor)))
 
 
 @kernel("const T[], const T[], T[]")
