@@ -127,6 +127,14 @@ class Kernels(Protocol):
         factor: float = 1.0,
     ) -> None: ...
 
+    def block_tops(self, x: Array, old: Array | None, tops: Array, block: int) -> None: ...  # noqa: D102
+
+    def add_codes(self, packed: Array, sums: Array, bits: int, block: int) -> None: ...  # noqa: D102
+
+    def pack_sums(self, sums: Array, packed: Array, width: int, block: int) -> None: ...  # noqa: D102
+
+    def decode_sums(self, scales: Array, packed: Array, out: Array, width: int, block: int) -> bool: ...  # noqa: D102
+
     def encode_sign(  # noqa: D102
         self, x: Array, old: Array | None, new: Array | None, scales: Array, packed: Array
     ) -> None: ...

@@ -5,6 +5,7 @@ from mpicomp.reducers.base import Reducer, Reduction, State, Units, rescale
 from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.gather import Gather
 from mpicomp.reducers.layout import Layout, Unit
+from mpicomp.reducers.integer import Integer
 from mpicomp.reducers.low_rank import LowRank
 from mpicomp.reducers.policies import After, ErrorFeedback, Partition
 from mpicomp.reducers.resolve import REDUCERS, describe, parse, resolve, resolve_partitioned
@@ -21,6 +22,7 @@ __all__ = [
     "Gather",
     "Layout",
     "LowRank",
+    "Integer",
     "Partition",
     "Reducer",
     "Reduction",

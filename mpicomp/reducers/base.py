@@ -171,32 +171,29 @@ def nonfinite(x: Array, old: Array | None, layout: Layout) -> bool:
     )
 
 
-class Message:
-    """A buffer with the payloads of several pieces, and the coding of these pieces in it.
+class Envelope:
+    """A buffer with the payloads of several pieces, each with `fields` of its own.
 
     The pieces lie in a flat array where their units do, or, with `side_by_side`, one after the other. The first
-    `length` bytes of the buffer are what is sent or was received: all of them for a fixed codec. A given `buffer` is
-    another message's of the same codec and pieces.
+    `length` bytes of the buffer are what is sent or was received: all of them if `fixed`. A given `buffer` is another
+    one's of the same fields.
     """
 
     def __init__(
         self,
-        codec: Codec,
         pieces: Sequence[Piece],
-        dtype: str,
+        fields: Sequence[tuple[Field, ...]],
+        fixed: bool = True,
         side_by_side: bool = False,
-        extra: tuple[Field, ...] = (),
         buffer: Array | None = None,
     ) -> None:
-        self.codec = codec
-        self.pieces = list(pieces)
+        self.pieces, self.fixed = list(pieces), fixed
         ends = np.cumsum([piece.size for piece in self.pieces]).tolist()
         self.places = [
             slice(end - piece.size, end) if side_by_side else piece.where
             for piece, end in zip(self.pieces, ends, strict=True)
         ]
-        fields = [codec.fields(piece.size, dtype) for piece in self.pieces]
-        self.layout = MessageLayout([*fields, extra] if extra else fields)
+        self.layout = MessageLayout(fields)
         if buffer is None:
             buffer = empty(self.layout.nbytes if self.pieces else 0, "uint8")
             buffer[...] = 0  # padding travels too
@@ -211,7 +208,7 @@ class Message:
 
     def seal(self, sequence: int, state: State, poisoned: bool) -> None:
         """Write the header. Of a poisoned message of variable size nothing else is sent."""
-        if poisoned and not self.codec.fixed:
+        if poisoned and not self.fixed:
             self.length = min(HEADER, self.buffer.size)
         if self.pieces:
             write_header(self.buffer, Header(sequence & 0xFFFFFFFF, state.digest, POISON if poisoned else 0))
@@ -233,20 +230,37 @@ class Message:
                 used.append(codec.encode_residual(x[place], rest, payload, new[place], key))
             if codec.loud and not np.isfinite(payload[0]).all():
                 return False
-        if self.pieces and not codec.fixed:
+        if self.pieces and not self.fixed:
             self.length = self.layout.close_up(self.buffer, used)
         return True
 
     def decode(self, out: Array, state: State, stage: int, rank: int) -> None:
         """Set the pieces of `out` to what was encoded; zeroed one by one, while they are in the cache."""
         for place in self.places:
+
+class Message(Envelope):
+    """The pieces as a codec encodes them; `extra` are fields behind theirs."""
+
+    def __init__(
+        self,
+        codec: Codec,
+        pieces: Sequence[Piece],
+        dtype: str,
+        side_by_side: bool = False,
+        extra: tuple[Field, ...] = (),
+        buffer: Array | None = None,
+    ) -> None:
+        fields = [codec.fields(piece.size, dtype) for piece in pieces]
+        super().__init__(pieces, [*fields, extra] if extra else fields, codec.fixed, side_by_side, buffer)
+        self.codec = codec
+
             out[place] = 0
         self.decode_add(out, state, stage, rank)
 
     def decode_add(self, out: Array, state: State, stage: int, rank: int) -> None:
         """Add the decoded pieces to `out`."""
         payloads: list[Payload] = self.payloads
-        if self.pieces and not self.codec.fixed:
+        if self.pieces and not self.fixed:
             payloads = self.layout.cut(self.buffer)
         for piece, place, payload in zip(self.pieces, self.places, payloads, strict=False):
             self.codec.decode_add(payload, out[place], state.key(piece, stage, rank))
@@ -269,7 +283,7 @@ def exchange_messages(comm: Comm, outgoing: Sequence[Message], incoming: Sequenc
 
     A message without pieces is not sent, and has no length to tell: both sides know that.
     """
-    if not outgoing[0].codec.fixed:
+    if not outgoing[0].fixed:
         told = exchange_lengths(
             comm, [m.length if m.pieces else None for m in outgoing], [bool(m.pieces) for m in incoming], operation
         )
@@ -291,7 +305,7 @@ def exchange_lengths(comm: Comm, outgoing: Sequence[int | None], expected: Seque
     return [int(length) for length in told[:, 0]]
 
 
-def opened(messages: Sequence[Message], sequence: int, state: State, first: int = 0) -> bool:
+def opened(messages: Sequence[Envelope], sequence: int, state: State, first: int = 0) -> bool:
     """Check the headers of messages received, by source rank from `first`; return whether any input was poisoned.
 
     Raises ConfigMismatch for a sender that was at another operation or had another configuration.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from mpicomp.codecs.base import Codec
 from mpicomp.collectives import Comm, begin_receive, begin_send, wait
 from mpicomp.errors import ConfigMismatch
-from mpicomp.reducers.base import Message, State, exchange_lengths, opened
+from mpicomp.reducers.base import Envelope, State, exchange_lengths, opened
 from mpicomp.reducers.layout import Piece
 from mpicomp.transport import Request
 
@@ -65,15 +65,15 @@ class Burst:
     def __init__(
         self,
         comm: Comm,
-        outgoing: Sequence[Sequence[Message]],
-        incoming: Sequence[Sequence[Message]],
+        outgoing: Sequence[Sequence[Envelope]],
+        incoming: Sequence[Sequence[Envelope]],
         operation: str,
     ) -> None:
         self.comm, self.operation = comm, operation
         self.outgoing, self.incoming = outgoing, incoming
         self.sends: list[Request] = []
         self.arrivals: list[list[list[Request]]] = [[] for _ in incoming]
-        self.fixed = all(message.codec.fixed for messages in (*outgoing, *incoming) for message in messages)
+        self.fixed = all(message.fixed for messages in (*outgoing, *incoming) for message in messages)
         if self.fixed:
             self._post()
 

@@ -74,10 +74,10 @@ class ErrorFeedback(Spec):
             raise ValueError(f"error_feedback must stand inside after; write {_fed(inner)}")
         if isinstance(inner, Partition):
             raise ValueError(f"error_feedback must stand inside partition; write {_fed(inner)}")
-        codec: Codec | None = getattr(inner, "codec", None)
-        if codec is not None and not codec.contractive:
+        culprit = _expanding(inner)
+        if culprit is not None:
             raise ValueError(
-                f"error_feedback needs a contraction, and {codec} is none: its residual would grow without bound; "
+                f"error_feedback needs a contraction, and {culprit} is none: its residual would grow without bound; "
                 f"write {_fed(inner)}"
             )
 
@@ -114,10 +114,31 @@ def _fed(reducer: Reducer) -> Reducer:
         return After(reducer.steps, _fed(reducer.reducer))
     if isinstance(reducer, Partition):
         return replace(reducer, small=_fed(reducer.small), large=_fed(reducer.large))
-    codec: Codec | None = getattr(reducer, "codec", None)
-    if codec is not None and not codec.contractive:
-        reducer = replace(cast(Any, reducer), codec=unscaled(codec))
-    return ErrorFeedback(reducer)
+    return ErrorFeedback(_contraction(reducer))
+
+
+def _expanding(reducer: Reducer) -> object | None:
+    """What of a reducer is no contraction: its codec, or the reducer itself; looks into a reducer inside another."""
+    inner, codec = getattr(reducer, "reducer", None), getattr(reducer, "codec", None)
+    if inner is not None:
+        return _expanding(inner)
+    if codec is not None:
+        return None if codec.contractive else codec
+    return None if getattr(reducer, "contractive", True) else reducer
+
+
+def _contraction(reducer: Reducer) -> Reducer:
+    """The contraction that a reducer has beside it, itself if it is one; ValueError where there is none."""
+    inner, culprit = getattr(reducer, "reducer", None), _expanding(reducer)
+    if culprit is None:
+        return reducer
+    if inner is not None:
+        changes: dict[str, Any] = {"reducer": _contraction(inner)}
+    elif culprit is reducer:
+        changes = {"stochastic": False}
+    else:
+        changes = {"codec": unscaled(cast(Codec, culprit))}
+    return cast(Reducer, replace(cast(Any, reducer), **changes))
 
 
 @dataclass(frozen=True)

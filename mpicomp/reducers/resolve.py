@@ -20,6 +20,7 @@ from mpicomp.reducers.base import Message, Reducer, message_nbytes
 from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.gather import Gather
 from mpicomp.reducers.layout import Layout, Unit
+from mpicomp.reducers.integer import Integer
 from mpicomp.reducers.low_rank import LowRank
 from mpicomp.reducers.policies import After, ErrorFeedback, Partition, unscaled
 from mpicomp.reducers.shared_support import SharedSupport
@@ -36,6 +37,7 @@ REDUCERS: dict[str, type[Any]] = {
     "split": Split,
     "tree": Tree,
     "low_rank": LowRank,
+    "integer": Integer,
     "error_feedback": ErrorFeedback,
     "after": After,
     "partition": Partition,
@@ -126,7 +128,7 @@ def arithmetic(member: Any) -> str:
     layout = Layout((Unit("golden", (n,), 0),))
     found = [np.full(1, 1e-40, np.float32) * np.float32(1)]  # 0 where denormals are flushed to zero
     for leaf in leaves(member):
-        codec: Codec | None = getattr(leaf, "codec", None)
+        codec: Codec | None = leaf.quantizer if isinstance(leaf, Integer) else getattr(leaf, "codec", None)
         total = np.zeros(n, np.float32)
         if codec is not None:
             state = Gather(codec).init(layout, "float32", feedback=True)

@@ -14,6 +14,7 @@ from mpicomp.kernels.cpu.indices import (
     encode_bitmap,
     encode_elias_fano,
 )
+from mpicomp.kernels.cpu.integer import add_codes, block_tops, decode_sums, pack_sums
 from mpicomp.kernels.cpu.linalg import back_project, orthogonalise, outer, outer_add
 from mpicomp.kernels.cpu.merge import add_marked, collect, count_marks, mark_first, merge
 from mpicomp.kernels.cpu.quantize import codes_valid, decode_blocks, encode_blocks
@@ -30,6 +31,7 @@ __all__ = [
     "left_out",
     "add",
     "add_bitmap",
+    "add_codes",
     "add_marked",
     "add_elias_fano",
     "ascending",
@@ -37,6 +39,7 @@ __all__ = [
     "back_project",
     "bits_set",
     "block_top_k",
+    "block_tops",
     "bounded_valid",
     "codes_valid",
     "collect",
@@ -47,6 +50,7 @@ __all__ = [
     "decode_elias_fano",
     "decode_floats",
     "decode_powers",
+    "decode_sums",
     "divide",
     "encode_bitmap",
     "encode_blocks",
@@ -68,6 +72,7 @@ __all__ = [
     "orthogonalise",
     "outer",
     "outer_add",
+    "pack_sums",
     "put_at",
     "random_support",
     "rotate",

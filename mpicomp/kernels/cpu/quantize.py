@@ -14,6 +14,7 @@ A block is L numbers with one scale. What a code stands for depends on the grid:
     NORM        Euclidean norm / levels, by the tree of `sums`
     MEAN        mean magnitude, by the tree of `sums`; for SIGN
     GIVEN       scales[0], for the whole array and left as it is; larger numbers are clipped to `levels`
+    SHARED      largest magnitude of the block on any rank, found in its place in `scales`, / levels
     for RANGE   (high - low) / levels
 
 **Bytes.** As `mpicomp.kernels.cpu.pack` says.
@@ -39,7 +40,7 @@ from mpicomp.kernels.cpu.scale import inverse_scale, load_largest, load_norm, lo
 from mpicomp.kernels.cpu.sums import TREE, mean_magnitude
 
 SYMMETRIC, SIGN, ODD, RANGE, PAIR = "symmetric", "sign", "odd", "range", "pair"
-LARGEST, NORM, MEAN, GIVEN = "largest", "norm", "mean", "given"
+LARGEST, NORM, MEAN, GIVEN, SHARED = "largest", "norm", "mean", "given", "shared"
 MAGIC32, MAGIC64 = 1.5 * 2.0**23, 1.5 * 2.0**52
 
 
@@ -54,7 +55,7 @@ def moved(value: Any, magic: Any, chance: Any, zero: Any, one: Any) -> Any:
 @functools.cache
 def _encoder(grid: str, rule: str, bits: int, stochastic: bool, feedback: bool) -> Kernel[..., Any]:
     mask, symmetric, sign, odd, ranged = (1 << bits) - 1, grid == SYMMETRIC, grid == SIGN, grid == ODD, grid == RANGE
-    by_norm, by_mean, given = rule == NORM, rule == MEAN, rule == GIVEN
+    by_norm, by_mean, given, shared = rule == NORM, rule == MEAN, rule == GIVEN, rule == SHARED
 
     @kernel("const T[], const T[], T[], T[], T[], u1[], i8, T, T, u8, i8")
     def encode_blocks(
@@ -96,6 +97,8 @@ def _encoder(grid: str, rule: str, bits: int, stochastic: bool, feedback: bool) 
                     top = kind(mean_magnitude(buffer, size, partial, tree))
                 if given:
                     top = scales[0] * levels
+                if shared:
+                    top = scales[number]
             # 2. the scale: source * inverse is what is rounded
             source, inverse, scale = buffer, one, top
             if not sign and top > zero:
