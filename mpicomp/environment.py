@@ -126,7 +126,7 @@ def describe_mpi() -> list[tuple[str, str]]:
         MPI.THREAD_SERIALIZED: "SERIALIZED",
         MPI.THREAD_MULTIPLE: "MULTIPLE",
     }
-    library = " ".join(MPI.Get_library_version().partition("\n")[0].rstrip("\0").split())
+    library = mpi_library()
     mine = np.zeros(HOST, np.uint8)
     name = np.frombuffer(MPI.Get_processor_name().encode()[:HOST], np.uint8)
     mine[: name.size] = name
@@ -144,6 +144,14 @@ def describe_mpi() -> list[tuple[str, str]]:
         ("nodes", f"{len(ranks_by_host)} (ranks by node: {nodes})"),
         ("GPU-aware MPI", gpu_aware(os.environ)),
     ]
+
+
+def mpi_library() -> str:
+    """The MPI library that this process has started, by the first line in which it tells its version; or "none"."""
+    if "mpi4py.MPI" not in sys.modules:
+        return "none"
+    version: str = sys.modules["mpi4py.MPI"].Get_library_version()
+    return " ".join(version.partition("\n")[0].rstrip("\0").split())
 
 
 def gpu_aware(environ: Mapping[str, str]) -> str:

@@ -1,0 +1,219 @@
+"""Times of this machine: of messages, of MPI's own allreduce, and of passes over data.
+
+Everything is timed while all ranks do it, since that is when a reduction will: links and cores are shared. A time is
+the longest of all ranks', so it is the same on all of them, and how often something is repeated depends on such times
+only. Sizes grow until they take too long, so that a slow network is measured in as little time as a fast one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from mpicomp.arrays import Array
+from mpicomp.codecs import CODECS, Codec, Key
+from mpicomp.collectives import Comm, allreduce, barrier, begin_receive, begin_send, wait
+from mpicomp.planner.cost import Work
+from mpicomp.planner.fit import Sample, fit
+from mpicomp.planner.machine import Curve, Machine, Point
+from mpicomp.planner.share import shared
+from mpicomp.specs import parse
+from mpicomp.wire import HEADER, MessageLayout
+
+SIZES = tuple(1 << bits for bits in range(12, 25, 2))  # bytes a rank sends in one burst
+BURSTS = (1, 4)  # short messages to each peer: what one more costs
+MEMORY = 1 << 25  # bytes
+LONGEST = 0.06  # seconds that one exchange may take
+ALLREDUCES = tuple(1 << bits for bits in range(6, 26, 2))  # bytes
+LONGEST_ALLREDUCE = 0.14  # seconds
+ENOUGH = 0.4  # seconds that one kind of measurement may take; sizes beyond are left out
+CHAINS, LINKS = 3, 30  # a time is the best of so many runs, each of up to so many operations
+ELEMENTS = (1 << 10, 1 << 17, 1 << 21)  # in the first-level cache, in the second-level one, in memory
+LONGEST_PASS = 0.02  # seconds
+RANK = 4  # columns of the thin matrix
+
+BASIC = (Work("add", 0), Work("copy", 0), Work("matmul", 0))
+
+
+def timed(comm: Comm, operation: Callable[[], object], budget: float) -> float:
+    """Return the seconds that an operation takes that all ranks do: the slowest rank's, in the best of a few runs.
+
+    What else a machine does only ever adds to a time, so the best tells most. The operation is done once before, for
+    connections and kernels to come into being. `budget` in seconds is kept, unless one alone takes more. Collective.
+    """
+    operation()
+    barrier(comm)
+    best, links, began = np.inf, 1, time.perf_counter()
+    for _ in range(1 + CHAINS):
+        seconds, spent = _longest(comm, [_chain(operation, links) / links, time.perf_counter() - began])
+        best = min(best, seconds)
+        if spent + best > budget:
+            break
+        links = int(min(LINKS, max(1.0, budget / CHAINS / best)))
+    return best
+
+
+def _chain(operation: Callable[[], object], links: int) -> float:
+    began = time.perf_counter()
+    for _ in range(links):
+        operation()
+    return time.perf_counter() - began
+
+
+def _longest(comm: Comm, seconds: Sequence[float]) -> list[float]:
+    """The maximum over ranks of each of some times."""
+    mine = np.array(seconds)
+    most = np.empty_like(mine)
+    allreduce(comm, mine, most, "max")
+    return most.tolist()  # type: ignore[no-any-return]
+
+
+def _since(comm: Comm, began: float) -> float:
+    """Seconds since then, the same on all ranks."""
+    return _longest(comm, [time.perf_counter() - began])[0]
+
+
+def measure(comm: Comm) -> Machine:
+    """Measure links, MPI's own allreduce and the basic passes: about a second. Collective, the same on all ranks."""
+    began = time.perf_counter()
+    nodes = comm.topology.nodes
+    machine = Machine(tuple(map(len, nodes)))
+    if comm.size > 1:
+        inside = _exchanges(comm, within=True) if any(len(node) > 1 for node in nodes) else []
+        between = _exchanges(comm, within=False) if len(nodes) > 1 else []
+        machine = replace(
+            machine,
+            inside=fit(inside) if inside else None,
+            between=fit(between) if between else None,
+            allreduce=_allreduces(comm),
+        )
+    machine = replace(machine, seconds=_since(comm, began), when=time.time())
+    found = measure_passes(comm, machine, BASIC)
+    # Times are the same on all ranks, but a fit is LAPACK's, and rounds as it likes.
+    return Machine.from_json(shared(comm, found.to_json()))
+
+
+def _exchanges(comm: Comm, within: bool) -> list[Sample]:
+    """Time bursts of messages from every rank to all others of its node, or to all of other nodes."""
+    topology, me = comm.topology, comm.rank
+    home = [topology.node_of(rank) for rank in range(comm.size)]
+    peers = [rank for rank in range(comm.size) if rank != me and (home[rank] == home[me]) == within]
+    peers = [*(rank for rank in peers if rank > me), *(rank for rank in peers if rank < me)]
+    counts = [len(node) - 1 if within else comm.size - len(node) for node in topology.nodes]
+    most = max(counts)  # messages of a rank
+    # Bytes on the link for one byte to each peer: inside, a rank's own; between, the node's.
+    load = max(count * (1 if within else len(node)) for count, node in zip(counts, topology.nodes, strict=True))
+    room = max(MEMORY, 8 * most * BURSTS[-1])
+    memory = np.ones(room, np.uint8), np.ones(room, np.uint8)
+    samples = []
+    for count in BURSTS:
+        seconds = timed(comm, _Burst(comm, peers, memory, 8, count), 0.02)
+        samples.append(Sample(most * count, 8.0 * load * count, seconds))
+    began = time.perf_counter()
+    for size in SIZES:
+        if samples[-1].seconds * 4 > LONGEST or _since(comm, began) > ENOUGH:
+            break
+        seconds = timed(comm, _Burst(comm, peers, memory, size // most, 1), LONGEST)
+        samples.append(Sample(most, float(size // most * load), seconds))
+    return samples
+
+
+class _Burst:
+    """`count` messages to each peer, and as many from it, by memory that was not used just before: as in a reduction
+    of a large array, and no worse for a small one than its latency."""
+
+    def __init__(self, comm: Comm, peers: Sequence[int], memory: tuple[Array, Array], nbytes: int, count: int) -> None:
+        self.comm, self.peers, self.count = comm, peers, count
+        self.outgoing, self.incoming = (self._messages(each, nbytes) for each in memory)
+
+    def _messages(self, memory: Array, nbytes: int) -> Iterator[Array]:
+        """Parts of a memory, one after the other, for ever."""
+        return itertools.cycle([memory[at : at + nbytes] for at in range(0, memory.size - nbytes + 1, max(nbytes, 64))])
+
+    def __call__(self) -> None:
+        requests = []
+        for peer in reversed(self.peers):
+            for message in itertools.islice(self.incoming, self.count):
+                requests += begin_receive(self.comm, message, peer)
+        for _ in range(self.count):
+            for peer in self.peers:
+                requests += begin_send(self.comm, next(self.outgoing), peer)
+        wait(self.comm, requests, "measuring")
+
+
+def _allreduces(comm: Comm) -> tuple[Point, ...]:
+    """Time MPI's own allreduce."""
+    found: list[Point] = []
+    began = time.perf_counter()
+    for nbytes in ALLREDUCES:
+        if found and (found[-1].seconds * 4 > LONGEST_ALLREDUCE or _since(comm, began) > ENOUGH):
+            break
+        x, total = np.ones(nbytes // 4, np.float32), np.empty(nbytes // 4, np.float32)
+        seconds = timed(comm, partial(allreduce, comm, x, total), LONGEST / 2)
+        found.append(Point(nbytes, seconds))
+    return _undisturbed(found)
+
+
+def _undisturbed(curve: Sequence[Point]) -> Curve:
+    """Correct what took longer than the same for more elements: something was in its way."""
+    return tuple(Point(size, min(point.seconds for point in curve[place:])) for place, (size, _) in enumerate(curve))
+
+
+def measure_passes(comm: Comm, machine: Machine, works: Sequence[Work]) -> Machine:
+    """Time passes over data and return the machine that knows them. Collective; all ranks ask for the same.
+
+    What is compiled for them is neither timed nor counted as time of measuring.
+    """
+    if not works:
+        return machine
+    x = np.random.default_rng(0).standard_normal(ELEMENTS[-1], np.float32)
+    for work in works:
+        _pass(work, x[: ELEMENTS[0]])()
+    barrier(comm)
+    passes, began = {}, time.perf_counter()
+    for work in works:
+        curve: list[Point] = []
+        for n in ELEMENTS:
+            if curve and curve[-1].seconds * n / curve[-1].size > LONGEST_PASS:
+                break
+            curve.append(Point(n, timed(comm, _pass(work, x[:n]), LONGEST_PASS)))
+        passes[Machine.pass_name(work)] = _undisturbed(curve)
+    return replace(machine.with_passes(passes), seconds=machine.seconds + _since(comm, began))
+
+
+def _pass(work: Work, x: Array) -> Callable[[], object]:
+    """Return a call that does this work on x; ValueError for work of no known kind."""
+    if work.codec:
+        return _coding(parse(work.codec, CODECS), work.op, x)
+    out = np.zeros_like(x)
+    if work.op == "add":
+        return lambda: np.add(out, x, out=out)
+    if work.op == "copy":
+        return lambda: np.copyto(out, x)
+    if work.op == "matmul":
+        matrix = x.reshape(-1, 256)
+        thin, product = np.ones((256, RANK), np.float32), np.empty((len(matrix), RANK), np.float32)
+        return lambda: np.matmul(matrix, thin, out=product)
+    raise ValueError(f"no way to time the work {work.op!r}")
+
+
+def _coding(codec: Codec, op: str, x: Array) -> Callable[[], object]:
+    """Return a call that encodes x, or decodes its code."""
+    layout = MessageLayout([codec.fields(x.size, "float32")])
+    buffer = np.zeros(layout.nbytes, np.uint8)
+    payload, old, new, key = layout.views(buffer)[0], np.zeros_like(x), np.empty_like(x), Key()
+    if op == "encode":
+        return lambda: codec.encode(x, payload, key)
+    if op == "encode_residual":
+        return lambda: codec.encode_residual(x, old, payload, new, key)
+    if op != "decode_add":
+        raise ValueError(f"no way to time the work {op!r} of {codec}")
+    used = codec.encode(x, payload, key)
+    code: Any = payload if codec.fixed else layout.cut(buffer[: HEADER + used])[0]
+    return lambda: codec.decode_add(code, new, key)
