@@ -4,8 +4,8 @@ from mpicomp.reducers.apply import apply
 from mpicomp.reducers.base import Reducer, Reduction, State, Units, rescale
 from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.gather import Gather
-from mpicomp.reducers.layout import Layout, Unit
 from mpicomp.reducers.integer import Integer
+from mpicomp.reducers.layout import Layout, Unit
 from mpicomp.reducers.low_rank import LowRank
 from mpicomp.reducers.policies import After, ErrorFeedback, Partition
 from mpicomp.reducers.resolve import REDUCERS, describe, parse, resolve, resolve_partitioned
@@ -20,9 +20,9 @@ __all__ = [
     "Dense",
     "ErrorFeedback",
     "Gather",
+    "Integer",
     "Layout",
     "LowRank",
-    "Integer",
     "Partition",
     "Reducer",
     "Reduction",

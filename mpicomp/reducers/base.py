@@ -213,6 +213,23 @@ class Envelope:
         if self.pieces:
             write_header(self.buffer, Header(sequence & 0xFFFFFFFF, state.digest, POISON if poisoned else 0))
 
+
+class Message(Envelope):
+    """The pieces as a codec encodes them; `extra` are fields behind theirs."""
+
+    def __init__(
+        self,
+        codec: Codec,
+        pieces: Sequence[Piece],
+        dtype: str,
+        side_by_side: bool = False,
+        extra: tuple[Field, ...] = (),
+        buffer: Array | None = None,
+    ) -> None:
+        fields = [codec.fields(piece.size, dtype) for piece in pieces]
+        super().__init__(pieces, [*fields, extra] if extra else fields, codec.fixed, side_by_side, buffer)
+        self.codec = codec
+
     def encode(self, x: Array, state: State, stage: int, rank: int, old: Array | None, new: Array | None) -> bool:
         """Encode the pieces of x, or those of x + old and write what the code leaves out to `new`.
 
@@ -237,23 +254,6 @@ class Envelope:
     def decode(self, out: Array, state: State, stage: int, rank: int) -> None:
         """Set the pieces of `out` to what was encoded; zeroed one by one, while they are in the cache."""
         for place in self.places:
-
-class Message(Envelope):
-    """The pieces as a codec encodes them; `extra` are fields behind theirs."""
-
-    def __init__(
-        self,
-        codec: Codec,
-        pieces: Sequence[Piece],
-        dtype: str,
-        side_by_side: bool = False,
-        extra: tuple[Field, ...] = (),
-        buffer: Array | None = None,
-    ) -> None:
-        fields = [codec.fields(piece.size, dtype) for piece in pieces]
-        super().__init__(pieces, [*fields, extra] if extra else fields, codec.fixed, side_by_side, buffer)
-        self.codec = codec
-
             out[place] = 0
         self.decode_add(out, state, stage, rank)
 

@@ -19,8 +19,8 @@ from mpicomp.kernels import kernels_for
 from mpicomp.reducers.base import Message, Reducer, message_nbytes
 from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.gather import Gather
-from mpicomp.reducers.layout import Layout, Unit
 from mpicomp.reducers.integer import Integer
+from mpicomp.reducers.layout import Layout, Unit
 from mpicomp.reducers.low_rank import LowRank
 from mpicomp.reducers.policies import After, ErrorFeedback, Partition, unscaled
 from mpicomp.reducers.shared_support import SharedSupport
@@ -36,8 +36,8 @@ REDUCERS: dict[str, type[Any]] = {
     "shared_support": SharedSupport,
     "split": Split,
     "tree": Tree,
-    "low_rank": LowRank,
     "integer": Integer,
+    "low_rank": LowRank,
     "error_feedback": ErrorFeedback,
     "after": After,
     "partition": Partition,
