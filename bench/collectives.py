@@ -16,7 +16,6 @@ import math
 import os
 import re
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +36,7 @@ REDUCERS = (
     "error_feedback(two_stage(uniform(bits=4)))",
     "error_feedback(low_rank(rank=4))",
 )
+AUTO = "error_feedback(auto(allow=(topk(density=0.01), two_stage(uniform(bits=4)), low_rank(rank=4))))"
 SIZES = (1 << 10, 1 << 15, 1 << 20, 1 << 24)
 LEAST_ROUNDS = 5
 UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
@@ -86,12 +86,11 @@ def compare_at(
     """Measure every system at one size: judge its first reduction, warm up, count bytes, then rounds in turn."""
     measured = [Measured(world, system, nbytes, args.seed) for system in systems]
     for each in measured:
-        each.begin(repetitions)
-    began, rounds = time.monotonic(), 0
-    while world.first(rounds < LEAST_ROUNDS or (rounds < args.rounds and time.monotonic() - began < args.seconds)):
+        each.begin(repetitions, args.warm_up, args.seconds)
+    rounds = 0
+    for rounds in world.rounds(LEAST_ROUNDS, args.rounds, args.seconds):
         for place in range(len(measured)):
             measured[(place + rounds) % len(measured)].go_on(repetitions)
-        rounds += 1
     if world.me == 0:
         print(f"{nbytes:,} bytes: {rounds} rounds of {repetitions}", flush=True)
     return [each.row() for each in measured]
@@ -108,7 +107,7 @@ class Measured:
         self.error: float | None = None
         self.identical: bool | None = None
 
-    def begin(self, repetitions: int) -> None:
+    def begin(self, repetitions: int, warm_up: int, seconds: float) -> None:
         """Judge the first reduction, warm up, and count the bytes of a few more."""
         world = self.world
         self.system.open(self.nbytes)
@@ -116,7 +115,8 @@ class Measured:
         if slot is not None and slot.squares is not None:
             error, exact = world.sum(slot.squares)
             self.error = math.sqrt(error / exact)
-        self._slot(2 * repetitions)
+        for _ in world.rounds(1, warm_up, seconds / 4):
+            self._slot(1)
         before = world.network()
         slot = self._slot(repetitions)
         after = world.network()
@@ -205,6 +205,9 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=2048, help="of the layers of --ddp (default: 2048)")
     parser.add_argument("--rounds", type=int, default=15, help=f"at most (default: 15), at least {LEAST_ROUNDS}")
     parser.add_argument("--pairs", type=int, default=50, help="of --auto, at most (default: 50)")
+    parser.add_argument(
+        "--warm-up", type=int, help="reductions before any is timed (default: 4; 16 where auto is tried)"
+    )
     parser.add_argument("--seconds", type=float, default=60, help="after which a size makes no more rounds than needed")
     parser.add_argument("--patience", type=float, default=60, help="seconds after which a peer has hung (default: 60)")
     parser.add_argument("--seed", type=int, default=0, help="of the data")
@@ -214,13 +217,17 @@ def arguments(words: list[str]) -> argparse.Namespace:
     args = parser.parse_args(words)
     args.system = args.system or ["mpicomp", "mpi", "gloo"]
     args.hook = args.hook or list(HOOKS)
-    args.reducer = args.reducer or (["auto"] if args.auto else ["dense"] if args.overlap else list(REDUCERS))
+    usual = {"auto": ["auto"], "overlap": ["dense"], "ddp": [*REDUCERS, AUTO]}
+    mode_name = next((name for name in usual if getattr(args, name)), "")
+    args.reducer = args.reducer or usual.get(mode_name, list(REDUCERS))
+    if args.warm_up is None:
+        args.warm_up = 16 if args.ddp or args.auto else 4
     for name in ("rounds", "pairs"):
         if getattr(args, name) < LEAST_ROUNDS:
             parser.error(f"--{name} must be at least {LEAST_ROUNDS}, got {getattr(args, name)}")
-    for name in ("width", "seconds", "patience"):
+    for name in ("width", "warm_up", "seconds", "patience"):
         if not 0 < getattr(args, name) < math.inf:
-            parser.error(f"--{name} must be positive, got {getattr(args, name)}")
+            parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
     for name in ("json", "plot"):
         file = getattr(args, name)
         if file and not Path(file).absolute().parent.is_dir():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,22 +26,22 @@ class Rounds:
         self.repetitions = 10 if arrays.nbytes < 1 << 16 else 3 if arrays.nbytes < 1 << 20 else 1
         self.seconds: dict[str, list[float]] = {name: [] for name in calls}
 
-    def run(self, least: int, most: int, seconds: float) -> int:
+    def run(self, warm_up: int, least: int, most: int, seconds: float) -> int:
         """Make `most` rounds, or fewer, but `least`, when the time is over; return how many."""
-        for name in self.calls:  # to warm up
-            self._turn(name)
-        began, rounds = time.monotonic(), 0
-        while self.world.first(rounds < least or (rounds < most and time.monotonic() - began < seconds)):
+        for _ in self.world.rounds(1, warm_up, seconds / 4):
+            for name in self.calls:
+                self._turn(name, 1)
+        number = 0
+        for number in self.world.rounds(least, most, seconds):
             # Who goes first changes from round to round, since the first may meet other caches than the second.
-            for name in list(self.calls) if rounds % 2 else reversed(list(self.calls)):
-                self.seconds[name].append(self._turn(name))
-            rounds += 1
-        return rounds
+            for name in list(self.calls) if number % 2 else reversed(list(self.calls)):
+                self.seconds[name].append(self._turn(name, self.repetitions))
+        return number
 
-    def _turn(self, name: str) -> float:
+    def _turn(self, name: str, repetitions: int) -> float:
         world = self.world
         self.seed += 1
-        slot = measure(self.arrays, self.calls[name], world.meet, self.seed, world.me, world.ranks, self.repetitions)
+        slot = measure(self.arrays, self.calls[name], world.meet, self.seed, world.me, world.ranks, repetitions)
         return median(world.most(slot.seconds).tolist())
 
     def ratios(self, name: str, other: str) -> list[float]:
@@ -75,7 +74,7 @@ def _auto_at(world: World, arrays: Arrays, spec: str, args: argparse.Namespace) 
         calls["mpi"] = lambda: world.mpi.Allreduce(x, out)
         calls["plain"] = lambda: mpicomp.allreduce(world.mpi, x, "dense", out=out)
     rounds = Rounds(world, arrays, calls, args.seed)
-    pairs = rounds.run(LEAST_PAIRS, args.pairs, args.seconds)
+    pairs = rounds.run(args.warm_up, LEAST_PAIRS, args.pairs, args.seconds)
     ratios = rounds.ratios("auto", "dense")
     return {
         "mode": "auto",
@@ -114,7 +113,7 @@ def _overlap_at(world: World, arrays: Arrays, spec: str, args: argparse.Namespac
     work = Work()
     for _ in range(3):  # a longer computation is not so many short ones: clocks change, and others want the core
         first = Rounds(world, arrays, {"comm": communicate, "compute": work.run}, args.seed)
-        first.run(LEAST_PAIRS, LEAST_PAIRS, args.seconds)
+        first.run(args.warm_up, LEAST_PAIRS, LEAST_PAIRS, args.seconds)
         work.times = max(1, round(work.times * median(first.seconds["comm"]) / median(first.seconds["compute"])))
 
     def both() -> None:
@@ -123,7 +122,7 @@ def _overlap_at(world: World, arrays: Arrays, spec: str, args: argparse.Namespac
         request.wait()
 
     rounds = Rounds(world, arrays, {"comm": communicate, "compute": work.run, "both": both}, args.seed)
-    count = rounds.run(LEAST_PAIRS, args.rounds, args.seconds)
+    count = rounds.run(args.warm_up, LEAST_PAIRS, args.rounds, args.seconds)
     compute, comm, together = (median(rounds.seconds[name]) for name in ("compute", "comm", "both"))
     return {
         "mode": "overlap",

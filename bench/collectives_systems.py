@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,9 +16,8 @@ from collectives_report import least_bytes
 from collectives_timing import Array, Arrays, Slot, measure
 from mpi4py import MPI
 
-from mpicomp.arrays import work_dtype
+import mpicomp
 from mpicomp.collectives import Comm, barrier
-from mpicomp.reducers import Layout, resolve
 from mpicomp.transport import MPITransport
 
 
@@ -76,6 +76,14 @@ class World:
         self.meet()
         self.mpi.Bcast(word, root=0)
         return int(word[0])
+
+    def rounds(self, least: int, most: int, seconds: float) -> Iterator[int]:
+        """Count from 1 to `most`, or to fewer, but `least`, when rank 0 finds that so many seconds are over."""
+        began = time.monotonic()
+        for number in range(1, most + 1):
+            yield number
+            if number >= least and self.first(time.monotonic() - began >= seconds):
+                return
 
     def network(self) -> float | None:
         """Bytes that a host has sent so far, mean of hosts; None outside a cluster."""
@@ -145,21 +153,15 @@ class InProcess:
 
 
 class Ours(InProcess):
-    """mpicomp. A bare codec means error feedback over the default reducer, as in the torch hook."""
+    """mpicomp's plans. A bare codec means error feedback over the default reducer, as in the torch hook."""
 
     name = "mpicomp"
 
     def made(self, arrays: Arrays) -> Callable[[], object]:
         """See InProcess."""
-        layout = Layout.single(arrays.shape)
-        reducer = resolve(self.reducer, layout, "float32", self.comm.size)
-        state = reducer.init(layout, work_dtype("float32"))
-
-        def reduce() -> None:
-            nonlocal state
-            _, state = reducer.reduce(self.comm, arrays.x, state, arrays.out)
-
-        return reduce
+        x, out = arrays.x.reshape(arrays.shape), arrays.out.reshape(arrays.shape)
+        plan = mpicomp.plan(self.world.mpi, x, self.reducer, memory=True)
+        return lambda: plan(x, out=out)
 
 
 class Native(InProcess):

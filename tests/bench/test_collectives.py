@@ -121,6 +121,26 @@ def test_all_systems_at_two_sizes(tmp_path: Path) -> None:
     assert "64 KiB, 2 ranks, 1 host, shared memory" in read.stdout
 
 
+def test_plans_against_each_other_and_what_they_hide(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    for mode in ("--auto", "--overlap"):
+        done = mpirun(
+            *(str(BENCH / "collectives.py"), mode, "--size", "4096", "--rounds", "5", "--pairs", "6"),
+            *("--warm-up", "2", "--json", str(file)),
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    auto, overlap = json.loads(file.read_text())
+    assert (auto["mode"], auto["reducer"], auto["nbytes"], auto["pairs"]) == ("auto", "auto", 4096, 6)
+    assert 0 < auto["ratio"] <= auto["ratio_upper_95"]
+    assert auto["dense_s"] > 0
+    assert auto["mpi_s"] > 0
+    assert isinstance(auto["plan_added_s"], float)
+    assert isinstance(auto["agreement_s"], float)
+    assert (overlap["mode"], overlap["reducer"], overlap["rounds"]) == ("overlap", "dense", 5)
+    longest = max(overlap["compute_s"], overlap["comm_s"])
+    assert overlap["excess"] == pytest.approx((overlap["both_s"] - longest) / overlap["comm_s"])
+
+
 DRIVER = """
 import sys
 sys.path.insert(0, {bench!r})
@@ -290,6 +310,7 @@ def test_a_file_keeps_what_other_runs_measured(module: Any, tmp_path: Path) -> N
         ("--reducer topk(density=2)", "density must be in (0, 1], got 2"),
         ("--rounds 4", "--rounds must be at least 5, got 4"),
         ("--pairs 4", "--pairs must be at least 5, got 4"),
+        ("--warm-up 0", "--warm-up must be positive, got 0"),
         ("--patience 0", "--patience must be positive, got 0.0"),
         ("--system nccl", "invalid choice: 'nccl'"),
         ("--json no/where.json", "--json: there is no folder no"),
