@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from mpicomp.exits import end_job_on_uncaught_errors
 
 __version__ = "0.2.0"
-__all__ = ["allgather", "allreduce", "state"]
+__all__ = ["allgather", "allreduce", "iallreduce", "plan", "state"]
 
 if TYPE_CHECKING:
-    from mpicomp.calls import allgather, allreduce, state
+    from mpicomp.calls import allgather, allreduce, iallreduce, plan, state
 
 
 def __getattr__(name: str) -> Any:

@@ -23,7 +23,7 @@ LAYERS = [
     {"", "calls"},  # "" is mpicomp/__init__.py
     {"reducers"},
     {"planner"},
-    {"agreement"},
+    {"agreement", "background"},
     {"codecs", "collectives"},
     {"environment", "transport"},
     {"wire", "kernels"},

@@ -20,7 +20,7 @@ from mpicomp.torch.tensors import NAMES, bits_of, check_local
 def state(method: str | Codec | Reducer, tensor: torch.Tensor, seed: int = 0) -> calls.Memory:
     """Return the memory with which `allreduce` of tensors like this one feeds back what it could not send."""
     _check(tensor, "tensor")
-    return calls.Memory(parsed(method), tuple(tensor.shape), NAMES[tensor.dtype], seed)
+    return calls.Memory(parsed(method), calls.Form((tuple(tensor.shape),), (NAMES[tensor.dtype],), False), seed)
 
 
 def allreduce(

@@ -1,0 +1,217 @@
+"""Communication in the background: a thread that runs what was begun on a communicator, in that order.
+
+MPI makes no progress by itself; a thread that waits in it does, and lets go of the interpreter meanwhile. There is
+one thread a communicator, so that its collectives run in the same order on all ranks. Where nothing is under way
+a blocking call runs at once on the caller's own thread, which saves waking another.
+"""
+
+from __future__ import annotations
+
+import atexit
+import queue
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+from weakref import WeakKeyDictionary
+
+from mpicomp.collectives import Comm, world
+from mpicomp.errors import ConfigMismatch
+from mpicomp.transport import MPITransport
+
+T = TypeVar("T")
+
+
+class Failure:
+    """An exception of a communication thread, on its way to somebody who waits for it."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+        self.promised = False  # to a waiter that will raise it in a way of its own
+        self.raised = False
+
+    def report(self) -> None:
+        """End the job as an uncaught exception does, unless somebody was told: peers wait for this rank."""
+        if self.promised or self.raised:
+            return
+        self.raised = True
+        error = self.error
+        threading.excepthook(
+            threading.ExceptHookArgs((type(error), error, error.__traceback__, threading.current_thread()))
+        )
+
+
+class Request(Generic[T]):
+    """A collective under way; what was given to it must stay untouched until it is complete.
+
+    One that fails, and of which nobody asks, ends the job with its traceback.
+    """
+
+    def __init__(self, thread: Background, then: Callable[[], None] | None = None) -> None:
+        self._thread = thread
+        self._then = then  # what the thread calls when this is complete
+        self._done = threading.Event()
+        self._outcome: T | None = None
+        self.failure: Failure | None = None
+        self.epoch = 0  # see Background
+
+    def wait(self) -> T:
+        """Return the result when it is there, or raise what went wrong."""
+        if not self._done.is_set() and self._thread.is_current():
+            raise RuntimeError("a callback waits for a collective that is queued behind itself")
+        self._done.wait()
+        self._raise()
+        return self._outcome  # type: ignore[return-value]  # None only where T is
+
+    def test(self) -> bool:
+        """Whether the result is there; raises what went wrong."""
+        if not self.is_complete():
+            return False
+        self._raise()
+        return True
+
+    def is_complete(self) -> bool:
+        """Whether this has come to its end, well or not."""
+        return self._done.is_set()
+
+    def _raise(self) -> None:
+        if self.failure is not None:
+            self.failure.raised = True
+            raise self.failure.error
+
+    def complete(self, outcome: T | None, failure: Failure | None) -> None:
+        """Wake all who wait; called once, by the thread."""
+        self._outcome, self.failure = outcome, failure
+        self._done.set()
+        then, self._then = self._then, None
+        if then is not None:
+            then()
+
+    def __del__(self) -> None:
+        if self.failure is not None:
+            self.failure.report()
+
+
+class Background:
+    """One thread that runs what is submitted, in that order.
+
+    After a failure nothing more is communicated until the user has been told: peers are at another operation by then,
+    and a message that arrives out of turn would hide the first error behind a second. Errors of the types `mild` are
+    raised by all ranks alike, and what comes next is not affected. An *epoch* ends when the user was told.
+    """
+
+    def __init__(self, name: str, mild: tuple[type[BaseException], ...] = ()) -> None:
+        self._mild = mild
+        self._jobs: queue.SimpleQueue[tuple[Request[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._pending = 0
+        self._failure: Failure | None = None  # the last one
+        self._epoch = 0
+        self._failed_epoch = -1
+        self._open = True
+        self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
+        self._thread.start()
+        # MPI is finalised after Python's own exit functions, and a thread in MPI at that moment hangs the exit.
+        atexit.register(self.close)
+
+    def is_current(self) -> bool:
+        """Whether the caller is this thread."""
+        return threading.current_thread() is self._thread
+
+    def submit(self, call: Callable[[], T], then: Callable[[], None] | None = None) -> Request[T]:
+        """Run `call` after all that was submitted before, and then `then`; at once, if this is the caller's thread."""
+        request: Request[T] = Request(self, then)
+        self.enqueue(request, call)
+        return request
+
+    def enqueue(self, request: Request[T], call: Callable[[], T]) -> None:
+        """Do as `submit` does, for a request that was made before."""
+        if not self._open:
+            raise RuntimeError("this communication thread has ended")
+        inline = self.is_current()
+        if not inline:
+            self._forgive()
+        request.epoch = self._epoch
+        with self._lock:
+            self._pending += 1
+        if inline:
+            self._run(request, call)
+        else:
+            self._jobs.put((request, call))
+
+    def call(self, call: Callable[[], T]) -> T:
+        """Return what `call` does, at once where nothing is under way, else in its turn."""
+        if self.is_current():
+            return call()
+        self._forgive()
+        if self._pending or self._epoch == self._failed_epoch:
+            return self.submit(call).wait()
+        return call()
+
+    def close(self) -> None:
+        """Finish what was submitted and end the thread; may be called again."""
+        if self._open:
+            self._open = False
+            atexit.unregister(self.close)
+            self._jobs.put(None)
+            if not self.is_current():
+                self._thread.join()
+        if self._failure is not None:
+            self._failure.report()
+
+    def was_told(self, failure: Failure) -> bool:
+        """Whether the user knows of a failure, and nothing that will tell him is still running."""
+        return failure.raised
+
+    def _forgive(self) -> None:
+        """Go on after a failure once the user was told."""
+        if self._epoch == self._failed_epoch and self._failure is not None and self.was_told(self._failure):
+            self._epoch += 1
+
+    def _loop(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            self._run(*job)
+            del job  # or the last request, and its arrays, would live until the next
+
+    def _run(self, request: Request[Any], call: Callable[[], Any]) -> None:
+        refused = request.epoch == self._failed_epoch
+        outcome, failure = (None, self._failure) if refused else self._attempt(call)
+        if failure is not None:
+            self._failure = failure
+            if not isinstance(failure.error, self._mild):
+                self._failed_epoch = request.epoch
+        with self._lock:
+            self._pending -= 1
+        request.complete(outcome, failure)
+        del request  # the traceback of a failure keeps this frame; a request that nobody holds must go, and say so
+
+    def _attempt(self, call: Callable[[], Any]) -> tuple[Any, Failure | None]:
+        try:
+            return call(), None
+        except BaseException as error:
+            return None, Failure(error)
+
+
+# ------------------------------------------------------------------------------------------------ of communicators
+
+_threads: WeakKeyDictionary[Comm, Background] = WeakKeyDictionary()
+
+
+def in_turn(comm: Comm, call: Callable[[], T]) -> T:
+    """Return what `call` does with a communicator, after all that was begun on it."""
+    thread = _threads.get(comm)
+    return call() if thread is None else thread.call(call)
+
+
+def begin(comm: Comm, call: Callable[[], T]) -> Request[T]:
+    """Begin to run `call` in the background, after all that was begun on this communicator.
+
+    Raises RuntimeError where MPI was initialised without MPI_THREAD_MULTIPLE.
+    """
+    thread = _threads.get(comm)
+    if thread is None:
+        if isinstance(comm.transport, MPITransport):
+            world()
+        thread = _threads[comm] = Background(f"mpicomp-{comm.rank}", mild=(ConfigMismatch,))
+        weakref.finalize(comm, thread.close)  # jobs hold the communicator, the idle thread does not
+    return thread.submit(call)

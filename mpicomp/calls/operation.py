@@ -1,0 +1,61 @@
+"""How every plain call runs: its arguments are checked, all ranks agree, and only then anything is sent.
+
+The agreement is a 16-byte Allreduce(MAX) and is never skipped: a cache of agreements is how ranks part ways. A rank
+that refuses its own arguments takes part in it, so that the others raise ConfigMismatch instead of waiting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+from mpicomp.agreement import agree
+from mpicomp.background import Request, begin, in_turn
+from mpicomp.collectives import Comm
+
+
+class Operation(NamedTuple):
+    """A collective whose arguments were found good. Both functions are called when its turn has come."""
+
+    describe: Callable[[], str]
+    """Say all that must be the same on every rank."""
+    run: Callable[[], Any]
+    """Communicate, and return the result."""
+
+
+Prepare = Callable[..., Operation]
+"""Checks arguments, given a Comm and them, and raises TypeError or ValueError for bad ones; communicates nothing."""
+
+
+def call(comm: Any, prepare: Prepare, *args: Any) -> Any:
+    """Return the result of a collective."""
+    comm = Comm.of(comm)
+    try:
+        operation = prepare(comm, *args)
+    except (TypeError, ValueError) as error:
+        in_turn(comm, partial(_refuse, comm, error))
+        raise
+    return in_turn(comm, partial(_run, comm, operation))
+
+
+def start(comm: Any, prepare: Prepare, *args: Any) -> Request[Any]:
+    """Begin a collective in the background; what is wrong with this rank's arguments is raised here."""
+    comm = Comm.of(comm)
+    try:
+        operation = prepare(comm, *args)
+    except (TypeError, ValueError) as error:
+        begin(comm, partial(_refuse, comm, error))
+        raise
+    return begin(comm, partial(_run, comm, operation))
+
+
+def _run(comm: Comm, operation: Operation) -> Any:
+    agree(comm, operation.describe())
+    return operation.run()
+
+
+def _refuse(comm: Comm, refusal: Exception) -> None:
+    with contextlib.suppress(type(refusal)):  # the caller raises it
+        agree(comm, "", refusal)

@@ -1,0 +1,154 @@
+"""A reduction that is planned once and done many times: agreed on, with its own workspaces and its own memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Generic
+
+import numpy as np
+
+from mpicomp.arrays import DTYPES, Array, work_dtype
+from mpicomp.background import Request, begin, in_turn
+from mpicomp.calls.arguments import Arrays, Form, as_list, check_apart, check_op, checked_arrays, member_of
+from mpicomp.calls.memory import Memory
+from mpicomp.calls.operation import Operation, call
+from mpicomp.calls.reductions import check_integers, fresh, has_integers, packed, sum_integers
+from mpicomp.collectives import Comm, Traffic
+from mpicomp.planner import Cost
+from mpicomp.reducers.allowance import allowances
+from mpicomp.reducers.apply import OPS
+from mpicomp.reducers.base import Reducer
+from mpicomp.reducers.dense import Dense
+from mpicomp.reducers.resolve import Method, describe
+
+
+class Plan(Generic[Arrays]):
+    """An allreduce of arrays of one form, by one method; made by `mpicomp.plan`.
+
+    Calls of a plan do not agree again: all ranks must make them in the same order. Messages carry the number of the
+    operation and a digest of its configuration, so ranks that have parted ways raise ConfigMismatch.
+    """
+
+    def __init__(self, comm: Comm, form: Form, dtypes: list[np.dtype[Any]], state: Memory, op: str) -> None:
+        self.state = state
+        """What is remembered from call to call; belongs to the plan."""
+        self.op = op
+        self._comm = comm
+        self._form = form
+        self._kinds = list(zip(form.shapes, dtypes, strict=True))
+        self._sum: Callable[[Array, Array], None]
+        self._buffer: Callable[[str, int, str], Array]
+        if dtypes[0].kind in "iu":
+            self._sum, self._buffer = partial(sum_integers, comm), fresh
+        else:
+            self._sum, self._buffer = partial(state.reduce, comm, op), state.begun().buffer
+
+    def __call__(self, x: Arrays, out: Arrays | None = None) -> Arrays:
+        """Return the sum or mean over ranks of arrays like those planned for: `out`, or new arrays. Collective.
+
+        Raises ValueError on this rank alone for x or `out` of another form, before anything is sent: the others wait
+        for this rank unless that ends the job, as exceptions do that nobody catches.
+        """
+        xs, outs = self._checked(x, out)
+        return in_turn(self._comm, partial(self._run, xs, outs))
+
+    def start(self, x: Arrays, out: Arrays | None = None) -> Request[Arrays]:
+        """Begin what a call does, in the background; x and `out` must stay untouched until the request is complete."""
+        xs, outs = self._checked(x, out)
+        return begin(self._comm, partial(self._run, xs, outs))
+
+    def _run(self, xs: list[Array], outs: list[Array] | None) -> Any:
+        return packed(self._form, xs, outs, self._sum, self._buffer)
+
+    def _checked(self, x: Any, out: Any) -> tuple[list[Array], list[Array] | None]:
+        xs = self._fitting(x, "x")
+        if out is None:
+            return xs, None
+        outs = self._fitting(out, "out")
+        for array in outs:
+            if not array.flags.writeable:
+                raise ValueError("out must be writable")
+        check_apart(outs, xs)
+        return xs, outs
+
+    def _fitting(self, x: Any, what: str) -> list[Array]:
+        arrays = as_list(x)
+        if isinstance(x, (list, tuple)) != self._form.listed or len(arrays) != len(self._kinds):
+            raise ValueError(f"the plan was made for {self._form}, got {what} of another structure")
+        for array, (shape, dtype) in zip(arrays, self._kinds, strict=True):
+            if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype != dtype:
+                got = f"{array.dtype}{list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
+                raise ValueError(f"the plan was made for {self._form}, got {what} with {got}")
+            if not array.flags.c_contiguous:
+                raise ValueError(f"{what} is not C-contiguous; pass numpy.ascontiguousarray({what})")
+        return arrays
+
+    @property
+    def reducer(self) -> Reducer:
+        """What was resolved; `running` in `state` is that with the allowance of `bounded` divided."""
+        assert self.state.reducer is not None
+        return self.state.reducer
+
+    @property
+    def residual(self) -> Array | list[Array] | None:
+        """This rank's debt, in the work dtype and the arrays' shapes, a copy; None without error feedback."""
+        return self.state.residual
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes sent and time spent on the communicator, since its creation and by all that uses it."""
+        return self._comm.traffic
+
+    @property
+    def cost(self) -> Cost:
+        """What a call takes of this rank."""
+        running, dtype = self.state.running, self._form.dtype
+        assert running is not None
+        width = work_dtype(dtype) if dtype in DTYPES else dtype
+        return running.cost(self._form.layout, width, self._comm.topology, self._comm.rank)
+
+    def explain(self) -> str:
+        """Say what a call sends, loses and, for `bounded`, how its allowance is divided."""
+        cost = self.cost
+        lines = [
+            f"{self.op} of {self._form} over {self._comm.size} ranks ({self._comm.topology}) by {self}",
+            f"bytes sent    {cost.nbytes:,} by rank {self._comm.rank}",
+            f"rounds        {cost.rounds}, {cost.messages} messages",
+            f"lossy events  {cost.lossy}",
+        ]
+        return "\n".join(lines + allowances(self.reducer, self._comm.size, self.op))
+
+    def __str__(self) -> str:
+        return str(self.state)
+
+
+def plan(
+    comm: Any, like: Arrays, method: Method, op: str = "sum", *, memory: bool = False, seed: int = 0
+) -> Plan[Arrays]:
+    """Return a plan to reduce arrays like these, of which only shapes and dtypes matter. Collective.
+
+    `plan(x, out=None)` is then what `allreduce(comm, x, method, op)` is, without its agreement and with workspaces that
+    last. A method that names error feedback has it, the memory being the plan's; a bare codec has it with `memory`.
+    `like`, `method` and `op` as for `allreduce`; raises as that does.
+    """
+    made: Plan[Arrays] = call(comm, _plan, like, method, op, memory, seed)
+    return made
+
+
+def _plan(comm: Comm, like: Any, method: Method, op: str, memory: bool, seed: int) -> Operation:
+    member = member_of(method)
+    check_op(op, OPS)
+    integers = isinstance(member, Dense) and has_integers(like)
+    dtypes = [x.dtype for x in checked_arrays(like, exact=integers)]
+    form = Form.of(like)
+    if integers:
+        check_integers(form, op)
+    state = Memory(member, form, seed, feedback=memory)
+    reducer = state.prepare(comm.size, op)
+
+    def make() -> Plan[Any]:
+        _ = comm.topology  # collective where nobody asked before
+        return Plan(comm, form, dtypes, state, op)
+
+    return Operation(lambda: "plan of " + describe(reducer, form.layout, form.dtype, op, seed, 0), make)

@@ -1,0 +1,189 @@
+"""allreduce and reduce_scatter: sums of arrays over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from mpicomp.arrays import Array
+from mpicomp.background import Request
+from mpicomp.calls.arguments import (
+    Arrays,
+    Form,
+    as_list,
+    bits,
+    check_apart,
+    check_op,
+    checked_arrays,
+    checked_out,
+    member_of,
+)
+from mpicomp.calls.memory import Memory, remembers
+from mpicomp.calls.operation import Operation, call, start
+from mpicomp.codecs.base import Codec
+from mpicomp.collectives import Comm
+from mpicomp.collectives import allreduce as allreduce_exact
+from mpicomp.reducers.apply import OPS
+from mpicomp.reducers.base import Reducer
+from mpicomp.reducers.dense import Dense
+from mpicomp.reducers.layout import empty
+from mpicomp.reducers.resolve import Method, describe
+
+
+def allreduce(
+    comm: Any, x: Arrays, method: Method, op: str = "sum", state: Memory | None = None, out: Arrays | None = None
+) -> Arrays:
+    """Return the sum or mean of x over the ranks of an mpi4py communicator, compressed by `method`. Collective.
+
+    x: contiguous, float32, float16, bfloat16 (ml_dtypes) or float64, any shape; it stays as it was, and the result,
+    `out` or a new array like x, has the same bits on all ranks. A list of arrays of one dtype travels together, one
+    message to each peer, and a list comes back. `method` is a spec, a codec or a reducer; `op` is "sum" or "mean".
+    Without `state` the call has no memory: a bare codec runs without error feedback. `bounded(abs=e)` bounds the
+    result, and not each contribution. `dense` takes integers too, for "sum".
+
+    Raises ConfigMismatch on all ranks where they disagree on method, shape, dtype or op, and SpecError, TypeError or
+    ValueError for bad arguments; the other ranks then raise ConfigMismatch.
+    """
+    result: Arrays = call(comm, _allreduce, x, method, op, state, out)
+    return result
+
+
+def iallreduce(
+    comm: Any, x: Arrays, method: Method, op: str = "sum", state: Memory | None = None, out: Arrays | None = None
+) -> Request[Arrays]:
+    """Begin `allreduce`; x and `out` must stay untouched until the request is complete. Collective."""
+    return start(comm, _allreduce, x, method, op, state, out)
+
+
+def _allreduce(comm: Comm, x: Any, method: Method, op: str, memory: Memory | None, out: Any) -> Operation:
+    member = member_of(method)
+    check_op(op, OPS)
+    if memory is not None and not isinstance(memory, Memory):
+        raise TypeError(f"state must come from mpicomp.state, got {type(memory).__name__}")
+    integers = isinstance(member, Dense) and has_integers(x)
+    xs = checked_arrays(x, exact=integers)
+    form = Form.of(x)
+    outs = results(xs, form, out)
+    if integers:
+        check_integers(form, op)
+        if memory is not None:
+            raise ValueError(f"integers are summed exactly and need no state; got one for dtype {form.dtype}")
+        return Operation(
+            lambda: f"sum of {form} by dense", lambda: packed(form, xs, outs, partial(sum_integers, comm), fresh)
+        )
+
+    def run(memory: Memory) -> Any:
+        return packed(form, xs, outs, partial(memory.reduce, comm, op), memory.begun().buffer)
+
+    return prepared(comm, form, member, op, memory, run)
+
+
+def prepared(
+    comm: Comm,
+    form: Form,
+    method: Codec | Reducer,
+    op: str,
+    memory: Memory | None,
+    run: Callable[[Memory], Any],
+) -> Operation:
+    """Prepare an allreduce; what `run` is given does a step."""
+    if memory is None:
+        if remembers(method):
+            raise ValueError(f"{method} needs a memory: pass state=mpicomp.state({str(method)!r}, x)")
+        mine = Memory(method, form, feedback=False)
+    else:
+        memory.check(form, method)
+        mine = memory
+    reducer = mine.prepare(comm.size, op)
+
+    def said() -> str:
+        state = mine.begun(comm.calls if memory is None else 0)
+        return describe(reducer, form.layout, form.dtype, op, state.seed, state.step)
+
+    return Operation(said, lambda: run(mine))
+
+
+def results(xs: list[Array], form: Form, out: Any) -> list[Array] | None:
+    """Return the arrays to be written to, None for new ones; raises ValueError for what does not fit x."""
+    if out is None:
+        return None
+    outs = checked_out(out, form)
+    check_apart(outs, xs)
+    return outs
+
+
+def packed(
+    form: Form,
+    xs: list[Array],
+    outs: list[Array] | None,
+    reduce: Callable[[Array, Array], None],
+    buffer: Callable[[str, int, str], Array],
+) -> Array | list[Array]:
+    """Reduce arrays as one flat array, in place if there is one only, and return the results.
+
+    `reduce` is given what it reduces and where to, both flat and of one dtype, half types as bits.
+    """
+    if not form.listed:
+        result = np.empty_like(xs[0]) if outs is None else outs[0]
+        reduce(bits(xs[0]), bits(result))
+        return result
+    flats = [bits(x) for x in xs]
+    layout, dtype = form.layout, flats[0].dtype
+    x = np.concatenate(flats, out=buffer("packed x", layout.size, dtype.name))
+    total = fresh("", layout.size, dtype.name) if outs is None else buffer("packed total", layout.size, dtype.name)
+    reduce(x, total)
+    parts = [total[unit.where] for unit in layout.units]
+    if outs is None:
+        return [part.view(x.dtype).reshape(x.shape) for part, x in zip(parts, xs, strict=True)]
+    for out, part in zip(outs, parts, strict=True):
+        bits(out)[...] = part
+    return outs
+
+
+def fresh(name: str, size: int, dtype: str) -> Array:
+    """A workspace that nobody keeps."""
+    return empty(size, dtype)
+
+
+def has_integers(x: Any) -> bool:
+    """Whether x is an array of integers, or a list that holds one."""
+    return any(isinstance(each, np.ndarray) and each.dtype.kind in "iu" for each in as_list(x))
+
+
+def check_integers(form: Form, op: str) -> None:
+    """Raise ValueError where integers cannot be summed as asked."""
+    if op != "sum":
+        raise ValueError(f"integers can be summed only; got op {op!r} for dtype {form.dtype}")
+
+
+def sum_integers(comm: Comm, x: Array, total: Array) -> None:
+    """Sum integers exactly, by MPI's own allreduce, into `total`, which may be x; they wrap around as NumPy's do."""
+    if not x.size:
+        return
+    if x.itemsize < 4:  # Open MPI 5 saturates sums of 8 and 16 bits
+        wide = np.empty(x.size, np.int32)
+        allreduce_exact(comm, x.astype(np.int32), wide)
+        total[...] = wide.astype(x.dtype)
+    else:
+        allreduce_exact(comm, x.copy() if np.may_share_memory(x, total) else x, total)
+
+
+def allreduce_bits(
+    comm: Comm,
+    x: Array,
+    dtype: str,
+    shape: tuple[int, ...],
+    method: Codec | Reducer,
+    op: str,
+    memory: Memory | None,
+    out: Array,
+) -> None:
+    """Do what `allreduce` does, for arrays whose memory is at hand: x and out are flat, half types as uint16 bits.
+
+    Collective.
+    """
+    form = Form((shape,), (dtype,), listed=False)
+    call(comm, prepared, form, method, op, memory, lambda mine: mine.reduce(comm, op, x, out))

@@ -1,0 +1,67 @@
+"""`bounded(abs=e)` bounds the result of a reduction: its allowance is divided among all events that lose something.
+
+Errors add up, so an element of the sum is within e if the allowances of all encodings on its way come to e:
+
+    gather      P encodings, one a rank                        e / P each
+    two_stage   P encodings, and the owner's of their sum      e / 2P each, and e / 2
+
+A mean is within e if the sum is within P e. What rounding does to the floating-point sum itself comes on top.
+
+`bounded(rel=r)` stays what it is, a bound of each contribution: where contributions cancel, no bound of theirs relative
+to themselves bounds the sum relative to itself. A two_stage that names its `second` codec has been divided by hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, cast
+
+from mpicomp.codecs.base import Codec
+from mpicomp.codecs.bounded import Bounded
+from mpicomp.reducers.base import Reducer
+from mpicomp.reducers.gather import Gather
+from mpicomp.reducers.policies import After, ErrorFeedback, Partition
+from mpicomp.reducers.two_stage import TwoStage
+
+
+def divided(reducer: Reducer, ranks: int, op: str = "sum") -> Reducer:
+    """Return the reducer with the allowance of every `bounded(abs=e)` divided, so that e bounds the result of `op`."""
+    if isinstance(reducer, Partition):
+        small, large = divided(reducer.small, ranks, op), divided(reducer.large, ranks, op)
+        return replace(reducer, small=small, large=large)
+    if isinstance(reducer, (ErrorFeedback, After)):
+        return replace(reducer, reducer=divided(reducer.reducer, ranks, op))
+    allowance = allowed(reducer)
+    if allowance is None:
+        return reducer
+    of_sum = allowance * ranks if op == "mean" else allowance
+    if isinstance(reducer, Gather):
+        return Gather(Bounded(abs=of_sum / ranks))
+    return TwoStage(Bounded(abs=of_sum / (2 * ranks)), Bounded(abs=of_sum / 2))
+
+
+def allowed(reducer: Reducer) -> float | None:
+    """The error that a reducer allows an element of its result; None where it names none to be divided."""
+    if isinstance(reducer, TwoStage) and reducer.second is not None:
+        return None
+    codec: Codec | None = getattr(reducer, "codec", None) if isinstance(reducer, (Gather, TwoStage)) else None
+    return codec.abs if isinstance(codec, Bounded) else None  # None: `rel`
+
+
+def allowances(reducer: Reducer, ranks: int, op: str = "sum") -> list[str]:
+    """Say how `divided` divides, a line for each allowance; nothing where no bound is asked for."""
+    if isinstance(reducer, Partition):
+        return allowances(reducer.small, ranks, op) + allowances(reducer.large, ranks, op)
+    if isinstance(reducer, (ErrorFeedback, After)):
+        return allowances(reducer.reducer, ranks, op)
+    codec = getattr(reducer, "codec", None)
+    if not isinstance(codec, Bounded):
+        return []
+    allowance = allowed(reducer)
+    if allowance is None:
+        return [f"bound         {reducer}: of each encoding, which does not bound the {op}"]
+    parts = cast(Any, divided(reducer, ranks, op))
+    second = f" and {parts.second.abs:g} of the re-encoding" if isinstance(reducer, TwoStage) else ""
+    of_sum = f", of a sum within {allowance * ranks:g}" if op == "mean" else ""
+    division = f"{parts.codec.abs:g} of each of {ranks} encodings{second}"
+    return [f"bound         {op} within {allowance:g}{of_sum}: {division}, beside rounding"]
