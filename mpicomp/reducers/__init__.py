@@ -1,6 +1,7 @@
 """Reducers: from one flat array on every rank to their sum, the same bits everywhere."""
 
 from mpicomp.reducers.apply import apply
+from mpicomp.reducers.auto import Auto
 from mpicomp.reducers.base import Reducer, Reduction, State, Units, rescale
 from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.gather import Gather
@@ -17,6 +18,7 @@ from mpicomp.reducers.two_stage import TwoStage
 __all__ = [
     "REDUCERS",
     "After",
+    "Auto",
     "Dense",
     "ErrorFeedback",
     "Gather",

@@ -25,7 +25,8 @@ from mpicomp.codecs.base import Codec, Key, stream_of
 from mpicomp.collectives import Comm, as_bytes, exchange
 from mpicomp.errors import ConfigMismatch
 from mpicomp.kernels import kernels_for
-from mpicomp.planner import Cost, Work
+from mpicomp.planner import Cost, Machine, Work
+from mpicomp.planner.explain import explain
 from mpicomp.reducers.layout import Layout, Piece, empty
 from mpicomp.transport import Topology
 from mpicomp.wire import ALIGN, HEADER, POISON, Field, Header, MessageLayout, Payload, read_header, write_header
@@ -110,7 +111,30 @@ class Reducer(Protocol):
         ...
 
 
-class Remembering:
+class Explained:
+    """Says of a reducer what `cost` says, in words."""
+
+    def explain(
+        self,
+        layout: Layout | tuple[int, ...],
+        dtype: str = "float32",
+        topology: Topology | int = 1,
+        me: int = 0,
+        machine: Machine | None = None,
+        feedback: bool = False,
+    ) -> str:
+        """Describe one `reduce` of rank `me`: bytes, rounds, lossy events, and the time on a measured machine.
+
+        `layout` may be the shape of an array, `topology` a number of ranks, each on a node of its own.
+        """
+        layout = layout if isinstance(layout, Layout) else Layout.single(layout)
+        topology = Topology.flat(topology) if isinstance(topology, int) else topology
+        dense = 2 * layout.size * np.dtype(dtype).itemsize * (topology.size - 1) / topology.size
+        cost = cast(Reducer, self).cost(layout, dtype, topology, me, feedback)
+        return explain(str(self), cost, dense, machine)
+
+
+class Remembering(Explained):
     """What most reducers share: a residual in the state's own arrays, owned by rank 0 where no shard has an owner."""
 
     def init(self, layout: Layout, dtype: str, feedback: bool = False, seed: int = 0, step: int = 0) -> State:

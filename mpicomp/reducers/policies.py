@@ -15,7 +15,7 @@ from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
 from mpicomp.collectives import Comm
 from mpicomp.planner import Cost
-from mpicomp.reducers.base import Reducer, Reduction, State, Units
+from mpicomp.reducers.base import Explained, Reducer, Reduction, State, Units
 from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.layout import Layout, Unit
 from mpicomp.specs import Spec
@@ -56,7 +56,7 @@ def unscaled(codec: Codec) -> Codec:
 
 
 @dataclass(frozen=True)
-class ErrorFeedback(Spec):
+class ErrorFeedback(Explained, Spec):
     """Add to each step what the steps before could not send (Seide et al. 2014; Karimireddy et al. 2019).
 
     The wrapped reducer keeps the residual itself, since only it knows what became of each element.
@@ -142,7 +142,7 @@ def _contraction(reducer: Reducer) -> Reducer:
 
 
 @dataclass(frozen=True)
-class After(Spec):
+class After(Explained, Spec):
     """Sum densely, in rank order, for the first `steps` steps, and by `reducer` from then on."""
 
     spec_name: ClassVar[str] = "after"
@@ -186,7 +186,7 @@ class After(Spec):
 
 
 @dataclass(frozen=True)
-class Partition(Spec):
+class Partition(Explained, Spec):
     """Reduce units of fewer than `min_size` elements or `min_ndim` dimensions by `small`, the others by `large`."""
 
     spec_name: ClassVar[str] = "partition"

@@ -16,6 +16,7 @@ from mpicomp.arrays import work_dtype
 from mpicomp.codecs import CODECS
 from mpicomp.codecs.base import Codec, Key
 from mpicomp.kernels import kernels_for
+from mpicomp.reducers.auto import Auto
 from mpicomp.reducers.base import Message, Reducer, message_nbytes
 from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.gather import Gather
@@ -38,6 +39,7 @@ REDUCERS: dict[str, type[Any]] = {
     "tree": Tree,
     "integer": Integer,
     "low_rank": LowRank,
+    "auto": Auto,
     "error_feedback": ErrorFeedback,
     "after": After,
     "partition": Partition,
@@ -73,9 +75,11 @@ def resolve(method: Method, layout: Layout, dtype: str, ranks: int, memory: bool
 
     A reducer is taken literally. A bare codec gets `shared_support` if it is linear, `gather` for two ranks or a
     payload of all units together below 4 KiB, else `two_stage`; with `memory` it gets error feedback too, an
-    unbiased one in its contracting form.
+    unbiased one in its contracting form, and so does an `auto` that may compress.
     """
     member = parsed(method)
+    if isinstance(member, Auto) and member.allow and memory:
+        return ErrorFeedback(member)
     if not is_codec(member):
         return cast(Reducer, member)
     codec = unscaled(cast(Codec, member)) if memory else cast(Codec, member)
@@ -114,6 +118,8 @@ def leaves(member: Reducer) -> list[Reducer]:
         return leaves(member.small) + leaves(member.large)
     if isinstance(member, (ErrorFeedback, After)):
         return leaves(member.reducer)
+    if isinstance(member, Auto):
+        return list(member.candidates())
     return [member]
 
 
