@@ -28,7 +28,7 @@ class Kernels(Protocol):
 
     def sum_tree(self, x: Array) -> float: ...  # noqa: D102
 
-    def divide(self, x: Array, divisor: float, out: Array) -> bool: ...  # noqa: D102
+    def divide(self, x: Array, divisor: float) -> bool: ...  # noqa: D102
 
     def add(self, x: Array, old: Array, out: Array) -> None: ...  # noqa: D102
 

@@ -45,7 +45,8 @@ REDUCERS: dict[str, type[Any]] = {
     "partition": Partition,
 }
 ALIASES = {"fp16": "cast(dtype=fp16)", "bf16": "cast(dtype=bf16)", "int8": "uniform(bits=8)"}
-GATHER_BYTES = 4096  # a payload below this is gathered: its cost is the number of messages, not their size
+GATHER_BYTES = 16384  # what takes a rank no more bytes is gathered: its cost is the number of messages, not their size
+CODEC_FIELDS = ("codec", "second", "dense")  # where reducers have their codecs
 
 Method = str | Codec | Reducer
 
@@ -74,7 +75,7 @@ def resolve(method: Method, layout: Layout, dtype: str, ranks: int, memory: bool
     """Return the reducer that a method means for this layout and number of ranks.
 
     A reducer is taken literally. A bare codec gets `shared_support` if it is linear, `gather` for two ranks or a
-    payload of all units together below 4 KiB, else `two_stage`; with `memory` it gets error feedback too, an
+    message to all others of 16 KiB together, else `two_stage`; with `memory` it gets error feedback too, an
     unbiased one in its contracting form, and so does an `auto` that may compress.
     """
     member = parsed(method)
@@ -86,7 +87,7 @@ def resolve(method: Method, layout: Layout, dtype: str, ranks: int, memory: bool
     reducer: Reducer
     if codec.linear:
         reducer = SharedSupport(codec)
-    elif ranks <= 2 or message_nbytes(codec, layout.whole(), work_dtype(dtype)) < GATHER_BYTES:
+    elif ranks <= 2 or (ranks - 1) * message_nbytes(codec, layout.whole(), work_dtype(dtype)) <= GATHER_BYTES:
         reducer = Gather(codec)
     else:
         reducer = TwoStage(codec)
@@ -134,15 +135,15 @@ def arithmetic(member: Any) -> str:
     layout = Layout((Unit("golden", (n,), 0),))
     found = [np.full(1, 1e-40, np.float32) * np.float32(1)]  # 0 where denormals are flushed to zero
     for leaf in leaves(member):
-        codec: Codec | None = leaf.quantizer if isinstance(leaf, Integer) else getattr(leaf, "codec", None)
+        codecs = [leaf.quantizer] if isinstance(leaf, Integer) else [getattr(leaf, name, None) for name in CODEC_FIELDS]
         total = np.zeros(n, np.float32)
-        if codec is not None:
+        for codec in filter(None, codecs):
             state = Gather(codec).init(layout, "float32", feedback=True)
             message = Message(codec, layout.whole(), "float32")
             message.encode(x, state, 0, 0, state.residual, state.spare)
             message.decode_add(total, state, 0, 0)
             found += [total, message.buffer]
-        elif isinstance(leaf, LowRank):
+        if isinstance(leaf, LowRank):
             p = x[:120].reshape(30, 4).copy()
             kernels_for(p).orthogonalise(p, Key().base())
             kernels_for(p).outer_add(p, x[:80].reshape(20, 4), total.reshape(30, 20), 1.0)
