@@ -11,10 +11,44 @@ from typing import TYPE_CHECKING, Any
 from mpicomp.exits import end_job_on_uncaught_errors
 
 __version__ = "0.2.0"
-__all__ = ["allgather", "allreduce", "iallreduce", "plan", "state"]
+__all__ = [
+    "allreduce",
+    "reduce_scatter",
+    "allgather",
+    "bcast",
+    "gather",
+    "scatter",
+    "alltoall",
+    "iallreduce",
+    "ireduce_scatter",
+    "iallgather",
+    "ibcast",
+    "igather",
+    "iscatter",
+    "ialltoall",
+    "plan",
+    "state",
+]
 
 if TYPE_CHECKING:
-    from mpicomp.calls import allgather, allreduce, iallreduce, plan, state
+    from mpicomp.calls import (
+        allgather,
+        allreduce,
+        alltoall,
+        bcast,
+        gather,
+        iallgather,
+        iallreduce,
+        ialltoall,
+        ibcast,
+        igather,
+        ireduce_scatter,
+        iscatter,
+        plan,
+        reduce_scatter,
+        scatter,
+        state,
+    )
 
 
 def __getattr__(name: str) -> Any:

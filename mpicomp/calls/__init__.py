@@ -1,9 +1,46 @@
-"""The plain calls: arrays, one collective, agreed on by all ranks every time; and plans, which agree once."""
+"""The plain calls: arrays, one collective, agreed on by all ranks every time; and plans, which agree once.
 
+Names and order of arguments are those of MPI where it has them; what begins with i returns a request.
+"""
+
+from mpicomp.background import Request
 from mpicomp.calls.arguments import Form
-from mpicomp.calls.copies import allgather
+from mpicomp.calls.copies import (
+    allgather,
+    alltoall,
+    bcast,
+    gather,
+    iallgather,
+    ialltoall,
+    ibcast,
+    igather,
+    iscatter,
+    scatter,
+)
 from mpicomp.calls.memory import Memory, state
 from mpicomp.calls.plans import Plan, plan
-from mpicomp.calls.reductions import allreduce, allreduce_bits, iallreduce
+from mpicomp.calls.reductions import allreduce, allreduce_bits, iallreduce, ireduce_scatter, reduce_scatter
 
-__all__ = ["Form", "Memory", "Plan", "allgather", "allreduce", "allreduce_bits", "iallreduce", "plan", "state"]
+__all__ = [
+    "Form",
+    "Memory",
+    "Plan",
+    "Request",
+    "allgather",
+    "allreduce",
+    "allreduce_bits",
+    "alltoall",
+    "bcast",
+    "gather",
+    "iallgather",
+    "iallreduce",
+    "ialltoall",
+    "ibcast",
+    "igather",
+    "ireduce_scatter",
+    "iscatter",
+    "plan",
+    "reduce_scatter",
+    "scatter",
+    "state",
+]

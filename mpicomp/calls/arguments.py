@@ -54,6 +54,27 @@ class Form:
             end += math.prod(shape)
         return Layout(tuple(units))
 
+    def with_axis(self, ranks: int) -> Form:
+        """The form of such arrays of all ranks, stacked."""
+        return Form(tuple((ranks, *shape) for shape in self.shapes), self.dtypes, self.listed)
+
+    def without_axis(self, ranks: int) -> Form:
+        """The form of what belongs to one rank; ValueError unless the first axis counts the ranks."""
+        for shape in self.shapes:
+            if not shape or shape[0] != ranks:
+                raise ValueError(f"the first axis of x must count the {ranks} ranks, got shape {shape}")
+        return Form(tuple(shape[1:] for shape in self.shapes), self.dtypes, self.listed)
+
+    def arrays(self, like: Sequence[Array], given: list[Array] | None) -> list[Array]:
+        """Return what was given, or new arrays of this form and of the dtypes of others."""
+        if given is not None:
+            return given
+        return [np.empty(shape, x.dtype) for shape, x in zip(self.shapes, like, strict=True)]
+
+    def returned(self, arrays: list[Array]) -> Array | list[Array]:
+        """What a call returns: a list where it was given one."""
+        return arrays if self.listed else arrays[0]
+
     def __str__(self) -> str:
         each = [f"{dtype}{list(shape)}" for dtype, shape in zip(self.dtypes, self.shapes, strict=True)]
         return f"[{', '.join(each)}]" if self.listed else each[0]
@@ -116,7 +137,7 @@ def _described(x: Any) -> str:
 def bits(x: Array) -> Array:
     """View a contiguous array flat, half types as their bits."""
     flat = x.reshape(-1)
-    return flat.view(np.uint16) if dtype_name(x) in HALF else flat
+    return flat.view(np.uint16) if x.itemsize == 2 and dtype_name(x) in HALF else flat
 
 
 def member_of(method: Method) -> Codec | Reducer:

@@ -1,86 +1,250 @@
-"""Copies."""
+"""allgather, bcast, gather, scatter and alltoall: arrays that reach other ranks as a codec says, or as they are.
+
+Each rank decodes what it gets, its own arrays included, so that all who get an array get the same bits. An array that
+is not finite arrives as NaN, with those that shared its message; by `dense` all arrive as they are.
+"""
 
 from __future__ import annotations
 
+import sys
 from typing import Any, cast
 
 import numpy as np
 
-from mpicomp.agreement import agree
-from mpicomp.arrays import Array, check_memory, checked, dtype_name, work_dtype
-from mpicomp.calls.arguments import HALF
-from mpicomp.calls.arguments import bits as _bits
-from mpicomp.codecs.base import Codec, Key
-from mpicomp.collectives import Comm, as_bytes
-from mpicomp.collectives import allgather as allgather_bytes
-from mpicomp.kernels import kernels_for
-from mpicomp.reducers.base import exchange_lengths
+from mpicomp import __version__
+from mpicomp.arrays import Array
+from mpicomp.background import Request
+from mpicomp.calls.arguments import (
+    Arrays,
+    Form,
+    bits,
+    check_apart,
+    checked_arrays,
+    checked_out,
+    member_of,
+)
+from mpicomp.calls.carriers import Carrier, Coded, Flats, Raw
+from mpicomp.calls.operation import Operation, call, start
+from mpicomp.codecs.base import Codec
+from mpicomp.collectives import Comm
 from mpicomp.reducers.dense import Dense
-from mpicomp.reducers.resolve import Method, is_codec, parsed
-from mpicomp.wire import HEADER, POISON, Header, MessageLayout, read_header, write_header
+from mpicomp.reducers.gather import Gather
+from mpicomp.reducers.resolve import Method, arithmetic, is_codec
 
 
-def allgather(comm: Any, x: Array, codec: Method) -> Array:
-    """Return every rank's x as its code says, stacked: (ranks, *x.shape), the same bits on all ranks. Collective.
+def allgather(comm: Any, x: Arrays, codec: Method, out: Arrays | None = None) -> Arrays:
+    """Return every rank's x, stacked: (ranks, *x.shape), the same bits on all ranks. Collective.
 
-    x as for `allreduce`; the row of a rank whose x is not finite is NaN, and a rank's own row is decoded like the
-    others. `codec` is a spec or a codec, or "dense" for the arrays as they are, of any dtype. Raises as `allreduce`
-    does.
+    x: contiguous, float32, float16, bfloat16 or float64, any shape; a list of arrays of one dtype shares its messages,
+    and a list comes back. `codec` is a spec or a codec, or "dense" for arrays as they are, of any dtype, several in a
+    list. The result is `out` or new. Raises ConfigMismatch on all ranks where they disagree, and SpecError, TypeError
+    or ValueError for bad arguments; the other ranks then raise ConfigMismatch.
     """
-    comm = Comm.of(comm)
-    try:
-        member = parsed(codec)
-        if isinstance(member, Dense):
-            if not isinstance(x, np.ndarray) or x.dtype.hasobject:
-                raise TypeError(f"x must be a NumPy array of numbers, got {getattr(x, 'dtype', type(x).__name__)}")
-            check_memory(x)
-        elif is_codec(member):
-            checked(x)
-        else:
-            raise TypeError(f"allgather takes a codec or dense, got the reducer {member}")
-    except (TypeError, ValueError) as error:
-        agree(comm, "", refusal=error)
-        raise
-    agree(comm, f"allgather of {dtype_name(x)}{list(x.shape)} by {member}")
-    step = comm.next_call()
-    rows = np.empty((comm.size, x.size), x.dtype)
-    if isinstance(member, Dense):
-        allgather_bytes(comm, as_bytes(x.copy()), [as_bytes(row) for row in rows], "allgather")
-    else:
-        _gather_encoded(comm, cast(Codec, member), x, rows, step)
-    return rows.reshape(comm.size, *x.shape)
+    result: Arrays = call(comm, _allgather, x, codec, out)
+    return result
 
 
-def _gather_encoded(comm: Comm, codec: Codec, x: Array, rows: Array, step: int) -> None:
-    """Encode x, gather the messages and decode them into `rows`, (ranks, x.size)."""
-    dtype, kernels = dtype_name(x), kernels_for(x)
-    wide = np.empty(x.size, work_dtype(dtype))
-    if dtype in HALF:
-        kernels.widen(_bits(x), wide, dtype)
-    else:
-        wide[...] = x.reshape(-1)
-    layout = MessageLayout([codec.fields(x.size, work_dtype(dtype))])
-    messages = np.zeros((comm.size + 1, layout.nbytes), np.uint8)
-    *received, mine = messages
-    key = Key(step=step)
-    poisoned = bool(x.size) and kernels.nonfinite(wide, None)
-    used = 0
-    if not poisoned:
-        used = codec.encode(wide, layout.views(mine)[0], key._replace(rank=comm.rank))
-    write_header(mine, Header(step & 0xFFFFFFFF, 0, POISON if poisoned else 0))
-    if not codec.fixed:
-        mine = mine[: HEADER + used]
-        lengths = exchange_lengths(comm, [mine.size] * comm.size, [True] * comm.size, f"allgather by {codec}")
-        received = [message[:length] for message, length in zip(received, lengths, strict=True)]
-    allgather_bytes(comm, mine, received, f"allgather by {codec}")
-    views = layout.views if codec.fixed else layout.cut
-    for rank, (row, message) in enumerate(zip(rows, received, strict=True)):
-        if read_header(message).flags & POISON:
-            wide[...] = np.nan
-        else:
-            wide[...] = 0
-            codec.decode_add(views(message)[0], wide, key._replace(rank=rank))
-        if dtype in HALF:
-            kernels.narrow(wide, _bits(row), dtype)
-        else:
-            row[...] = wide
+def iallgather(comm: Any, x: Arrays, codec: Method, out: Arrays | None = None) -> Request[Arrays]:
+    """Begin `allgather`; x and `out` must stay untouched until the request is complete. Collective."""
+    return start(comm, _allgather, x, codec, out)
+
+
+def _allgather(comm: Comm, x: Any, codec: Method, out: Any) -> Operation:
+    member, xs, form = sources("allgather", x, codec)
+    stacked = form.with_axis(comm.size)
+    outs = targets(out, stacked, xs, f"for {comm.size} ranks")
+
+    def run() -> Any:
+        results = stacked.arrays(xs, outs)
+        mine = [bits(x) for x in xs]
+        carrier(comm, member, form).exchange(
+            comm, [mine] * comm.size, rows(results, comm.size), f"allgather by {member}"
+        )
+        return stacked.returned(results)
+
+    return Operation(lambda: said("allgather", form, member), run)
+
+
+def bcast(comm: Any, x: Arrays, codec: Method, root: int = 0, out: Arrays | None = None) -> Arrays:
+    """Return the root's x as its code says, the same bits on all ranks, the root included. Collective.
+
+    x on other ranks has the same shape and dtype, and values that do not matter; it stays as it was unless it is `out`
+    too. All else is as for `allgather`.
+    """
+    result: Arrays = call(comm, _bcast, x, codec, root, out)
+    return result
+
+
+def ibcast(comm: Any, x: Arrays, codec: Method, root: int = 0, out: Arrays | None = None) -> Request[Arrays]:
+    """Begin `bcast`; x and `out` must stay untouched until the request is complete. Collective."""
+    return start(comm, _bcast, x, codec, root, out)
+
+
+def _bcast(comm: Comm, x: Any, codec: Method, root: int, out: Any) -> Operation:
+    member, xs, form = sources("bcast", x, codec)
+    check_root(comm, root)
+    outs = None
+    if out is not None:
+        outs = checked_out(out, form)
+        check_apart(outs, xs)
+
+    def run() -> Any:
+        results = form.arrays(xs, outs)
+        flats, written = [bits(x) for x in xs], [bits(result) for result in results]
+        carrier(comm, member, form).broadcast(comm, flats, written, root)
+        return form.returned(results)
+
+    return Operation(lambda: said(f"bcast from rank {root}", form, member), run)
+
+
+def gather(comm: Any, x: Arrays, codec: Method, root: int = 0, out: Arrays | None = None) -> Arrays | None:
+    """Return every rank's x, stacked, at the root: (ranks, *x.shape); None elsewhere. Collective.
+
+    `out` is the root's alone. All else is as for `allgather`.
+    """
+    result: Arrays | None = call(comm, _gather, x, codec, root, out)
+    return result
+
+
+def igather(comm: Any, x: Arrays, codec: Method, root: int = 0, out: Arrays | None = None) -> Request[Arrays | None]:
+    """Begin `gather`; x and `out` must stay untouched until the request is complete. Collective."""
+    return start(comm, _gather, x, codec, root, out)
+
+
+def _gather(comm: Comm, x: Any, codec: Method, root: int, out: Any) -> Operation:
+    member, xs, form = sources("gather", x, codec)
+    check_root(comm, root)
+    stacked = form.with_axis(comm.size)
+    if out is not None and comm.rank != root:
+        raise ValueError(f"out is for rank {root}, the root; rank {comm.rank} gets nothing")
+    outs = targets(out, stacked, xs, f"for {comm.size} ranks")
+
+    def run() -> Any:
+        mine = [bits(x) for x in xs]
+        outgoing = [mine if rank == root else None for rank in range(comm.size)]
+        results = stacked.arrays(xs, outs) if comm.rank == root else []
+        incoming = rows(results, comm.size) if comm.rank == root else [None] * comm.size
+        carrier(comm, member, form).exchange(comm, outgoing, incoming, f"gather by {member}")
+        return stacked.returned(results) if comm.rank == root else None
+
+    return Operation(lambda: said(f"gather to rank {root}", form, member), run)
+
+
+def scatter(
+    comm: Any, x: Arrays | None, codec: Method, root: int = 0, like: Arrays | None = None, out: Arrays | None = None
+) -> Arrays:
+    """Return on rank r the root's x[r]; x is (ranks, *shape) at the root and None elsewhere. Collective.
+
+    Ranks other than the root tell shape and dtype of their part by `out`, or by `like`, whose values do not matter.
+    All else is as for `allgather`.
+    """
+    result: Arrays = call(comm, _scatter, x, codec, root, like, out)
+    return result
+
+
+def iscatter(
+    comm: Any, x: Arrays | None, codec: Method, root: int = 0, like: Arrays | None = None, out: Arrays | None = None
+) -> Request[Arrays]:
+    """Begin `scatter`; x and `out` must stay untouched until the request is complete. Collective."""
+    return start(comm, _scatter, x, codec, root, like, out)
+
+
+def _scatter(comm: Comm, x: Any, codec: Method, root: int, like: Any, out: Any) -> Operation:
+    check_root(comm, root)
+    at_root = comm.rank == root
+    if not at_root and x is not None:
+        raise ValueError(f"x is the root's, rank {root}; rank {comm.rank} passes None, and like or out")
+    model = x if at_root else out if like is None else like
+    if model is None:
+        raise ValueError(f"x is None on rank {comm.rank}: pass {'x' if at_root else 'like or out'}")
+    member, models, form = sources("scatter", model, codec, "x" if at_root else "out" if like is None else "like")
+    if at_root:
+        form = form.without_axis(comm.size)
+    outs = targets(out, form, models if at_root else [], "as a row of x is")
+
+    def run() -> Any:
+        results = form.arrays(models, outs)
+        incoming: list[Flats | None] = [None] * comm.size
+        incoming[root] = [bits(result) for result in results]
+        outgoing = rows(models, comm.size) if at_root else [None] * comm.size
+        carrier(comm, member, form).exchange(comm, outgoing, incoming, f"scatter by {member}")
+        return form.returned(results)
+
+    return Operation(lambda: said(f"scatter from rank {root}", form, member), run)
+
+
+def alltoall(comm: Any, x: Arrays, codec: Method, out: Arrays | None = None) -> Arrays:
+    """Return what every rank has for this one: row r of the result is this rank's row of rank r's x. Collective.
+
+    x and the result are (ranks, *shape). All else is as for `allgather`.
+    """
+    result: Arrays = call(comm, _alltoall, x, codec, out)
+    return result
+
+
+def ialltoall(comm: Any, x: Arrays, codec: Method, out: Arrays | None = None) -> Request[Arrays]:
+    """Begin `alltoall`; x and `out` must stay untouched until the request is complete. Collective."""
+    return start(comm, _alltoall, x, codec, out)
+
+
+def _alltoall(comm: Comm, x: Any, codec: Method, out: Any) -> Operation:
+    member, xs, whole = sources("alltoall", x, codec)
+    form = whole.without_axis(comm.size)
+    outs = targets(out, whole, xs, "as x is")
+
+    def run() -> Any:
+        results = whole.arrays(xs, outs)
+        outgoing, incoming = rows(xs, comm.size), rows(results, comm.size)
+        carrier(comm, member, form).exchange(comm, outgoing, incoming, f"alltoall by {member}")
+        return whole.returned(results)
+
+    return Operation(lambda: said("alltoall", form, member), run)
+
+
+# ------------------------------------------------------------------------------------------------- what they share
+
+
+def sources(name: str, x: Any, codec: Method, what: str = "x") -> tuple[Codec | Dense, list[Array], Form]:
+    """Return how arrays travel, the arrays, and their form; raises SpecError, TypeError or ValueError."""
+    member = member_of(codec)
+    if not is_codec(member) and not isinstance(member, Dense):
+        raise TypeError(f"{name} takes a codec or dense, got the reducer {member}")
+    exact = isinstance(member, Dense)
+    xs, form = checked_arrays(x, exact, what), Form.of(x)
+    if not exact:
+        _ = form.dtype  # one for all
+    return cast(Codec | Dense, member), xs, form
+
+
+def targets(out: Any, form: Form, xs: list[Array], like: str) -> list[Array] | None:
+    """Return the arrays to be written to, None for new ones; ValueError for those that do not fit."""
+    if out is None:
+        return None
+    outs = checked_out(out, form, like)
+    if any(np.may_share_memory(target, x) for target, x in zip(outs, xs, strict=False)):
+        raise ValueError("out shares memory with x, which is sent while out is written; pass another array")
+    return outs
+
+
+def check_root(comm: Comm, root: Any) -> None:
+    """Raise ValueError for what is no rank."""
+    if isinstance(root, bool) or not isinstance(root, int) or not 0 <= root < comm.size:
+        raise ValueError(f"root must be a rank from 0 to {comm.size - 1}, got {root!r}")
+
+
+def said(operation: str, form: Form, member: Codec | Dense) -> str:
+    """Say all that must be the same on every rank."""
+    kernels = "" if isinstance(member, Dense) else f", arithmetic {arithmetic(Gather(member))}"
+    return f"{operation} of {form} by {member}, mpicomp {__version__}, {sys.byteorder} endian{kernels}"
+
+
+def carrier(comm: Comm, member: Codec | Dense, form: Form) -> Carrier:
+    """Return what moves arrays of a form in the collective that begins now."""
+    sequence = comm.next_call()
+    return Raw(form) if isinstance(member, Dense) else Coded(member, form, sequence)
+
+
+def rows(arrays: list[Array], ranks: int) -> list[Flats]:
+    """Cut arrays of (ranks, *shape) into what belongs to each rank."""
+    cut = [bits(array).reshape(ranks, array.size // ranks) for array in arrays]
+    return [[each[rank] for each in cut] for rank in range(ranks)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Generic
+from typing import Any, Generic, cast
 
 import numpy as np
 
@@ -15,10 +15,11 @@ from mpicomp.calls.memory import Memory
 from mpicomp.calls.operation import Operation, call
 from mpicomp.calls.reductions import check_integers, fresh, has_integers, packed, sum_integers
 from mpicomp.collectives import Comm, Traffic
-from mpicomp.planner import Cost
+from mpicomp.planner import Cost, Machine
+from mpicomp.planner.cache import known
 from mpicomp.reducers.allowance import allowances
 from mpicomp.reducers.apply import OPS
-from mpicomp.reducers.base import Reducer
+from mpicomp.reducers.base import Explained, Reducer
 from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.resolve import Method, describe
 
@@ -103,21 +104,25 @@ class Plan(Generic[Arrays]):
     @property
     def cost(self) -> Cost:
         """What a call takes of this rank."""
-        running, dtype = self.state.running, self._form.dtype
+        running = self.state.running
         assert running is not None
-        width = work_dtype(dtype) if dtype in DTYPES else dtype
-        return running.cost(self._form.layout, width, self._comm.topology, self._comm.rank)
+        return running.cost(self._form.layout, self._width, self._comm.topology, self._comm.rank)
 
-    def explain(self) -> str:
-        """Say what a call sends, loses and, for `bounded`, how its allowance is divided."""
-        cost = self.cost
-        lines = [
-            f"{self.op} of {self._form} over {self._comm.size} ranks ({self._comm.topology}) by {self}",
-            f"bytes sent    {cost.nbytes:,} by rank {self._comm.rank}",
-            f"rounds        {cost.rounds}, {cost.messages} messages",
-            f"lossy events  {cost.lossy}",
-        ]
-        return "\n".join(lines + allowances(self.reducer, self._comm.size, self.op))
+    @property
+    def _width(self) -> str:
+        """The dtype in which is summed."""
+        return work_dtype(self._form.dtype) if self._form.dtype in DTYPES else self._form.dtype
+
+    def explain(self, machine: Machine | None = None) -> str:
+        """Say what a call sends, loses and takes, and how the allowance of `bounded` is divided. Not collective.
+
+        The time is that on `machine`, or on what is known of this one: `auto` and `python -m mpicomp plan` measure it.
+        """
+        comm: Comm = self._comm
+        running = cast(Explained, self.state.running)
+        text = running.explain(self._form.layout, self._width, comm.topology, comm.rank, machine or known(comm))
+        head = f"{self.op} of {self._form} over {comm.size} ranks by {self}"
+        return "\n".join([head, text, *allowances(self.reducer, comm.size, self.op)])
 
     def __str__(self) -> str:
         return str(self.state)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from mpicomp.arrays import Array
+from mpicomp.arrays import Array, work_dtype
 from mpicomp.background import Request
 from mpicomp.calls.arguments import (
     Arrays,
@@ -21,14 +21,19 @@ from mpicomp.calls.arguments import (
     checked_out,
     member_of,
 )
+from mpicomp.calls.carriers import spread
+from mpicomp.calls.copies import carrier, rows, said, sources, targets
 from mpicomp.calls.memory import Memory, remembers
 from mpicomp.calls.operation import Operation, call, start
 from mpicomp.codecs.base import Codec
 from mpicomp.collectives import Comm
 from mpicomp.collectives import allreduce as allreduce_exact
+from mpicomp.kernels import kernels_for
+from mpicomp.reducers.allowance import divided
 from mpicomp.reducers.apply import OPS
 from mpicomp.reducers.base import Reducer
 from mpicomp.reducers.dense import Dense
+from mpicomp.reducers.gather import Gather
 from mpicomp.reducers.layout import empty
 from mpicomp.reducers.resolve import Method, describe
 
@@ -79,6 +84,52 @@ def _allreduce(comm: Comm, x: Any, method: Method, op: str, memory: Memory | Non
         return packed(form, xs, outs, partial(memory.reduce, comm, op), memory.begun().buffer)
 
     return prepared(comm, form, member, op, memory, run)
+
+
+def reduce_scatter(comm: Any, x: Arrays, method: Method, op: str = "sum", out: Arrays | None = None) -> Arrays:
+    """Return this rank's row, (*shape), of the sum or mean over ranks of x, (ranks, *shape). Collective.
+
+    `method` is a codec, or "dense": each row is encoded once, sent to its rank and added up there in rank order, so
+    there is one lossy event. A list of arrays of one dtype shares its messages. There is no memory. All else is as for
+    `allreduce`.
+    """
+    result: Arrays = call(comm, _reduce_scatter, x, method, op, out)
+    return result
+
+
+def ireduce_scatter(
+    comm: Any, x: Arrays, method: Method, op: str = "sum", out: Arrays | None = None
+) -> Request[Arrays]:
+    """Begin `reduce_scatter`; x and `out` must stay untouched until the request is complete. Collective."""
+    return start(comm, _reduce_scatter, x, method, op, out)
+
+
+def _reduce_scatter(comm: Comm, x: Any, method: Method, op: str, out: Any) -> Operation:
+    check_op(op, OPS)
+    given, xs, whole = sources("reduce_scatter", x, method)
+    integers = has_integers(x)
+    if integers:
+        check_integers(whole, op)
+    else:
+        checked_arrays(x)
+    form = whole.without_axis(comm.size)
+    outs = targets(out, form, xs, "as a row of x is")
+    member = given if isinstance(given, Dense) else cast(Gather, divided(Gather(given), comm.size, op)).codec
+
+    def run() -> Any:
+        results = form.arrays(xs, outs)
+        flats = [bits(result) for result in results]
+        dtype = form.dtype if integers else work_dtype(form.dtype)
+        direct = not form.listed and form.dtype == dtype
+        total = flats[0] if direct else empty(form.layout.size, dtype)
+        carrier(comm, member, form).add(comm, rows(xs, comm.size), total, f"reduce_scatter by {member}")
+        if op == "mean":
+            kernels_for(total).divide(total, comm.size)
+        if not direct:
+            spread(total, flats, form.layout, form.dtype)
+        return form.returned(results)
+
+    return Operation(lambda: said(f"{op} scattered", form, member), run)
 
 
 def prepared(

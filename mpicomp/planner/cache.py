@@ -52,6 +52,11 @@ def machine_for(comm: Comm, costs: Sequence[Cost] = (), fresh: bool = False) -> 
     return machine
 
 
+def known(comm: Comm) -> Machine | None:
+    """What this process knows of a communicator's machine; communicates nothing."""
+    return _known.get(comm)
+
+
 def know(comm: Comm, machine: Machine) -> None:
     """Take this for what was measured, in this process; all ranks must do so."""
     _known[comm] = machine
