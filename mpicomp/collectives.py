@@ -7,9 +7,11 @@ Messages over 1 GiB are cut: Open MPI 5 refuses counts from 2^31 on.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -20,12 +22,14 @@ from typing import Any, NoReturn
 import numpy as np
 
 from mpicomp.arrays import Array
-from mpicomp.transport import MPITransport, Request, Topology, Transport
+from mpicomp.transport import MPITransport, Request, Topology, Transport, Window
 
+PR_SET_TIMERSLACK = 29  # of linux/prctl.h
 CHUNK = 1 << 30  # bytes in one MPI message
 SPIN = 50e-6  # seconds that a waiting rank polls, at most, before it offers its core to others
 YIELD = 100e-6  # seconds after which it begins to sleep
 SLEEP_SHARE = 0.05  # of the time waited so far; lower = less latency, higher = less time taken from who shares the core
+WORK = 3e-6  # seconds; a test that takes longer has copied something
 LONGEST_SLEEP = 1e-3  # seconds
 SHORTEST_SPIN = 3e-6  # seconds
 
@@ -40,6 +44,8 @@ class Traffic:
     """Bytes of MPI's own collectives, by their optimal formula: what MPI really sends it does not tell."""
     messages: int = 0
     """Messages counted; those inside MPI's own collectives are not."""
+    shared: int = 0
+    """Bytes copied to and from memory that the ranks of a node share; no message carries them."""
     seconds: float = 0.0
     """Time spent waiting for communication, slower peers included."""
 
@@ -65,6 +71,8 @@ class Comm:
         self.calls = 0
         self.spin = SPIN  # shorter while polling is in vain: where ranks share cores it takes time from who has work
         self.doing = ""  # what the watchdog will say this rank was at: operation and unit
+        self._groups: dict[tuple[int, ...], Comm] = {}
+        self._windows: dict[str, Window] = {}
 
     @classmethod
     def of(cls, mpi: Any) -> Comm:
@@ -90,6 +98,30 @@ class Comm:
         """Return a new communicator of some ranks of `mpi`; only they call this."""
         return cls(MPITransport(mpi.Create_group(mpi.Get_group().Incl(list(ranks)))))
 
+    def group(self, ranks: Sequence[int]) -> Comm:
+        """Return the communicator of some ranks of this one, in this order; only they call this, at first together.
+
+        It is kept as long as this one, and what is sent over it is counted here.
+        """
+        known = self._groups.get(tuple(ranks))
+        if known is None:
+            known = self._groups[tuple(ranks)] = Comm(self.transport.among(ranks))
+        known.traffic, known.timeout, known.doing = self.traffic, self.timeout, self.doing
+        return known
+
+    def window(self, name: str, nbytes: int) -> Window:
+        """Return memory that all ranks share, at least `nbytes` a rank, kept under a name; on one node, collective.
+
+        All ask for as many bytes. Where that is more than before, new memory takes the place of the old, of which no
+        rank may use anything any more.
+        """
+        known = self._windows.get(name)
+        if known is None or known.parts[self.rank].size < nbytes:
+            if known is not None:
+                known.free()
+            known = self._windows[name] = self.transport.window(nbytes)
+        return known
+
     @cached_property
     def topology(self) -> Topology:
         """Which ranks share a node; collective when it is first asked for."""
@@ -107,21 +139,38 @@ _keyval: int | None = None  # where MPI keeps the Comm of a communicator
 def wait(comm: Comm, requests: Sequence[Request], operation: str) -> None:
     """Complete requests; abort the job with a report if that takes longer than the communicator's timeout.
 
-    They are tested one after the other: any test moves all that is under way, on MPI.
+    They are tested one after the other: any test moves all that is under way, on MPI. A test that took its time has
+    moved something, and a rank has waited in vain since the last of these only.
     """
-    began = time.perf_counter()
+    now = began = active = time.perf_counter()
     for place, request in enumerate(requests):
         while not request.Test():
-            waited = time.perf_counter() - began
-            if waited > YIELD:
-                if waited > comm.timeout:
-                    _give_up(comm, operation, sum(not each.Test() for each in requests[place:]), waited)
-                time.sleep(min(LONGEST_SLEEP, SLEEP_SHARE * waited))
-            elif waited > comm.spin:
+            before, now = now, time.perf_counter()
+            if now - before > WORK:
+                active = now
+            elif now - active > YIELD:
+                if now - began > comm.timeout:
+                    _give_up(comm, operation, sum(not each.Test() for each in requests[place:]), now - began)
+                _sleep(min(LONGEST_SLEEP, SLEEP_SHARE * (now - active)))
+                now = time.perf_counter()
+            elif now - active > comm.spin:
                 os.sched_yield()
+                now = time.perf_counter()
     waited = time.perf_counter() - began
     comm.spin = min(SPIN, 2 * comm.spin) if waited < comm.spin else max(SHORTEST_SPIN, comm.spin / 2)
     comm.traffic.seconds += waited
+
+
+_slack = threading.local()  # whether this thread's sleeps are as short as they say
+
+
+def _sleep(seconds: float) -> None:
+    """Sleep without the 50 us that Linux adds to let timers of idle threads expire together."""
+    if not hasattr(_slack, "gone"):
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)  # nanoseconds; of this thread alone
+        _slack.gone = True
+    time.sleep(seconds)
 
 
 def _give_up(comm: Comm, operation: str, pending: int, waited: float) -> NoReturn:
