@@ -59,9 +59,9 @@ def allowances(reducer: Reducer, ranks: int, op: str = "sum") -> list[str]:
         return []
     allowance = allowed(reducer)
     if allowance is None:
-        return [f"bound         {reducer}: of each encoding, which does not bound the {op}"]
+        return [f"  bound        {reducer}: of each encoding, which does not bound the {op}"]
     parts = cast(Any, divided(reducer, ranks, op))
     second = f" and {parts.second.abs:g} of the re-encoding" if isinstance(reducer, TwoStage) else ""
     of_sum = f", of a sum within {allowance * ranks:g}" if op == "mean" else ""
     division = f"{parts.codec.abs:g} of each of {ranks} encodings{second}"
-    return [f"bound         {op} within {allowance:g}{of_sum}: {division}, beside rounding"]
+    return [f"  bound        {op} within {allowance:g}{of_sum}: {division}, beside rounding"]
