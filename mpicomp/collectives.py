@@ -146,11 +146,11 @@ def wait(comm: Comm, requests: Sequence[Request], operation: str) -> None:
     for place, request in enumerate(requests):
         while not request.Test():
             before, now = now, time.perf_counter()
+            if now - began > comm.timeout:
+                _give_up(comm, operation, sum(not each.Test() for each in requests[place:]), now - began)
             if now - before > WORK:
                 active = now
             elif now - active > YIELD:
-                if now - began > comm.timeout:
-                    _give_up(comm, operation, sum(not each.Test() for each in requests[place:]), now - began)
                 _sleep(min(LONGEST_SLEEP, SLEEP_SHARE * (now - active)))
                 now = time.perf_counter()
             elif now - active > comm.spin:
