@@ -1,12 +1,14 @@
-"""`python -m mpicomp info`, and the check that launcher and MPI belong together."""
+"""`python -m mpicomp info` and `plan`, and the check that launcher and MPI belong together."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -54,6 +56,49 @@ def test_info_under_mpirun_prints_once() -> None:
     shown = rows(done.stdout)
     assert shown["ranks"] == "3"
     assert re.fullmatch(r"1 \(ranks by node: \S+: 3\)", shown["nodes"])
+
+
+@pytest.mark.skipif(MPIRUN is None, reason="there is no mpirun")
+def test_plan_under_mpirun(tmp_path: Path) -> None:
+    command = (str(MPIRUN), "-n", "2", sys.executable, "-m", "mpicomp", "plan", "--size", "4KiB", "256KiB")
+    file = tmp_path / "plan.json"
+    done = run(*command, "--allow", "sign", "--json", str(file), MPICOMP_CACHE_DIR=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("ranks      2 on 1 node") == 1
+    seconds = re.search(r"measured +now, in ([\d.]+) s", done.stdout)
+    assert seconds is not None
+    assert float(seconds[1]) < 4  # two where each rank has a core of its own
+    for size in ("4 KiB", "256 KiB"):
+        (block,) = [block for block in done.stdout.split("\n\n") if block.startswith(size)]
+        assert re.search(r"\n  dense\(algorithm=two_shot\) +\S+ \S+ +\S+ \S+ +\S+ \S+  exact\n", block)
+        assert re.search(r"\n  two_stage\(sign\) .* 2\n", block)
+        assert re.search(r"\n  (lossy: .* times as fast|compression will not help here)", block)
+    data = json.loads(file.read_text())
+    assert {row["nbytes"] for row in data["rows"]} == {4096, 1 << 18}
+    assert all(row["predicted"] > 0 and row["measured"] > 0 for row in data["rows"])
+    again = run(*command, MPICOMP_CACHE_DIR=str(tmp_path / "cache"))
+    assert re.search(r"measured +[\d.]+ h ago", again.stdout), again.stdout + again.stderr
+
+
+def test_plan_alone_says_that_there_is_nothing_to_plan(tmp_path: Path) -> None:
+    done = run(sys.executable, "-m", "mpicomp", "plan", MPICOMP_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "nothing to communicate" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--allow", "topk(densty=1)"], "densty"),
+        (["--allow", "error_feedback(sign)"], "error_feedback"),
+        (["--size", "many"], "a size is e.g. 4096, 64KiB or 1MiB"),
+    ],
+)
+def test_plan_refuses_what_it_cannot_read(arguments: list[str], said: str) -> None:
+    done = run(sys.executable, "-m", "mpicomp", "plan", *arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_info_shouts_when_every_rank_is_alone() -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from mpicomp.arrays import Array
 from mpicomp.codecs import CODECS, Codec, Key
 from mpicomp.collectives import Comm, allreduce, barrier, begin_receive, begin_send, wait
+from mpicomp.kernels import kernels_for
 from mpicomp.planner.cost import Work
 from mpicomp.planner.fit import Sample, fit
 from mpicomp.planner.machine import Curve, Machine, Point
@@ -29,13 +30,15 @@ from mpicomp.wire import HEADER, MessageLayout
 SIZES = tuple(1 << bits for bits in range(12, 25, 2))  # bytes a rank sends in one burst
 BURSTS = (1, 4)  # short messages to each peer: what one more costs
 MEMORY = 1 << 25  # bytes
-LONGEST = 0.06  # seconds that one exchange may take
+SHORT = 0.02  # seconds for the repetitions of a message or an allreduce
+LASTING, WEIGHT = 0.15, 5  # seconds; how many samples this one stands for
+LONGEST = 0.1  # seconds that one exchange may take
 ALLREDUCES = tuple(1 << bits for bits in range(6, 26, 2))  # bytes
-LONGEST_ALLREDUCE = 0.14  # seconds
-ENOUGH = 0.4  # seconds that one kind of measurement may take; sizes beyond are left out
+LONGEST_ALLREDUCE = 0.2  # seconds
+ENOUGH = 0.3  # seconds that one kind of measurement may take; sizes beyond are left out
 CHAINS, LINKS = 3, 30  # a time is the best of so many runs, each of up to so many operations
-ELEMENTS = (1 << 10, 1 << 17, 1 << 21)  # in the first-level cache, in the second-level one, in memory
-LONGEST_PASS = 0.02  # seconds
+ELEMENTS = (1 << 10, 1 << 17, 1 << 20, 1 << 22)  # in caches of three levels, in memory
+PASS = 0.004  # seconds for the repetitions of a pass
 RANK = 4  # columns of the thin matrix
 
 BASIC = (Work("add", 0), Work("copy", 0), Work("matmul", 0))
@@ -113,15 +116,17 @@ def _exchanges(comm: Comm, within: bool) -> list[Sample]:
     memory = np.ones(room, np.uint8), np.ones(room, np.uint8)
     samples = []
     for count in BURSTS:
-        seconds = timed(comm, _Burst(comm, peers, memory, 8, count), 0.02)
+        seconds = timed(comm, _Burst(comm, peers, memory, 8, count), SHORT)
         samples.append(Sample(most * count, 8.0 * load * count, seconds))
     began = time.perf_counter()
     for size in SIZES:
         if samples[-1].seconds * 4 > LONGEST or _since(comm, began) > ENOUGH:
             break
-        seconds = timed(comm, _Burst(comm, peers, memory, size // most, 1), LONGEST)
-        samples.append(Sample(most, float(size // most * load), seconds))
-    return samples
+        burst = _Burst(comm, peers, memory, size // most, 1)
+        samples.append(Sample(most, float(size // most * load), timed(comm, burst, SHORT)))
+    # Networks let short bursts pass faster than what lasts: the last size once more, for longer, and it counts most.
+    last = samples[-1]._replace(seconds=timed(comm, burst, LASTING))
+    return samples + [last] * WEIGHT
 
 
 class _Burst:
@@ -134,7 +139,8 @@ class _Burst:
 
     def _messages(self, memory: Array, nbytes: int) -> Iterator[Array]:
         """Parts of a memory, one after the other, for ever."""
-        return itertools.cycle([memory[at : at + nbytes] for at in range(0, memory.size - nbytes + 1, max(nbytes, 64))])
+        step = max(nbytes, 1 << 16)
+        return itertools.cycle([memory[at : at + nbytes] for at in range(0, memory.size - nbytes + 1, step)])
 
     def __call__(self) -> None:
         requests = []
@@ -155,7 +161,7 @@ def _allreduces(comm: Comm) -> tuple[Point, ...]:
         if found and (found[-1].seconds * 4 > LONGEST_ALLREDUCE or _since(comm, began) > ENOUGH):
             break
         x, total = np.ones(nbytes // 4, np.float32), np.empty(nbytes // 4, np.float32)
-        seconds = timed(comm, partial(allreduce, comm, x, total), LONGEST / 2)
+        seconds = timed(comm, partial(allreduce, comm, x, total), SHORT)
         found.append(Point(nbytes, seconds))
     return _undisturbed(found)
 
@@ -176,14 +182,13 @@ def measure_passes(comm: Comm, machine: Machine, works: Sequence[Work]) -> Machi
     for work in works:
         _pass(work, x[: ELEMENTS[0]])()
     barrier(comm)
-    passes, began = {}, time.perf_counter()
-    for work in works:
-        curve: list[Point] = []
-        for n in ELEMENTS:
-            if curve and curve[-1].seconds * n / curve[-1].size > LONGEST_PASS:
-                break
-            curve.append(Point(n, timed(comm, _pass(work, x[:n]), LONGEST_PASS)))
-        passes[Machine.pass_name(work)] = _undisturbed(curve)
+    curves: list[list[Point]] = [[] for _ in works]
+    began = time.perf_counter()
+    for n in ELEMENTS:
+        if n == ELEMENTS[0] or _since(comm, began) < ENOUGH:
+            for work, curve in zip(works, curves, strict=True):
+                curve.append(Point(n, timed(comm, _pass(work, x[:n]), PASS)))
+    passes = {Machine.pass_name(work): _undisturbed(curve) for work, curve in zip(works, curves, strict=True)}
     return replace(machine.with_passes(passes), seconds=machine.seconds + _since(comm, began))
 
 
@@ -208,10 +213,17 @@ def _coding(codec: Codec, op: str, x: Array) -> Callable[[], object]:
     layout = MessageLayout([codec.fields(x.size, "float32")])
     buffer = np.zeros(layout.nbytes, np.uint8)
     payload, old, new, key = layout.views(buffer)[0], np.zeros_like(x), np.empty_like(x), Key()
-    if op == "encode":
-        return lambda: codec.encode(x, payload, key)
-    if op == "encode_residual":
-        return lambda: codec.encode_residual(x, old, payload, new, key)
+    if op in ("encode", "encode_residual"):
+
+        def encode() -> None:
+            if not codec.loud:  # as reducers do, who look for what is not finite
+                kernels_for(x).nonfinite(x, old if op == "encode_residual" else None)
+            if op == "encode":
+                codec.encode(x, payload, key)
+            else:
+                codec.encode_residual(x, old, payload, new, key)
+
+        return encode
     if op != "decode_add":
         raise ValueError(f"no way to time the work {op!r} of {codec}")
     used = codec.encode(x, payload, key)

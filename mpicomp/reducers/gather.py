@@ -10,7 +10,7 @@ import numpy as np
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
 from mpicomp.collectives import Comm
-from mpicomp.planner import Cost
+from mpicomp.planner import Cost, Work
 from mpicomp.reducers.base import (
     Message,
     Reduction,
@@ -53,6 +53,7 @@ class Gather(Remembering, Spec):
             chunks=max(1, len(sizes)),
             work=(
                 coding(self.codec, layout.size, feedback=feedback),
+                Work("copy", layout.size),  # zeros, to add to
                 coding(self.codec, layout.size * topology.size, "decode_add"),
             ),
         )

@@ -32,7 +32,7 @@ from mpicomp.codecs.checks import check_bool, is_number
 from mpicomp.codecs.sparse import check_values
 from mpicomp.collectives import Comm
 from mpicomp.kernels import kernels_for
-from mpicomp.planner import Cost
+from mpicomp.planner import Cost, Work
 from mpicomp.reducers.base import Reduction, Remembering, State, check_codec, coding, poisoned_total
 from mpicomp.reducers.entries import Coding, Entries, Selecting, check_selecting, pick
 from mpicomp.reducers.layout import Layout
@@ -130,6 +130,7 @@ class Split(Remembering, Spec):
             work=(
                 coding(self.codec, layout.size, feedback=feedback),
                 coding(self.codec, elements * ranks, "decode_add"),
+                Work("copy", layout.size),  # zeros, to add to
                 coding(self.codec, layout.size * (1 if self.cut else ranks), "decode_add"),
             ),
             mpi=(histogram,) if histogram else (),

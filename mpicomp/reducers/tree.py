@@ -17,7 +17,7 @@ from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
 from mpicomp.collectives import Comm, begin_receive, begin_send, receive, send, wait
 from mpicomp.kernels import kernels_for
-from mpicomp.planner import Cost
+from mpicomp.planner import Cost, Work
 from mpicomp.reducers.base import (
     Message,
     Reduction,
@@ -80,6 +80,7 @@ class Tree(Remembering, Spec):
             lossy=1 + depth,
             work=(
                 coding(self.codec, layout.size, feedback=feedback),
+                Work("copy", layout.size),  # zeros, to add to
                 coding(self.codec, layout.size, "decode_add"),
             ),
         )

@@ -15,7 +15,7 @@ import numpy as np
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
 from mpicomp.collectives import Comm
-from mpicomp.planner import Cost
+from mpicomp.planner import Cost, Work
 from mpicomp.reducers.base import (
     Message,
     Reduction,
@@ -78,6 +78,7 @@ class TwoStage(Remembering, Spec):
                 coding(self.codec, layout.size, feedback=feedback),
                 coding(self.codec, mine * ranks, "decode_add"),
                 *(() if self.codec.linear else (coding(self.recodec, mine, feedback=feedback),)),
+                Work("copy", layout.size),  # zeros, to add to
                 coding(self.recodec, layout.size, "decode_add"),
             ),
             chunks=max(1, len(sent)) if self.codec.fixed else 1,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mpicomp.planner import Cost, Link, Machine, Point, Work, predict
-from mpicomp.planner.machine import HANDLING, seconds_at
+from mpicomp.planner.machine import PASS, ROUND, seconds_at
 
 SLOW = Link(100e-6, 10e-6, 1 / 12.5e6)
 FAST = Link(2e-6, 1e-6, 1 / 5e9)
@@ -39,7 +39,7 @@ def test_more_takes_longer(machine: Machine, more: dict[str, Any]) -> None:
 def test_a_flat_network() -> None:
     found = predict(COST, FLAT)
     assert found.wire == pytest.approx((1 << 20) / 12.5e6)
-    assert found.latency == pytest.approx(2 * 100e-6 + 6 * 10e-6 + 3 * HANDLING)
+    assert found.latency == pytest.approx(2 * 100e-6 + 6 * 10e-6 + PASS + 2 * ROUND)
     assert found.coding == pytest.approx(0.262144e-3, rel=1e-3)
     assert found.seconds == pytest.approx(found.wire + found.latency + found.coding)
 
