@@ -18,6 +18,7 @@ from typing import Any, cast
 
 from mpicomp.codecs.base import Codec
 from mpicomp.codecs.bounded import Bounded
+from mpicomp.reducers.auto import Auto, fitting
 from mpicomp.reducers.base import Reducer
 from mpicomp.reducers.gather import Gather
 from mpicomp.reducers.policies import After, ErrorFeedback, Partition
@@ -31,6 +32,12 @@ def divided(reducer: Reducer, ranks: int, op: str = "sum") -> Reducer:
         return replace(reducer, small=small, large=large)
     if isinstance(reducer, (ErrorFeedback, After)):
         return replace(reducer, reducer=divided(reducer.reducer, ranks, op))
+    if isinstance(reducer, Auto):
+        allow: list[Codec | Reducer] = []
+        for each in reducer.allow:
+            parts = fitting(each) if isinstance(each, Bounded) else (each,)
+            allow += [divided(cast(Reducer, part), ranks, op) if hasattr(part, "reduce") else part for part in parts]
+        return Auto(allow=tuple(allow))
     allowance = allowed(reducer)
     if allowance is None:
         return reducer
@@ -54,6 +61,8 @@ def allowances(reducer: Reducer, ranks: int, op: str = "sum") -> list[str]:
         return allowances(reducer.small, ranks, op) + allowances(reducer.large, ranks, op)
     if isinstance(reducer, (ErrorFeedback, After)):
         return allowances(reducer.reducer, ranks, op)
+    if isinstance(reducer, Auto):
+        return [line for each in reducer.lossy() for line in allowances(each, ranks, op)]
     codec = getattr(reducer, "codec", None)
     if not isinstance(codec, Bounded):
         return []

@@ -21,11 +21,12 @@ from mpicomp.arrays import Array
 from mpicomp.codecs import Uniform
 from mpicomp.codecs.base import Codec
 from mpicomp.collectives import Comm
-from mpicomp.planner import Cost, predict
+from mpicomp.planner import Cost, Machine, predict
 from mpicomp.planner.cache import machine_for
 from mpicomp.planner.course import Course
+from mpicomp.planner.machine import time_text
 from mpicomp.planner.share import shared
-from mpicomp.reducers.base import Explained, Reducer, Reduction, State, Units
+from mpicomp.reducers.base import Explained, Reducer, Reduction, State, Units, laid_out
 from mpicomp.reducers.dense import ALGORITHMS, Dense
 from mpicomp.reducers.gather import Gather
 from mpicomp.reducers.integer import Integer
@@ -95,6 +96,10 @@ class Auto(Explained, Spec):
         """What is chosen from. With feedback bare codecs are taken as contractions; ValueError for what is none."""
         return _candidates(self.allow, feedback)
 
+    def lossy(self, feedback: bool = False) -> tuple[Reducer, ...]:
+        """The candidates that `allow` adds to the exact ones."""
+        return tuple(each for each in self.candidates(feedback) if each not in EXACT)
+
     def init(self, layout: Layout, dtype: str, feedback: bool = False, seed: int = 0, step: int = 0) -> State:
         """See Reducer. Which candidate it will be shows at the first step."""
         first = self.candidates(feedback)[0]
@@ -159,6 +164,26 @@ class Auto(Explained, Spec):
         """See Reducer; of the first candidate, since the choice shows at the first step."""
         return self.candidates(feedback)[0].cost(layout, dtype, topology, me, feedback)
 
+    def explain(
+        self,
+        layout: Layout | tuple[int, ...],
+        dtype: str = "float32",
+        topology: Topology | int = 1,
+        me: int = 0,
+        machine: Machine | None = None,
+        feedback: bool = False,
+    ) -> str:
+        """See Explained: all candidates with their predicted times, and the one that this favours in full."""
+        layout, topology = laid_out(layout, topology)
+        found = self.candidates(feedback)
+        if machine is None:
+            return "\n".join([f"{self}, the fastest of", *(f"  {each}" for each in found)])
+        times = [predict(each.cost(layout, dtype, topology, me, feedback), machine).seconds for each in found]
+        first = found[min(range(len(found)), key=times.__getitem__)]
+        lines = [f"  {time_text(seconds):>8}  {each}" for each, seconds in zip(found, times, strict=True)]
+        said = first.explain(layout, dtype, topology, me, machine, feedback)
+        return "\n".join([f"{self}, the fastest of", *lines, f"at first {said}"])
+
     def running(self, state: State) -> Reducer:
         """The reducer to which a state belongs."""
         place: Place = state.work[PLACE]
@@ -186,10 +211,10 @@ def _candidates(allow: tuple[Codec | Reducer, ...], feedback: bool) -> tuple[Red
     for each in allow:
         if hasattr(each, "decode_add"):
             codec = cast(Codec, each)
-            found += fitting(unscaled(codec) if feedback else codec)
+            parts = fitting(unscaled(codec) if feedback else codec)
+            found += [part for part in parts if not feedback or getattr(part, "contractive", True)]
             continue
-        codec_of: Codec | None = getattr(each, "codec", None)
-        if feedback and codec_of is not None:
+        if feedback:
             ErrorFeedback(each)  # raises for what does not contract
         found.append(each)
     return tuple(dict.fromkeys(found))

@@ -98,6 +98,18 @@ class Reducer(Protocol):
         """What one `reduce` takes of rank `me`, with or without feedback; its bytes are what the count must meet."""
         ...
 
+    def explain(
+        self,
+        layout: Layout | tuple[int, ...],
+        dtype: str = "float32",
+        topology: Topology | int = 1,
+        me: int = 0,
+        machine: Machine | None = None,
+        feedback: bool = False,
+    ) -> str:
+        """Say in words what `cost` says, and how long that takes on a machine; see Explained."""
+        ...
+
     def export(self, state: State) -> Units:
         """What this rank must keep to go on: residuals and the like, by unit name; copies."""
         ...
@@ -127,11 +139,18 @@ class Explained:
 
         `layout` may be the shape of an array, `topology` a number of ranks, each on a node of its own.
         """
-        layout = layout if isinstance(layout, Layout) else Layout.single(layout)
-        topology = Topology.flat(topology) if isinstance(topology, int) else topology
+        layout, topology = laid_out(layout, topology)
         dense = 2 * layout.size * np.dtype(dtype).itemsize * (topology.size - 1) / topology.size
         cost = cast(Reducer, self).cost(layout, dtype, topology, me, feedback)
         return explain(str(self), cost, dense, machine)
+
+
+def laid_out(layout: Layout | tuple[int, ...], topology: Topology | int) -> tuple[Layout, Topology]:
+    """Take the shape of an array for its layout, and a number of ranks for as many nodes."""
+    return (
+        layout if isinstance(layout, Layout) else Layout.single(layout),
+        Topology.flat(topology) if isinstance(topology, int) else topology,
+    )
 
 
 class Remembering(Explained):

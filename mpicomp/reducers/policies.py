@@ -14,7 +14,7 @@ import numpy as np
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
 from mpicomp.collectives import Comm
-from mpicomp.planner import Cost
+from mpicomp.planner import Cost, Machine
 from mpicomp.reducers.base import Explained, Reducer, Reduction, State, Units
 from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.layout import Layout, Unit
@@ -92,6 +92,19 @@ class ErrorFeedback(Explained, Spec):
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
         """See Reducer."""
         return self.reducer.cost(layout, dtype, topology, me, feedback=True)
+
+    def explain(
+        self,
+        layout: Layout | tuple[int, ...],
+        dtype: str = "float32",
+        topology: Topology | int = 1,
+        me: int = 0,
+        machine: Machine | None = None,
+        feedback: bool = False,
+    ) -> str:
+        """See Explained."""
+        said = self.reducer.explain(layout, dtype, topology, me, machine, feedback=True)
+        return said.replace(str(self.reducer), str(self), 1)
 
     def export(self, state: State) -> Units:
         """See Reducer."""

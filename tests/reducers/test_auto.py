@@ -24,6 +24,7 @@ from mpicomp.reducers import (
     resolve,
     resolve_partitioned,
 )
+from mpicomp.reducers.allowance import allowances, divided
 from mpicomp.reducers.auto import EXACT, PLACE, Place
 from mpicomp.transport import Topology
 
@@ -257,10 +258,20 @@ def test_what_one_array_taught_serves_the_next() -> None:
     assert all(team_on(FAST, auto, 2, feedback=False).run(f))
 
 
+def test_a_bound_of_the_result_is_divided_for_each_candidate() -> None:
+    auto = divided(member("auto(allow=(bounded(abs=0.1),))"), 5)
+    assert [str(each) for each in cast(Auto, auto).lossy()] == [
+        "gather(bounded(abs=0.02))",
+        "two_stage(bounded(abs=0.01), bounded(abs=0.05))",
+    ]
+    assert divided(member(SPEC), 5) == member(SPEC)
+    assert len(allowances(member("auto(allow=(bounded(abs=0.1),))"), 5)) == 2
+
+
 def test_explain() -> None:
     auto = cast(Auto, parse(SPEC))
     machine = machine_of(SLOW, auto, 4)
-    for reducer in (*auto.candidates(True), member(f"error_feedback({SPEC})"), member("after(3, gather(sign))")):
+    for reducer in (*auto.candidates(True), member("after(3, gather(sign))"), member("error_feedback(gather(sign))")):
         cost = reducer.cost(Layout.single((100, 100)), "float32", Topology.flat(4), 0)
         said = cast(Any, reducer).explain((100, 100), topology=4, machine=machine)
         assert said.startswith(str(reducer))
@@ -270,4 +281,9 @@ def test_explain() -> None:
     assert "58.7 KiB a rank, 100.16% of the exact sum's 58.6 KiB" in said
     seconds = predict(auto.candidates(True)[1].cost(Layout.single((100, 100)), "float32", Topology.flat(4), 0), machine)
     assert f"time         {seconds.seconds * 1e3:.3g} ms" in said
+    said = member(f"error_feedback({SPEC})").explain((100, 100), topology=4, machine=machine)
+    assert said.startswith(f"error_feedback({SPEC}), the fastest of\n")
+    assert all(f" {each}\n" in said for each in auto.candidates(True))
+    assert "\nat first low_rank(rank=2)\n  sends" in said
+    assert str(auto.candidates()[-1]) in auto.explain((100, 100), topology=4)
     assert "was not measured" in cast(Any, auto.candidates()[0]).explain((100, 100), topology=4)
