@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +22,7 @@ class Request(Protocol):
 
 
 class Window(Protocol):
-    """Memory that the ranks of one node share: `parts[r]` is rank r's, (nbytes,) uint8, and all may read and write it.
+    """Memory that the ranks of one node share: `parts[r]`, (nbytes,) uint8, is written by rank r alone, read by all.
 
     Between a rank's write and another's read both call `sync`, the writer before and the reader after they have met.
     """
@@ -155,7 +156,12 @@ class MPITransport:
 
     def among(self, ranks: Sequence[int]) -> MPITransport:
         """See Transport."""
-        return MPITransport(self.mpi.Create_group(self.mpi.Get_group().Incl(list(ranks))))
+        everyone = self.mpi.Get_group()
+        some = everyone.Incl(list(ranks))
+        made = MPITransport(self.mpi.Create_group(some))
+        some.Free()
+        everyone.Free()
+        return made
 
     def window(self, nbytes: int) -> MPIWindow:
         """See Transport."""
@@ -167,15 +173,28 @@ class MPITransport:
 
 
 class MPIWindow:
-    """A window of MPI's shared memory; see Window."""
+    """A window of MPI's shared memory; see Window. RuntimeError where there is none to be had.
+
+    Freeing it is collective, so the garbage collector of one rank must not: what nobody freed is freed when the process
+    ends, before MPI is, on all ranks in the order in which it was made.
+    """
 
     def __init__(self, mpi: Any, nbytes: int) -> None:
         from mpi4py import MPI
 
-        self._win = MPI.Win.Allocate_shared(nbytes, 1, comm=mpi)
+        try:
+            self._win = MPI.Win.Allocate_shared(nbytes, 1, comm=mpi)
+        except MPI.Exception as error:
+            raise RuntimeError(
+                f"MPI_Win_allocate_shared of {nbytes} bytes on each of {mpi.Get_size()} ranks failed ({error}): they "
+                f"must be on one node, with so much room where MPI keeps shared memory, mostly /dev/shm"
+            ) from error
         self._win.Lock_all(MPI.MODE_NOCHECK)
         memories: list[Any] = [self._win.Shared_query(rank)[0] for rank in range(mpi.Get_size())]
         self.parts: Sequence[Array] = [np.frombuffer(memory, np.uint8) for memory in memories]
+        for rank, part in enumerate(self.parts):
+            part.flags.writeable = rank == mpi.Get_rank()
+        _windows.append(self)
 
     def sync(self) -> None:
         """See Window."""
@@ -183,6 +202,20 @@ class MPIWindow:
 
     def free(self) -> None:
         """See Window."""
+        _windows.remove(self)
         self.parts = []
         self._win.Unlock_all()
         self._win.Free()
+
+
+_windows: list[MPIWindow] = []
+
+
+@atexit.register  # at import, before the threads that communicate register their own ends: theirs come first
+def _free_windows() -> None:
+    if not _windows:
+        return
+    from mpi4py import MPI
+
+    while _windows and not MPI.Is_finalized():
+        _windows[0].free()

@@ -10,7 +10,11 @@ most of the time:
 - a send buffer is poisoned when the last send that overlaps it completes, unless it is read-only, as the caller's own
   array should be: whoever wants to keep what was sent keeps a copy;
 - a buffer that changes while it is in use, overlapping buffers, a receive buffer that is not of the message's size,
-  ranks that are at different collectives, messages that nobody receives: all are `Misuse`.
+  ranks that are at different collectives, messages that nobody receives: all are `Misuse`;
+- what a rank writes to a window is nowhere to be seen until it calls `sync`, the others' parts are read-only, and new
+  windows, and freed ones, are poisoned.
+
+All this holds among some ranks of a team (`Transport.among`) too: a thread has an end in every group that it is in.
 
 If one rank fails, the others are released from their waiting at once. The bytes of each rank are counted here, apart
 from `Comm.traffic`, so that tests compare the two.
@@ -23,7 +27,7 @@ import random
 import sys
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -89,23 +93,24 @@ class Operation:
         self.sent, self.received = sent, received
         self.posted = None if sent is None else sent.copy()  # what was to be sent
         self.message: Array | None = None  # what is to be received
+        self.made: Any = None  # what a collective makes that moves no data
         self.ready = self.finished = False
         self.error: Exception | None = None
-        self.patience = rank.random.choice(PATIENCE)
+        self.patience = rank.thread.random.choice(PATIENCE)
         self.buffers: list[Buffer] = []
         for data, written in ((received, True), (sent, False)):
             if data is not None and data.size:
                 self._use(data, written)
         if received is not None:
             received.view(np.uint8).fill(POISON)
-        rank.under_way.append(self)
+        rank.thread.under_way.append(self)
 
     def _use(self, data: Array, written: bool) -> None:
         start: int = data.__array_interface__["data"][0]
         mine = Buffer(start, start + data.nbytes, written)
         if written and not data.flags.writeable:
             raise Misuse("a receive buffer is read-only")
-        for other in [buffer for op in self.rank.under_way for buffer in op.buffers] + self.buffers:
+        for other in [buffer for op in self.rank.thread.under_way for buffer in op.buffers] + self.buffers:
             if mine.start < other.end and other.start < mine.end and (mine.written or other.written):
                 raise Misuse("a buffer overlaps another one in use, and one of the two is written to")
         self.buffers.append(mine)
@@ -116,7 +121,7 @@ class Operation:
         if self.rank.team.failed.is_set():
             raise Released(f"rank {self.rank.rank} was waiting when another rank failed")
         if not self.ready:
-            self.rank.rest()
+            self.rank.thread.rest()
             return False
         if self.patience:
             self.patience -= 1
@@ -127,14 +132,14 @@ class Operation:
     def become_ready(self) -> None:
         """Tell the rank that its peers have done their part; called by any thread, with the team's lock."""
         self.ready = True
-        self.rank.ready += 1
-        self.rank.news.set()
+        self.rank.thread.ready += 1
+        self.rank.thread.news.set()
 
     def _finish(self) -> None:
         self.finished = True
-        self.rank.under_way.remove(self)
+        self.rank.thread.under_way.remove(self)
         with self.rank.team.lock:
-            self.rank.ready -= 1
+            self.rank.thread.ready -= 1
         if self.error is not None:
             raise self.error
         if self.received is not None:
@@ -155,26 +160,23 @@ class Operation:
             return
         start: int = self.sent.__array_interface__["data"][0]
         end = start + self.sent.nbytes
-        in_use = (buffer for op in self.rank.under_way for buffer in op.buffers)
+        in_use = (buffer for op in self.rank.thread.under_way for buffer in op.buffers)
         if not any(start < buffer.end and buffer.start < end for buffer in in_use):
             self.sent.view(np.uint8).fill(POISON)
 
 
-class Rank:
-    """One rank's end of a team: a Transport."""
+class Thread:
+    """A rank of the team itself: what is under way in it, in all groups together."""
 
     def __init__(self, team: Team, rank: int, seed: int) -> None:
         self.team = team
         self.rank = rank
-        self.size = team.size
         self.random = random.Random(seed * 1000 + rank)
         self.under_way: list[Operation] = []
         self.ready = 0  # of these, how many are ready
         self.news = threading.Event()
         self.left = False
-        self.sent_bytes = 0
-        self.sent_messages = 0
-        self.collectives: list[Collective] = []
+        self.ends: list[Rank] = []
 
     def rest(self) -> None:
         """Give the core away until something happens, if nothing has that this rank does not know yet; not for long."""
@@ -182,22 +184,57 @@ class Rank:
         if not self.ready and not self.team.failed.is_set():
             self.news.wait(REST)
 
+
+class Group:
+    """Some threads of a team that communicate among themselves: their mailboxes and meetings."""
+
+    def __init__(self, team: Team, threads: Sequence[Thread]) -> None:
+        self.sends: Mailboxes = defaultdict(deque)
+        self.receives: Mailboxes = defaultdict(deque)
+        self.meetings: dict[object, Meeting] = {}
+        self.ranks = [Rank(team, self, thread, rank) for rank, thread in enumerate(threads)]
+
+
+class Rank:
+    """One thread's end of a group: a Transport."""
+
+    def __init__(self, team: Team, group: Group, thread: Thread, rank: int) -> None:
+        self.team, self.group, self.thread = team, group, thread
+        self.rank = rank
+        self.sent = [0, 0]  # bytes, messages
+        self.collectives: list[Collective] = []
+        self.made: dict[tuple[int, ...], int] = defaultdict(int)  # groups of some ranks, how often
+        thread.ends.append(self)
+
+    @property
+    def size(self) -> int:
+        return len(self.group.ranks)
+
+    @property
+    def sent_bytes(self) -> int:
+        """What the thread has sent in all its groups."""
+        return sum(end.sent[0] for end in self.thread.ends)
+
+    @property
+    def sent_messages(self) -> int:
+        return sum(end.sent[1] for end in self.thread.ends)
+
     @property
     def modelled_bytes(self) -> int:
-        return sum(collective.modelled(self.size) for collective in self.collectives)
+        return sum(collective.modelled(end.size) for end in self.thread.ends for collective in end.collectives)
 
     def send(self, data: Array, peer: int, tag: int) -> Operation:
         self._check(data, peer, np.dtype(np.uint8))
         operation = Operation(self, data, None)
-        self.sent_bytes += data.size
-        self.sent_messages += 1
-        self._post(operation, (self.rank, peer, tag), peer, self.team.sends, self.team.receives)
+        self.sent[0] += data.size
+        self.sent[1] += 1
+        self._post(operation, (self.rank, peer, tag), peer, self.group.sends, self.group.receives)
         return operation
 
     def receive(self, data: Array, peer: int, tag: int) -> Operation:
         self._check(data, peer, np.dtype(np.uint8))
         operation = Operation(self, None, data)
-        self._post(operation, (peer, self.rank, tag), peer, self.team.receives, self.team.sends)
+        self._post(operation, (peer, self.rank, tag), peer, self.group.receives, self.group.sends)
         return operation
 
     def allreduce(self, x: Array, total: Array, op: str) -> Operation:
@@ -224,7 +261,36 @@ class Rank:
         pass
 
     def topology(self) -> Topology:
-        return self.team.topology
+        everywhere = self.team.topology
+        place = {thread_end.thread.rank: thread_end.rank for thread_end in self.group.ranks}
+        nodes = [tuple(sorted(place[rank] for rank in node if rank in place)) for node in everywhere.nodes]
+        return Topology(tuple(sorted(node for node in nodes if node)))
+
+    def among(self, ranks: Sequence[int]) -> Rank:
+        chosen = tuple(ranks)
+        if self.rank not in chosen or len(set(chosen)) < len(chosen):
+            raise Misuse(f"rank {self.rank} makes a group of the ranks {chosen}")
+        self.made[chosen] += 1
+        operation = Operation(self, None, None)
+        self._meet(operation, (chosen, self.made[chosen]), ("among", *chosen), chosen)
+        while not operation.Test():
+            pass
+        made: Group = operation.made
+        return made.ranks[chosen.index(self.rank)]
+
+    def window(self, nbytes: int) -> TeamWindow:
+        node = self.team.topology.node_of(self.thread.rank)
+        if any(self.team.topology.node_of(end.thread.rank) != node for end in self.group.ranks):
+            raise Misuse("a window of ranks on several nodes")
+        return TeamWindow(self, self._together(("window", nbytes)))
+
+    def _together(self, what: tuple[Any, ...]) -> Any:
+        """Do a collective that moves no data; return what all ranks get."""
+        operation = Operation(self, None, None)
+        self._join(operation, what, 0)
+        while not operation.Test():
+            pass
+        return operation.made
 
     def abort(self, code: int) -> None:
         with self.team.lock:
@@ -242,7 +308,7 @@ class Rank:
         with self.team.lock:
             if not theirs[channel]:
                 mates[channel].append(mine)
-                if self.team.ranks[peer].left:
+                if self.group.ranks[peer].thread.left:
                     raise Misuse(f"rank {self.rank} needs rank {peer}, which has returned")
                 return
             other = theirs[channel].popleft()
@@ -259,32 +325,67 @@ class Rank:
             receive.become_ready()
 
     def _join(self, operation: Operation, what: tuple[Any, ...], nbytes: int) -> None:
-        """Take part in the next of the team's collectives; the last rank to come computes its result."""
+        """Take part in the next of the group's collectives."""
+        self.collectives.append(Collective(what[0], nbytes))
+        self._meet(operation, len(self.collectives), what, range(self.size))
+
+    def _meet(self, operation: Operation, number: object, what: tuple[Any, ...], expected: Sequence[int]) -> None:
+        """Come to a meeting of these ranks; the last one to come computes its result."""
         with self.team.lock:
-            number = len(self.collectives)
-            self.collectives.append(Collective(what[0], nbytes))
-            meeting = self.team.meetings.setdefault(number, Meeting(what, {}))
+            meeting = self.group.meetings.setdefault(number, Meeting(what, {}, expected))
             if meeting.what != what:
                 raise Misuse(f"rank {self.rank} is at {what} while others are at {meeting.what}")
             meeting.operations[self.rank] = operation
-            gone = [rank.rank for rank in self.team.ranks if rank.left and rank.rank not in meeting.operations]
-            if gone:
-                raise Misuse(f"rank {self.rank} is at {what}, but rank {gone[0]} has returned")
-            if len(meeting.operations) == self.size:
-                del self.team.meetings[number]
+            for rank in expected:
+                if self.group.ranks[rank].thread.left and rank not in meeting.operations:
+                    raise Misuse(f"rank {self.rank} is at {what}, but rank {rank} has returned")
+            if len(meeting.operations) == len(expected):
+                del self.group.meetings[number]
                 meeting.conclude()
 
 
+class TeamWindow:
+    """A window among threads; see the module. A rank reads its own part as it wrote it, others' as they synced it."""
+
+    def __init__(self, rank: Rank, seen: list[Array]) -> None:
+        self._rank, self._seen = rank, seen
+        self._mine = seen[rank.rank].copy()
+        self.parts: list[Array] = [part.view() for part in seen]
+        for part in self.parts:
+            part.flags.writeable = False
+        self.parts[rank.rank] = self._mine
+
+    def sync(self) -> None:
+        self._seen[self._rank.rank][...] = self._mine
+
+    def free(self) -> None:
+        self._rank._together(("free", id(self._seen)))
+        for part in (self._mine, self._seen[self._rank.rank]):
+            part[...] = POISON
+        self.parts = []
+
+
 class Meeting(NamedTuple):
-    """One of the team's collectives: what it is, and the operations of the ranks that have come."""
+    """One of a group's collectives: what it is, the operations of the ranks that have come, and who is to come."""
 
     what: tuple[Any, ...]
     operations: dict[int, Operation]
+    expected: Sequence[int]
 
     def conclude(self) -> None:
         """Compute the result, in rank order, and hand it to everyone."""
         posted = [self.operations[rank].posted for rank in sorted(self.operations)]
-        if self.what[0] == "broadcast":
+        first = next(iter(self.operations.values())).rank
+        result: Any = None
+        made: Any = None
+        if self.what[0] == "among":
+            made = Group(first.team, [first.group.ranks[rank].thread for rank in self.expected])
+            first.team.groups.append(made)
+        elif self.what[0] == "window":
+            made = [np.full(self.what[1], POISON, np.uint8) for _ in self.expected]
+        elif self.what[0] == "free":
+            pass
+        elif self.what[0] == "broadcast":
             result = posted[self.what[1]]
         else:
             result = posted[0]
@@ -292,7 +393,7 @@ class Meeting(NamedTuple):
                 for x in posted[1:]:
                     result = REDUCTIONS[self.what[1]](result, x)
         for operation in self.operations.values():
-            operation.message = result
+            operation.message, operation.made = result, made
             operation.become_ready()
 
 
@@ -315,10 +416,9 @@ class Team:
         self.failed = threading.Event()
         self.aborted: tuple[int, int] | None = None  # rank, code
         self.errors: dict[int, BaseException] = {}  # by rank, in the order in which they came
-        self.sends: Mailboxes = defaultdict(deque)
-        self.receives: Mailboxes = defaultdict(deque)
-        self.meetings: dict[int, Meeting] = {}
-        self.ranks = [Rank(self, rank, seed) for rank in range(size)]
+        self.threads = [Thread(self, rank, seed) for rank in range(size)]
+        self.groups = [Group(self, self.threads)]  # the whole team, and those made since
+        self.ranks = self.groups[0].ranks
         self.comms = [Comm(rank, timeout) for rank in self.ranks]
 
     def run(self, f: Callable[[Comm], T]) -> list[T]:
@@ -330,14 +430,14 @@ class Team:
         def work(rank: Rank) -> None:
             try:
                 results[rank.rank] = f(self.comms[rank.rank])
-                self._leave(rank)
+                self._leave(rank.thread)
             except BaseException as error:
                 with self.lock:
                     self.errors[rank.rank] = error
                 self.fail()
 
-        for rank in self.ranks:
-            rank.left = False
+        for thread_of in self.threads:
+            thread_of.left = False
         threads = [threading.Thread(target=work, args=(rank,), name=f"rank-{rank.rank}") for rank in self.ranks]
         try:
             for thread in threads:
@@ -353,8 +453,8 @@ class Team:
     def fail(self) -> None:
         """Release all ranks from their waiting."""
         self.failed.set()
-        for rank in self.ranks:
-            rank.news.set()
+        for thread in self.threads:
+            thread.news.set()
 
     def attempt(self, f: Callable[[Comm], T]) -> list[T | Exception]:
         """Call `f` on all ranks; return what they return or raise. A rank that raises counts as returned."""
@@ -369,19 +469,23 @@ class Team:
 
         return self.run(caught)
 
-    def _leave(self, rank: Rank) -> None:
+    def _leave(self, thread: Thread) -> None:
         """Note that a rank has returned, and that whoever waits for it waits in vain."""
         with self.lock:
-            rank.left = True
-            if rank.under_way:
-                raise Misuse(f"rank {rank.rank} returned with {len(rank.under_way)} requests under way")
-            for box, verb in ((self.sends, "sends to"), (self.receives, "receives from")):
-                for (source, destination, _), operations in box.items():
-                    if operations and rank.rank in (source, destination):
-                        raise Misuse(f"rank {rank.rank} returned, but rank {operations[0].rank.rank} {verb} it")
-            for number, meeting in self.meetings.items():
-                if len(rank.collectives) <= number:
-                    raise Misuse(f"rank {rank.rank} returned, but others are at {meeting.what}")
+            thread.left = True
+            if thread.under_way:
+                raise Misuse(f"rank {thread.rank} returned with {len(thread.under_way)} requests under way")
+            for end in thread.ends:
+                self._leave_group(end)
+
+    def _leave_group(self, rank: Rank) -> None:
+        for box, verb in ((rank.group.sends, "sends to"), (rank.group.receives, "receives from")):
+            for (source, destination, _), operations in box.items():
+                if operations and rank.rank in (source, destination):
+                    raise Misuse(f"rank {rank.rank} returned, but rank {operations[0].rank.rank} {verb} it")
+        for meeting in rank.group.meetings.values():
+            if rank.rank in meeting.expected and rank.rank not in meeting.operations:
+                raise Misuse(f"rank {rank.rank} returned, but others are at {meeting.what}")
 
     def _raise_first(self) -> None:
         errors = sorted(self.errors.items(), key=lambda item: isinstance(item[1], Released))  # stable

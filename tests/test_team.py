@@ -14,6 +14,7 @@ from team import POISON, Aborted, Misuse, Released, Team
 from mpicomp import collectives
 from mpicomp.arrays import Array
 from mpicomp.collectives import Comm
+from mpicomp.transport import Topology
 
 
 def finish(*requests: Any) -> None:
@@ -357,3 +358,97 @@ def test_attempt_returns_errors() -> None:
     zero, one, two = Team(3).attempt(f)
     assert (zero, two) == (0, 2)
     assert isinstance(one, ValueError)
+
+
+# ------------------------------------------------------------------------------------------------- groups and windows
+
+
+def test_a_group_has_messages_and_collectives_of_its_own() -> None:
+    def f(comm: Comm) -> list[int]:
+        evens = comm.rank % 2 == 0
+        group = comm.group([4, 0, 2] if evens else [1, 3])
+        assert comm.group([4, 0, 2] if evens else [1, 3]) is group
+        word, total = np.full(1, comm.rank, np.int32), np.empty(1, np.int32)
+        collectives.allreduce(group, word, total)
+        data = words(0)
+        finish(*ring(group, words(comm.rank), data))
+        return [group.rank, group.size, int(total[0]), int(data[0])]
+
+    team = Team(5, topology=Topology(((0, 1, 2), (3, 4))))
+    assert team.run(f) == [[1, 3, 6, 4], [0, 2, 4, 3], [2, 3, 6, 0], [1, 2, 4, 1], [0, 3, 6, 2]]
+    assert [rank.sent_bytes for rank in team.ranks] == [1] * 5
+    assert [rank.modelled_bytes for rank in team.ranks] == [6, 4, 6, 4, 6]
+    assert [comm.traffic.modelled for comm in team.comms] == [6, 4, 6, 4, 6]
+    topologies = team.run(lambda comm: str(comm.group([4, 0, 2] if comm.rank % 2 == 0 else [1, 3]).topology))
+    assert topologies == ["1+2", "1+1", "1+2", "1+1", "1+2"]
+
+
+def test_what_is_written_to_a_window_shows_when_both_have_synced() -> None:
+    def f(comm: Comm) -> list[list[int]]:
+        window = comm.window("numbers", 2)
+        before = window.parts[1 - comm.rank].tolist()
+        window.parts[comm.rank][...] = comm.rank + 7
+        collectives.barrier(comm)
+        unsynced = window.parts[1 - comm.rank].tolist()
+        collectives.barrier(comm)
+        window.sync()
+        collectives.barrier(comm)
+        window.sync()
+        after = window.parts[1 - comm.rank].tolist()
+        with pytest.raises(ValueError, match="read-only"):
+            window.parts[1 - comm.rank][0] = 1
+        assert comm.window("numbers", 1) is window
+        assert comm.window("numbers", 3).parts[0].size == 3
+        return [before, unsynced, after]
+
+    assert Team(2, topology=Topology(((0, 1),))).run(f) == [
+        [[POISON] * 2, [POISON] * 2, [8 - rank] * 2] for rank in (0, 1)
+    ]
+
+
+def group_without_a_rank(comm: Comm) -> None:
+    if comm.rank:
+        comm.group([0, 1, 2] if comm.rank == 1 else [2, 1])
+
+
+def group_of_others(comm: Comm) -> None:
+    comm.group([0, 1])
+
+
+def receive_from_who_returns(comm: Comm) -> None:
+    if comm.rank < 2:
+        group = comm.group([1, 0])
+        if comm.rank == 0:
+            collectives.receive(group, words(1), 0)
+
+
+def overlap_across_groups(comm: Comm) -> None:
+    if comm.rank < 2:
+        group, data = comm.group([0, 1]), np.empty(4, np.uint8)
+        group.transport.receive(data, 1 - comm.rank, 0)
+        comm.transport.receive(data[1:], 1 - comm.rank, 0)
+
+
+def windows_of_unlike_sizes(comm: Comm) -> None:
+    if comm.rank < 2:
+        comm.group([0, 1]).window("numbers", comm.rank)
+
+
+def window_across_nodes(comm: Comm) -> None:
+    comm.window("numbers", 1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (group_without_a_rank, "has returned|returned, but others"),
+        (group_of_others, "rank 2 makes a group"),
+        (receive_from_who_returns, "has returned|returned, but rank 1 receives from it"),
+        (overlap_across_groups, "overlaps another one"),
+        (windows_of_unlike_sizes, "while others are at"),
+        (window_across_nodes, "several nodes"),
+    ],
+)
+def test_groups_and_windows_are_strict(wrong: Callable[[Comm], None], message: str) -> None:
+    with pytest.raises(Misuse, match=message):
+        Team(3, topology=Topology(((0, 1), (2,)))).run(wrong)
