@@ -140,7 +140,7 @@ def test_plans_called_crosswise_are_found() -> None:
     [
         (np.zeros((7, 13), np.float32), None, r"made for float32\[13, 7\], got x with float32\[7, 13\]"),
         (np.zeros((13, 7)), None, "float64"),
-        ([np.zeros((13, 7), np.float32)], None, "structure"),
+        ([np.zeros((13, 7), np.float32)], None, "a list of 1"),
         (3, None, "int"),
         (np.zeros((26, 7), np.float32)[::2], None, "C-contiguous"),
         (array_of(0), np.zeros(3), "out with float64"),

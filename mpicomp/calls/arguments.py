@@ -112,10 +112,10 @@ def checked_out(out: Any, form: Form, like: str = "as x is") -> list[Array]:
     `like` says why they must be: it ends a sentence.
     """
     if isinstance(out, (list, tuple)) != form.listed or len(as_list(out)) != len(form.shapes):
-        raise ValueError(f"out must be {form} {like}, got {_described(out)}")
+        raise ValueError(f"out must be {form} {like}, got {described(out)}")
     for array, shape, dtype in zip(as_list(out), form.shapes, form.dtypes, strict=True):
         if not isinstance(array, np.ndarray) or (array.shape, dtype_name(array)) != (shape, dtype):
-            raise ValueError(f"out must be an array of {dtype}{list(shape)} {like}, got {_described(array)}")
+            raise ValueError(f"out must be an array of {dtype}{list(shape)} {like}, got {described(array)}")
         if not array.flags.c_contiguous or not array.flags.writeable or not array.dtype.isnative:
             raise ValueError("out must be contiguous and writable, in this machine's byte order")
     return as_list(out)
@@ -128,7 +128,8 @@ def check_apart(outs: list[Array], xs: list[Array]) -> None:
             raise ValueError("out shares memory with x; pass x itself or an array apart from it")
 
 
-def _described(x: Any) -> str:
+def described(x: Any) -> str:
+    """Say in an error message what was given."""
     if isinstance(x, np.ndarray):
         return f"{x.dtype}{list(x.shape)}"
     return f"a list of {len(x)}" if isinstance(x, (list, tuple)) else type(x).__name__

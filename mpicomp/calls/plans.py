@@ -10,7 +10,7 @@ import numpy as np
 
 from mpicomp.arrays import DTYPES, Array, work_dtype
 from mpicomp.background import Request, begin, in_turn
-from mpicomp.calls.arguments import Arrays, Form, as_list, check_apart, check_op, checked_arrays, member_of
+from mpicomp.calls.arguments import Arrays, Form, as_list, check_apart, check_op, checked_arrays, described, member_of
 from mpicomp.calls.memory import Memory
 from mpicomp.calls.operation import Operation, call
 from mpicomp.calls.reductions import check_integers, fresh, has_integers, packed, sum_integers
@@ -74,13 +74,13 @@ class Plan(Generic[Arrays]):
         return xs, outs
 
     def _fitting(self, x: Any, what: str) -> list[Array]:
-        arrays = as_list(x)
-        if isinstance(x, (list, tuple)) != self._form.listed or len(arrays) != len(self._kinds):
-            raise ValueError(f"the plan was made for {self._form}, got {what} of another structure")
+        """Return the arrays given; ValueError where they are not like those planned for; small sums feel it."""
+        arrays = as_list(x) if self._form.listed else [x]
+        if isinstance(x, np.ndarray) == self._form.listed or len(arrays) != len(self._kinds):
+            raise ValueError(f"the plan was made for {self._form}, got {what} of {described(x)}")
         for array, (shape, dtype) in zip(arrays, self._kinds, strict=True):
             if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype != dtype:
-                got = f"{array.dtype}{list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
-                raise ValueError(f"the plan was made for {self._form}, got {what} with {got}")
+                raise ValueError(f"the plan was made for {self._form}, got {what} with {described(array)}")
             if not array.flags.c_contiguous:
                 raise ValueError(f"{what} is not C-contiguous; pass numpy.ascontiguousarray({what})")
         return arrays

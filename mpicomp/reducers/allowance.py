@@ -21,7 +21,7 @@ from mpicomp.codecs.bounded import Bounded
 from mpicomp.reducers.auto import Auto, fitting
 from mpicomp.reducers.base import Reducer
 from mpicomp.reducers.gather import Gather
-from mpicomp.reducers.policies import After, ErrorFeedback, Partition
+from mpicomp.reducers.policies import Partition
 from mpicomp.reducers.two_stage import TwoStage
 
 
@@ -30,8 +30,8 @@ def divided(reducer: Reducer, ranks: int, op: str = "sum") -> Reducer:
     if isinstance(reducer, Partition):
         small, large = divided(reducer.small, ranks, op), divided(reducer.large, ranks, op)
         return replace(reducer, small=small, large=large)
-    if isinstance(reducer, (ErrorFeedback, After)):
-        return replace(reducer, reducer=divided(reducer.reducer, ranks, op))
+    if hasattr(reducer, "reducer"):  # a policy; one that reduces among fewer ranks has something left
+        return cast(Reducer, replace(cast(Any, reducer), reducer=divided(reducer.reducer, ranks, op)))
     if isinstance(reducer, Auto):
         allow: list[Codec | Reducer] = []
         for each in reducer.allow:
@@ -59,7 +59,7 @@ def allowances(reducer: Reducer, ranks: int, op: str = "sum") -> list[str]:
     """Say how `divided` divides, a line for each allowance; nothing where no bound is asked for."""
     if isinstance(reducer, Partition):
         return allowances(reducer.small, ranks, op) + allowances(reducer.large, ranks, op)
-    if isinstance(reducer, (ErrorFeedback, After)):
+    if hasattr(reducer, "reducer"):
         return allowances(reducer.reducer, ranks, op)
     if isinstance(reducer, Auto):
         return [line for each in reducer.lossy() for line in allowances(each, ranks, op)]
