@@ -14,7 +14,7 @@ stays valid until the next step: whoever decides that the step never happened go
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -66,7 +66,9 @@ class State:
 
     def advanced(self, **changes: Any) -> State:
         """The next step's state: the residual that was just written becomes current."""
-        return replace(self, step=self.step + 1, residual=self.spare, spare=self.residual, **changes)
+        after = object.__new__(State)  # what `replace` does, in a quarter of its 2.5 us
+        vars(after).update(vars(self), step=self.step + 1, residual=self.spare, spare=self.residual, **changes)
+        return after
 
     def key(self, piece: Piece, stage: int, rank: int) -> Key:
         """Where an encoding of this step happens."""
