@@ -4,8 +4,13 @@ A course is steered by numbers that all ranks share, predictions that rank 0 mad
 turn at the same step. The time of a step is the *shortest* of all ranks': who comes early waits for the others, and
 counts his waiting, but whoever came last has waited for nobody.
 
-- Only what was tried is taken: a way is left for another when that one was measured and is faster by `MARGIN`.
+- The first way is the one that would be taken without a planner. At the start another one is preferred to it that is
+  predicted to be faster by `DOUBT`; later only what was tried is preferred, if it was measured and is faster by
+  `MARGIN`. It is gone back to as soon as it is no slower.
 - A way is tried where it may be as fast, within `NEAR` of the best, and ever more rarely where it was found not to be.
+  Predictions may be wrong, so what seems far from the best is tried too: once if that takes less than `FREE`, and
+  later if it takes less than the share `SPEND` of the time until then; exact ways always, if they are within `FAR`.
+  Measurements may be wrong, too: a way is as near as it was predicted or measured to be.
 - Times are agreed on ever more rarely, and never so often that this takes more than `SHARE` of the time.
 """
 
@@ -19,6 +24,10 @@ import numpy as np
 from mpicomp.collectives import Comm, allreduce
 
 NEAR = 1.3  # times the best; higher = more is tried, at more cost
+FAR = 4.0  # times the best
+FREE = 0.1  # seconds
+SPEND = 0.002
+DOUBT = 0.15
 MARGIN = 0.08  # higher = less is won, lower = noise decides
 SHARE = 0.01
 FIRST = 4  # steps until times are first agreed on; of those just before, SAMPLES at most count
@@ -32,13 +41,16 @@ KEEP = 0.5  # of an old time where a new one comes in
 class Course:
     """The way taken and what is known of the others; `running` is the number of the one to take next.
 
-    `predicted` are seconds; `agreement` is what it costs to agree, in seconds. What is not finite is never taken.
+    `predicted` are seconds, infinity for what is never to be taken; `agreement` is what it costs to agree, in seconds.
+    The first `exact` ways lose nothing.
     """
 
-    def __init__(self, predicted: Sequence[float], agreement: float = 0.0) -> None:
-        self.estimates = list(predicted)
+    def __init__(self, predicted: Sequence[float], agreement: float = 0.0, exact: int = 1) -> None:
+        self.predicted, self.estimates = list(predicted), list(predicted)
+        self.exact = exact
         self.agreement = agreement
-        self.best = self.running = min(range(len(predicted)), key=predicted.__getitem__)
+        fastest = min(range(len(predicted)), key=predicted.__getitem__)
+        self.best = self.running = fastest if predicted[fastest] < (1 - DOUBT) * predicted[0] else 0
         self.steps = 0
         self.switches = 0
         self._waits = [0] * len(predicted)  # until which step a way is not tried again
@@ -65,7 +77,7 @@ class Course:
         """Decide what to do next, from the times of the last steps, on which all ranks have agreed."""
         self.steps += self._planned
         counted = sorted(times[1:] if self._planned <= FIRST else times)
-        seconds = counted[(len(counted) - 1) // 2]
+        seconds = counted[(len(counted) - 1) // 4]  # what else a machine does only ever adds to a time
         if self._planned == TRIAL and self._beats_best(seconds):
             self._go_on(CONFIRM)
             return
@@ -73,7 +85,7 @@ class Course:
         self._next()
 
     def _beats_best(self, seconds: float) -> bool:
-        return seconds < (1 - MARGIN) * self.estimates[self.best]
+        return seconds < (1 - MARGIN if self.running else 1) * self.estimates[self.best]
 
     def _go_on(self, steps: int) -> None:
         """Take the running way for so many steps, then agree."""
@@ -86,7 +98,8 @@ class Course:
         self.estimates[here] = KEEP * self.estimates[here] + (1 - KEEP) * seconds if known else seconds
         self._measured[here] = True
         if here != self.best:
-            self._waits[here] = 2 * self.steps + self._interval
+            distance = min(max(seconds, 1e-9) / max(self.estimates[self.best], 1e-9), 8.0)
+            self._waits[here] = int((1 + max(1.0, distance)) * self.steps) + self._interval
             if self._beats_best(seconds):
                 self._waits[self.best] = self._waits[here]
                 self.best = here
@@ -96,12 +109,7 @@ class Course:
     def _next(self) -> None:
         """Try the most promising way that may be tried, or go on with the best one."""
         just_tried = self.running != self.best
-        limit = NEAR * self.estimates[self.best]
-        rivals = [
-            way
-            for way, seconds in enumerate(self.estimates)
-            if way not in (self.best, self.running) and seconds < limit and self.steps >= self._waits[way]
-        ]
+        rivals = [way for way in range(len(self.estimates)) if self._may_try(way, only_near=just_tried)]
         if rivals:
             self.running = min(rivals, key=self.estimates.__getitem__)
             self._go_on(TRIAL)
@@ -111,3 +119,13 @@ class Course:
         self._go_on(min(LONGEST, max(self._interval, math.ceil(seldom))))
         if not just_tried:
             self._interval = min(LONGEST, 2 * self._interval)
+
+    def _may_try(self, way: int, only_near: bool) -> bool:
+        """Whether a way is worth a trial now; of those that seem far from the best, one at a time is."""
+        seconds, best = self.estimates[way], self.estimates[self.best]
+        if way in (self.best, self.running) or self.steps < self._waits[way]:
+            return False
+        if min(seconds, self.predicted[way]) < NEAR * best:
+            return True
+        budget = max(SPEND * self.steps * best, 0.0 if self._measured[way] else FREE)
+        return not only_near and (TRIAL * seconds < budget or (way < self.exact and seconds < FAR * best))

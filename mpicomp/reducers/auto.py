@@ -14,6 +14,7 @@ import time
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from functools import cache
+from math import inf
 from typing import ClassVar, cast
 from weakref import WeakKeyDictionary
 
@@ -39,8 +40,8 @@ from mpicomp.reducers.two_stage import TwoStage
 from mpicomp.specs import Spec
 from mpicomp.transport import Topology
 
-EXACT: tuple[Reducer, ...] = tuple(Dense(algorithm) for algorithm in ALGORITHMS if algorithm != "best")
-"""What `auto` may always use."""
+EXACT: tuple[Reducer, ...] = tuple(map(Dense, sorted(ALGORITHMS, key="best".__ne__)))
+"""What `auto` may always use, the default first."""
 
 PLACE = "auto"  # of what `auto` knows in a state's `work`
 
@@ -129,14 +130,17 @@ class Auto(Explained, Spec):
         courses = _courses.setdefault(comm, {})
         key = (self, layout, dtype, feedback)
         if key not in courses:
-            courses[key] = Course(*self.predictions(comm, layout, dtype, feedback))
+            courses[key] = Course(*self.predictions(comm, layout, dtype, feedback), exact=len(EXACT))
         return courses[key]
 
     def predictions(self, comm: Comm, layout: Layout, dtype: str, feedback: bool = False) -> tuple[list[float], float]:
         """Seconds that each candidate will take, and that agreeing on times takes, as rank 0 sees it. Collective."""
         costs = [self._costs(each, layout, dtype, comm.topology, feedback) for each in self.candidates(feedback)]
         machine = machine_for(comm, [cost for each in costs for cost in each])
-        seconds = [max(predict(cost, machine).seconds for cost in each) for each in costs]
+        seconds = [
+            inf if each in costs[:place] else max(predict(cost, machine).seconds for cost in each)  # the same algorithm
+            for place, each in enumerate(costs)
+        ]
         agreement = machine.allreduce[0].seconds if machine.allreduce else 0.0
         return cast(tuple[list[float], float], tuple(shared(comm, (seconds, agreement))))
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mpicomp.collectives import Comm
-from mpicomp.planner import Machine, predict
+from mpicomp.planner import Cost, Machine, predict
 from mpicomp.planner.cache import machine_for
 from mpicomp.planner.machine import size_text, time_text
 from mpicomp.planner.measure import timed
@@ -66,10 +66,13 @@ def survey(comm: Comm, machine: Machine, reducers: Sequence[Reducer], sizes: Seq
         _step(comm, reducer, Layout.single(shape_of(1 << 12)), cost_feedback(reducer))()
     rows, began = [], time.perf_counter()
     for nbytes in sizes:
-        layout = Layout.single(shape_of(nbytes))
+        layout, costs = Layout.single(shape_of(nbytes)), list[Cost]()
         for reducer in reducers:
             feedback = cost_feedback(reducer)
             cost = reducer.cost(layout, "float32", comm.topology, 0, feedback)
+            if cost in costs:  # `dense` is another name of its best algorithm
+                continue
+            costs.append(cost)
             predicted = predict(cost, machine).seconds
             go = shared(comm, [predicted, time.perf_counter() - began])
             measured = None
