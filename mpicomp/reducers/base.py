@@ -66,7 +66,7 @@ class State:
 
     def advanced(self, **changes: Any) -> State:
         """The next step's state: the residual that was just written becomes current."""
-        after = object.__new__(State)  # what `replace` does, in a quarter of its 2.5 us
+        after = object.__new__(type(self))  # what `replace` does, in a quarter of its 2.5 us
         vars(after).update(vars(self), step=self.step + 1, residual=self.spare, spare=self.residual, **changes)
         return after
 
