@@ -5,6 +5,7 @@ from mpicomp.reducers.auto import Auto
 from mpicomp.reducers.base import Reducer, Reduction, State, Units, rescale
 from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.gather import Gather
+from mpicomp.reducers.hierarchical import Hierarchical
 from mpicomp.reducers.integer import Integer
 from mpicomp.reducers.layout import Layout, Unit
 from mpicomp.reducers.low_rank import LowRank
@@ -22,6 +23,7 @@ __all__ = [
     "Dense",
     "ErrorFeedback",
     "Gather",
+    "Hierarchical",
     "Integer",
     "Layout",
     "LowRank",

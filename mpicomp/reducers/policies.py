@@ -22,7 +22,7 @@ from mpicomp.specs import Spec
 from mpicomp.transport import Topology
 
 
-def _checked(wrapper: str, inner: object) -> None:
+def check_reducer(wrapper: str, inner: object) -> None:
     """Raise TypeError or ValueError for what a wrapper cannot hold."""
     if hasattr(inner, "decode_add"):
         raise TypeError(f"{wrapper} takes a reducer, got the codec {inner!s}; write {wrapper}(gather({inner!s}))")
@@ -67,7 +67,7 @@ class ErrorFeedback(Explained, Spec):
 
     def __post_init__(self) -> None:
         inner = self.reducer
-        _checked("error_feedback", inner)
+        check_reducer("error_feedback", inner)
         if isinstance(inner, ErrorFeedback):
             raise ValueError(f"error_feedback stands in itself; write {inner}")
         if isinstance(inner, After):
@@ -165,7 +165,7 @@ class After(Explained, Spec):
     def __post_init__(self) -> None:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
             raise ValueError(f"steps must be an integer of at least 0, got {self.steps!r}")
-        _checked("after", self.reducer)
+        check_reducer("after", self.reducer)
 
     def init(self, layout: Layout, dtype: str, feedback: bool = False, seed: int = 0, step: int = 0) -> State:
         """See Reducer."""
@@ -213,8 +213,8 @@ class Partition(Explained, Spec):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
-        _checked("partition", self.small)
-        _checked("partition", self.large)
+        check_reducer("partition", self.small)
+        check_reducer("partition", self.large)
 
     def is_large(self, unit: Unit) -> bool:
         """Whether `large` reduces this unit."""

@@ -20,6 +20,7 @@ from mpicomp.reducers.auto import Auto
 from mpicomp.reducers.base import Message, Reducer, message_nbytes
 from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.gather import Gather
+from mpicomp.reducers.hierarchical import Hierarchical
 from mpicomp.reducers.integer import Integer
 from mpicomp.reducers.layout import Layout, Unit
 from mpicomp.reducers.low_rank import LowRank
@@ -40,6 +41,7 @@ REDUCERS: dict[str, type[Any]] = {
     "integer": Integer,
     "low_rank": LowRank,
     "auto": Auto,
+    "hierarchical": Hierarchical,
     "error_feedback": ErrorFeedback,
     "after": After,
     "partition": Partition,
@@ -117,7 +119,7 @@ def leaves(member: Reducer) -> list[Reducer]:
     """The reducers inside all policies: those that send."""
     if isinstance(member, Partition):
         return leaves(member.small) + leaves(member.large)
-    if isinstance(member, (ErrorFeedback, After)):
+    if isinstance(member, (ErrorFeedback, After, Hierarchical)):
         return leaves(member.reducer)
     if isinstance(member, Auto):
         return list(member.candidates())

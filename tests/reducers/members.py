@@ -62,6 +62,7 @@ COMPRESSING = [
     "error_feedback(split(topk(density=0.5, values=bf16), cut=True))",
     "error_feedback(split(topk(density=0.3), dense_after=0.5, dense=uniform(bits=8, block=32)))",
     "error_feedback(tree(topk(density=0.2, values=bf16)))",
+    "error_feedback(hierarchical(two_stage(topk(density=0.1))))",
 ]
 DENSE = ["dense", "dense(algorithm=two_shot)", "error_feedback(dense)"]
 COMPOSED = [
