@@ -23,6 +23,7 @@ from team import Team
 from mpicomp.arrays import Array
 from mpicomp.collectives import Comm, Traffic
 from mpicomp.reducers import Layout, Reducer
+from mpicomp.transport import MPITransport, Topology
 
 pytestmark = pytest.mark.mpi
 
@@ -68,7 +69,7 @@ def test_the_law_over_mpi_and_the_bits_of_a_team(comm: Comm, spec: str, dtype: s
         assert as_predicted(
             reducer, comm.traffic.bytes, 8 * reducer.cost(LAYOUT, dtype, comm.topology, comm.rank).nbytes
         )
-    team = run(Team(comm.size), reducer, LAYOUT, x)
+    team = run(Team(comm.size, topology=comm.topology), reducer, LAYOUT, x)
     if is_ours(spec):
         assert history.totals.tobytes() == team.totals.tobytes()
         assert history.residuals.tobytes() == team.residuals.tobytes()
@@ -126,3 +127,43 @@ def test_large_arrays_have_the_same_bits_on_all_ranks(comm: Comm, spec: str) -> 
     for n in (100, 10_000, 300_007):
         layout = Layout.single((n // 10, 10)) if n % 10 == 0 else Layout.single((n,))
         check_law(run_here(comm, member(spec), layout, inputs(comm.size, 2, n, "float32")))
+
+
+UNEQUAL = {3: Topology(((0, 2), (1,))), 4: Topology(((0, 1, 2), (3,)))}
+EQUAL = {4: Topology(((0, 2), (1, 3)))}
+
+
+@pytest.mark.parametrize("nodes", [UNEQUAL, EQUAL], ids=["unequal", "equal"])
+@pytest.mark.parametrize(
+    "inner",
+    [
+        "two_stage(uniform(bits=4, block=32))",
+        "integer(bits=4, block=32)",
+        "low_rank(rank=2)",
+        "split(topk(density=0.1))",
+        "dense(algorithm=two_shot)",
+    ],
+)
+def test_hierarchical_among_nodes_that_are_not_there(
+    inner: str, nodes: dict[int, Topology], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranks are on one node, but told otherwise: windows, groups and messages as they would be."""
+    from mpi4py import MPI
+
+    if MPI.COMM_WORLD.size not in nodes:
+        return
+    monkeypatch.setattr("mpicomp.reducers.place.GRAIN", 16)
+    comm = Comm(MPITransport(MPI.COMM_WORLD.Dup()))
+    comm.topology = nodes[comm.size]
+    reducer, x = member(f"error_feedback(hierarchical({inner}))"), inputs(comm.size, 8, LAYOUT.size, "float32")
+    history = run_here(comm, reducer, LAYOUT, x)
+    check_law(history)
+    cost = reducer.cost(LAYOUT, "float32", comm.topology, comm.rank)
+    assert as_predicted(reducer, comm.traffic.bytes, 8 * cost.nbytes)
+    assert comm.traffic.shared == 8 * cost.shared
+    team = run(Team(comm.size, topology=comm.topology), reducer, LAYOUT, x)
+    if is_ours(inner):
+        assert history.totals.tobytes() == team.totals.tobytes()
+        assert history.residuals.tobytes() == team.residuals.tobytes()
+    else:
+        np.testing.assert_allclose(history.totals, team.totals, rtol=0, atol=1e-3 * np.abs(team.totals).max())
