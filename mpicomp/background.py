@@ -50,18 +50,18 @@ class Request(Generic[T]):
     def __init__(self, thread: Background, then: Callable[[], None] | None = None) -> None:
         self._thread = thread
         self._then = then  # what the thread calls when this is complete
-        self._done = threading.Event()
-        self._outcome: T | None = None
+        self.done = threading.Event()
+        self.outcome: T | None = None
         self.failure: Failure | None = None
         self.epoch = 0  # see Background
 
     def wait(self) -> T:
         """Return the result when it is there, or raise what went wrong."""
-        if not self._done.is_set() and self._thread.is_current():
+        if not self.done.is_set() and self._thread.is_current():
             raise RuntimeError("a callback waits for a collective that is queued behind itself")
-        self._done.wait()
+        self.done.wait()
         self._raise()
-        return self._outcome  # type: ignore[return-value]  # None only where T is
+        return self.outcome  # type: ignore[return-value]  # None only where T is
 
     def test(self) -> bool:
         """Whether the result is there; raises what went wrong."""
@@ -72,7 +72,7 @@ class Request(Generic[T]):
 
     def is_complete(self) -> bool:
         """Whether this has come to its end, well or not."""
-        return self._done.is_set()
+        return self.done.is_set()
 
     def _raise(self) -> None:
         if self.failure is not None:
@@ -81,8 +81,8 @@ class Request(Generic[T]):
 
     def complete(self, outcome: T | None, failure: Failure | None) -> None:
         """Wake all who wait; called once, by the thread."""
-        self._outcome, self.failure = outcome, failure
-        self._done.set()
+        self.outcome, self.failure = outcome, failure
+        self.done.set()
         then, self._then = self._then, None
         if then is not None:
             then()
@@ -97,11 +97,17 @@ class Background:
 
     After a failure nothing more is communicated until the user has been told: peers are at another operation by then,
     and a message that arrives out of turn would hide the first error behind a second. Errors of the types `mild` are
-    raised by all ranks alike, and what comes next is not affected. An *epoch* ends when the user was told.
+    raised by all ranks alike, and what comes next is not affected. `told` says whether the user knows of a failure, and
+    nothing is still running that will tell him; an *epoch* ends when he was told.
     """
 
-    def __init__(self, name: str, mild: tuple[type[BaseException], ...] = ()) -> None:
-        self._mild = mild
+    def __init__(
+        self,
+        name: str,
+        mild: tuple[type[BaseException], ...] = (),
+        told: Callable[[Failure], bool] = lambda failure: failure.raised,
+    ) -> None:
+        self._mild, self._told = mild, told
         self._jobs: queue.SimpleQueue[tuple[Request[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._pending = 0
@@ -118,18 +124,22 @@ class Background:
         """Whether the caller is this thread."""
         return threading.current_thread() is self._thread
 
-    def submit(self, call: Callable[[], T], then: Callable[[], None] | None = None) -> Request[T]:
-        """Run `call` after all that was submitted before, and then `then`; at once, if this is the caller's thread."""
-        request: Request[T] = Request(self, then)
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    def submit(self, call: Callable[[], T]) -> Request[T]:
+        """Run `call` after all that was submitted before; at once, if this is the caller's thread."""
+        request: Request[T] = Request(self)
         self.enqueue(request, call)
         return request
 
     def enqueue(self, request: Request[T], call: Callable[[], T]) -> None:
         """Do as `submit` does, for a request that was made before."""
-        if not self._open:
-            raise RuntimeError("this communication thread has ended")
         inline = self.is_current()
         if not inline:
+            if not self._open:
+                raise RuntimeError("this communication thread has ended: what it belonged to was destroyed")
             self._forgive()
         request.epoch = self._epoch
         with self._lock:
@@ -159,13 +169,9 @@ class Background:
         if self._failure is not None:
             self._failure.report()
 
-    def was_told(self, failure: Failure) -> bool:
-        """Whether the user knows of a failure, and nothing that will tell him is still running."""
-        return failure.raised
-
     def _forgive(self) -> None:
         """Go on after a failure once the user was told."""
-        if self._epoch == self._failed_epoch and self._failure is not None and self.was_told(self._failure):
+        if self._epoch == self._failed_epoch and self._failure is not None and self._told(self._failure):
             self._epoch += 1
 
     def _loop(self) -> None:

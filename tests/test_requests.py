@@ -13,7 +13,7 @@ from team import Team
 
 import mpicomp
 from mpicomp import background
-from mpicomp.background import Background, begin, in_turn
+from mpicomp.background import Background, Request, begin, in_turn
 from mpicomp.collectives import Comm
 from mpicomp.errors import ConfigMismatch
 
@@ -240,9 +240,10 @@ def test_what_is_submitted_from_the_thread_itself_runs_at_once() -> None:
         later.wait()
         seen.append("outer")
 
-    request = thread.submit(outer, then=lambda: seen.append("then"))
-    request.wait()
+    request: Request[None] = Request(thread, lambda: seen.append("then"))
+    thread.enqueue(request, outer)
     thread.close()
+    request.wait()
     assert seen == ["inner", "outer", "then"]
 
 

@@ -128,7 +128,7 @@ def test_error_of_a_dropped_work_is_reported_at_once(worker: Worker, reported: l
         worker.submit(fail)
         done = threading.Event()
         keep = worker.submit(done.set)  # refused, and so another holder of the same failure
-        assert keep.done.wait(10)
+        assert keep.request.done.wait(10)
     finally:
         gc.enable()
     assert [type(error) for error in reported] == [ZeroDivisionError]
