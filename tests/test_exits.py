@@ -145,16 +145,47 @@ def test_silent_rank_is_given_up(tmp_path: Path) -> None:
 
 
 @needs_mpirun
-def test_interrupt_ends_all_ranks(tmp_path: Path) -> None:
+def test_requests_that_nobody_waits_for_are_finished(tmp_path: Path) -> None:
+    job = start(
+        tmp_path,
+        2,
+        """
+        requests = [mpicomp.iallreduce(comm, x, "topk(density=0.1)") for _ in range(3)]
+        print(f"rank {me} ends\\n", end="", flush=True)
+        """,
+    )
+    output = finish(job)
+    assert job.returncode == 0, output
+    assert sorted(re.findall(r"rank \d ends", output)) == ["rank 0 ends", "rank 1 ends"]
+
+
+@needs_mpirun
+def test_a_request_that_fails_and_that_nobody_waits_for(tmp_path: Path) -> None:
+    job = start(
+        tmp_path,
+        2,
+        """
+        request = mpicomp.iallreduce(comm, x[: 10 + me], "dense")
+        """,
+    )
+    output = finish(job)
+    assert job.returncode != 0
+    assert "ConfigMismatch: the ranks disagree" in output
+    assert re.search(r"rank \d of 2 failed and ends the job", output)
+
+
+@needs_mpirun
+@pytest.mark.parametrize("call", ["mpicomp.allreduce(comm, x, 'dense')", "mpicomp.iallreduce(comm, x, 'dense').wait()"])
+def test_interrupt_ends_all_ranks(tmp_path: Path, call: str) -> None:
     job = start(
         tmp_path,
         3,
-        """
+        f"""
         mpicomp.allreduce(comm, x, "dense")
-        open(sys.argv[0] + f".{os.getpid()}", "w").close()
+        open(sys.argv[0] + f".{{os.getpid()}}", "w").close()
         if me == 1:
             time.sleep(1000)
-        mpicomp.allreduce(comm, x, "dense")
+        {call}
         """,
     )
     deadline = time.monotonic() + LIMIT
