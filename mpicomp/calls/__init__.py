@@ -4,7 +4,6 @@ Names and order of arguments are those of MPI where it has them; what begins wit
 """
 
 from mpicomp.background import Request
-from mpicomp.calls.arguments import Form
 from mpicomp.calls.copies import (
     allgather,
     alltoall,
@@ -19,16 +18,14 @@ from mpicomp.calls.copies import (
 )
 from mpicomp.calls.memory import Memory, state
 from mpicomp.calls.plans import Plan, plan
-from mpicomp.calls.reductions import allreduce, allreduce_bits, iallreduce, ireduce_scatter, reduce_scatter
+from mpicomp.calls.reductions import allreduce, iallreduce, ireduce_scatter, reduce_scatter
 
 __all__ = [
-    "Form",
     "Memory",
     "Plan",
     "Request",
     "allgather",
     "allreduce",
-    "allreduce_bits",
     "alltoall",
     "bcast",
     "gather",

@@ -66,8 +66,6 @@ def iallreduce(
 def _allreduce(comm: Comm, x: Any, method: Method, op: str, memory: Memory | None, out: Any) -> Operation:
     member = member_of(method)
     check_op(op, OPS)
-    if memory is not None and not isinstance(memory, Memory):
-        raise TypeError(f"state must come from mpicomp.state, got {type(memory).__name__}")
     integers = isinstance(member, Dense) and has_integers(x)
     xs = checked_arrays(x, exact=integers)
     form = Form.of(x)
@@ -141,6 +139,8 @@ def prepared(
     run: Callable[[Memory], Any],
 ) -> Operation:
     """Prepare an allreduce; what `run` is given does a step."""
+    if memory is not None and not isinstance(memory, Memory):
+        raise TypeError(f"state must come from mpicomp.state, got {type(memory).__name__}")
     if memory is None:
         if remembers(method):
             raise ValueError(f"{method} needs a memory: pass state=mpicomp.state({str(method)!r}, x)")
@@ -220,21 +220,3 @@ def sum_integers(comm: Comm, x: Array, total: Array) -> None:
         total[...] = wide.astype(x.dtype)
     else:
         allreduce_exact(comm, x.copy() if np.may_share_memory(x, total) else x, total)
-
-
-def allreduce_bits(
-    comm: Comm,
-    x: Array,
-    dtype: str,
-    shape: tuple[int, ...],
-    method: Codec | Reducer,
-    op: str,
-    memory: Memory | None,
-    out: Array,
-) -> None:
-    """Do what `allreduce` does, for arrays whose memory is at hand: x and out are flat, half types as uint16 bits.
-
-    Collective.
-    """
-    form = Form((shape,), (dtype,), listed=False)
-    call(comm, prepared, form, method, op, memory, lambda mine: mine.reduce(comm, op, x, out))

@@ -7,28 +7,28 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpicomp import calls
-from mpicomp.agreement import agree
-from mpicomp.codecs.base import Codec
+from mpicomp.calls.arguments import Form, check_op, member_of
+from mpicomp.calls.memory import Memory
+from mpicomp.calls.operation import Operation, call
+from mpicomp.calls.reductions import prepared
 from mpicomp.collectives import Comm
 from mpicomp.reducers.apply import OPS
-from mpicomp.reducers.base import Reducer
-from mpicomp.reducers.resolve import parsed
+from mpicomp.reducers.resolve import Method
 from mpicomp.torch.tensors import NAMES, bits_of, check_local
 
 
-def state(method: str | Codec | Reducer, tensor: torch.Tensor, seed: int = 0) -> calls.Memory:
+def state(method: Method, tensor: torch.Tensor, seed: int = 0) -> Memory:
     """Return the memory with which `allreduce` of tensors like this one feeds back what it could not send."""
     _check(tensor, "tensor")
-    return calls.Memory(parsed(method), calls.Form((tuple(tensor.shape),), (NAMES[tensor.dtype],), False), seed)
+    return Memory(member_of(method), _form(tensor), seed)
 
 
 def allreduce(
     comm: Any,
     tensor: torch.Tensor,
-    method: str | Codec | Reducer,
+    method: Method,
     op: str = "sum",
-    state: calls.Memory | None = None,
+    state: Memory | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the sum or mean of a CPU tensor over the ranks of an mpi4py communicator, compressed. Collective.
@@ -36,25 +36,30 @@ def allreduce(
     As `mpicomp.allreduce`, for contiguous float32, float16, bfloat16 or float64 tensors without history. The result
     is `out`, which may be `tensor`, or a new tensor.
     """
-    comm = Comm.of(comm)
-    try:
-        member = parsed(method)
-        if op not in OPS:
-            raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
-        _check(tensor, "tensor")
-        result = torch.empty_like(tensor) if out is None else out
-        _check(result, "out")
-        if (result.shape, result.dtype) != (tensor.shape, tensor.dtype):
-            wanted = f"{tensor.dtype} {tuple(tensor.shape)} as tensor is"
-            raise ValueError(f"out must be {wanted}, got {result.dtype} {tuple(result.shape)}")
-        if result is not tensor and np.may_share_memory(bits_of(result), bits_of(tensor)):
-            raise ValueError("out shares memory with tensor; pass tensor itself or one apart from it")
-    except (TypeError, ValueError) as error:
-        agree(comm, "", refusal=error)
-        raise
-    name, shape = NAMES[tensor.dtype], tuple(tensor.shape)
-    calls.allreduce_bits(comm, bits_of(tensor), name, shape, member, op, state, bits_of(result))
+    result: torch.Tensor = call(comm, _allreduce, tensor, method, op, state, out)
     return result
+
+
+def _allreduce(comm: Comm, tensor: Any, method: Method, op: str, memory: Memory | None, out: Any) -> Operation:
+    check_op(op, OPS)
+    _check(tensor, "tensor")
+    result = torch.empty_like(tensor) if out is None else out
+    _check(result, "out")
+    if (result.shape, result.dtype) != (tensor.shape, tensor.dtype):
+        wanted = f"{tensor.dtype} {tuple(tensor.shape)} as tensor is"
+        raise ValueError(f"out must be {wanted}, got {result.dtype} {tuple(result.shape)}")
+    if result is not tensor and np.may_share_memory(bits_of(result), bits_of(tensor)):
+        raise ValueError("out shares memory with tensor; pass tensor itself or one apart from it")
+
+    def run(memory: Memory) -> torch.Tensor:
+        memory.reduce(comm, op, bits_of(tensor), bits_of(result))
+        return result
+
+    return prepared(comm, _form(tensor), member_of(method), op, memory, run)
+
+
+def _form(tensor: torch.Tensor) -> Form:
+    return Form((tuple(tensor.shape),), (NAMES[tensor.dtype],), listed=False)
 
 
 def _check(tensor: torch.Tensor, what: str) -> None:

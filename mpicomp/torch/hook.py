@@ -32,6 +32,7 @@ from mpicomp.reducers import (
     rescale,
     resolve_partitioned,
 )
+from mpicomp.reducers.allowance import divided
 from mpicomp.torch.backend import MPIProcessGroup, tensor_group
 from mpicomp.torch.tensors import NAMES, bits_of, check_local
 
@@ -262,7 +263,8 @@ def _hook(
         dtype = NAMES[parameter.dtype]
         sizes[dtype] = sizes.get(dtype, 0) + parameter.numel()
     layout, common = Layout(tuple(units)), max(sizes, key=sizes.__getitem__)
-    reducer = resolve_partitioned(method, layout, common, group.comm.size, min_size, min_ndim)
+    ranks = group.comm.size
+    reducer = divided(resolve_partitioned(method, layout, common, ranks, min_size, min_ndim), ranks, "mean")
     what = describe(reducer, layout, ", ".join(sizes), "mean", seed, 0)
     scaled = "with a scaler" if scaler is not None and scaler.is_enabled() else "without scaler"
     hook = Hook(group, parameters, reducer, seed, scaler)
