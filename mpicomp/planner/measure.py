@@ -36,7 +36,7 @@ LONGEST = 0.1  # seconds that one exchange may take
 ALLREDUCES = tuple(1 << bits for bits in range(6, 26, 2))  # bytes
 LONGEST_ALLREDUCE = 0.2  # seconds
 ENOUGH = 0.3  # seconds that one kind of measurement may take; sizes beyond are left out
-CHAINS, LINKS = 3, 30  # a time is the best of so many runs, each of up to so many operations
+CHAINS, LINKS = 3, 300  # a time is the best of so many runs, each of up to so many operations
 ELEMENTS = (1 << 10, 1 << 17, 1 << 20, 1 << 22)  # in caches of three levels, in memory
 PASS = 0.004  # seconds for the repetitions of a pass
 RANK = 4  # columns of the thin matrix
@@ -44,29 +44,31 @@ RANK = 4  # columns of the thin matrix
 BASIC = (Work("add", 0), Work("copy", 0), Work("matmul", 0))
 
 
-def timed(comm: Comm, operation: Callable[[], object], budget: float) -> float:
+def timed(comm: Comm, operation: Callable[[], object], budget: float, apart: bool = False) -> float:
     """Return the seconds that an operation takes that all ranks do: the slowest rank's, in the best of a few runs.
 
     What else a machine does only ever adds to a time, so the best tells most. The operation is done once before, for
     connections and kernels to come into being. `budget` in seconds is kept, unless one alone takes more. Collective.
+
+    Where ranks do it `apart`, without waiting for each other, they share cores unseen: who has no core has not begun.
+    Then the time runs until all have done it, barrier included, which many repetitions make small.
     """
     operation()
     barrier(comm)
     best, links, began = np.inf, 1, time.perf_counter()
     for _ in range(1 + CHAINS):
-        seconds, spent = _longest(comm, [_chain(operation, links) / links, time.perf_counter() - began])
+        start = time.perf_counter()
+        for _ in range(links):
+            operation()
+        if apart:
+            barrier(comm)
+        now = time.perf_counter()
+        seconds, spent = _longest(comm, [(now - start) / links, now - began])
         best = min(best, seconds)
         if spent + best > budget:
             break
         links = int(min(LINKS, max(1.0, budget / CHAINS / best)))
     return best
-
-
-def _chain(operation: Callable[[], object], links: int) -> float:
-    began = time.perf_counter()
-    for _ in range(links):
-        operation()
-    return time.perf_counter() - began
 
 
 def _longest(comm: Comm, seconds: Sequence[float]) -> list[float]:
@@ -187,7 +189,7 @@ def measure_passes(comm: Comm, machine: Machine, works: Sequence[Work]) -> Machi
     for n in ELEMENTS:
         if n == ELEMENTS[0] or _since(comm, began) < ENOUGH:
             for work, curve in zip(works, curves, strict=True):
-                curve.append(Point(n, timed(comm, _pass(work, x[:n]), PASS)))
+                curve.append(Point(n, timed(comm, _pass(work, x[:n]), PASS, apart=True)))
     passes = {Machine.pass_name(work): _undisturbed(curve) for work, curve in zip(works, curves, strict=True)}
     return replace(machine.with_passes(passes), seconds=machine.seconds + _since(comm, began))
 
