@@ -196,7 +196,14 @@ def test_the_watchdog_names_rank_operation_and_unit(capfd: pytest.CaptureFixture
         team.run(f)
     assert time.perf_counter() - began < 10
     text = str(caught.value)
-    for part in ("rank 0 of 3", "two_stage", "layer1.weight", "collective number 1", "messages outstanding", "MPICOMP_TIMEOUT"):
+    for part in (
+        "rank 0 of 3",
+        "two_stage",
+        "layer1.weight",
+        "collective number 1",
+        "messages outstanding",
+        "MPICOMP_TIMEOUT",
+    ):
         assert part in text
     assert team.aborted == (0, 1)
     assert isinstance(team.errors[1], Released)
