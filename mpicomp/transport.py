@@ -176,7 +176,8 @@ class MPIWindow:
     """A window of MPI's shared memory; see Window. RuntimeError where there is none to be had.
 
     Freeing it is collective, so the garbage collector of one rank must not: what nobody freed is freed when the process
-    ends, before MPI is, on all ranks in the order in which it was made.
+    ends, before MPI is, on all ranks in the order in which it was made. Where Open MPI 5.0 prints "OSC UCX component
+    priority set inside component query failed", it takes another component; OMPI_MCA_osc=^ucx spares the words.
     """
 
     def __init__(self, mpi: Any, nbytes: int) -> None:

@@ -116,7 +116,10 @@ class Integer(Remembering, Spec):
         if "buffers" not in state.work:
             state.work["buffers"] = _Buffers(self, state, comm.size, comm.rank)
         buffers: _Buffers = state.work["buffers"]
-        if not self._agree_on_scales(comm, x, state, buffers):
+        self._find_tops(x, state, buffers)
+        word = f"uint{8 * x.itemsize}"
+        allreduce(comm, buffers.tops.view(word), buffers.scales.view(word), "max")
+        if not np.isfinite(buffers.scales).all():
             return poisoned_total(out, state.layout), state
 
         first = Burst(comm, buffers.outgoing, buffers.incoming, f"{self}, stage 1")
@@ -146,14 +149,23 @@ class Integer(Remembering, Spec):
         second.finish()
         return (Reduction(out), state.advanced()) if finite else (poisoned_total(out, state.layout), state)
 
-    def _agree_on_scales(self, comm: Comm, x: Array, state: State, buffers: _Buffers) -> bool:
-        """Find every block's largest magnitude on any rank; return whether all are finite."""
+    def rehearse(self, x: Array, total: Array) -> list[Array]:
+        """Reduce x, (n,), into `total` without anyone else; return all that the kernels make of it."""
+        state = self.init(Layout.single(x.shape), x.dtype.name, feedback=True)
+        buffers = _Buffers(self, state, 1, 0)
+        self._find_tops(x, state, buffers)
+        buffers.scales[...] = buffers.tops
+        for message, share in zip(buffers.outgoing[0], buffers.share, strict=True):
+            self._encode(x, state, buffers, message, 0)
+            self._add(share, [message], buffers)
+            self._decode(share, buffers, total)
+        return [total, *(message.buffer for message in (*buffers.outgoing[0], *buffers.share))]
+
+    def _find_tops(self, x: Array, state: State, buffers: _Buffers) -> None:
+        """Find the largest magnitude of every block on this rank."""
         for unit in state.layout.units:
             old = None if state.residual is None else state.residual[unit.where]
             kernels_for(x).block_tops(x[unit.where], old, buffers.tops[buffers.blocks[unit.name]], self.block)
-        word = f"uint{8 * x.itemsize}"
-        allreduce(comm, buffers.tops.view(word), buffers.scales.view(word), "max")
-        return bool(np.isfinite(buffers.scales).all())
 
     def _encode(self, x: Array, state: State, buffers: _Buffers, message: Envelope, me: int) -> None:
         """Write this rank's codes of some pieces, and what they leave out to its residual."""
