@@ -13,6 +13,7 @@ import mpicomp
 from mpicomp.arrays import Array
 from mpicomp.collectives import Comm
 from mpicomp.errors import ConfigMismatch
+from mpicomp.reducers import Auto
 
 DTYPES: list[Any] = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 METHODS = [
@@ -167,3 +168,16 @@ def test_explain_and_what_a_plan_says_of_itself() -> None:
         assert "mean of float32[13, 7] over 3 ranks" in text
         assert f"{nbytes:,}" in text
         assert "mean within 0.06, of a sum within 0.18: 0.03 of each of 3 encodings and 0.09 of the re-encoding" in text
+
+
+def test_a_plan_says_what_runs() -> None:
+    comm = Team(1).comms[0]
+    for spec, running in (
+        ("gather(sign)", "gather(sign)"),
+        ("gather(bounded(abs=0.5))", "gather(bounded(abs=0.5))"),
+        ("error_feedback(gather(sign))", "gather(sign)"),
+        ("auto", str(Auto().candidates()[0])),  # before the first step
+    ):
+        plan = mpicomp.plan(comm, array_of(0), spec)
+        assert str(plan) == str(plan.reducer) == spec
+        assert str(plan.chosen) == running

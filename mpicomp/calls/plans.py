@@ -19,8 +19,10 @@ from mpicomp.planner import Cost, Machine
 from mpicomp.planner.cache import known
 from mpicomp.reducers.allowance import allowances
 from mpicomp.reducers.apply import OPS
+from mpicomp.reducers.auto import Auto
 from mpicomp.reducers.base import Explained, Reducer
 from mpicomp.reducers.dense import Dense
+from mpicomp.reducers.policies import ErrorFeedback
 from mpicomp.reducers.resolve import Method, describe
 
 
@@ -90,6 +92,15 @@ class Plan(Generic[Arrays]):
         """What was resolved; `running` in `state` is that with the allowance of `bounded` divided."""
         assert self.state.reducer is not None
         return self.state.reducer
+
+    @property
+    def chosen(self) -> Reducer:
+        """What runs at present: of `auto`, what it has chosen."""
+        running = self.state.running
+        while isinstance(running, ErrorFeedback):
+            running = running.reducer
+        assert running is not None
+        return running.running(self.state.begun()) if isinstance(running, Auto) else running
 
     @property
     def residual(self) -> Array | list[Array] | None:
