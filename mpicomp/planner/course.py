@@ -59,6 +59,13 @@ class Course:
         self._times: list[float] = []
         self._left = self._planned = FIRST if len(predicted) > 1 else 0
 
+    def unwatched(self) -> bool:
+        """Count a step and return true if what it takes is of no interest: then `note` is not called for it."""
+        if 0 < self._left <= SAMPLES:
+            return False
+        self._left -= 1
+        return True
+
     def note(self, seconds: float) -> bool:
         """Take in what a step took; return whether it is time to agree, which is so on all ranks or on none."""
         self._left -= 1

@@ -30,6 +30,7 @@ from mpicomp.planner.share import shared
 from mpicomp.reducers.base import Explained, Reducer, Reduction, State, Units, laid_out
 from mpicomp.reducers.dense import ALGORITHMS, Dense
 from mpicomp.reducers.gather import Gather
+from mpicomp.reducers.hierarchical import Hierarchical
 from mpicomp.reducers.integer import Integer
 from mpicomp.reducers.layout import Layout
 from mpicomp.reducers.policies import After, ErrorFeedback, Partition, unscaled
@@ -40,7 +41,7 @@ from mpicomp.reducers.two_stage import TwoStage
 from mpicomp.specs import Spec
 from mpicomp.transport import Topology
 
-EXACT: tuple[Reducer, ...] = tuple(map(Dense, sorted(ALGORITHMS, key="best".__ne__)))
+EXACT: tuple[Reducer, ...] = (*map(Dense, sorted(ALGORITHMS, key="best".__ne__)), Hierarchical(Dense()))
 """What `auto` may always use, the default first."""
 
 PLACE = "auto"  # of what `auto` knows in a state's `work`
@@ -50,7 +51,7 @@ def fitting(codec: Codec) -> tuple[Reducer, ...]:
     """The reducers that may be the fastest one for a codec."""
     if codec.linear:
         return (SharedSupport(codec),)
-    found: list[Reducer] = [Gather(codec), TwoStage(codec)]
+    found: list[Reducer] = [Gather(codec), TwoStage(codec), Hierarchical(TwoStage(codec))]
     if hasattr(codec, "pick"):
         found += [Split(codec, cut=True)] if hasattr(codec, "density") else [Split(codec)]
         found += [Tree(codec)] if codec.fixed else []
@@ -117,6 +118,8 @@ class Auto(Explained, Spec):
         if course.running != place.number:
             state = self._moved(state, place, course)
             place = state.work[PLACE]
+        if course.unwatched():
+            return place.reducer.reduce(comm, x, state, out)
         began = time.perf_counter()
         reduction, after = place.reducer.reduce(comm, x, state, out)
         if course.note(time.perf_counter() - began):
@@ -141,6 +144,11 @@ class Auto(Explained, Spec):
             inf if each in costs[:place] else max(predict(cost, machine).seconds for cost in each)  # the same algorithm
             for place, each in enumerate(costs)
         ]
+        if len(comm.topology.nodes) == 1:  # there MPI uses shared memory by itself, and needs no room of ours for it
+            seconds = [
+                inf if isinstance(each, Hierarchical) and each not in self.allow else known
+                for each, known in zip(self.candidates(feedback), seconds, strict=True)
+            ]
         agreement = machine.allreduce[0].seconds if machine.allreduce else 0.0
         return cast(tuple[list[float], float], tuple(shared(comm, (seconds, agreement))))
 
@@ -153,9 +161,10 @@ class Auto(Explained, Spec):
         """Return a state of the candidate that is to run, which goes on where the last one stopped."""
         reducer = self.candidates(place.feedback)[course.running]
         back = course.running == course.best and place.left is not None
-        fresh = place.left if back else reducer.init(state.layout, state.dtype, place.feedback, state.seed, state.step)
-        assert fresh is not None
-        if state.inner or fresh.inner:  # what is owed lies elsewhere
+        fresh = place.left if back else None
+        if fresh is None or fresh.inner or state.inner:
+            fresh = reducer.init(state.layout, state.dtype, place.feedback, state.seed, state.step)
+        if fresh.inner or state.inner:  # what is owed lies elsewhere
             fresh = reducer.restore(fresh, place.reducer.export(state))
         else:
             fresh = replace(fresh, residual=state.residual, spare=state.spare)
@@ -199,7 +208,9 @@ class Auto(Explained, Spec):
 
     def restore(self, state: State, units: Units) -> State:
         """See Reducer. Warm starts of other candidates than the first are lost."""
-        return self.running(state).restore(state, units)
+        restored = self.running(state).restore(state, units)
+        restored.work[PLACE] = state.work[PLACE]
+        return restored
 
     def absorb(self, comm: Comm, dropped: Array, state: State) -> None:
         """See Reducer."""

@@ -41,9 +41,11 @@ def machine_of(link: Link, auto: Auto, ranks: int, feedback: bool = True) -> Mac
     return Machine((1,) * ranks, None, link, table, passes)
 
 
-def team_on(link: Link, auto: Auto, ranks: int = 4, feedback: bool = True) -> Team:
+def team_on(
+    link: Link, auto: Auto, ranks: int = 4, feedback: bool = True, nodes: tuple[tuple[int, ...], ...] = ()
+) -> Team:
     """Ranks that know their machine, so that nothing is measured."""
-    team = Team(ranks)
+    team = Team(ranks, topology=Topology(nodes) if nodes else None)
     machine = machine_of(link, auto, ranks, feedback)
     for comm in team.comms:
         know(comm, machine)
@@ -88,7 +90,7 @@ def test_nothing_lossy_unless_it_was_allowed(link: Link, shape: tuple[int, ...])
 def test_specs() -> None:
     for spec in ("auto", SPEC, f"error_feedback({SPEC})", "auto(allow=(sign,))"):
         assert str(parse(spec)) == spec
-    assert len({str(each) for each in cast(Auto, parse(SPEC)).candidates()}) == len(EXACT) + 6
+    assert len({str(each) for each in cast(Auto, parse(SPEC)).candidates()}) == len(EXACT) + 7
 
 
 @pytest.mark.parametrize(
@@ -160,13 +162,14 @@ def forced(auto: Auto, comm: Comm, x: Array, ways: list[int], poison: int = -1) 
     return totals, residuals
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 5])
-def test_the_law_across_forced_switches(ranks: int) -> None:
-    auto = cast(Auto, parse(SPEC))
+@pytest.mark.parametrize("nodes", [((0,), (1,)), ((0,), (1,), (2,)), ((0, 1), (2, 3)), ((0, 1, 2), (3,)), ((0, 1, 2),)])
+def test_the_law_across_forced_switches(nodes: tuple[tuple[int, ...], ...]) -> None:
+    auto, ranks = cast(Auto, parse(SPEC)), sum(map(len, nodes))
     count = len(auto.candidates(True))
-    ways = [*range(count), *reversed(range(count)), 0, count - 1, 0, 3, 0, 5, 3, 3]
+    ways = [*range(count), *reversed(range(count)), 0, count - 1, 0, 4, 0, 6, 4, 4]
     x = inputs(ranks, len(ways), LAYOUT.size, "float32")
-    results = team_on(SLOW, auto, ranks).run(lambda comm: forced(auto, comm, x[comm.rank], ways))
+    team = team_on(SLOW, auto, ranks, nodes=nodes)
+    results = team.run(lambda comm: forced(auto, comm, x[comm.rank], ways))
     for step in range(len(ways)):
         totals = [totals[step] for totals, _ in results]
         assert len({total.tobytes() for total in totals}) == 1
@@ -175,6 +178,13 @@ def test_the_law_across_forced_switches(ranks: int) -> None:
         if ways[step] < len(EXACT):
             assert not np.any(after)  # an exact sum pays all debts
     assert any(np.any(residual) for residual in results[0][1])
+
+
+@pytest.mark.parametrize("link", [SLOW, FAST])
+def test_nothing_is_lost_on_nodes(link: Link) -> None:
+    auto = cast(Auto, parse(SPEC))
+    team = team_on(link, auto, 5, nodes=((0, 1, 2), (3, 4)))
+    check_law(run(team, member(f"error_feedback({SPEC})"), LAYOUT, inputs(5, 30, LAYOUT.size, "float32")))
 
 
 def test_a_poisoned_step_leaves_the_debt_although_the_way_changed() -> None:
@@ -263,9 +273,10 @@ def test_a_bound_of_the_result_is_divided_for_each_candidate() -> None:
     assert [str(each) for each in cast(Auto, auto).lossy()] == [
         "gather(bounded(abs=0.02))",
         "two_stage(bounded(abs=0.01), bounded(abs=0.05))",
+        "hierarchical(two_stage(bounded(abs=0.01), bounded(abs=0.05)))",
     ]
     assert divided(member(SPEC), 5) == member(SPEC)
-    assert len(allowances(member("auto(allow=(bounded(abs=0.1),))"), 5)) == 2
+    assert len(allowances(member("auto(allow=(bounded(abs=0.1),))"), 5)) == 3
 
 
 def test_explain() -> None:
