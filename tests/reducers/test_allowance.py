@@ -11,8 +11,9 @@ from mpicomp.arrays import Array
 from mpicomp.codecs import Bounded
 from mpicomp.codecs.bounded import settings
 from mpicomp.collectives import Comm
-from mpicomp.reducers import Reducer, parse
+from mpicomp.reducers import Auto, Gather, Reducer, parse
 from mpicomp.reducers.allowance import allowances, divided
+from mpicomp.reducers.auto import fitting
 
 REDUCERS = [
     "bounded(abs=0.5)",
@@ -88,15 +89,18 @@ def test_feedback_owes_no_more_than_was_allowed() -> None:
         ("two_stage(bounded(abs=1.0), bounded(abs=2.0))", "sum", "two_stage(bounded(abs=1.0), bounded(abs=2.0))"),
         ("two_stage(uniform(bits=4))", "sum", "two_stage(uniform(bits=4))"),
         ("dense", "sum", "dense"),
-        (
-            "auto(allow=(bounded(abs=1.0),))",
-            "sum",
-            "auto(allow=(gather(bounded(abs=0.25)), two_stage(bounded(abs=0.125), bounded(abs=0.5))))",
-        ),
+        ("hierarchical(gather(bounded(abs=1.0)))", "sum", "hierarchical(gather(bounded(abs=0.25)))"),
     ],
 )
 def test_divisions(spec: str, op: str, expected: str) -> None:
     assert divided(reducer_of(spec), 4, op) == reducer_of(expected)
+
+
+def test_what_auto_may_take_is_divided_each_for_itself() -> None:
+    auto = Auto(allow=(Bounded(abs=1.0), parse("sign")))
+    parts = [divided(reducer, 4) for reducer in fitting(Bounded(abs=1.0))]
+    assert Gather(Bounded(abs=0.25)) in parts
+    assert divided(auto, 4) == Auto(allow=(*parts, parse("sign")))
 
 
 def reducer_of(spec: str) -> Reducer:
