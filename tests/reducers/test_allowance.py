@@ -21,6 +21,7 @@ REDUCERS = [
     "two_stage(bounded(abs=0.5))",
     "after(0, two_stage(bounded(abs=0.5)))",
     "partition(gather(bounded(abs=0.5)), two_stage(bounded(abs=0.5)))",
+    "hierarchical(two_stage(bounded(abs=0.5)))",
 ]
 
 
