@@ -16,8 +16,9 @@ from mpicomp.calls.arguments import HALF, Form
 from mpicomp.codecs.base import Codec
 from mpicomp.collectives import Comm, as_bytes, broadcast, exchange
 from mpicomp.kernels import kernels_for
-from mpicomp.reducers.base import Message, State, exchange_messages, says_poison
+from mpicomp.reducers.base import State
 from mpicomp.reducers.layout import Layout, empty
+from mpicomp.reducers.messages import Message, exchange_messages, says_poison
 
 Flats = list[Array]
 

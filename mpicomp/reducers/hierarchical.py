@@ -32,19 +32,10 @@ from mpicomp.arrays import Array
 from mpicomp.collectives import Comm, barrier
 from mpicomp.errors import ConfigMismatch
 from mpicomp.planner import Cost, Work
-from mpicomp.reducers.base import (
-    Explained,
-    Reducer,
-    Reduction,
-    Remembering,
-    State,
-    Units,
-    nonfinite,
-    poisoned_total,
-    says_poison,
-)
+from mpicomp.reducers.base import Explained, Reducer, Reduction, Remembering, State, Units, nonfinite, poisoned_total
 from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.layout import Layout
+from mpicomp.reducers.messages import says_poison
 from mpicomp.reducers.place import Place
 from mpicomp.reducers.policies import After, ErrorFeedback, Partition, check_reducer
 from mpicomp.specs import Spec

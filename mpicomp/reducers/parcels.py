@@ -11,9 +11,10 @@ from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
 from mpicomp.codecs.sparse import Values
 from mpicomp.collectives import Comm, begin_receive, begin_send, wait
-from mpicomp.reducers.base import State, exchange_lengths, says_poison
+from mpicomp.reducers.base import State
 from mpicomp.reducers.entries import Coding
 from mpicomp.reducers.layout import empty
+from mpicomp.reducers.messages import exchange_lengths, says_poison
 from mpicomp.reducers.regions import Region
 from mpicomp.transport import Request
 from mpicomp.wire import HEADER, POISON, Field, Header, MessageLayout, Payload, write_header

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from mpicomp.codecs.base import Codec
 from mpicomp.collectives import Comm, begin_receive, begin_send, wait
 from mpicomp.errors import ConfigMismatch
-from mpicomp.reducers.base import Envelope, State, exchange_lengths, opened
+from mpicomp.reducers.base import State
 from mpicomp.reducers.layout import Piece
+from mpicomp.reducers.messages import Envelope, exchange_lengths, says_poison
 from mpicomp.transport import Request
 
 GROUP = 1 << 18  # elements in a message, about: so much input, residual and code stay in the second-level cache
@@ -117,7 +118,7 @@ class Burst:
             return False
         wait(self.comm, self.arrivals[peer][group], self.operation)
         try:
-            return opened([self.incoming[peer][group]], sequence, state, peer)
+            return says_poison(self.incoming[peer][group].buffer, peer, sequence, state)
         except ConfigMismatch:
             wait(
                 self.comm, [r for messages in self.arrivals for requests in messages for r in requests], self.operation

@@ -17,13 +17,14 @@ from mpicomp.codecs import CODECS
 from mpicomp.codecs.base import Codec, Key
 from mpicomp.kernels import kernels_for
 from mpicomp.reducers.auto import Auto
-from mpicomp.reducers.base import Message, Reducer, message_nbytes
+from mpicomp.reducers.base import Reducer
 from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.gather import Gather
 from mpicomp.reducers.hierarchical import Hierarchical
 from mpicomp.reducers.integer import Integer
 from mpicomp.reducers.layout import Layout, Unit
 from mpicomp.reducers.low_rank import LowRank
+from mpicomp.reducers.messages import Message, message_nbytes
 from mpicomp.reducers.policies import After, ErrorFeedback, Partition, unscaled
 from mpicomp.reducers.shared_support import SharedSupport
 from mpicomp.reducers.split import Split

@@ -11,19 +11,10 @@ from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
 from mpicomp.collectives import Comm
 from mpicomp.planner import Cost, Work
-from mpicomp.reducers.base import (
-    Message,
-    Reduction,
-    Remembering,
-    State,
-    check_codec,
-    coding,
-    message_nbytes,
-    nonfinite,
-    poisoned_total,
-)
+from mpicomp.reducers.base import Reduction, Remembering, State, check_codec, coding, nonfinite, poisoned_total
 from mpicomp.reducers.dense import two_shot_nbytes, two_shot_rows, two_shot_sum
 from mpicomp.reducers.layout import Layout
+from mpicomp.reducers.messages import Message, message_nbytes
 from mpicomp.specs import Spec
 from mpicomp.transport import Topology
 from mpicomp.wire import ALIGN, HEADER, Field

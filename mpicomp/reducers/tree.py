@@ -18,19 +18,10 @@ from mpicomp.codecs.base import Codec
 from mpicomp.collectives import Comm, begin_receive, begin_send, receive, send, wait
 from mpicomp.kernels import kernels_for
 from mpicomp.planner import Cost, Work
-from mpicomp.reducers.base import (
-    Message,
-    Reduction,
-    Remembering,
-    State,
-    check_codec,
-    coding,
-    message_nbytes,
-    opened,
-    poisoned_total,
-)
+from mpicomp.reducers.base import Reduction, Remembering, State, check_codec, coding, poisoned_total
 from mpicomp.reducers.entries import Coding, Entries, Selecting, check_selecting, pick
 from mpicomp.reducers.layout import Layout
+from mpicomp.reducers.messages import Message, message_nbytes, says_poison
 from mpicomp.specs import Spec
 from mpicomp.transport import Topology
 
@@ -101,7 +92,7 @@ class Tree(Remembering, Spec):
         entries, poisoned = self._select(x, state)
         for child, message, requests in zip(below, received, arrivals, strict=True):
             wait(comm, requests, f"{self}, from rank {child}")
-            poisoned |= opened([message], sequence, state, child)
+            poisoned |= says_poison(message.buffer, child, sequence, state)
             if not poisoned:
                 entries = self._merged(entries, message, state, child)
         if not poisoned:
@@ -112,7 +103,7 @@ class Tree(Remembering, Spec):
             receive(comm, total.buffer, parent(comm.rank))
         else:
             total.buffer[...] = mine.buffer
-        poisoned = opened([total], sequence, state)
+        poisoned = says_poison(total.buffer, 0, sequence, state)
         if below:
             mine.buffer[...] = total.buffer  # what is being sent may not be read on every transport
             sends = [request for child in reversed(below) for request in begin_send(comm, mine.buffer, child)]

@@ -16,17 +16,9 @@ from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
 from mpicomp.collectives import Comm
 from mpicomp.planner import Cost, Work
-from mpicomp.reducers.base import (
-    Message,
-    Reduction,
-    Remembering,
-    State,
-    check_codec,
-    coding,
-    message_nbytes,
-    poisoned_total,
-)
+from mpicomp.reducers.base import Reduction, Remembering, State, check_codec, coding, poisoned_total
 from mpicomp.reducers.layout import Layout, empty, shards
+from mpicomp.reducers.messages import Message, message_nbytes
 from mpicomp.reducers.pipeline import Burst, groups, in_turn, ring
 from mpicomp.specs import Spec
 from mpicomp.transport import Topology

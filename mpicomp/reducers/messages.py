@@ -1,0 +1,156 @@
+"""Messages of reducers: payloads of several pieces under one header, and how they travel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mpicomp.arrays import Array
+from mpicomp.codecs.base import Codec
+from mpicomp.collectives import Comm, as_bytes, exchange
+from mpicomp.errors import ConfigMismatch
+from mpicomp.kernels import kernels_for
+from mpicomp.reducers.base import State
+from mpicomp.reducers.layout import Piece, empty
+from mpicomp.wire import ALIGN, HEADER, POISON, Field, Header, MessageLayout, Payload, read_header, write_header
+
+
+class Envelope:
+    """A buffer with the payloads of several pieces, each with `fields` of its own.
+
+    The pieces lie in a flat array where their units do, or, with `side_by_side`, one after the other. The first
+    `length` bytes of the buffer are what is sent or was received: all of them if `fixed`. A given `buffer` is another
+    one's of the same fields.
+    """
+
+    def __init__(
+        self,
+        pieces: Sequence[Piece],
+        fields: Sequence[tuple[Field, ...]],
+        fixed: bool = True,
+        side_by_side: bool = False,
+        buffer: Array | None = None,
+    ) -> None:
+        self.pieces, self.fixed = list(pieces), fixed
+        ends = np.cumsum([piece.size for piece in self.pieces]).tolist()
+        self.places = [
+            slice(end - piece.size, end) if side_by_side else piece.where
+            for piece, end in zip(self.pieces, ends, strict=True)
+        ]
+        self.layout = MessageLayout(fields)
+        if buffer is None:
+            buffer = empty(self.layout.nbytes if self.pieces else 0, "uint8")
+            buffer[...] = 0  # padding travels too
+        self.buffer = buffer
+        self.payloads = self.layout.views(self.buffer) if self.pieces else []
+        self.length = self.buffer.size
+
+    @property
+    def travelling(self) -> Array:
+        """The part of the buffer that is sent or received."""
+        return self.buffer[: self.length]
+
+    def seal(self, sequence: int, state: State, poisoned: bool) -> None:
+        """Write the header. Of a poisoned message of variable size nothing else is sent."""
+        if poisoned and not self.fixed:
+            self.length = min(HEADER, self.buffer.size)
+        if self.pieces:
+            write_header(self.buffer, Header(sequence & 0xFFFFFFFF, state.digest, POISON if poisoned else 0))
+
+
+class Message(Envelope):
+    """The pieces as a codec encodes them; `extra` are fields behind theirs."""
+
+    def __init__(
+        self,
+        codec: Codec,
+        pieces: Sequence[Piece],
+        dtype: str,
+        side_by_side: bool = False,
+        extra: tuple[Field, ...] = (),
+        buffer: Array | None = None,
+    ) -> None:
+        fields = [codec.fields(piece.size, dtype) for piece in pieces]
+        super().__init__(pieces, [*fields, extra] if extra else fields, codec.fixed, side_by_side, buffer)
+        self.codec = codec
+
+    def encode(self, x: Array, state: State, stage: int, rank: int, old: Array | None, new: Array | None) -> bool:
+        """Encode the pieces of x, or those of x + old and write what the code leaves out to `new`.
+
+        Returns whether all of it was finite; where it was not, payload and `new` are not to be used.
+        """
+        used, codec = [], self.codec
+        for piece, place, payload in zip(self.pieces, self.places, self.payloads, strict=False):
+            key = state.key(piece, stage, rank)
+            rest = None if old is None else old[place]
+            if not codec.loud and kernels_for(x).nonfinite(x[place], rest):
+                return False
+            if new is None:
+                used.append(codec.encode(x[place], payload, key))
+            else:
+                used.append(codec.encode_residual(x[place], rest, payload, new[place], key))
+            if codec.loud and not np.isfinite(payload[0]).all():
+                return False
+        if self.pieces and not self.fixed:
+            self.length = self.layout.close_up(self.buffer, used)
+        return True
+
+    def decode(self, out: Array, state: State, stage: int, rank: int) -> None:
+        """Set the pieces of `out` to what was encoded; zeroed one by one, while they are in the cache."""
+        for place in self.places:
+            out[place] = 0
+        self.decode_add(out, state, stage, rank)
+
+    def decode_add(self, out: Array, state: State, stage: int, rank: int) -> None:
+        """Add the decoded pieces to `out`."""
+        payloads: list[Payload] = self.payloads
+        if self.pieces and not self.fixed:
+            payloads = self.layout.cut(self.buffer)
+        for piece, place, payload in zip(self.pieces, self.places, payloads, strict=False):
+            self.codec.decode_add(payload, out[place], state.key(piece, stage, rank))
+
+
+def message_nbytes(codec: Codec, pieces: Sequence[Piece], dtype: str) -> int:
+    """Bytes sent for a message of these pieces, none for none; if its size varies, at most so many, length included."""
+    if not pieces:
+        return 0
+    return MessageLayout([codec.fields(piece.size, dtype) for piece in pieces]).nbytes + (0 if codec.fixed else ALIGN)
+
+
+def exchange_messages(comm: Comm, outgoing: Sequence[Message], incoming: Sequence[Message], operation: str) -> None:
+    """Send outgoing[r] to every rank r and receive incoming[r] from it; messages of variable size after their lengths.
+
+    A message without pieces is not sent, and has no length to tell: both sides know that.
+    """
+    if not outgoing[0].fixed:
+        told = exchange_lengths(
+            comm, [m.length if m.pieces else None for m in outgoing], [bool(m.pieces) for m in incoming], operation
+        )
+        for message, length in zip(incoming, told, strict=True):
+            message.length = length
+    exchange(comm, [m.travelling for m in outgoing], [m.travelling for m in incoming], operation)
+
+
+def exchange_lengths(comm: Comm, outgoing: Sequence[int | None], expected: Sequence[bool], operation: str) -> list[int]:
+    """Tell every rank r the length outgoing[r], unless None, and return those told, 0 where none is expected."""
+    lengths = np.array([length or 0 for length in outgoing], "<u8").reshape(-1, 1)
+    told = np.zeros((comm.size, 1), "<u8")
+    exchange(
+        comm,
+        [as_bytes(row[: 0 if length is None else 1]) for row, length in zip(lengths, outgoing, strict=True)],
+        [as_bytes(row[: int(some)]) for row, some in zip(told, expected, strict=True)],
+        f"{operation}, lengths",
+    )
+    return [int(length) for length in told[:, 0]]
+
+
+def says_poison(message: Array, rank: int, sequence: int, state: State) -> bool:
+    """Check the header of a message of `rank`; return whether an input was poisoned; raises ConfigMismatch."""
+    header = read_header(message)
+    if (header.sequence, header.digest) != (sequence & 0xFFFFFFFF, state.digest):
+        raise ConfigMismatch(
+            f"rank {rank} sent operation {header.sequence} of configuration {header.digest:08x}, expected "
+            f"{sequence & 0xFFFFFFFF} of {state.digest:08x}: the ranks have parted ways"
+        )
+    return bool(header.flags & POISON)
