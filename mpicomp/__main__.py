@@ -54,7 +54,7 @@ def plan(fresh: bool, sizes: Sequence[int], allow: Sequence[str], file: str | No
 
     try:
         auto = Auto(allow=tuple(parse(spec) for spec in allow or DEFAULT_LOSSY))
-        candidates = auto.candidates(feedback=True)
+        auto.candidates(feedback=True)
     except (SpecError, TypeError, ValueError) as error:
         if first:
             print(f"--allow: {error}", file=sys.stderr)
@@ -66,6 +66,7 @@ def plan(fresh: bool, sizes: Sequence[int], allow: Sequence[str], file: str | No
         if first:
             show([], mismatch)
         return 1
+    candidates = auto.useful(comm.topology, feedback=True)
     began = time.time()
     machine = known_machine(comm, candidates, fresh)
     age = began - machine.when

@@ -98,6 +98,15 @@ class Auto(Explained, Spec):
         """What is chosen from. With feedback bare codecs are taken as contractions; ValueError for what is none."""
         return _candidates(self.allow, feedback)
 
+    def useful(self, topology: Topology, feedback: bool = False) -> tuple[Reducer, ...]:
+        """The candidates that have a sense on these nodes: on a single one MPI shares memory by itself."""
+        shares = 1 < len(topology.nodes) < topology.size
+        return tuple(
+            each
+            for each in self.candidates(feedback)
+            if shares or each in self.allow or not isinstance(each, Hierarchical)
+        )
+
     def lossy(self, feedback: bool = False) -> tuple[Reducer, ...]:
         """The candidates that `allow` adds to the exact ones."""
         return tuple(each for each in self.candidates(feedback) if each not in EXACT)
@@ -140,15 +149,13 @@ class Auto(Explained, Spec):
         """Seconds that each candidate will take, and that agreeing on times takes, as rank 0 sees it. Collective."""
         costs = [self._costs(each, layout, dtype, comm.topology, feedback) for each in self.candidates(feedback)]
         machine = machine_for(comm, [cost for each in costs for cost in each])
+        useful = self.useful(comm.topology, feedback)
         seconds = [
-            inf if each in costs[:place] else max(predict(cost, machine).seconds for cost in each)  # the same algorithm
-            for place, each in enumerate(costs)
+            max(predict(cost, machine).seconds for cost in each)
+            if reducer in useful and each not in costs[:place]  # not an algorithm by another name
+            else inf
+            for place, (reducer, each) in enumerate(zip(self.candidates(feedback), costs, strict=True))
         ]
-        if len(comm.topology.nodes) == 1:  # there MPI uses shared memory by itself, and needs no room of ours for it
-            seconds = [
-                inf if isinstance(each, Hierarchical) and each not in self.allow else known
-                for each, known in zip(self.candidates(feedback), seconds, strict=True)
-            ]
         agreement = machine.allreduce[0].seconds if machine.allreduce else 0.0
         return cast(tuple[list[float], float], tuple(shared(comm, (seconds, agreement))))
 

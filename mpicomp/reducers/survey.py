@@ -53,8 +53,9 @@ def known_machine(comm: Comm, reducers: Sequence[Reducer], fresh: bool = False) 
 
 def cost_feedback(reducer: Reducer) -> bool:
     """Whether a reducer would be fed back: what compresses by a contraction is."""
-    codec = getattr(reducer, "codec", None)
-    return bool(codec.contractive) if codec is not None else hasattr(reducer, "rank")
+    inner = getattr(reducer, "reducer", reducer)  # of what is hierarchical
+    codec = getattr(inner, "codec", None)
+    return bool(getattr(inner if codec is None else codec, "contractive", hasattr(inner, "rank")))
 
 
 def survey(comm: Comm, machine: Machine, reducers: Sequence[Reducer], sizes: Sequence[int], limit: float) -> list[Row]:
