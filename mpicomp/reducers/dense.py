@@ -95,7 +95,8 @@ class Dense(Remembering, Spec):
 
     `algorithm` "mpi" is MPI's own allreduce, which promises the same bits on all ranks but not the same for an
     element at another place; "two_shot" is ours, which adds in rank order whatever the place. "best" is ours from
-    OURS_FROM bytes on where several nodes take part, else MPI's.
+    OURS_FROM bytes on where every rank has a node of its own, else MPI's: what leaves a node with several ranks would be
+    more than it need be, and there is `hierarchical`.
     """
 
     spec_name: ClassVar[str] = "dense"
@@ -109,7 +110,7 @@ class Dense(Remembering, Spec):
         """Which algorithm sums an array of so many bytes: decided by what all ranks know, so alike in every run."""
         if self.algorithm != "best":
             return self.algorithm
-        return "two_shot" if len(topology.nodes) > 1 and nbytes >= OURS_FROM else "mpi"
+        return "two_shot" if 1 < topology.size == len(topology.nodes) and nbytes >= OURS_FROM else "mpi"
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
         """See Reducer."""
