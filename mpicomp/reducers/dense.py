@@ -95,8 +95,8 @@ class Dense(Remembering, Spec):
 
     `algorithm` "mpi" is MPI's own allreduce, which promises the same bits on all ranks but not the same for an
     element at another place; "two_shot" is ours, which adds in rank order whatever the place. "best" is ours from
-    OURS_FROM bytes on where every rank has a node of its own, else MPI's: what leaves a node with several ranks would be
-    more than it need be, and there is `hierarchical`.
+    OURS_FROM bytes on where every rank has a node of its own, else MPI's: from nodes of several ranks ours sends more
+    than need be; for these there is `hierarchical`.
     """
 
     spec_name: ClassVar[str] = "dense"
