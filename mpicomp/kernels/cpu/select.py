@@ -27,7 +27,7 @@ from mpicomp.kernels.cpu.random import draw
 
 CHUNK = 1024  # elements, a multiple of 64
 SAMPLE = 16384  # elements at most, for an exact selection
-AHEAD = 64  # elements whose memory is asked for before they are zeroed
+AHEAD = 64  # elements whose memory is asked for before they are zeroed, or read as a sample
 DIRECT = 4096  # arrays of fewer elements are not sampled
 ZERO, ONE, S32 = np.uint64(0), np.uint64(1), np.uint64(32)
 
@@ -50,10 +50,18 @@ def _kth(x: Any, k: int, low: Any, high: Any) -> Any:
 @kernel("const T[], const T[], T[]")
 def _sample(x: Any, old: Any, out: Any) -> None:
     stride = x.size // out.size
-    for i in range(out.size):
+    places = np.empty(AHEAD, np.int64)  # of elements that have been asked for
+    for i in range(out.size + AHEAD):
+        slot = i % AHEAD
+        if i >= AHEAD:
+            place = places[slot]
+            out[i - AHEAD] = x[place] + old[place] if old.size else x[place]
         # By hash within each stride, so that no period of the data meets the sample's.
         place = i * stride + np.int64(((draw(ZERO, np.uint64(i)) >> S32) * np.uint64(stride)) >> S32)
-        out[i] = x[place] + old[place] if old.size else x[place]
+        places[slot] = min(place, x.size - 1)
+        prefetch(x, places[slot])
+        if old.size:
+            prefetch(old, places[slot])
 
 
 @kernel("const T[], const T[], T[], u8, u8, u8[], T[], T[]")
@@ -247,7 +255,7 @@ def sample_size(size: int, share: float = 0.0) -> int:
     """Return how many elements are sampled: none of small arrays, at most 16384 for an exact selection."""
     if share:
         return min(size, max(DIRECT, math.ceil(share * size)))
-    return 0 if size <= DIRECT else min(SAMPLE, max(1024, size // 16))
+    return 0 if size <= DIRECT else min(SAMPLE, max(1024, size // 128))
 
 
 def _quantile(sample: Array, rank: int) -> int:
@@ -275,6 +283,8 @@ def select_top(x: Array, old: Array | None, new: Array | None, k: int, share: fl
         rank = -(-size * k // n) if share else math.ceil(expected + margin)
         if rank <= size:
             low = _quantile(sample, rank)
+            if not share:
+                low = max(1, low)  # the zeros of a sum of sparse arrays would all be marked
         if expected - margin >= 1:
             high = _quantile(sample, math.floor(expected - margin))
         room = min(n, int(4 * (2 * margin) * n / size) + DIRECT)
@@ -292,6 +302,9 @@ def select_top(x: Array, old: Array | None, new: Array | None, k: int, share: fl
         if low < high:
             exact, more = _kth(band[:copied], k - exceeding, np.uint64(low), np.uint64(high))
         return Selection(source, marks, found, int(exact), k - exceeding - int(more), k)
-    exact, exceeding = _kth(source, k, np.uint64(0), np.uint64(top))
+    if low == 1 and reached < k:  # all that is not zero, and the first zeros
+        exact, exceeding = np.uint64(0), reached
+    else:
+        exact, exceeding = _kth(source, k, np.uint64(0), np.uint64(top))
     _mark(source, x[:0], np.empty(0, x.dtype), exact, exact, marks, found[:0], band)
     return Selection(source, marks, found[:0], int(exact), k - int(exceeding), k)
