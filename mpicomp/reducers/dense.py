@@ -17,7 +17,7 @@ from mpicomp.specs import Spec
 from mpicomp.transport import Request, Topology
 
 ALGORITHMS = ("best", "mpi", "two_shot")
-GROUP = 1 << 18  # bytes in a message, about: long enough for the network, short enough that sums hide behind it
+GROUP = 1 << 21  # bytes in a message at most: few, and yet sums hide behind the network
 OURS_FROM = 1 << 18  # bytes of an array
 
 
