@@ -10,6 +10,7 @@ from codec_members import KEY, decoded, encoded, message, normal
 
 from mpicomp.codecs import BlockTopK, Cast, RandomK, SampledTopK, Threshold, TopK, Uniform
 from mpicomp.errors import WireFormatError
+from mpicomp.kernels import kernels_for
 from mpicomp.reducers.resolve import parse
 
 DTYPES = ("float32", "float64")
@@ -199,3 +200,20 @@ def test_specs_and_flags():
     ):
         with pytest.raises(ValueError, match=text):
             make()
+
+
+@pytest.mark.parametrize("size", [5000, 70_000])
+def test_the_largest_of_an_array_that_is_mostly_zero(size):
+    """As the sum of sparse arrays is: fewer elements than are to be kept, just as many, or some more."""
+    rng = np.random.default_rng(size)
+    for filled in (0, 1, 50, size // 100, size // 99, size // 50, size // 3):
+        for k in (1, size // 1000, size // 100, size // 10, size):
+            x, new = np.zeros(size, np.float32), np.empty(size, np.float32)
+            x[rng.choice(size, filled, replace=False)] = rng.standard_normal(filled).round(1)
+            values, places = np.empty(k, np.float32), np.empty(k, np.uint32)
+            kernels_for(x).select_top(x, None, new, k).write(values, places, zero=True)
+            expected = np.sort(np.lexsort((np.arange(size), -np.abs(x)))[:k])
+            assert np.array_equal(places, expected)
+            assert np.array_equal(values, x[expected])
+            x[expected] = 0
+            assert np.array_equal(new, x)

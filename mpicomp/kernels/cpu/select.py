@@ -303,8 +303,8 @@ def select_top(x: Array, old: Array | None, new: Array | None, k: int, share: fl
             exact, more = _kth(band[:copied], k - exceeding, np.uint64(low), np.uint64(high))
         return Selection(source, marks, found, int(exact), k - exceeding - int(more), k)
     if low == 1 and reached < k:  # all that is not zero, and the first zeros
-        exact, exceeding = np.uint64(0), reached
+        exact, exceeding = 0, int(reached)
     else:
-        exact, exceeding = _kth(source, k, np.uint64(0), np.uint64(top))
-    _mark(source, x[:0], np.empty(0, x.dtype), exact, exact, marks, found[:0], band)
-    return Selection(source, marks, found[:0], int(exact), k - int(exceeding), k)
+        exact, exceeding = map(int, _kth(source, k, np.uint64(0), np.uint64(top)))
+    _mark(source, x[:0], np.empty(0, x.dtype), np.uint64(exact), np.uint64(exact), marks, found[:0], band)
+    return Selection(source, marks, found[:0], exact, k - exceeding, k)
