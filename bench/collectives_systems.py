@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -119,7 +120,7 @@ class System(Protocol):
         ...
 
 
-class InProcess:
+class InProcess(ABC):
     """A system that lives in the ranks themselves."""
 
     name = ""
@@ -133,9 +134,9 @@ class InProcess:
         self.arrays = Arrays(nbytes)
         self.reduce = self.made(self.arrays)
 
+    @abstractmethod
     def made(self, arrays: Arrays) -> Callable[[], object]:
         """Return the call that is timed: it sums arrays.x over ranks into arrays.out."""
-        raise NotImplementedError
 
     def sent(self) -> int:
         """Bytes that this rank has sent so far."""
