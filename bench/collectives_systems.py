@@ -151,6 +151,7 @@ class InProcess(ABC):
 
     def close(self) -> None:
         """See System."""
+        vars(self).pop("reduce", None)  # with its workspaces
 
 
 class Ours(InProcess):
