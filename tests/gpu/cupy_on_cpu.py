@@ -1,0 +1,287 @@
+"""A stand-in for CuPy that runs `.cu` files on the CPU: as much of its interface as mpicomp uses, and no more.
+
+A kernel is compiled by g++ with `cuda_on_cpu.h` in place of CUDA. An array here is no NumPy array: NumPy cannot read it
+by accident, as it cannot read a device's memory, and what CuPy does not offer is not there. Every allocation lies
+between canaries, which are looked at after every launch that was given a part of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).parent
+FLAGS = (
+    *("-std=c++17", "-O1", "-g0", "-fPIC", "-shared", "-w", "-ffp-contract=off", "-fno-strict-aliasing"),
+    *("-U_FORTIFY_SOURCE", "-fsanitize=alignment,bounds,shift-exponent", "-fno-sanitize-recover=all"),
+)
+CANARY, POISON, GUARD = 0xC5, 0xA7, 256  # bytes; GUARD on either side
+KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\s*\(([^)]*)\)')
+
+order = 0
+"""How a block's threads take turns; see cuda_on_cpu.h."""
+
+launches: list[str] = []
+"""The names of kernels, as they are launched."""
+
+
+class Memory:
+    """One allocation between two canaries, poisoned."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.bytes = np.full(GUARD + nbytes + GUARD + 512, CANARY, np.uint8)
+        self.start = GUARD + -(self.bytes.ctypes.data + GUARD) % 512  # CuPy aligns to 512 bytes
+        self.nbytes = nbytes
+        self.data = self.bytes[self.start : self.start + nbytes]
+        self.data[...] = POISON
+
+    def check(self, kernel: str) -> None:
+        left, right = self.bytes[: self.start], self.bytes[self.start + self.nbytes :]
+        assert (left == CANARY).all(), f"{kernel} wrote before the beginning of an array"
+        assert (right == CANARY).all(), f"{kernel} wrote behind the end of an array"
+
+
+class ndarray:  # noqa: N801
+    """An array on the pretended device: `host` is a view of its memory that only this module may look at."""
+
+    __array_priority__ = 100
+
+    def __init__(self, memory: Memory, host: np.ndarray[Any, Any]) -> None:
+        self.memory, self.host = memory, host
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`")
+
+    shape = property(lambda self: self.host.shape)
+    size = property(lambda self: self.host.size)
+    ndim = property(lambda self: self.host.ndim)
+    dtype = property(lambda self: self.host.dtype)
+    nbytes = property(lambda self: self.host.nbytes)
+    itemsize = property(lambda self: self.host.itemsize)
+    flags = property(lambda self: self.host.flags)
+
+    def __len__(self) -> int:
+        return len(self.host)
+
+    def __getitem__(self, key: Any) -> ndarray:
+        assert not isinstance(key, np.ndarray | ndarray | list), "no index arrays: that is a kernel's work"
+        host = self.host[key]
+        return ndarray(self.memory, host if isinstance(host, np.ndarray) else self.host[key, ...])
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        assert not isinstance(value, np.ndarray), "CuPy does not take host arrays: use set()"
+        self.host[key] = value.host if isinstance(value, ndarray) else value
+
+    def view(self, dtype: Any) -> ndarray:
+        return ndarray(self.memory, self.host.view(dtype))
+
+    def reshape(self, *shape: Any) -> ndarray:
+        return ndarray(self.memory, self.host.reshape(*shape))
+
+    def fill(self, value: Any) -> None:
+        self.host.fill(value)
+
+    def item(self) -> Any:
+        return self.host.item()
+
+    def __int__(self) -> int:
+        return int(self.host)
+
+    def __float__(self) -> float:
+        return float(self.host)
+
+    def __bool__(self) -> bool:
+        return bool(self.host)
+
+    def get(self, stream: Any = None, order: str = "C", out: Any = None, blocking: bool = True) -> Any:
+        if out is None:
+            return self.host.copy()
+        assert out.shape == self.shape
+        assert out.dtype == self.dtype
+        out[...] = self.host
+        return out
+
+    def set(self, array: Any, stream: Any = None) -> None:
+        assert isinstance(array, np.ndarray)
+        assert (array.shape, array.dtype) == (self.shape, self.dtype)
+        self.host[...] = array
+
+
+def empty(shape: Any, dtype: Any = float) -> ndarray:
+    kind = np.dtype(dtype)
+    shape = (shape,) if isinstance(shape, int | np.integer) else tuple(shape)
+    memory = Memory(int(np.prod(shape, dtype=np.int64)) * kind.itemsize)
+    return ndarray(memory, memory.data.view(kind).reshape(shape))
+
+
+def zeros(shape: Any, dtype: Any = float) -> ndarray:
+    made = empty(shape, dtype)
+    made.host[...] = 0
+    return made
+
+
+def empty_like(a: ndarray) -> ndarray:
+    return empty(a.shape, a.dtype)
+
+
+def zeros_like(a: ndarray) -> ndarray:
+    return zeros(a.shape, a.dtype)
+
+
+def asarray(a: Any) -> ndarray:
+    if isinstance(a, ndarray):
+        return a
+    a = np.asarray(a)
+    made = empty(a.shape, a.dtype)
+    made.host[...] = a
+    return made
+
+
+def asnumpy(a: ndarray) -> Any:
+    return a.get()
+
+
+class RawModule:
+    def __init__(self, code: str, options: tuple[str, ...]) -> None:
+        assert "--fmad=false" in options
+        self.kernels = {name: parameters.split(",") for name, parameters in KERNEL.findall(code)}
+        self.library = ctypes.PyDLL(str(built(code)))  # holds the GIL: shared memory is static here
+
+    def get_function(self, name: str) -> Any:
+        parameters = self.kernels[name]
+        entry = self.library[f"run_{name}"]
+        entry.restype = None
+
+        def call(grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+            assert len(grid) == len(block) == 1
+            assert len(arguments) == len(parameters), f"{name} takes {len(parameters)} arguments, got {len(arguments)}"
+            assert 0 < grid[0] < 2**31
+            passed = [converted(name, p, a) for p, a in zip(parameters, arguments, strict=True)]
+            launches.append(name)
+            sys.stderr.flush()
+            entry(ctypes.c_int(grid[0]), ctypes.c_int(block[0]), ctypes.c_uint(order), *passed)
+            for given in arguments:
+                if isinstance(given, ndarray):
+                    given.memory.check(name)
+
+        return call
+
+
+def converted(kernel: str, parameter: str, value: Any) -> Any:
+    """Return an argument as ctypes passes it; the types must be those that the kernel declares, as CUDA checks none."""
+    kind = parameter.replace("const", "").replace("__restrict__", "").split()
+    if "*" in parameter:
+        if isinstance(value, np.uint64) and value == 0:
+            return ctypes.c_void_p(None)
+        assert isinstance(value, ndarray), f"{kernel}: {parameter} was given {type(value).__name__}"
+        assert value.flags.c_contiguous, f"{kernel}: {parameter} is not contiguous"
+        return ctypes.c_void_p(value.host.ctypes.data)
+    known = {
+        "i64": (np.int64, ctypes.c_int64),
+        "u64": (np.uint64, ctypes.c_uint64),
+        "double": (np.float64, ctypes.c_double),
+    }
+    assert kind[0] in known, f"{kernel}: parameters are pointers, i64, u64 and double, got {parameter}"
+    expected, make = known[kind[0]]
+    assert type(value) is expected, f"{kernel}: {parameter} was given {type(value).__name__}"
+    return make(value.item())
+
+
+@functools.cache
+def folder() -> Path:
+    """Where compiled kernels are kept: CUDA_ON_CPU_CACHE, or a folder of this process."""
+    kept = os.environ.get("CUDA_ON_CPU_CACHE")
+    if kept:
+        Path(kept).mkdir(parents=True, exist_ok=True)
+        return Path(kept)
+    made = tempfile.TemporaryDirectory()
+    globals()["_made"] = made  # goes away with the process
+    return Path(made.name)
+
+
+@functools.cache
+def built(code: str) -> Path:
+    """Return the shared library of a source, each of its kernels under the name run_KERNEL."""
+    runs = "\n".join(
+        f'extern "C" void run_{name}(int blocks, int threads, unsigned order, {parameters})'
+        f" {{ cuda_on_cpu::run(blocks, threads, order, [&] {{ {name}({names(parameters)}); }}); }}"
+        for name, parameters in KERNEL.findall(code)
+    )
+    header = HERE / "cuda_on_cpu.h"
+    text = f'#include "{header}"\n{code}\n{runs}\n'
+    digest = hashlib.blake2b("\0".join((header.read_text(), text, *FLAGS)).encode(), digest_size=12).hexdigest()
+    library = folder() / f"{digest}.so"
+    if not library.exists():
+        part = folder() / f"{digest}.{os.getpid()}"
+        done = subprocess.run(
+            ["g++", *FLAGS, "-x", "c++", "-", "-o", str(part)], input=text, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"g++:\n{done.stderr[-4000:]}"
+        part.rename(library)
+    return library
+
+
+def names(parameters: str) -> str:
+    return ", ".join(p.replace("*", " ").split()[-1] for p in parameters.split(","))
+
+
+class Stream:
+    """A queue that is always empty: everything here happens at once."""
+
+    def __init__(self, null: bool = False, non_blocking: bool = False, ptr: int = 0) -> None:
+        self.ptr = ptr
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def wait_event(self, event: Event) -> None: ...
+
+    def record(self, event: Event | None = None) -> Event:
+        return event or Event()
+
+
+class Event:
+    def __init__(self, block: bool = False, disable_timing: bool = False) -> None: ...
+
+    def record(self, stream: Stream | None = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+def install() -> ModuleType:
+    """Put this module in CuPy's place, for a process that has no CuPy."""
+    assert "cupy" not in sys.modules
+    module = sys.modules[__name__]
+    cuda = ModuleType("cupy.cuda")
+    runtime = ModuleType("cupy.cuda.runtime")
+    runtime.getDevice = lambda: 0  # type: ignore[attr-defined]
+    runtime.getDeviceCount = lambda: 1  # type: ignore[attr-defined]
+    cuda.runtime, cuda.Stream, cuda.Event = runtime, Stream, Event  # type: ignore[attr-defined]
+    cuda.get_current_stream = Stream  # type: ignore[attr-defined]
+    module.cuda = cuda  # type: ignore[attr-defined]
+    sys.modules.update({"cupy": module, "cupy.cuda": cuda, "cupy.cuda.runtime": runtime})
+    return module
+
+
+def uninstall() -> None:
+    """Take this module out of CuPy's place."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "cupy"]:
+        del sys.modules[name]
+
+
+ndarray.__module__ = "cupy"
