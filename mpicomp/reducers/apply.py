@@ -7,7 +7,7 @@ import numpy as np
 from mpicomp.arrays import Array
 from mpicomp.collectives import Comm
 from mpicomp.kernels import kernels_for
-from mpicomp.reducers.base import Reducer, State, nonfinite
+from mpicomp.reducers.base import Reducer, State, mean_of, nonfinite
 
 OPS = ("sum", "mean")
 
@@ -31,13 +31,12 @@ def apply(
         total = state.buffer("wide total", x.size, "float32")
     else:
         wide, total = x, out
-    reduction, after = reducer.reduce(comm, wide, state, total)
-    poisoned = reduction.poisoned
     divisor = comm.size if op == "mean" else 1
+    reduction, after = reducer.reduce(comm, wide, state.towards(divisor), total)
+    poisoned = reduction.poisoned
     if divisor > 1:
-        for unit in state.layout.units:
-            poisoned |= not kernels.divide(total[unit.where], divisor)
-    elif watched or half:
+        poisoned = not mean_of(reduction, state.layout, divisor)
+    elif (watched or half) and not reduction.finite:
         poisoned = poisoned or nonfinite(total, None, state.layout)
     if not half:
         return after, poisoned

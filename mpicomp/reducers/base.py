@@ -14,7 +14,7 @@ stays valid until the next step: whoever decides that the step never happened go
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -40,6 +40,10 @@ class Reduction(NamedTuple):
     """(extent,) the sum over ranks, the same bits everywhere; other elements than the layout's are untouched."""
     poisoned: bool = False
     """Some rank's input was not finite: `total` is NaN, the state is the old one. The same on all ranks."""
+    divided: bool = False
+    """`total` is divided by the state's divisor already."""
+    finite: bool = False
+    """`total` is known to be finite, without a look at all of it."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,9 @@ class State:
     `residual` (extent,) is this rank's debt, None without feedback; `spare` is where the next one will be written.
     `memory` holds what else a method carries from step to step, by unit name, and `work` its buffers, which have no
     meaning between steps. `inner` holds the states of wrapped reducers.
+
+    `divisor` is what the total will be divided by. A reducer may do so itself where that costs no pass over memory, and
+    says so in the Reduction.
     """
 
     layout: Layout
@@ -61,6 +68,21 @@ class State:
     memory: Mapping[str, Array] = field(default_factory=dict)
     work: dict[str, Any] = field(default_factory=dict)
     inner: tuple[State, ...] = ()
+    divisor: int = 1
+
+    @property
+    def exact(self) -> bool:
+        """Whether multiplying by `factor` is dividing by `divisor`, to the bit: powers of two."""
+        return self.divisor & (self.divisor - 1) == 0
+
+    @property
+    def factor(self) -> float:
+        """What divides by `divisor` where that is exact, else 1."""
+        return 1.0 / self.divisor if self.exact else 1.0
+
+    def towards(self, divisor: int) -> State:
+        """Return this state for a total that is to be divided by so many."""
+        return self if divisor == self.divisor else replace(self, divisor=divisor)
 
     def advanced(self, **changes: Any) -> State:
         """The next step's state: the residual that was just written becomes current."""
@@ -217,6 +239,16 @@ def nonfinite(x: Array, old: Array | None, layout: Layout) -> bool:
 def coding(codec: Codec, elements: int, op: str = "encode", feedback: bool = False) -> Work:
     """The work of encoding or decoding so many elements."""
     return Work("encode_residual" if feedback and op == "encode" else op, elements, str(codec))
+
+
+def mean_of(reduction: Reduction, layout: Layout, divisor: int) -> bool:
+    """Divide the units of a total in place, where that has not been done; return whether all is finite."""
+    total, finite = reduction.total, not reduction.poisoned
+    if reduction.divided:
+        return finite and (reduction.finite or not nonfinite(total, None, layout))
+    for unit in layout.units:
+        finite &= kernels_for(total).divide(total[unit.where], divisor)
+    return finite
 
 
 def poisoned_total(out: Array, layout: Layout) -> Reduction:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from mpicomp.arrays import Array
-from mpicomp.collectives import Comm, allreduce, as_bytes, begin_receive, begin_send, wait
+from mpicomp.collectives import Comm, allreduce, as_bytes, begin_receive, begin_send, exchange, wait
 from mpicomp.planner import Cost, Work
 from mpicomp.reducers.base import Reduction, Remembering, State, nonfinite
 from mpicomp.reducers.layout import Layout, even_cuts
@@ -19,6 +19,7 @@ from mpicomp.transport import Request, Topology
 ALGORITHMS = ("best", "mpi", "two_shot")
 GROUP = 1 << 21  # bytes in a message at most: few, and yet sums hide behind the network
 OURS_FROM = 1 << 18  # bytes of an array
+ONE_ROUND = 1 << 15  # bytes that a rank sends
 
 
 @np.errstate(over="ignore", invalid="ignore")  # what is not finite is an input like others, no ground to warn
@@ -26,9 +27,17 @@ def two_shot_sum(comm: Comm, flat: Array, total: Array, rows: Array, operation: 
     """Sum `flat` over ranks into `total`, both (n,), apart; every element in rank order, so its place changes no bit.
 
     Each rank adds up one cut of every array and shares the sum: 2n(P-1)/P elements sent by each. A cut travels in
-    groups, so that the network need not wait for sums. `rows` is a workspace of `two_shot_rows` elements.
+    groups, so that the network need not wait for sums. Small arrays go to all ranks whole, in one round instead of two.
+    `rows` is a workspace of `two_shot_rows` elements.
     """
     me, ranks = comm.rank, comm.size
+    if _in_one_round(flat.nbytes, ranks):
+        received = rows[: ranks * flat.size].reshape(ranks, flat.size)
+        exchange(comm, [as_bytes(flat)] * ranks, [as_bytes(row) for row in received], operation)
+        total[...] = received[0]
+        for row in received[1:]:
+            total += row
+        return
     cuts = even_cuts(flat.size, ranks)
     parts = [_groups(cut, flat.itemsize) for cut in cuts]
     size = _length(cuts[me])
@@ -77,16 +86,31 @@ def _length(cut: slice) -> int:
     return int(cut.stop - cut.start)
 
 
-def two_shot_rows(size: int, ranks: int) -> int:
-    """Elements of workspace that `two_shot_sum` needs."""
-    return ranks * _length(even_cuts(size, ranks)[0])
+def _in_one_round(nbytes: int, ranks: int) -> bool:
+    """Whether every rank sums the whole array: a second round would take longer than the bytes that it saves."""
+    return nbytes * (ranks - 1) <= ONE_ROUND
 
 
-def two_shot_nbytes(nbytes: int, itemsize: int, ranks: int, me: int) -> int:
-    """Bytes that rank `me` sends in `two_shot_sum` of an array of `nbytes`."""
+def two_shot_rows(nbytes: int, itemsize: int, ranks: int) -> int:
+    """Elements of workspace that `two_shot_sum` needs for an array of `nbytes`."""
     size = nbytes // itemsize
-    mine = _length(even_cuts(size, ranks)[me])
-    return (size - mine + mine * (ranks - 1)) * itemsize
+    return ranks * (size if _in_one_round(nbytes, ranks) else _length(even_cuts(size, ranks)[0]))
+
+
+def two_shot_cost(nbytes: int, itemsize: int, ranks: int, me: int) -> Cost:
+    """What `two_shot_sum` of an array of `nbytes` takes of rank `me`."""
+    size = nbytes // itemsize
+    if _in_one_round(nbytes, ranks):
+        return Cost(nbytes * (ranks - 1), rounds=1, messages=ranks - 1, work=(Work("add", size * ranks),))
+    cuts = even_cuts(size, ranks)
+    parts, mine = [len(_groups(cut, itemsize)) for cut in cuts], _length(cuts[me])
+    return Cost(
+        (size - mine + mine * (ranks - 1)) * itemsize,
+        rounds=2,
+        messages=sum(parts) + parts[me] * (ranks - 2),
+        work=(Work("add", size),),
+        chunks=max(parts),
+    )
 
 
 @dataclass(frozen=True)
@@ -118,10 +142,7 @@ class Dense(Remembering, Spec):
         nbytes = layout.size * itemsize
         if self._algorithm(nbytes, topology) == "mpi":
             return Cost(math.ceil(2 * nbytes * (ranks - 1) / ranks), mpi=(nbytes,))
-        sent = two_shot_nbytes(nbytes, itemsize, ranks, me)
-        parts = [len(_groups(cut, itemsize)) for cut in even_cuts(layout.size, ranks)]
-        messages = sum(parts) + parts[me] * (ranks - 2)
-        return Cost(sent, rounds=2, messages=messages, work=(Work("add", layout.size),), chunks=max(parts))
+        return two_shot_cost(nbytes, itemsize, ranks, me)
 
     @np.errstate(over="ignore", invalid="ignore")  # IEEE, as above
     def reduce(self, comm: Comm, x: Array, state: State, out: Array | None = None) -> tuple[Reduction, State]:
@@ -133,7 +154,7 @@ class Dense(Remembering, Spec):
         if self._algorithm(flat.nbytes, comm.topology) == "mpi":
             allreduce(comm, flat, total)
         else:
-            rows = state.buffer("rows", two_shot_rows(layout.size, comm.size))
+            rows = state.buffer("rows", two_shot_rows(flat.nbytes, flat.itemsize, comm.size))
             two_shot_sum(comm, flat, total, rows, str(self))
         if not in_place:
             layout.spread(total, out)

@@ -74,11 +74,14 @@ class Gather(Remembering, Spec):
                 burst.send((comm.rank + distance) % comm.size, number)
         burst.send_all()
 
+        finite = True
         for rank, number in in_turn(received):
+            message = received[rank][number]
             poisoned |= burst.arrived(rank, number, sequence, state)
-            if not poisoned and rank == 0:
-                received[0][number].decode(out, state, 0, 0)
-            elif not poisoned:
-                received[rank][number].decode_add(out, state, 0, rank)
+            if not poisoned:
+                finite = finite and message.tame
+                (message.decode_add if rank else message.decode)(out, state, 0, rank, state.factor)
         burst.finish()
-        return (poisoned_total(out, state.layout), state) if poisoned else (Reduction(out), state.advanced())
+        if poisoned:
+            return poisoned_total(out, state.layout), state
+        return Reduction(out, divided=state.exact, finite=finite), state.advanced()

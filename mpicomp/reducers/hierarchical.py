@@ -104,7 +104,9 @@ class Hierarchical(Explained, Spec):
         """See Reducer. At its first call ranks form groups, and later ones keep windows as large as was ever needed."""
         out = np.empty_like(x) if out is None else out
         if _flat(comm.topology):
-            reduction, inner = self.reducer.reduce(comm, x, replace(state.inner[0], step=state.step), out)
+            reduction, inner = self.reducer.reduce(
+                comm, x, replace(state.inner[0], step=state.step, divisor=state.divisor), out
+            )
             return reduction, state if reduction.poisoned else replace(state, step=inner.step, inner=(inner,))
         sequence = comm.next_call()
         if not state.layout.size:

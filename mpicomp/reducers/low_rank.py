@@ -27,6 +27,7 @@ from mpicomp.kernels import kernels_for
 from mpicomp.planner import Cost, Work
 from mpicomp.reducers.base import Reduction, Remembering, State, Units, poisoned_total
 from mpicomp.reducers.layout import Layout, Piece, Unit
+from mpicomp.reducers.messages import TAME
 from mpicomp.specs import Spec
 from mpicomp.transport import Topology
 
@@ -120,6 +121,7 @@ class LowRank(Remembering, Spec):
         if not np.isfinite(sum_p).all():
             return poisoned_total(out, state.layout), state
 
+        tame = np.abs(sum_p).max(initial=0) < TAME
         for unit, shape, low, high in self._walk(state.layout):
             if shape is not None:
                 p = sum_p[low].reshape(-1, self.rank)  # (rows, low rank)
@@ -134,17 +136,19 @@ class LowRank(Remembering, Spec):
             allreduce(comm, second, sum_q)
             if not np.isfinite(sum_q).all():
                 return poisoned_total(out, state.layout), state
+            tame = tame and np.abs(sum_q).max() < TAME
 
         memory = {}
         for unit, shape, low, high in self._walk(state.layout):
             here = unit.where
             if shape is None:
-                out[here] = sum_p[low]
+                np.multiply(sum_p[low], state.factor, out=out[here])
                 continue
             p, q = sum_p[low].reshape(-1, self.rank), sum_q[high].reshape(-1, self.rank)
-            kernels_for(p).outer(p, q, out[here].reshape(shape))
             memory[unit.name] = _normalised(q, state.memory[unit.name])
-        return Reduction(out), state.advanced(memory=memory)
+            q *= q.dtype.type(state.factor)
+            kernels_for(p).outer(p, q, out[here].reshape(shape))
+        return Reduction(out, divided=state.exact, finite=tame), state.advanced(memory=memory)
 
     def _walk(self, layout: Layout) -> list[tuple[Unit, tuple[int, int] | None, slice, slice]]:
         """Each unit, the shape of its matrix, and its places in the first and in the second allreduce."""

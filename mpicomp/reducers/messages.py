@@ -15,6 +15,9 @@ from mpicomp.reducers.base import State
 from mpicomp.reducers.layout import Piece, empty
 from mpicomp.wire import ALIGN, HEADER, POISON, Field, Header, MessageLayout, Payload, read_header, write_header
 
+TAME = 2.0**64
+"""Codes of at most 16 bits of numbers below this, summed over any number of ranks, are far from overflowing float32."""
+
 
 class Envelope:
     """A buffer with the payloads of several pieces, each with `fields` of its own.
@@ -96,19 +99,28 @@ class Message(Envelope):
             self.length = self.layout.close_up(self.buffer, used)
         return True
 
-    def decode(self, out: Array, state: State, stage: int, rank: int) -> None:
-        """Set the pieces of `out` to what was encoded; zeroed one by one, while they are in the cache."""
+    @property
+    def tame(self) -> bool:
+        """Whether no sum of what is decoded overflows, over any number of ranks: first fields of loud codecs tell."""
+        return self.codec.loud and all(np.abs(payload[0]).max(initial=0) < TAME for payload in self._received())
+
+    def decode(self, out: Array, state: State, stage: int, rank: int, scale: float = 1.0) -> None:
+        """Set the pieces of `out` to scale times what was encoded."""
         for place in self.places:
             out[place] = 0
-        self.decode_add(out, state, stage, rank)
+        self.decode_add(out, state, stage, rank, scale)
 
-    def decode_add(self, out: Array, state: State, stage: int, rank: int) -> None:
-        """Add the decoded pieces to `out`."""
+    def decode_add(self, out: Array, state: State, stage: int, rank: int, scale: float = 1.0) -> None:
+        """Add scale times the decoded pieces to `out`."""
+        for piece, place, payload in zip(self.pieces, self.places, self._received(), strict=False):
+            self.codec.decode_add(payload, out[place], state.key(piece, stage, rank), scale)
+
+    def _received(self) -> list[Payload]:
+        """The payloads of a message that is complete."""
         payloads: list[Payload] = self.payloads
         if self.pieces and not self.fixed:
             payloads = self.layout.cut(self.buffer)
-        for piece, place, payload in zip(self.pieces, self.places, payloads, strict=False):
-            self.codec.decode_add(payload, out[place], state.key(piece, stage, rank))
+        return payloads
 
 
 def message_nbytes(codec: Codec, pieces: Sequence[Piece], dtype: str) -> int:

@@ -15,7 +15,7 @@ from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
 from mpicomp.collectives import Comm
 from mpicomp.planner import Cost, Machine
-from mpicomp.reducers.base import Explained, Reducer, Reduction, State, Units
+from mpicomp.reducers.base import Explained, Reducer, Reduction, State, Units, mean_of
 from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.layout import Layout, Unit
 from mpicomp.specs import Spec
@@ -178,7 +178,7 @@ class After(Explained, Spec):
         if state.step < self.steps:
             reduction, after = Dense("two_shot").reduce(comm, x, state, out)
             return reduction, replace(after, inner=(replace(inner, step=after.step),))
-        reduction, inner = self.reducer.reduce(comm, x, inner, out)
+        reduction, inner = self.reducer.reduce(comm, x, inner.towards(state.divisor), out)
         return reduction, replace(state, step=inner.step, inner=(inner,))
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
@@ -232,14 +232,19 @@ class Partition(Explained, Spec):
     def reduce(self, comm: Comm, x: Array, state: State, out: Array | None = None) -> tuple[Reduction, State]:
         """See Reducer. A branch without units sends nothing."""
         out = np.empty_like(x) if out is None else out
-        poisoned, states = False, []
+        poisoned, finite, states = False, True, []
         for reducer, inner in zip((self.small, self.large), state.inner, strict=True):
             after = inner
             if inner.layout.units:
-                reduction, after = reducer.reduce(comm, x, inner, out)
+                reduction, after = reducer.reduce(comm, x, inner.towards(state.divisor), out)
                 poisoned |= reduction.poisoned
+                finite = finite and reduction.finite
+                if state.divisor > 1:  # here, since one branch may have divided and the other not
+                    finite = mean_of(reduction, inner.layout, state.divisor)
+                    poisoned |= not finite
             states.append(after)
-        return Reduction(out, poisoned=poisoned), replace(state, step=state.step + 1, inner=tuple(states))
+        after = replace(state, step=state.step + 1, inner=tuple(states))
+        return Reduction(out, poisoned, divided=state.divisor > 1, finite=finite), after
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
         """See Reducer."""

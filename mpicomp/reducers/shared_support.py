@@ -10,9 +10,9 @@ import numpy as np
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
 from mpicomp.collectives import Comm
-from mpicomp.planner import Cost, Work
+from mpicomp.planner import Cost
 from mpicomp.reducers.base import Reduction, Remembering, State, check_codec, coding, nonfinite, poisoned_total
-from mpicomp.reducers.dense import two_shot_nbytes, two_shot_rows, two_shot_sum
+from mpicomp.reducers.dense import two_shot_cost, two_shot_rows, two_shot_sum
 from mpicomp.reducers.layout import Layout
 from mpicomp.reducers.messages import Message, message_nbytes
 from mpicomp.specs import Spec
@@ -40,13 +40,9 @@ class SharedSupport(Remembering, Spec):
         if not values:
             return Cost()
         itemsize = np.dtype(dtype).itemsize
-        nbytes = two_shot_nbytes(values - HEADER + ALIGN, itemsize, topology.size, me)
-        work = (
-            coding(self.codec, layout.size, feedback=feedback),
-            Work("add", values // itemsize),
-            coding(self.codec, layout.size, "decode_add"),
-        )
-        return Cost(nbytes, rounds=2, messages=2 * (topology.size - 1), lossy=1, work=work)
+        work = (coding(self.codec, layout.size, feedback=feedback), coding(self.codec, layout.size, "decode_add"))
+        summed = two_shot_cost(values - HEADER + ALIGN, itemsize, topology.size, me)
+        return summed + Cost(lossy=1, work=work)
 
     def reduce(self, comm: Comm, x: Array, state: State, out: Array | None = None) -> tuple[Reduction, State]:
         """See Reducer."""
@@ -66,7 +62,8 @@ class SharedSupport(Remembering, Spec):
         if not poisoned:
             mine.encode(x, state, 0, comm.rank, state.residual, state.spare)
         mine.payloads[-1][0][0] = np.nan if poisoned else 0.0
-        two_shot_sum(comm, values, sums, state.buffer("rows", two_shot_rows(values.size, comm.size)), str(self))
+        rows = state.buffer("rows", two_shot_rows(values.nbytes, values.itemsize, comm.size))
+        two_shot_sum(comm, values, sums, rows, str(self))
         if not all(np.isfinite(part).all() for payload in total.payloads for part in payload):
             return poisoned_total(out, state.layout), state
 

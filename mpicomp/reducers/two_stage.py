@@ -84,7 +84,7 @@ class TwoStage(Remembering, Spec):
         buffers: _Buffers = state.work["buffers"]
         sequence = comm.next_call()
 
-        poisoned = False
+        poisoned, finite = False, True
         first = Burst(comm, buffers.outgoing, buffers.incoming, f"{self}, stage 1")
         for peer, number in ring(comm, buffers.outgoing):
             message = buffers.outgoing[peer][number]
@@ -105,15 +105,20 @@ class TwoStage(Remembering, Spec):
             for distance in range(1, comm.size):
                 second.send((comm.rank + distance) % comm.size, number)
             if not poisoned:
-                buffers.shares[comm.rank][number].decode(out, state, 1, comm.rank)
+                finite = finite and share.tame
+                buffers.shares[comm.rank][number].decode(out, state, 1, comm.rank, state.factor)
         first.finish()
         second.send_all()
         for owner, number in in_turn(buffers.shares):
             poisoned |= second.arrived(owner, number, sequence, state)
             if not poisoned and owner != comm.rank:
-                buffers.shares[owner][number].decode(out, state, 1, owner)
+                message = buffers.shares[owner][number]
+                finite = finite and message.tame
+                message.decode(out, state, 1, owner, state.factor)
         second.finish()
-        return (poisoned_total(out, state.layout), state) if poisoned else (Reduction(out), state.advanced())
+        if poisoned:
+            return poisoned_total(out, state.layout), state
+        return Reduction(out, divided=state.exact, finite=finite), state.advanced()
 
     def _fill(self, share: Message, messages: list[Message], state: State, buffers: _Buffers, me: int) -> bool:
         """Sum what came in for a part of this rank's shard and encode it; return whether the sum is finite.

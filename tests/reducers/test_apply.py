@@ -131,3 +131,27 @@ def test_a_sum_that_float16_cannot_hold_saturates_and_is_owed(spec: str) -> None
         given = x.astype(float).sum(0).sum(0)
         received = results[0].astype(float).sum(0) + residuals[:, -1].sum(0)
         np.testing.assert_allclose(received, given, rtol=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+@pytest.mark.parametrize("spec", REPRESENTATIVES)
+def test_a_mean_is_the_sum_divided_once(spec: str, ranks: int) -> None:
+    """Whoever divides, the reducer while it decodes or `apply` afterwards: the same bits."""
+    if spec.startswith("error_feedback(auto"):
+        pytest.skip("auto may run another candidate in each of the two")
+    x = inputs(ranks, 3, LAYOUT.size, "float32")
+    sums, owed, _ = run(spec, ranks, x, "float32", "sum")
+    means, owed_too, _ = run(spec, ranks, x, "float32", "mean")
+    assert means[0].tobytes() == (sums[0] / np.float32(ranks)).tobytes()
+    assert owed.tobytes() == owed_too.tobytes()
+
+
+@pytest.mark.parametrize("op", ["sum", "mean"])
+@pytest.mark.parametrize("spec", REPRESENTATIVES)
+def test_a_sum_that_overflows_is_noticed_by_all(spec: str, op: str) -> None:
+    """Every input is finite, and the total of two of them is not."""
+    x = np.full((4, 1, LAYOUT.size), 3e38, np.float32)
+    x[2:] = 1.0
+    results, _, flags = run(spec, 4, x, "float32", op)
+    finite = bool(np.isfinite(results[0]).all())
+    assert all(np.all(each) != finite for each in flags)
