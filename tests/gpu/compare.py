@@ -23,7 +23,7 @@ def equal_bytes(name: str, mine: np.ndarray[Any, Any], theirs: np.ndarray[Any, A
     a, b = (np.ascontiguousarray(x).view(np.uint8).reshape(-1) for x in (mine, theirs))
     differ = np.flatnonzero(a != b)
     assert not differ.size, (
-        f"{name}: {differ.size} of {a.size} bytes differ, first in element {differ[0] // mine.itemsize} of {mine.size}: "
+        f"{name}: {differ.size} of {a.size} bytes differ, first element {differ[0] // mine.itemsize} of {mine.size}: "
         f"gpu {mine.reshape(-1)[differ[0] // mine.itemsize]!r}, cpu {theirs.reshape(-1)[differ[0] // mine.itemsize]!r}"
     )
 

@@ -52,7 +52,7 @@ class Memory:
         assert (right == CANARY).all(), f"{kernel} wrote behind the end of an array"
 
 
-class ndarray:  # noqa: N801
+class ndarray:
     """An array on the pretended device: `host` is a view of its memory that only this module may look at."""
 
     __array_priority__ = 100

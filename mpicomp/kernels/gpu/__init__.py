@@ -1,4 +1,4 @@
-"""The kernels for CuPy arrays: CUDA by CuPy's RawModule, on the current stream. Importing this package needs no CuPy."""
+"""The kernels for CuPy arrays: CUDA by CuPy's RawModule, on the current stream. Importing this needs no CuPy."""
 
 from mpicomp.kernels.gpu.sums import axpy
 

@@ -13,7 +13,7 @@ import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 
@@ -33,7 +33,7 @@ Macros: TypeAlias = tuple[tuple[str, "str | int"], ...]
 class Source:
     """A `.cu` file and the values that its macros may take; every combination is compiled when first launched."""
 
-    known: list[Source] = []
+    known: ClassVar[list[Source]] = []
 
     def __init__(self, name: str, **choices: tuple[str | int, ...]) -> None:
         self.name, self.choices = name, choices
