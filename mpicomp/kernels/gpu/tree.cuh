@@ -1,0 +1,69 @@
+// Folds of the summation tree that mpicomp/kernels/cpu/sums.py lays down: 1024 numbers a block, as double, halved ten
+// times, so that bit 9 of a number's place is folded first and bit 0 last. Where a number lies is free, as long as bits
+// are folded in that order; zeros beyond the last number change nothing. All lanes must come to what is called here.
+#include "common.cuh"
+
+constexpr int TREE = 1024;
+
+// The sum of `N` numbers of one thread, those with the highest bit of their index folded first; overwrites v.
+template <int N>
+__device__ __forceinline__ double fold_own(double (&v)[N]) {
+#pragma unroll
+    for (int width = N / 2; width; width /= 2)
+#pragma unroll
+        for (int i = 0; i < width; i++) v[i] += v[i + width];
+    return v[0];
+}
+
+// The sum over a warp of 32 V numbers, number V lane + c in v[c], to all lanes; overwrites v. While a lane has several,
+// it gives half of them away for the same half of the other's: V + 4 shuffles instead of 5 V.
+template <int V>
+__device__ __forceinline__ double fold_warp(double (&v)[V]) {
+    int step = WARP / 2;
+#pragma unroll
+    for (int half = V / 2; half; half /= 2, step /= 2) {
+        const bool upper = threadIdx.x & step;
+#pragma unroll
+        for (int c = 0; c < half; c++) {
+            const double given = upper ? v[c] : v[c + half];
+            v[c] = (upper ? v[c + half] : v[c]) + __shfl_xor_sync(ALL, given, step);
+        }
+    }
+#pragma unroll
+    for (; step; step /= 2) v[0] += __shfl_xor_sync(ALL, v[0], step);
+#pragma unroll
+    for (int half = V / 2, apart = WARP / 2; half; half /= 2, apart /= 2) v[0] += __shfl_xor_sync(ALL, v[0], apart);
+    return v[0];
+}
+
+// The sum over a warp of one number a lane, to all lanes.
+__device__ __forceinline__ double fold_lanes(double value) {
+    double v[1] = {value};
+    return fold_warp(v);
+}
+
+// The sum over a block of 32 W threads of one number a thread, to all threads. `shared`: 32 W numbers, free again on
+// return. With 256 threads, thread t brings ((t) + (t + 512)) + ((t + 256) + (t + 768)): `fold_own` of t + 256 k.
+template <int W>
+__device__ __forceinline__ double fold_block(double value, double* shared) {
+    shared[threadIdx.x] = value;
+    __syncthreads();
+    double v[W];
+#pragma unroll
+    for (int k = 0; k < W; k++) v[k] = shared[threadIdx.x % WARP + k * WARP];
+    const double sum = fold_lanes(fold_own(v));
+    __syncthreads();
+    return sum;
+}
+
+// The sum over a warp of value(i), i < size <= 1024, to all lanes.
+template <typename F>
+__device__ __forceinline__ double fold_tree(int size, F value) {
+    double v[TREE / WARP];
+#pragma unroll
+    for (int k = 0; k < TREE / WARP; k++) {
+        const int i = threadIdx.x % WARP + k * WARP;
+        v[k] = i < size ? value(i) : 0.0;
+    }
+    return fold_lanes(fold_own(v));
+}
