@@ -1,4 +1,5 @@
 // Sums over the threads and the blocks before this one. All lanes and all threads must come to what is called here.
+#include "common.cuh"
 
 template <typename A>
 __device__ __forceinline__ A warp_sum(A value) {
@@ -66,4 +67,15 @@ __device__ __forceinline__ u64 look_back(volatile u64* states, i64 tile, u64 cou
     }
     if (lane == 0 && tile) states[tile] = UP_TO | (before + count);
     return before;
+}
+
+// Whether all other blocks have been here, in one block only: it sees what the others wrote before, by loads that bypass
+// its L1 (__ldcg). `arrived` starts as zero; `shared`: one word of shared memory.
+__device__ __forceinline__ bool last_block(u64* arrived, u32* shared) {
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) *shared = atomicAdd(arrived, 1ull) == gridDim.x - 1;
+    __syncthreads();
+    __threadfence();
+    return *shared;
 }

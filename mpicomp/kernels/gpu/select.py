@@ -1,0 +1,144 @@
+"""The largest magnitudes of a whole array; `mpicomp.kernels.cpu.select` says what is chosen, `select.cu` how.
+
+A residual costs one pass, in which x and old are read and new is written; a sample, and what is done with the few
+elements that reach its bound, comes on top. Nothing waits for the device except `count`, where it is not known before.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpicomp.arrays import Array
+from mpicomp.kernels.cpu.select import DIRECT, bits_of_magnitude, sample_size
+from mpicomp.kernels.gpu.launch import THREADS, TYPES, Source, c_type, grid, scratch, zeros
+from mpicomp.kernels.gpu.top import sample
+
+SELECT = Source("select", WORK=TYPES)
+PACKS = 4 * THREADS  # of 16 bytes in a tile
+GROUP = 4 * THREADS // 32  # tiles of a block that writes what is chosen
+BITS = 11  # of a digit
+WORDS = 16  # of state, and then the counts of every digit's values
+REACHED, LOW, EXACT = 0, 1, 2  # where in the state there is what Python passes on or reads
+ARRIVED = WORDS - 1  # blocks of the sample
+NEVER = np.uint64(2**64 - 1)  # a bound that no magnitude reaches
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The elements that reach a bound, in any order: `room` of them at most, and where each tile's are."""
+
+    room: int
+    found: Array | None
+    places: Array | None
+    segments: Array | None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which elements of an array, x or `new`, are chosen, `count` of them; to be written once."""
+
+    source: Array
+    candidates: Candidates
+    state: Array | None
+    bound: int
+    count: int
+
+    def write(self, values: Array, indices: Array, zero: bool = False) -> None:
+        """Write the chosen elements, (count,), and where they are, uint32, ascending; zero them in the source too."""
+        if self.count:
+            x, listed = self.source, self.candidates
+            number = tiles(x)
+            blocks = -(-number // GROUP)
+            scans = zeros(1 + 2 * blocks, "uint64")
+            which = (x, listed.found, listed.places, listed.segments, x.size, number, listed.room, self.count)
+            how = (np.uint64(self.bound), self.state, scans)
+            SELECT.launch(
+                "emit", blocks, THREADS, *which, *how, values, indices, x if zero else None, WORK=c_type(x)
+            )
+
+
+def tiles(x: Array) -> int:
+    """Return how many tiles cover x, wherever in 16 bytes it begins."""
+    pack = 16 // x.itemsize
+    return -(-(x.size + pack - 1) // (PACKS * pack))
+
+
+def levels(x: Array) -> int:
+    """Return how many digits a magnitude has."""
+    return -(-(x.itemsize * 8 - 1) // BITS)
+
+
+def new_state(x: Array) -> Array:
+    """Return the words that the kernels of one selection share."""
+    return zeros(WORDS + (levels(x) << BITS), "uint64")
+
+
+def mark(
+    x: Array, old: Array | None, new: Array | None, room: int, low: Array | None, bound: np.uint64, state: Array
+) -> Candidates:
+    """Set new = x + old; count and list the elements that reach low[0] or, without it, `bound`."""
+    number = tiles(x)
+    listed = Candidates(0, None, None, None)
+    if room:
+        listed = Candidates(room, scratch(room, x.dtype.name), scratch(room, "uint32"), scratch(number, "uint64"))
+    lists = (room, listed.found, listed.places, listed.segments)
+    SELECT.launch("mark", number, THREADS, x, old, new, x.size, low, bound, *lists, state, WORK=c_type(x))
+    return listed
+
+
+def find_threshold(
+    source: Array, k: int, state: Array, listed: Candidates, low: Array | None, itself: bool = False, share: bool = False
+) -> None:
+    """Find the k-th largest magnitude of the candidates or of the whole source, and how many ties are chosen.
+
+    `itself`: it is the magnitude that is asked for, not any that parts the k largest from the others. `share`: the
+    threshold low[0] stands where no more than k reach it.
+    """
+    for level in range(levels(source)):
+        counts = state[WORDS + (level << BITS) :]
+        data = (source, listed.found, source.size, listed.room, k, level, int(itself), int(share))
+        SELECT.launch(
+            "digit", grid(source.size, 16 * THREADS), THREADS, *data, low, state, counts, WORK=c_type(source)
+        )
+
+
+def select_above(x: Array, old: Array | None, new: Array | None, value: float) -> Selection:
+    """Choose the elements of x + old whose magnitude is at least `value` > 0; `new` is set to x + old. One pass."""
+    source, bound = x if new is None else new, bits_of_magnitude(x, value)
+    if x.size == 0:
+        return Selection(source, Candidates(0, None, None, None), None, bound, 0)
+    state = new_state(x)
+    listed = mark(x, old, new, max(DIRECT, x.size // 16), None, np.uint64(bound), state)
+    return Selection(source, listed, state, bound, int(state[REACHED]))
+
+
+def select_top(x: Array, old: Array | None, new: Array | None, k: int, share: float = 0.0) -> Selection:
+    """Choose the k largest magnitudes of x + old, 0 < k <= n <= 2^32; `new` is set to x + old.
+
+    With a `share`, those that reach a sample's threshold, where they are no more than k.
+    """
+    n, source, state = x.size, x if new is None else new, new_state(x)
+    size = sample_size(n, share)
+    expected = size * k / n
+    margin = 4 * math.sqrt(expected * (1 - k / n)) + 5
+    rank = -(-size * k // n) if share else math.ceil(expected + margin)
+    low, room, bound = None, 0, NEVER
+    if share or (rank <= size and 4 * k <= n):  # of a larger part of an array a list would save nothing
+        drawn = scratch(size, x.dtype.name)
+        room = min(n, k + int(3 * margin * n / size) + DIRECT)
+        if share:
+            sample(x, old, drawn, 0, None, None)
+            own = new_state(x)
+            find_threshold(drawn, rank, own, Candidates(0, None, None, None), None, itself=True)
+            low = own[EXACT:]
+        else:
+            low = state[LOW:]
+            sample(x, old, drawn, rank, low, state[ARRIVED:])
+    listed = Candidates(0, None, None, None)
+    if low is not None or new is not None:
+        listed = mark(x, old, new, room, low, bound, state)
+    find_threshold(source, k, state, listed, low, share=bool(share))
+    return Selection(source, listed, state, 0, min(k, int(state[REACHED])) if share else k)
