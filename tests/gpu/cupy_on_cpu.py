@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,7 @@ class ndarray:
     nbytes = property(lambda self: self.host.nbytes)
     itemsize = property(lambda self: self.host.itemsize)
     flags = property(lambda self: self.host.flags)
+    data = property(lambda self: SimpleNamespace(ptr=self.host.ctypes.data))
 
     def __len__(self) -> int:
         return len(self.host)
