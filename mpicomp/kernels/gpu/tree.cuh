@@ -5,14 +5,17 @@
 
 constexpr int TREE = 1024;
 
-// The sum of `N` numbers of one thread, those with the highest bit of their index folded first; overwrites v.
+// The sum of value(k), k < N, of one thread, those with the highest bit of k folded first. Depth first, so that a handful
+// of numbers is alive and not N.
+template <int N, int APART = 1, typename F>
+__device__ __forceinline__ double fold_each(F value, int k = 0) {
+    if constexpr (APART == N) return value(k);
+    else return fold_each<N, 2 * APART>(value, k) + fold_each<N, 2 * APART>(value, k + APART);
+}
+
 template <int N>
-__device__ __forceinline__ double fold_own(double (&v)[N]) {
-#pragma unroll
-    for (int width = N / 2; width; width /= 2)
-#pragma unroll
-        for (int i = 0; i < width; i++) v[i] += v[i + width];
-    return v[0];
+__device__ __forceinline__ double fold_own(const double (&v)[N]) {
+    return fold_each<N>([&](int k) { return v[k]; });
 }
 
 // The sum over a warp of 32 V numbers, number V lane + c in v[c], to all lanes; overwrites v. While a lane has several,
@@ -59,11 +62,21 @@ __device__ __forceinline__ double fold_block(double value, double* shared) {
 // The sum over a warp of value(i), i < size <= 1024, to all lanes.
 template <typename F>
 __device__ __forceinline__ double fold_tree(int size, F value) {
-    double v[TREE / WARP];
-#pragma unroll
-    for (int k = 0; k < TREE / WARP; k++) {
-        const int i = threadIdx.x % WARP + k * WARP;
-        v[k] = i < size ? value(i) : 0.0;
-    }
-    return fold_lanes(fold_own(v));
+    const int lane = threadIdx.x % WARP;
+    return fold_lanes(fold_each<TREE / WARP>([&](int k) {
+        const int i = lane + k * WARP;
+        return i < size ? value(i) : 0.0;
+    }));
+}
+
+// The total of `size` <= 2^15 sums of blocks, none of them -0, by a block of 1024 threads and to all of them. `shared`:
+// 32 numbers, free again on return.
+__device__ __forceinline__ double fold_sums(const double* sums, i64 size, double* shared) {
+    const int warp = threadIdx.x / WARP, first = warp * TREE;
+    const double sum = fold_tree((int)min(size - first, (i64)TREE), [&](int i) { return sums[first + i]; });
+    if (threadIdx.x % WARP == 0) shared[warp] = sum;
+    __syncthreads();
+    const double total = fold_lanes(shared[threadIdx.x % WARP]);
+    __syncthreads();
+    return total;
 }

@@ -1,0 +1,80 @@
+// Passes over elements, as many a thread as one access of sixteen bytes asks for, wherever in a bucket arrays begin.
+#include "common.cuh"
+
+// What a thread takes at a time: K numbers, `APART` from each other, in accesses of sixteen bytes if WIDE.
+template <int KEEP, int APART, bool WIDE>
+struct Access {
+    static constexpr int K = KEEP;
+
+    template <typename A>
+    static __device__ __forceinline__ void load(const A* at, A (&v)[K]) {
+        if constexpr (WIDE) {
+            struct alignas(16) Sixteen { A part[16 / sizeof(A)]; };
+#pragma unroll
+            for (int k = 0; k < K; k += 16 / sizeof(A)) {
+                const Sixteen read = *(const Sixteen*)(at + k);
+#pragma unroll
+                for (int e = 0; e < 16 / sizeof(A); e++) v[k + e] = read.part[e];
+            }
+        } else {
+#pragma unroll
+            for (int k = 0; k < K; k++) v[k] = at[k * APART];
+        }
+    }
+
+    // v = at, or at + old where there is an old.
+    template <typename A>
+    static __device__ __forceinline__ void load_sum(const A* at, const A* old, i64 i, A (&v)[K]) {
+        load(at + i, v);
+        if (old) {
+            A more[K];
+            load(old + i, more);
+#pragma unroll
+            for (int k = 0; k < K; k++) v[k] += more[k];
+        }
+    }
+
+    template <typename A>
+    static __device__ __forceinline__ void store(A* at, const A (&v)[K]) {
+        if constexpr (WIDE) {
+            struct alignas(16) Sixteen { A part[16 / sizeof(A)]; };
+#pragma unroll
+            for (int k = 0; k < K; k += 16 / sizeof(A)) {
+                Sixteen written;
+#pragma unroll
+                for (int e = 0; e < 16 / sizeof(A); e++) written.part[e] = v[k + e];
+                *(Sixteen*)(at + k) = written;
+            }
+        } else {
+#pragma unroll
+            for (int k = 0; k < K; k++) at[k * APART] = v[k];
+        }
+    }
+};
+using Adjacent = Access<4, 1, true>;
+using Strided = Access<4, WARP, false>;  // a warp still reads 128 bytes or more at once
+using Single = Access<1, 1, false>;
+
+// How many elements lie before the first multiple of sixteen bytes, -1 where that differs between arrays; a null pointer
+// does not count.
+template <typename A>
+__device__ __forceinline__ int head_of(const A* x, const A* y, const A* z) {
+    const u64 offset = (u64)x & 15;
+    if ((y && ((u64)y & 15) != offset) || (z && ((u64)z & 15) != offset)) return -1;
+    return (int)((16 - offset) % 16 / sizeof(A));
+}
+
+// Call act(access, i) so that every element is part of one call; a thread may have any number of calls.
+template <typename Act>
+__device__ __forceinline__ void visit_elements(i64 size, int head, Act act) {
+    const i64 thread = thread_of_grid(), threads = threads_of_grid();
+    const i64 before = head < 0 ? 0 : min((i64)head, size);
+    const i64 whole = (size - before) / (4 * WARP) * WARP;  // threads that take four
+    if (head >= 0) {
+        for (i64 i = thread; i < whole; i += threads) act(Adjacent(), before + 4 * i);
+    } else {
+        for (i64 i = thread; i < whole; i += threads) act(Strided(), 4 * i - 3 * (i % WARP));
+    }
+    const i64 after = before + 4 * whole;
+    for (i64 i = thread; i < before + size - after; i += threads) act(Single(), i < before ? i : after + i - before);
+}
