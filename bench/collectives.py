@@ -122,7 +122,7 @@ class Measured:
         after = world.network()
         if slot is not None:
             self.sent = None if slot.sent is None else int(world.most([slot.sent])[0])
-            self.network = None if before is None or after is None else (after - before) / repetitions
+            self.network = None if before is None or after is None else (after - before) / (repetitions + slot.untimed)
 
     def go_on(self, repetitions: int) -> None:
         """Take part in a round."""

@@ -63,7 +63,7 @@ class Torch:
     def slot(self, seed: int, repetitions: int, judged: bool = False) -> Slot | None:
         """See System."""
         answer = self.group.ask("step", seed=seed, steps=repetitions, judged=judged)
-        return answer and Slot(answer["seconds"], answer["digest"], self.sent, answer["squares"])
+        return answer and Slot(**{**answer, "sent": self.sent})
 
     def close(self) -> None:
         """See System."""

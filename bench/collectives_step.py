@@ -63,7 +63,11 @@ class Trainer:
         self.width = next(ddp.parameters()).shape[1]
 
     def slot(self, seed: int, steps: int, judged: bool) -> Slot:
-        """Time some steps, and judge the gradients of the last."""
+        """Time some steps as they are in the middle of a training, and judge the gradients of the last.
+
+        One step goes before them: the memory of its gradients comes fresh from the system, page by page, since other
+        systems had their turn. In a training that happens once.
+        """
         if judged:
             for _ in range(self.skipped):
                 self._backward(self._batch(seed, self.me), self.reduced)
@@ -71,21 +75,21 @@ class Trainer:
         before, seconds, clock = self.sent() if self.sent else 0, [], time.perf_counter
         gc.collect()
         gc.disable()
-        for _ in range(steps):
+        for _ in range(1 + steps):
             self.ddp.zero_grad()
             self.meet()
             began = clock()
             self._backward(inputs, self.reduced)
             seconds.append(clock() - began)
         gc.enable()
-        sent = (self.sent() - before) // steps if self.sent else None
+        sent = (self.sent() - before) // (1 + steps) if self.sent else None
         gradients = self._gradients()
         digest = hashlib.blake2b(digest_size=7)
         for gradient in gradients:
             digest.update(gradient.numpy().data)
         squares = self._squares(gradients, seed) if judged and self.reduced else None
         self.ddp.zero_grad()  # gives their memory back: other systems take their turns now
-        return Slot(seconds, int.from_bytes(digest.digest(), "little"), sent, squares)
+        return Slot(seconds[1:], int.from_bytes(digest.digest(), "little"), sent, squares, untimed=1)
 
     def _batch(self, seed: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw inputs and targets of a rank's step, (BATCH, width) each."""

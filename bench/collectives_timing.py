@@ -32,6 +32,8 @@ class Slot:
     """Bytes a repetition, as the system counts them."""
     squares: tuple[float, float] | None
     """Sums of squares over this rank's share of the elements: of the error, and of the exact sum."""
+    untimed: int = 0
+    """Repetitions before those that were timed; their bytes went over the network too."""
 
     def to_json(self) -> dict[str, Any]:
         """As plain data, for a pipe."""

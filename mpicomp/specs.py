@@ -41,6 +41,13 @@ class Spec:
 
     def __str__(self) -> str:
         """Print the spec, which `parse` reads back to an equal member."""
+        known = vars(self)  # a member never changes, and its spec names it in every operation
+        if "_printed" not in known:
+            known["_printed"] = self._print()
+        printed: str = known["_printed"]
+        return printed
+
+    def _print(self) -> str:
         fields = _init_fields(type(self))
         values = [getattr(self, field.name) for field in fields]
         texts = [_text(value, kinds) for value, kinds in zip(values, _kinds(type(self)), strict=True)]

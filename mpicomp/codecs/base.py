@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from typing import NamedTuple, Protocol
 
@@ -38,6 +39,7 @@ class Key(NamedTuple):
         return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def stream_of(name: str) -> int:
     """A 63-bit hash of a unit's name, the same in every process."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1
