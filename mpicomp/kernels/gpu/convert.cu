@@ -1,0 +1,67 @@
+// float16 and bfloat16, as their bits, to and from floats: mpicomp/kernels/cpu/convert.py says what is computed.
+//
+// A block takes a tile, a thread as many rows of four as there are loads worth having under way; where a pointer does
+// not allow that, or at the end, rows are single elements, and neighbouring threads still take neighbouring ones.
+#include "convert.cuh"
+
+template <typename Kind, int K>
+__device__ __forceinline__ void narrow_tile(const T* x, const T* old, T* new_, u16* out, i64 size) {
+    const Tile<K> tile{size};
+    Row<K, T> v[Tile<K>::ROWS];
+    load_rows(tile, x, old, v);
+#pragma unroll
+    for (int r = 0; r < Tile<K>::ROWS; r++) {
+        Row<K, u16> codes;
+#pragma unroll
+        for (int k = 0; k < K; k++) {
+            codes[k] = (u16)Kind::from(single(v[r][k]));
+            v[r][k] -= (T)Kind::number(codes[k]);
+        }
+        if (!tile.has(r)) continue;
+        put_row(out, tile.at(r), codes);
+        if (new_) put_row(new_, tile.at(r), v[r]);
+    }
+}
+
+template <typename Kind, int K>
+__device__ __forceinline__ void widen_tile(const u16* bits, T* out, bool fresh, T scale, i64 size) {
+    const Tile<K> tile{size};
+    Row<K, u16> codes[Tile<K>::ROWS];
+    Row<K, T> sums[Tile<K>::ROWS];
+#pragma unroll
+    for (int r = 0; r < Tile<K>::ROWS; r++)
+        if (tile.has(r)) codes[r] = row_at<K>(bits, tile.at(r));
+    if (!fresh) load_rows(tile, out, nullptr, sums);
+#pragma unroll
+    for (int r = 0; r < Tile<K>::ROWS; r++) {
+        if (!tile.has(r)) continue;
+#pragma unroll
+        for (int k = 0; k < K; k++) {
+            const T value = (T)Kind::number(codes[r][k]);
+            sums[r][k] = fresh ? value : sums[r][k] + scale * value;
+        }
+        put_row(out, tile.at(r), sums[r]);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256) narrow(
+    const T* x, const T* old, T* new_, u16* out, i64 half, i64 size) {
+    if (whole_tile(size) && fits_rows(x) && fits_rows(old) && fits_rows(new_) && fits_rows(out)) {
+        if (half) narrow_tile<Half, 4>(x, old, new_, out, size);
+        else narrow_tile<Bfloat, 4>(x, old, new_, out, size);
+    } else {
+        if (half) narrow_tile<Half, 1>(x, old, new_, out, size);
+        else narrow_tile<Bfloat, 1>(x, old, new_, out, size);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256) widen(
+    const u16* bits, T* out, i64 fresh, double scale, i64 half, i64 size) {
+    if (whole_tile(size) && fits_rows(bits) && fits_rows(out)) {
+        if (half) widen_tile<Half, 4>(bits, out, fresh, (T)scale, size);
+        else widen_tile<Bfloat, 4>(bits, out, fresh, (T)scale, size);
+    } else {
+        if (half) widen_tile<Half, 1>(bits, out, fresh, (T)scale, size);
+        else widen_tile<Bfloat, 1>(bits, out, fresh, (T)scale, size);
+    }
+}
