@@ -1,0 +1,184 @@
+// Threads that share a block: what they find out together about its numbers.
+#include "packing.cuh"
+#include "tree.cuh"
+
+__device__ __forceinline__ int signed_of(u32 bits) { return (int)bits; }
+__device__ __forceinline__ i64 signed_of(u64 bits) { return (i64)bits; }
+typedef decltype(signed_of(Bits(0))) Ordered;
+
+// A signed integer of a float, in the order of floats; NaN lie beyond the infinities. Its own inverse on bits.
+__device__ __forceinline__ Ordered ordered(T x) {
+    const Ordered bits = signed_of(bits_of(x));
+    return bits ^ (bits >> (8 * sizeof(T) - 1) & (Ordered)~SIGN);
+}
+__device__ __forceinline__ T from_ordered(Ordered x) {
+    return float_of((Bits)(x ^ (x >> (8 * sizeof(T) - 1) & (Ordered)~SIGN)));
+}
+
+constexpr int WARPS = 32;  // of a CUDA block, at most
+constexpr double DOWN = 0x1p-64, UP = 0x1p64;
+
+// A power of two of neighbouring lanes, or all warps of the CUDA block.
+struct Team {
+    int rank, size;
+
+    __device__ __forceinline__ bool one_warp() const { return size <= WARP; }
+    __device__ __forceinline__ void wait() const {
+        if (one_warp()) __syncwarp();
+        else __syncthreads();
+    }
+};
+
+// One block of numbers, x + old.
+struct Block {
+    const T *x, *old;
+    int size, columns;
+
+    __device__ __forceinline__ T operator[](int i) const { return with(old, i, x[i]); }
+
+    // K columns; zeros for the filling.
+    template <int K>
+    __device__ __forceinline__ void load(int column, T (&v)[8][K]) const {
+#pragma unroll
+        for (int row = 0; row < 8; row++) {
+            const int i = row * columns + column;
+            if (K > 1 || i < size) load_row<K>(x + i, v[row]);
+            else v[row][0] = 0;
+        }
+        if (!old) return;
+        T other[8][K];  // all sixteen loads are under way before the first sum
+#pragma unroll
+        for (int row = 0; row < 8; row++) {
+            const int i = row * columns + column;
+            if (K > 1 || i < size) load_row<K>(old + i, other[row]);
+            else other[row][0] = 0;
+        }
+#pragma unroll
+        for (int row = 0; row < 8; row++)
+#pragma unroll
+            for (int k = 0; k < K; k++) v[row][k] += other[row][k];
+    }
+};
+
+// The largest of the values of a team, for all its threads. All threads of the CUDA block come here.
+__device__ __forceinline__ Ordered largest_of(const Team& team, Ordered value) {
+    for (int away = min(team.size, WARP) / 2; away; away /= 2) {
+        const Ordered other = __shfl_xor_sync(ALL, value, away);
+        value = other > value ? other : value;
+    }
+    if (team.one_warp()) return value;
+    __shared__ Ordered of_warps[WARPS];
+    if (threadIdx.x % WARP == 0) of_warps[threadIdx.x / WARP] = value;
+    __syncthreads();
+    for (int warp = 0; warp < team.size / WARP; warp++) value = of_warps[warp] > value ? of_warps[warp] : value;
+    __syncthreads();  // before the next call writes there
+    return value;
+}
+
+// What a sum adds up: magnitudes, or squares, of numbers times a factor.
+struct Term {
+    bool squared;
+    double factor;
+
+    __device__ __forceinline__ double operator()(T x) const {
+        const double value = (double)x * factor;
+        return squared ? value * value : fabs(value);
+    }
+};
+
+// The tree of sums where a block is one level of it and each thread holds K columns: L = 8 K times the team's size, a
+// power of two up to 1024. Halves of the block are rows 0-3 and 4-7, and so on down to lanes, then columns.
+template <int K>
+__device__ __forceinline__ double sum_columns(const Team& team, const T (&v)[8][K], const Term& term) {
+    double sums[K];
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+        const double even = (term(v[0][k]) + term(v[4][k])) + (term(v[2][k]) + term(v[6][k]));
+        const double odd = (term(v[1][k]) + term(v[5][k])) + (term(v[3][k]) + term(v[7][k]));
+        sums[k] = even + odd;
+    }
+    for (int away = team.size / 2; away; away /= 2)
+#pragma unroll
+        for (int k = 0; k < K; k++) sums[k] += __shfl_xor_sync(ALL, sums[k], away);
+    if constexpr (K == 1) return sums[0];
+    else return (sums[0] + sums[2]) + (sums[1] + sums[3]);
+}
+
+// What one lane adds of a level: elements lane + 32 m for m = FIRST, FIRST + STEP, ... below 32, halving as the tree.
+template <int STEP>
+__device__ __forceinline__ double sum_lane(const Block& block, int i, const Term& term) {
+    if constexpr (STEP == WARP) return i < block.size ? term(block[i]) : 0.0;
+    else return sum_lane<2 * STEP>(block, i, term) + sum_lane<2 * STEP>(block, i + STEP * WARP, term);
+}
+
+// The tree for any block: a warp takes 1024 elements at a time, read once more. A team has at least one warp.
+__device__ __forceinline__ double sum_levels(Team team, Block block, Term term) {
+    __shared__ double partial[2 * WARP];  // blocks have at most 65536 elements
+    const int warp = team.rank / WARP, warps = (team.size + WARP - 1) / WARP, lane = threadIdx.x % WARP;
+    if (!team.one_warp() && team.rank < 2 * WARP) partial[team.rank] = 0;  // what fills up a level changes no sum
+    team.wait();
+    double sum = 0;
+    for (int level = warp; level * TREE < block.size; level += warps) {
+        const int start = level * TREE + lane;
+        sum = 0;
+#pragma unroll 1
+        for (int odd = 0; odd < 2; odd++) sum += sum_lane<2>(block, start + odd * WARP, term);
+        sum = fold_lanes(sum);
+        if (!team.one_warp() && lane == 0) partial[level] = sum;
+    }
+    if (team.one_warp()) return sum;
+    __syncthreads();
+    sum = fold_lanes(partial[lane] + partial[lane + WARP]);
+    __syncthreads();
+    return sum;
+}
+
+// The smallest and the largest number of a block, or, unless RANGED, only the largest magnitude; NaN is beyond all.
+struct Extremes { Ordered low, high; };
+
+// Leaves each thread's first columns in `v`, which are all that it has where the team is large enough. All threads of the CUDA block come here.
+template <int K, bool RANGED>
+__device__ __forceinline__ Extremes extremes(const Team& team, const Block& block, T (&v)[8][K]) {
+    Extremes found{signed_of(Bits(~SIGN)), signed_of(SIGN)};
+    const int own = team.rank * K, step = team.size * K;
+    for (int turn = (block.columns - own + step - 1) / step - 1; turn >= 0; turn--) {
+        const int column = own + turn * step;
+        block.load(column, v);
+#pragma unroll
+        for (int row = 0; row < 8; row++) {
+            if (K == 1 && row * block.columns + column >= block.size) continue;
+#pragma unroll
+            for (int k = 0; k < K; k++) {
+                const Ordered key = RANGED ? ordered(v[row][k]) : signed_of(magnitude(v[row][k]));
+                found.high = max(found.high, key);
+                if constexpr (RANGED) found.low = min(found.low, key);
+            }
+        }
+    }
+    found.high = largest_of(team, found.high);
+    if constexpr (RANGED) found.low = ~largest_of(team, ~found.low);
+    return found;
+}
+
+// Which team this thread is in, and of which block: whole blocks first, `teams` of them in a CUDA block; what is left
+// at the end is shared by one more CUDA block. `mpicomp.kernels.gpu.quantize.teams` makes the grid.
+struct Share {
+    Team team;
+    i64 number, first;
+    int whole, size;  // elements of a whole block and of this one: zero for a team without a block
+    bool last;
+
+    __device__ __forceinline__ Share(i64 all, i64 block, i64 team_size) {
+        const int each = (int)team_size, teams = blockDim.x / each;
+        const i64 blocks = all / block, grids = (blocks + teams - 1) / teams;
+        whole = (int)block;
+        last = blockIdx.x == grids;
+        team = last ? Team{(int)threadIdx.x, (int)blockDim.x} : Team{(int)threadIdx.x % each, each};
+        number = last ? blocks : (i64)blockIdx.x * teams + threadIdx.x / each;
+        first = number * block;
+        size = last ? (int)(all - first) : number < blocks ? (int)block : 0;
+    }
+    __device__ __forceinline__ Block of(const T* x, const T* old) const {
+        return {x + first, old ? old + first : old, size, (size + 7) / 8};
+    }
+};
