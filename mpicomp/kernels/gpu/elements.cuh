@@ -2,9 +2,10 @@
 #include "common.cuh"
 
 // What a thread takes at a time: K numbers, `APART` from each other, in accesses of sixteen bytes if WIDE.
-template <int KEEP, int APART, bool WIDE>
+template <int COUNT, int APART, bool SIXTEEN_BYTES>
 struct Access {
-    static constexpr int K = KEEP;
+    static constexpr int K = COUNT;
+    static constexpr bool WIDE = SIXTEEN_BYTES;
 
     template <typename A>
     static __device__ __forceinline__ void load(const A* at, A (&v)[K]) {
@@ -64,16 +65,17 @@ __device__ __forceinline__ int head_of(const A* x, const A* y, const A* z) {
     return (int)((16 - offset) % 16 / sizeof(A));
 }
 
-// Call act(access, i) so that every element is part of one call; a thread may have any number of calls.
+// Call act(access, i) so that every element is part of one call; a thread may have any number of calls. A pass after
+// another goes backwards: what the other read last may still be in the L2.
 template <typename Act>
-__device__ __forceinline__ void visit_elements(i64 size, int head, Act act) {
+__device__ __forceinline__ void visit_elements(i64 size, int head, Act act, bool backwards = false) {
     const i64 thread = thread_of_grid(), threads = threads_of_grid();
     const i64 before = head < 0 ? 0 : min((i64)head, size);
     const i64 whole = (size - before) / (4 * WARP) * WARP;  // threads that take four
-    if (head >= 0) {
-        for (i64 i = thread; i < whole; i += threads) act(Adjacent(), before + 4 * i);
-    } else {
-        for (i64 i = thread; i < whole; i += threads) act(Strided(), 4 * i - 3 * (i % WARP));
+    for (i64 n = thread; n < whole; n += threads) {
+        const i64 i = backwards ? whole - 1 - n : n;
+        if (head >= 0) act(Adjacent(), before + 4 * i);
+        else act(Strided(), 4 * i - 3 * (i % WARP));
     }
     const i64 after = before + 4 * whole;
     for (i64 i = thread; i < before + size - after; i += threads) act(Single(), i < before ? i : after + i - before);
