@@ -20,8 +20,8 @@ __device__ __forceinline__ A warp_inclusive(A value) {
     return value;
 }
 
-// The sum of the values of the threads before this one; `total` is that of all. `warps`: 32 words of shared memory, free
-// again on return. Every warp scans the sums of all warps for itself, which saves a barrier.
+// The sum of the values of the threads before this one; `total` is that of all. `warps`: 32 words of shared memory,
+// free again on return. Every warp scans the sums of all warps for itself, which saves a barrier.
 template <typename A>
 __device__ __forceinline__ A block_exclusive(A value, A* warps, A& total) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -36,8 +36,9 @@ __device__ __forceinline__ A block_exclusive(A value, A* warps, A& total) {
 }
 
 // **Between blocks**: single-pass scan with decoupled look-back (Merrill, Garland 2016). Tiles are taken by ticket, so
-// that the tiles before one's own are finished or in work whatever the order in which blocks start. A tile's state is one
-// word, read and written at once, which needs no fence: a flag and a count below 2^62. States and ticket start as zeros.
+// that the tiles before one's own are finished or in work whatever the order in which blocks start. A tile's state is
+// one word, read and written at once, which needs no fence: a flag and a count below 2^62. States and ticket start as
+// zeros.
 constexpr u64 OWN = 1ull << 62;    // the count is that of the tile
 constexpr u64 UP_TO = 1ull << 63;  // the count is that of all tiles up to this one
 constexpr u64 COUNT = OWN - 1;
@@ -69,8 +70,8 @@ __device__ __forceinline__ u64 look_back(volatile u64* states, i64 tile, u64 cou
     return before;
 }
 
-// Whether all other blocks have been here, in one block only: it sees what the others wrote before, by loads that bypass
-// its L1 (__ldcg). `arrived` starts as zero; `shared`: one word of shared memory.
+// Whether all other blocks have been here, in one block only: it sees what the others wrote before, by loads that
+// bypass its L1 (__ldcg). `arrived` starts as zero; `shared`: one word of shared memory.
 __device__ __forceinline__ bool last_block(u64* arrived, u32* shared) {
     __threadfence();
     __syncthreads();

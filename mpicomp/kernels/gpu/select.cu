@@ -5,9 +5,9 @@
 // emit    the candidates that are chosen, in ascending order; zeros them in new
 //
 // No block of `mark`, which moves nearly all bytes, waits for another: a tile takes room in the list by one atomic
-// addition and notes where, so that only `emit`, over some percent of the array, needs the order of the tiles. Where the
-// list is not what was hoped for (fewer than k reach the bound, or more than there is room for), `digit` and `emit` find
-// that out by themselves and go over the whole array instead; the host is not asked.
+// addition and notes where, so that only `emit`, over some percent of the array, needs the order of the tiles. Where
+// the list is not what was hoped for (fewer than k reach the bound, or more than there is room for), `digit` and `emit`
+// find that out by themselves and go over the whole array instead; the host is not asked.
 #include "select.cuh"
 
 constexpr int THREADS = 256;
@@ -16,13 +16,16 @@ constexpr int ROWS = 4;  // packs of a thread; a row's counts of a warp fit a by
 constexpr int ROW = WARP * VEC;
 constexpr int TILE = THREADS * ROWS * VEC;
 constexpr int BITS = 11, BINS = 1 << BITS;
-constexpr int TILES = 4;  // of a warp in `emit`
+constexpr int AHEAD = 8;  // elements that a thread of `digit` asks for at once
+constexpr int TILES = 2;  // of a warp in `emit`
 
-// The state that kernels pass on, in words of u64, which start as zeros; select.py knows the first two.
+// The state that kernels pass on, in words of u64, which start as zeros; select.py knows the first three.
 enum { REACHED, LOW, EXACT, TIES, SETTLED, BASE, RANK, ARRIVED };
 
 // Whether the candidates are listed, all of them, and `k` elements can be chosen of them.
-__device__ __forceinline__ bool listed(u64 reached, i64 k, i64 room) { return reached >= (u64)k && reached <= (u64)room; }
+__device__ __forceinline__ bool listed(u64 reached, i64 k, i64 room) {
+    return reached >= (u64)k && reached <= (u64)room;
+}
 
 // Tiles begin where x has sixteen bytes that may be read at once: the first may begin before x does.
 extern "C" __global__ void __launch_bounds__(256) mark(const T* x, const T* old, T* sum, i64 size, const u64* low, u64 bound, i64 room, T* found, u32* places, u64* segments, u64* state) {
@@ -33,32 +36,19 @@ extern "C" __global__ void __launch_bounds__(256) mark(const T* x, const T* old,
     const i64 start = (i64)blockIdx.x * TILE - (i64)(((u64)x & 15) / sizeof(T));
     const bool whole = start >= 0 && start + TILE <= size;
     const i64 first = start + warp * (ROWS * ROW) + lane * VEC;
-    T values[ROWS][VEC], more[ROWS][VEC];
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) load_pack(x, first + r * ROW, size, whole, values[r]);
-    if (old) {
-#pragma unroll
-        for (int r = 0; r < ROWS; r++) load_pack(old, first + r * ROW, size, whole, more[r]);
-#pragma unroll
-        for (int r = 0; r < ROWS; r++)
-#pragma unroll
-            for (int e = 0; e < VEC; e++) values[r][e] += more[r][e];
-    }
-    if (sum) {
-#pragma unroll
-        for (int r = 0; r < ROWS; r++) store_pack(sum, first + r * ROW, size, whole, values[r]);
-    }
+    T values[ROWS][VEC];
+    load_sums<ROWS, ROW>(x, old, first, size, whole, values);
+    if (sum) store_packs<ROWS, ROW>(sum, first, size, whole, values);
     u32 hits = 0, counts = 0;  // a bit an element, a byte a row
 #pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-#pragma unroll
-        for (int e = 0; e < VEC; e++) {
-            const i64 i = first + r * ROW + e;
-            const bool hit = magnitude(values[r][e]) >= least && (whole || (i >= 0 && i < size));
-            hits |= (u32)hit << (r * VEC + e);
+    for (int j = 0; j < ROWS * VEC; j++) hits |= (u32)(magnitude(values[j / VEC][j % VEC]) >= least) << j;
+    if (!whole)
+        for (int j = 0; j < ROWS * VEC; j++) {
+            const i64 i = first + j / VEC * ROW + j % VEC;
+            if (i < 0 || i >= size) hits &= ~(1u << j);
         }
-        counts |= (u32)__popc(hits >> r * VEC) << 8 * r;
-    }
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) counts |= (u32)__popc(hits >> r * VEC & ((1 << VEC) - 1)) << 8 * r;
     const u32 inclusive = warp_inclusive(counts), rows = __shfl_sync(ALL, inclusive, WARP - 1);
     const u32 before = inclusive - counts;
     if (lane == 0) warps[warp] = (rows & 255) + (rows >> 8 & 255) + (rows >> 16 & 255) + (rows >> 24);
@@ -69,34 +59,29 @@ extern "C" __global__ void __launch_bounds__(256) mark(const T* x, const T* old,
         at += w < warp ? warps[w] : 0;
         total += warps[w];
     }
-    if (total == 0) {
-        if (threadIdx.x == 0 && segments) segments[blockIdx.x] = 0;
-        return;
-    }
     if (threadIdx.x == 0) {
-        taken = atomicAdd(&state[REACHED], (u64)total);
+        taken = total ? atomicAdd(&state[REACHED], (u64)total) : 0;
         if (segments) segments[blockIdx.x] = taken << 16 | total;
     }
     __syncthreads();
+    if (hits == 0 || taken + total > (u64)room) return;
+    found += taken;
+    places += taken;
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
-        i64 to = (i64)taken + at + (before >> 8 * r & 255);
-        if (hits >> r * VEC & ((1 << VEC) - 1)) {
+        u32 to = at + (before >> 8 * r & 255);
 #pragma unroll
-            for (int e = 0; e < VEC; e++) {
-                if (hits >> (r * VEC + e) & 1 && to < room) {
-                    found[to] = values[r][e];
-                    places[to] = (u32)(first + r * ROW + e);
-                }
-                to += hits >> (r * VEC + e) & 1;
+        for (int e = 0; e < VEC; e++)
+            if (hits >> (r * VEC + e) & 1) {
+                found[to] = values[r][e];
+                places[to++] = (u32)first + r * ROW + e;
             }
-        }
         at += rows >> 8 * r & 255;
     }
 }
 
-// Settle the threshold without counting, where that is possible: a sampled one stands where no more than k reach it; and
-// where all that is not zero is listed and fewer than k, the first zeros are chosen too.
+// Settle the threshold without counting, where that is possible: a sampled one stands where no more than k reach it;
+// and where all that is not zero is listed and fewer than k, the first zeros are chosen too.
 __device__ __forceinline__ bool settle(u64 reached, u64 low, i64 k, bool sampled, Threshold& threshold) {
     if (sampled && reached <= (u64)k) {
         threshold = all_from((Bits)low, (u64)k);
@@ -106,7 +91,8 @@ __device__ __forceinline__ bool settle(u64 reached, u64 low, i64 k, bool sampled
     return low == 1 && reached < (u64)k;
 }
 
-// One digit of the k-th largest magnitude, the `level`-th from the top; the last block finds it among all blocks' counts.
+// One digit of the k-th largest magnitude, the `level`-th from the top; the last block finds it among all blocks'
+// counts.
 extern "C" __global__ void __launch_bounds__(256) digit(const T* source, const T* found, i64 size, i64 room, i64 k, i64 level, i64 itself, i64 sampled, const u64* low, u64* state, u64* counts) {
     __shared__ u32 bins[BINS], shared;
     __shared__ u64 warps[WARP];
@@ -137,30 +123,36 @@ extern "C" __global__ void __launch_bounds__(256) digit(const T* source, const T
     if ((i64)blockIdx.x * THREADS < length) {
         for (int bin = threadIdx.x; bin < BINS; bin += THREADS) bins[bin] = 0;
         __syncthreads();
-#pragma unroll 8
-        for (i64 i = thread_of_grid(); i < length; i += threads_of_grid()) {
-            const Bits one = magnitude(from[i]);
-            if (digits.holds(one)) atomicAdd(&bins[digits.of(one)], 1u);
+        for (i64 first = thread_of_grid(); first < length; first += threads_of_grid() * AHEAD) {
+            Bits sizes[AHEAD];  // read before any is counted, so that the loads are on their way together
+#pragma unroll
+            for (int j = 0; j < AHEAD; j++) {
+                const i64 i = first + j * threads_of_grid();
+                sizes[j] = i < length ? magnitude(from[i]) : ~Bits(0);  // which no digits hold
+            }
+#pragma unroll
+            for (int j = 0; j < AHEAD; j++)
+                if (digits.holds(sizes[j])) atomicAdd(&bins[digits.of(sizes[j])], 1u);
         }
         __syncthreads();
         for (int bin = threadIdx.x; bin < BINS; bin += THREADS)
             if (bins[bin]) atomicAdd(&counts[bin], (u64)bins[bin]);
     }
     if (!last_block(arrived, &shared)) return;
-    const Found digit = find_digit<BINS>([&](int bin) { return __ldcg(counts + bin); }, rank, warps, &next);
+    const Found found_digit = find_digit<BINS>([&](int bin) { return __ldcg(counts + bin); }, rank, warps, &next);
     if (threadIdx.x) return;
-    const Bits base = digits.base | (Bits)digit.digit << digits.low;
-    const bool all = !itself && digit.count == digit.rank, end = digits.low == 0;
-    const Threshold threshold = all ? all_from(base, digit.rank) : Threshold{base, digit.rank};
+    const Bits base = digits.base | (Bits)found_digit.digit << digits.low;
+    const bool all = !itself && found_digit.count == found_digit.rank, end = digits.low == 0;
+    const Threshold threshold = all ? all_from(base, found_digit.rank) : Threshold{base, found_digit.rank};
     state[BASE] = base;
-    state[RANK] = digit.rank;
+    state[RANK] = found_digit.rank;
     state[EXACT] = threshold.exact;
     state[TIES] = threshold.ties;
     state[SETTLED] = all || end;
 }
 
-// The chosen elements in ascending order, a warp for each tile's candidates, or a tile's elements where none are listed.
-// `scans`: a ticket, then for each group of tiles a state of the scan of those above, then one of the ties.
+// The chosen elements in ascending order, a warp for each tile's candidates, or a tile's elements where none are
+// listed. `scans`: a ticket, then for each group of tiles a state of the scan of those above, then one of the ties.
 extern "C" __global__ void __launch_bounds__(256) emit(const T* source, const T* found, const u32* places, const u64* segments, i64 size, i64 tiles, i64 room, i64 count, u64 bound, const u64* state, u64* scans, T* values, u32* indices, T* rest) {
     __shared__ u32 warps[WARP];
     __shared__ i64 shared;
@@ -170,23 +162,23 @@ extern "C" __global__ void __launch_bounds__(256) emit(const T* source, const T*
     const Threshold threshold = bound ? all_from((Bits)bound, 0) : Threshold{(Bits)state[EXACT], state[TIES]};
     const i64 group = next_tile(scans, &shared);
     const i64 tile = (group * WARPS + warp) * TILES;
-    i64 begins[TILES];
-    int lengths[TILES];
-#pragma unroll
-    for (int s = 0; s < TILES; s++) {
-        const u64 segment = list && tile + s < tiles ? segments[tile + s] : 0;
-        begins[s] = list ? (i64)(segment >> 16) : (tile + s) * TILE;
-        lengths[s] = list ? (int)(segment & 0xffff) : (int)max(i64(0), min(i64(TILE), size - begins[s]));
+    u64 mine = 0;  // lane s has where the s-th tile's elements begin, and how many they are
+    if (lane < TILES && tile + lane < tiles) {
+        const i64 begin = (tile + lane) * TILE;
+        mine = list ? segments[tile + lane] : (u64)begin << 16 | (u64)max(i64(0), min(i64(TILE), size - begin));
     }
     const T* from = list ? found : source;
     u32 above = 0, ties = 0;
-#pragma unroll
-    for (int s = 0; s < TILES; s++)
-        for (int c = lane; c < lengths[s]; c += WARP) {
-            const Bits one = magnitude(from[begins[s] + c]);
+    for (int s = 0; s < TILES; s++) {
+        const u64 segment = __shfl_sync(ALL, mine, s);
+        const int length = (int)(segment & 0xffff);
+#pragma unroll 4
+        for (int c = lane; c < length; c += WARP) {
+            const Bits one = magnitude(from[(segment >> 16) + c]);
             above += one > threshold.exact;
             ties += one == threshold.exact;
         }
+    }
     above = warp_sum(above);
     ties = warp_sum(ties);
     u32 above_all, ties_all;
@@ -202,18 +194,19 @@ extern "C" __global__ void __launch_bounds__(256) emit(const T* source, const T*
     u64 over = before[0] + __shfl_sync(ALL, above_here, 0), tied = before[1] + __shfl_sync(ALL, ties_here, 0);
     if (above == 0 && (ties == 0 || tied >= threshold.ties)) return;
     const u32 earlier = (1u << lane) - 1;
-#pragma unroll
-    for (int s = 0; s < TILES; s++)
-        for (int c = lane; c - lane < lengths[s]; c += WARP) {
-            const bool there = c < lengths[s];
-            const T value = there ? from[begins[s] + c] : T(0);
-            const bool greater = there && magnitude(value) > threshold.exact;
-            const bool equal = there && magnitude(value) == threshold.exact;
+    for (int s = 0; s < TILES; s++) {
+        const u64 segment = __shfl_sync(ALL, mine, s);
+        const int length = (int)(segment & 0xffff);
+        for (int c = lane; c - lane < length; c += WARP) {
+            const u64 i = (segment >> 16) + c;
+            const T value = c < length ? from[i] : T(0);
+            const bool greater = c < length && magnitude(value) > threshold.exact;
+            const bool equal = c < length && magnitude(value) == threshold.exact;
             const u32 overs = __ballot_sync(ALL, greater), equals = __ballot_sync(ALL, equal);
             const u64 rank = tied + __popc(equals & earlier);
             if (greater || (equal && rank < threshold.ties)) {
                 const u64 to = over + __popc(overs & earlier) + min(rank, threshold.ties);
-                const u32 place = list ? places[begins[s] + c] : (u32)(begins[s] + c);
+                const u32 place = list ? places[i] : (u32)i;
                 values[to] = value;
                 indices[to] = place;
                 if (rest) rest[place] = 0;
@@ -221,4 +214,5 @@ extern "C" __global__ void __launch_bounds__(256) emit(const T* source, const T*
             over += __popc(overs);
             tied += __popc(equals);
         }
+    }
 }

@@ -1,37 +1,8 @@
-// What selections share: sixteen bytes of elements at a time, and radix selection of the k-th largest magnitude.
+// What selections share: radix selection of the k-th largest magnitude.
+#include "packs.cuh"
 #include "scan.cuh"
 
-constexpr int VEC = 16 / sizeof(T);
 constexpr int WIDTH = 8 * sizeof(T) - 1;  // bits of a magnitude
-
-struct __align__(16) Pack {
-    T values[VEC];
-};
-
-// Elements i .. i + VEC of `from`; where they are not all there, zeros for those outside 0 .. size.
-__device__ __forceinline__ void load_pack(const T* from, i64 i, i64 size, bool whole, T (&to)[VEC]) {
-    if (whole && aligned16(from + i)) {
-        const Pack pack = *(const Pack*)(from + i);
-#pragma unroll
-        for (int e = 0; e < VEC; e++) to[e] = pack.values[e];
-    } else {
-#pragma unroll
-        for (int e = 0; e < VEC; e++) to[e] = whole || (i + e >= 0 && i + e < size) ? from[i + e] : T(0);
-    }
-}
-
-__device__ __forceinline__ void store_pack(T* to, i64 i, i64 size, bool whole, const T (&from)[VEC]) {
-    if (whole && aligned16(to + i)) {
-        Pack pack;
-#pragma unroll
-        for (int e = 0; e < VEC; e++) pack.values[e] = from[e];
-        *(Pack*)(to + i) = pack;
-    } else {
-#pragma unroll
-        for (int e = 0; e < VEC; e++)
-            if (whole || (i + e >= 0 && i + e < size)) to[i + e] = from[e];
-    }
-}
 
 // Where an element's rank is looked for: its magnitude's bits from `high` up are `base`'s, and those from `low` up to
 // `high` are the digit that is counted next.
@@ -77,11 +48,13 @@ __device__ __forceinline__ Threshold all_from(Bits base, u64 count) {
 }
 
 // The threshold of the `rank` largest of the elements that a block's threads look at: `each(f)` calls f(magnitude) for
-// this thread's, once for each digit. Digits of a byte from the top down; where all elements that share the digits so far
-// are chosen the others do not matter, unless the rank-th magnitude itself is wanted. `bins`: BYTES words, `warps`: 32.
+// this thread's, once for each digit. Digits of a byte from the top down; where all elements that share the digits so
+// far are chosen the others do not matter, unless the rank-th magnitude itself is wanted. `bins`: BYTES words, `warps`:
+// 32.
 constexpr int BYTES = 256;
 template <typename Each>
-__device__ __forceinline__ Threshold block_threshold(Each each, u32 rank, bool itself, u32* bins, u32* warps, Found* found) {
+__device__ __forceinline__ Threshold block_threshold(
+    Each each, u32 rank, bool itself, u32* bins, u32* warps, Found* found) {
     Digits digits = {0, WIDTH, WIDTH - 8};
     for (;;) {
         for (int i = threadIdx.x; i < BYTES; i += blockDim.x) bins[i] = 0;

@@ -13,13 +13,14 @@ import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.kernels.cpu.select import DIRECT, bits_of_magnitude, sample_size
-from mpicomp.kernels.gpu.launch import THREADS, TYPES, Source, c_type, grid, scratch, zeros
+from mpicomp.kernels.gpu.launch import THREADS, TYPES, Source, c_type, scratch, zeros
 from mpicomp.kernels.gpu.top import sample
 
 SELECT = Source("select", WORK=TYPES)
 PACKS = 4 * THREADS  # of 16 bytes in a tile
-GROUP = 4 * THREADS // 32  # tiles of a block that writes what is chosen
+GROUP = 2 * THREADS // 32  # tiles of a block that writes what is chosen
 BITS = 11  # of a digit
+COUNTING = 1024  # blocks at most that count digits: each adds its counts to those of all
 WORDS = 16  # of state, and then the counts of every digit's values
 REACHED, LOW, EXACT = 0, 1, 2  # where in the state there is what Python passes on or reads
 ARRIVED = WORDS - 1  # blocks of the sample
@@ -38,7 +39,7 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which elements of an array, x or `new`, are chosen, `count` of them; to be written once."""
+    """Which elements of an array, x or `new`, are chosen, `count` of them; valid as long as the source is."""
 
     source: Array
     candidates: Candidates
@@ -55,9 +56,7 @@ class Selection:
             scans = zeros(1 + 2 * blocks, "uint64")
             which = (x, listed.found, listed.places, listed.segments, x.size, number, listed.room, self.count)
             how = (np.uint64(self.bound), self.state, scans)
-            SELECT.launch(
-                "emit", blocks, THREADS, *which, *how, values, indices, x if zero else None, WORK=c_type(x)
-            )
+            SELECT.launch("emit", blocks, THREADS, *which, *how, values, indices, x if zero else None, WORK=c_type(x))
 
 
 def tiles(x: Array) -> int:
@@ -90,19 +89,24 @@ def mark(
 
 
 def find_threshold(
-    source: Array, k: int, state: Array, listed: Candidates, low: Array | None, itself: bool = False, share: bool = False
+    source: Array,
+    k: int,
+    state: Array,
+    listed: Candidates,
+    low: Array | None,
+    itself: bool = False,
+    share: bool = False,
 ) -> None:
     """Find the k-th largest magnitude of the candidates or of the whole source, and how many ties are chosen.
 
     `itself`: it is the magnitude that is asked for, not any that parts the k largest from the others. `share`: the
     threshold low[0] stands where no more than k reach it.
     """
+    blocks = min(-(-source.size // (16 * THREADS)), COUNTING)
     for level in range(levels(source)):
         counts = state[WORDS + (level << BITS) :]
         data = (source, listed.found, source.size, listed.room, k, level, int(itself), int(share))
-        SELECT.launch(
-            "digit", grid(source.size, 16 * THREADS), THREADS, *data, low, state, counts, WORK=c_type(source)
-        )
+        SELECT.launch("digit", blocks, THREADS, *data, low, state, counts, WORK=c_type(source))
 
 
 def select_above(x: Array, old: Array | None, new: Array | None, value: float) -> Selection:

@@ -5,7 +5,7 @@
 // A sample of x + old, an element of each of `sampled` strides, by hash within the stride so that no period of the data
 // meets the sample's. Where there is a `rank`, the last block sets `low` to its rank-th largest magnitude, at least 1:
 // the zeros of a sum of sparse arrays would all be candidates.
-constexpr int EACH = 16;  // elements of a thread that selects; mpicomp/kernels/cpu/select.py has samples of 16384 at most
+constexpr int EACH = 16;  // elements of a thread that selects: samples have 16384 at most
 extern "C" __global__ void __launch_bounds__(1024) sample(const T* x, const T* old, i64 size, T* out, i64 sampled, i64 rank, u64* low, u64* arrived) {
     __shared__ u32 bins[BYTES], warps[WARP], shared;
     __shared__ Found found;
@@ -37,16 +37,10 @@ extern "C" __global__ void __launch_bounds__(1024) block_top_k(const T* x, const
     __shared__ Found found;
     const i64 first = (i64)blockIdx.x * block, length = min(block, size - first);
     const i64 row = (i64)blockDim.x * VEC;
-    T mine[VEC];
+    T mine[1][VEC];
     const auto load = [&](i64 start) {
         const i64 i = start + (i64)threadIdx.x * VEC;
-        load_pack(x + first, i, length, i + VEC <= length, mine);
-        if (old) {
-            T more[VEC];
-            load_pack(old + first, i, length, i + VEC <= length, more);
-#pragma unroll
-            for (int e = 0; e < VEC; e++) mine[e] += more[e];
-        }
+        load_sums<1, 0>(x + first, old ? old + first : old, i, length, i + VEC <= length, mine);
     };
     const bool kept = length <= row;
     if (kept) load(0);
@@ -56,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(1024) block_top_k(const T* x, const
             const i64 i = start + (i64)threadIdx.x * VEC;
 #pragma unroll
             for (int e = 0; e < VEC; e++)
-                if (i + e < length) look(magnitude(mine[e]));
+                if (i + e < length) look(magnitude(mine[0][e]));
         }
     };
     i64 at = (i64)blockIdx.x * k;  // where this block's are written
@@ -69,22 +63,22 @@ extern "C" __global__ void __launch_bounds__(1024) block_top_k(const T* x, const
         u32 counts = 0;  // of those above in the lower half, of ties in the upper
 #pragma unroll
         for (int e = 0; e < VEC; e++) {
-            const Bits magnitude_e = magnitude(mine[e]);
-            if (i + e < length) counts += (magnitude_e > threshold.exact) + ((u32)(magnitude_e == threshold.exact) << 16);
+            const Bits one = magnitude(mine[0][e]);
+            if (i + e < length) counts += (one > threshold.exact) + ((u32)(one == threshold.exact) << 16);
         }
         u32 all;
         const u32 before = block_exclusive(counts, warps, all);
         u32 above = before & 0xffff, tied = before >> 16;
 #pragma unroll
         for (int e = 0; e < VEC; e++) {
-            const Bits magnitude_e = magnitude(mine[e]);
-            const bool over = i + e < length && magnitude_e > threshold.exact;
-            const bool tie = i + e < length && magnitude_e == threshold.exact;
+            const Bits one = magnitude(mine[0][e]);
+            const bool over = i + e < length && one > threshold.exact;
+            const bool tie = i + e < length && one == threshold.exact;
             if (over || (tie && tied < ties)) {
                 const i64 to = at + above + min(tied, ties);
-                values[to] = mine[e];
+                values[to] = mine[0][e];
                 indices[to] = (u32)(first + i + e);
-                mine[e] = 0;
+                mine[0][e] = 0;
             }
             above += over;
             tied += tie;
@@ -92,6 +86,6 @@ extern "C" __global__ void __launch_bounds__(1024) block_top_k(const T* x, const
         const u32 taken = min(all >> 16, ties);
         at += (all & 0xffff) + taken;
         ties -= taken;
-        if (rest) store_pack(rest + first, i, length, i + VEC <= length, mine);
+        if (rest) store_packs<1, 0>(rest + first, i, length, i + VEC <= length, mine);
     }
 }
