@@ -2,21 +2,52 @@
 
 from mpicomp.kernels.gpu.convert import narrow, narrow_residual, widen, widen_add
 from mpicomp.kernels.gpu.hadamard import left_out, products, rotate, spread, unrotate, unspread
+from mpicomp.kernels.gpu.integer import add_codes, block_tops, decode_sums, pack_sums
 from mpicomp.kernels.gpu.linalg import back_project, orthogonalise, outer, outer_add
-from mpicomp.kernels.gpu.sums import axpy
+from mpicomp.kernels.gpu.quantize import codes_valid, decode_blocks, encode_blocks
+from mpicomp.kernels.gpu.random import fill_uniform
+from mpicomp.kernels.gpu.scatter import gather, gather_residual, put_at, scatter_add
+from mpicomp.kernels.gpu.select import select_above, select_top
+from mpicomp.kernels.gpu.sign import encode_sign, largest, moments
+from mpicomp.kernels.gpu.sums import add, axpy, divide, nonfinite, sum_tree
+from mpicomp.kernels.gpu.support import random_support
+from mpicomp.kernels.gpu.top import block_top_k
 
 __all__ = [
+    "add",
+    "add_codes",
     "axpy",
     "back_project",
+    "block_top_k",
+    "block_tops",
+    "codes_valid",
+    "decode_blocks",
+    "decode_sums",
+    "divide",
+    "encode_blocks",
+    "encode_sign",
+    "fill_uniform",
+    "gather",
+    "gather_residual",
+    "largest",
     "left_out",
+    "moments",
     "narrow",
     "narrow_residual",
+    "nonfinite",
     "orthogonalise",
     "outer",
     "outer_add",
+    "pack_sums",
     "products",
+    "put_at",
+    "random_support",
     "rotate",
+    "scatter_add",
+    "select_above",
+    "select_top",
     "spread",
+    "sum_tree",
     "unrotate",
     "unspread",
     "widen",
