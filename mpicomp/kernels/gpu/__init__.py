@@ -1,6 +1,7 @@
 """The kernels for CuPy arrays: CUDA by CuPy's RawModule, on the current stream. Importing this needs no CuPy."""
 
 from mpicomp.kernels.gpu.convert import narrow, narrow_residual, widen, widen_add
+from mpicomp.kernels.gpu.floats import decode_floats, decode_powers, encode_floats, encode_powers
 from mpicomp.kernels.gpu.hadamard import left_out, products, rotate, spread, unrotate, unspread
 from mpicomp.kernels.gpu.integer import add_codes, block_tops, decode_sums, pack_sums
 from mpicomp.kernels.gpu.linalg import back_project, orthogonalise, outer, outer_add
@@ -22,9 +23,13 @@ __all__ = [
     "block_tops",
     "codes_valid",
     "decode_blocks",
+    "decode_floats",
+    "decode_powers",
     "decode_sums",
     "divide",
     "encode_blocks",
+    "encode_floats",
+    "encode_powers",
     "encode_sign",
     "fill_uniform",
     "gather",
