@@ -27,12 +27,11 @@ import numpy as np
 from kernels_peers import Peer, peers_of
 from kernels_report import OPS, Row, print_table, title, write_json, write_plot
 
-from mpicomp.arrays import Array
+from mpicomp.arrays import Array, empty
 from mpicomp.codecs import CODECS, Key
 from mpicomp.codecs import indices as index_codes
 from mpicomp.codecs.base import Codec
 from mpicomp.codecs.checks import kept
-from mpicomp.reducers.layout import empty
 from mpicomp.reducers.resolve import ALIASES
 from mpicomp.specs import Spec, SpecError, parse
 

@@ -1,4 +1,7 @@
-"""The only place that tells one array library from another, and the half types from the rest.
+"""The only place that tells one array library from another, one memory from another, and the half types from the rest.
+
+Arrays of CuPy lie in a GPU's memory. NumPy's functions that take an array find CuPy's own for them by themselves
+(`np.empty_like`, `np.add(..., out=)`); what makes or moves memory is here. All is done on the current stream.
 
 Work arrays and residuals are float32, float64 where the input is float64. Half types enter as their bits, since
 Numba has no float16 on the CPU and NumPy has no bfloat16: `widen` and `narrow` convert by integer arithmetic.
@@ -6,12 +9,15 @@ Numba has no float16 on the CPU and NumPy has no bfloat16: `widen` and `narrow` 
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 Array: TypeAlias = npt.NDArray[Any]
+Result = TypeVar("Result")
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 """The element types that may be compressed."""
@@ -27,21 +33,142 @@ def dtype_name(x: Array) -> str:
     return str(x.dtype.name)
 
 
-def checked(x: Any, what: str = "x") -> Array:
-    """Return `x` if it may be compressed.
+def checked(x: Any, what: str = "x", device: bool = False) -> Array:
+    """Return `x` if it may be compressed; with `device` it may lie on a GPU.
 
-    Raises TypeError for what is no array or no floating-point array, ValueError for one whose memory cannot be sent.
+    Raises TypeError for what is no array or no floating-point array, ValueError for one whose memory cannot be sent
+    and for a CuPy array where there is no GPU.
     """
-    if type(x).__module__.partition(".")[0] == "cupy":
-        raise TypeError(f"{what} is a CuPy array; this version reduces NumPy arrays and torch CPU tensors")
-    if not isinstance(x, np.ndarray):
+    if on_device(x):
+        if not device:
+            raise TypeError(f"{what} is a CuPy array, which only allreduce and its plans take; pass {what}.get()")
+        check_gpu(what)
+    elif not isinstance(x, np.ndarray):
         raise TypeError(
             f"{what} must be a NumPy array, got {type(x).__name__}; for a tensor use mpicomp.torch.allreduce"
         )
     if dtype_name(x) not in DTYPES:
         raise TypeError(f"{what} has dtype {x.dtype}; only {', '.join(DTYPES)} can be compressed")
     check_memory(x, what)
-    return x
+    array: Array = x
+    return array
+
+
+def on_device(x: Any) -> bool:
+    """Whether x is an array of CuPy."""
+    return type(x).__module__.partition(".")[0] == "cupy"
+
+
+def check_gpu(what: str) -> None:
+    """Raise ValueError where CuPy cannot use a GPU."""
+    try:
+        import cupy
+
+        found = cupy.cuda.runtime.getDeviceCount()
+    except ImportError as error:
+        raise ValueError(f"{what} is a CuPy array, and CuPy cannot be imported: {error}") from error
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise ValueError(f"{what} is a CuPy array, and there is no GPU to be used here: {error}") from error
+    if not found:
+        raise ValueError(f"{what} is a CuPy array, and CUDA shows no GPU here")
+
+
+def bound(call: Callable[[], Result], x: Any) -> Callable[[], Result]:
+    """Return `call` as it runs on the stream and device that are current now, whatever thread it will run on."""
+    if not on_device(x):
+        return call
+    import cupy
+
+    device, stream = cupy.cuda.Device(), cupy.cuda.get_current_stream()
+
+    def run() -> Result:
+        with device, stream:
+            return call()
+
+    return run
+
+
+def empty(size: int, dtype: str, device: bool = False) -> Array:
+    """An uninitialised array, (size,), that begins at a cache line: a workspace, made once."""
+    if device:
+        import cupy
+
+        made: Array = cupy.empty(size, dtype)
+        return made
+    itemsize = np.dtype(dtype).itemsize
+    memory = np.empty(size * itemsize + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size * itemsize].view(dtype)
+
+
+def pinned(nbytes: int) -> Array:
+    """Host memory that a GPU reads and writes while nobody waits, (nbytes,) uint8, zeros."""
+    import cupy
+
+    memory: Array = np.frombuffer(cupy.cuda.alloc_pinned_memory(max(1, nbytes)), np.uint8, nbytes)
+    memory[...] = 0
+    return memory
+
+
+class Copied:
+    """A copy between host and device that was begun on the current stream."""
+
+    def __init__(self) -> None:
+        import cupy
+
+        self._event = cupy.cuda.Event(disable_timing=True)
+        self._event.record(cupy.cuda.get_current_stream())
+
+    def wait(self) -> None:
+        """Return when the copy, and what the stream had to do before, is done."""
+        self._event.synchronize()
+
+
+def fetch(x: Any, host: Array) -> Copied:
+    """Begin to copy an array of the device to pinned memory of its shape and dtype."""
+    if x.size:
+        x.get(out=host, blocking=False)
+    return Copied()
+
+
+def put(host: Array, x: Any) -> Copied:
+    """Begin to copy pinned memory to an array of the device of its shape and dtype."""
+    if x.size:
+        import cupy
+
+        x.set(host, stream=cupy.cuda.get_current_stream())
+    return Copied()
+
+
+@contextmanager
+def on_host(x: Array, out: Array) -> Iterator[tuple[Array, Array]]:
+    """Yield x and `out` where the host may read and write them: themselves, or pinned copies, the last copied back."""
+    if not on_device(x):
+        yield x, out
+        return
+    given, result = (pinned(each.nbytes).view(each.dtype).reshape(each.shape) for each in (x, out))
+    fetch(x, given).wait()
+    yield given, result
+    put(result, out).wait()
+
+
+def number(x: Any) -> Any:
+    """Return the one number that an array of the device holds; waits for it."""
+    return x.get().item()
+
+
+def to_host(x: Any) -> Array:
+    """Return a NumPy array with what x holds: a copy."""
+    copy: Array = x.get() if on_device(x) else x.copy()
+    return copy
+
+
+def to_device(x: Array) -> Array:
+    """Return an array of CuPy with what a NumPy array holds."""
+    import cupy
+
+    made: Array = cupy.asarray(x)
+    return made
 
 
 def check_memory(x: Array, what: str = "x") -> None:

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from mpicomp.arrays import Array
+from mpicomp.arrays import Array, on_host
 from mpicomp.transport import MPITransport, Request, Topology, Transport, Window
 
 PR_SET_TIMERSLACK = 29  # of linux/prctl.h
@@ -226,11 +226,11 @@ def allreduce(comm: Comm, x: Array, total: Array, op: str = "sum") -> None:
 
     Its bytes are modelled, not counted: 2 * nbytes * (P-1) / P, the least any algorithm sends.
     """
-    flat, result = x.reshape(-1), total.reshape(-1)
     step = CHUNK // x.itemsize
-    for start in range(0, flat.size, step):
-        part = slice(start, start + step)
-        wait(comm, [comm.transport.allreduce(flat[part], result[part], op)], f"allreduce({op})")
+    with on_host(x.reshape(-1), total.reshape(-1)) as (flat, result):
+        for start in range(0, flat.size, step):
+            part = slice(start, start + step)
+            wait(comm, [comm.transport.allreduce(flat[part], result[part], op)], f"allreduce({op})")
     comm.traffic.modelled += math.ceil(2 * x.nbytes * (comm.size - 1) / comm.size)
 
 

@@ -111,12 +111,15 @@ class MessageLayout:
             end += nbytes
         return end
 
-    def cut(self, message: Array) -> list[Payload]:
-        """View a message that was closed up as the payload of each piece; no copy."""
+    def cut(self, message: Array, told: Array) -> list[Payload]:
+        """View a message that was closed up as the payload of each piece; no copy.
+
+        `told` is the same message where the host may read how long each is.
+        """
         payloads: list[Payload] = []
         end = HEADER
         for ((_, field),) in self.pieces:
-            used = int(message[end : end + ALIGN].view("<u8")[0]) if field.nbytes else 0
+            used = int(told[end : end + ALIGN].view("<u8")[0]) if field.nbytes else 0
             payloads.append((message[end : end + used],))
             end += used
         return payloads

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
+from unittest.mock import MagicMock
 
 import ml_dtypes
 import numpy as np
@@ -43,10 +45,25 @@ def test_a_tensor_is_sent_to_where_tensors_go() -> None:
         checked(torch.zeros(3))
 
 
-def test_a_cupy_array_is_named() -> None:
-    kind = type("ndarray", (), {"__module__": "cupy"})
-    with pytest.raises(TypeError, match="CuPy"):
-        checked(kind())
+CUPY: Any = type("ndarray", (), {"__module__": "cupy"})
+
+
+def test_a_cupy_array_is_refused_where_only_numpy_arrays_are_taken() -> None:
+    with pytest.raises(TypeError, match=r"total is a CuPy array.*pass total\.get\(\)"):
+        checked(CUPY(), "total")
+
+
+def test_a_cupy_array_without_cupy_or_without_a_gpu_is_refused_with_the_reason(monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(ValueError, match="x is a CuPy array, and CuPy cannot be imported"):
+        checked(CUPY(), device=True)
+    failure = type("CUDARuntimeError", (RuntimeError,), {})
+    cupy = MagicMock()
+    cupy.cuda.runtime.CUDARuntimeError = failure
+    cupy.cuda.runtime.getDeviceCount.side_effect = failure("cudaErrorInsufficientDriver")
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    with pytest.raises(ValueError, match="no GPU to be used here: cudaErrorInsufficientDriver"):
+        checked(CUPY(), device=True)
 
 
 @pytest.mark.parametrize(

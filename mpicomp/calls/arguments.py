@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from mpicomp.arrays import Array, check_memory, checked, dtype_name
+from mpicomp.arrays import Array, check_memory, checked, dtype_name, on_device
 from mpicomp.codecs.base import Codec
 from mpicomp.reducers.base import Reducer
 from mpicomp.reducers.layout import Layout, Unit
@@ -29,12 +29,17 @@ class Form:
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[str, ...]
     listed: bool
+    device: bool = False
+    """Whether they lie on a GPU; ranks may differ in that."""
 
     @classmethod
     def of(cls, x: Array | Sequence[Array]) -> Form:
         """The form of arrays that were checked."""
         arrays = as_list(x)
-        return cls(tuple(a.shape for a in arrays), tuple(map(dtype_name, arrays)), isinstance(x, (list, tuple)))
+        device = on_device(arrays[0])
+        if any(on_device(array) != device for array in arrays):
+            raise ValueError("a list of arrays must be all NumPy's or all CuPy's; make a call for each")
+        return cls(tuple(a.shape for a in arrays), tuple(map(dtype_name, arrays)), isinstance(x, (list, tuple)), device)
 
     @cached_property
     def dtype(self) -> str:
@@ -85,8 +90,10 @@ def as_list(x: Any) -> list[Any]:
     return list(x) if isinstance(x, (list, tuple)) else [x]
 
 
-def checked_arrays(x: Any, exact: bool = False, what: str = "x") -> list[Array]:
+def checked_arrays(x: Any, exact: bool = False, what: str = "x", device: bool = False) -> list[Array]:
     """Return the arrays of an argument if they may be compressed, or, with `exact`, sent as they are.
+
+    With `device` they may lie on a GPU.
 
     Raises TypeError or ValueError.
     """
@@ -96,7 +103,7 @@ def checked_arrays(x: Any, exact: bool = False, what: str = "x") -> list[Array]:
     for place, array in enumerate(arrays):
         name = f"{what}[{place}]" if isinstance(x, (list, tuple)) else what
         if not exact:
-            checked(array, name)
+            checked(array, name, device)
         elif not isinstance(array, np.ndarray) or array.dtype.hasobject:
             raise TypeError(
                 f"{name} must be a NumPy array of numbers, got {getattr(array, 'dtype', type(array).__name__)}"
@@ -114,11 +121,21 @@ def checked_out(out: Any, form: Form, like: str = "as x is") -> list[Array]:
     if isinstance(out, (list, tuple)) != form.listed or len(as_list(out)) != len(form.shapes):
         raise ValueError(f"out must be {form} {like}, got {described(out)}")
     for array, shape, dtype in zip(as_list(out), form.shapes, form.dtypes, strict=True):
-        if not isinstance(array, np.ndarray) or (array.shape, dtype_name(array)) != (shape, dtype):
+        if not is_array(array, form.device) or (array.shape, dtype_name(array)) != (shape, dtype):
             raise ValueError(f"out must be an array of {dtype}{list(shape)} {like}, got {described(array)}")
-        if not array.flags.c_contiguous or not array.flags.writeable or not array.dtype.isnative:
+        if not array.flags.c_contiguous or not writable(array) or not array.dtype.isnative:
             raise ValueError("out must be contiguous and writable, in this machine's byte order")
     return as_list(out)
+
+
+def is_array(x: Any, device: bool) -> bool:
+    """Whether x is an array, of NumPy or of CuPy."""
+    return on_device(x) if device else isinstance(x, np.ndarray)
+
+
+def writable(x: Array) -> bool:
+    """Whether x may be written to; CuPy knows no other arrays."""
+    return on_device(x) or x.flags.writeable
 
 
 def check_apart(outs: list[Array], xs: list[Array]) -> None:
@@ -132,6 +149,8 @@ def described(x: Any) -> str:
     """Say in an error message what was given."""
     if isinstance(x, np.ndarray):
         return f"{x.dtype}{list(x.shape)}"
+    if on_device(x):
+        return f"{x.dtype}{list(x.shape)} on a GPU"
     return f"a list of {len(x)}" if isinstance(x, (list, tuple)) else type(x).__name__
 
 

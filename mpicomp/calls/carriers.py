@@ -11,13 +11,13 @@ from typing import Protocol
 
 import numpy as np
 
-from mpicomp.arrays import Array, work_dtype
+from mpicomp.arrays import Array, empty, work_dtype
 from mpicomp.calls.arguments import HALF, Form
 from mpicomp.codecs.base import Codec
 from mpicomp.collectives import Comm, as_bytes, broadcast, exchange
 from mpicomp.kernels import kernels_for
 from mpicomp.reducers.base import State
-from mpicomp.reducers.layout import Layout, empty
+from mpicomp.reducers.layout import Layout
 from mpicomp.reducers.messages import Message, exchange_messages, says_poison
 
 Flats = list[Array]

@@ -13,7 +13,7 @@ from mpicomp.codecs.base import Codec
 from mpicomp.collectives import Comm
 from mpicomp.reducers.allowance import divided
 from mpicomp.reducers.apply import apply
-from mpicomp.reducers.base import Reducer, State
+from mpicomp.reducers.base import Reducer, State, check_place
 from mpicomp.reducers.policies import After, ErrorFeedback, Partition
 from mpicomp.reducers.resolve import Method, resolve
 
@@ -53,7 +53,8 @@ class Memory:
     def check(self, form: Form, method: Codec | Reducer) -> None:
         """Raise ValueError where this was made for something else."""
         if self.form != form:
-            raise ValueError(f"state was made for {self.form}, got {form}")
+            made, given = (f"{each}{' on a GPU' if each.device else ''}" for each in (self.form, form))
+            raise ValueError(f"state was made for {made}, got {given}")
         if self.method != method:
             raise ValueError(f"state was made for {self.method}, got method {method}")
 
@@ -61,6 +62,7 @@ class Memory:
         """Return the reducer that runs; ValueError where there is none, or another one ran before."""
         if self.reducer is None:
             self.reducer = resolve(self.method, self.form.layout, self.form.dtype, ranks, memory=self.feedback)
+        check_place(self.reducer, self.form.device)
         running = divided(self.reducer, ranks, op)
         if self.running is None:
             self.running = running
@@ -74,7 +76,8 @@ class Memory:
         """Return the state to begin the next step with; a fresh one counts from `step`."""
         if self.state is None:
             assert self.running is not None
-            self.state = self.running.init(self.form.layout, work_dtype(self.form.dtype), seed=self.seed, step=step)
+            fresh = self.running.init(self.form.layout, work_dtype(self.form.dtype), seed=self.seed, step=step)
+            self.state = fresh.placed(self.form.device)
         return self.state
 
     def reduce(self, comm: Comm, op: str, x: Array, out: Array) -> None:
@@ -92,7 +95,7 @@ def state(method: Method, x: Arrays, seed: int = 0) -> Memory:
     A bare codec means error feedback over the default reducer. Raises SpecError, TypeError or ValueError for a
     method or an array that `allreduce` would refuse.
     """
-    checked_arrays(x)
+    checked_arrays(x, device=True)
     form = Form.of(x)
     _ = form.dtype  # one for all
     return Memory(member_of(method), form, seed)

@@ -8,9 +8,20 @@ from typing import Any, Generic, cast
 
 import numpy as np
 
-from mpicomp.arrays import DTYPES, Array, work_dtype
+from mpicomp.arrays import DTYPES, Array, bound, work_dtype
 from mpicomp.background import Request, begin, in_turn
-from mpicomp.calls.arguments import Arrays, Form, as_list, check_apart, check_op, checked_arrays, described, member_of
+from mpicomp.calls.arguments import (
+    Arrays,
+    Form,
+    as_list,
+    check_apart,
+    check_op,
+    checked_arrays,
+    described,
+    is_array,
+    member_of,
+    writable,
+)
 from mpicomp.calls.memory import Memory
 from mpicomp.calls.operation import Operation, call
 from mpicomp.calls.reductions import check_integers, fresh, has_integers, packed, sum_integers
@@ -54,12 +65,12 @@ class Plan(Generic[Arrays]):
         for this rank unless that ends the job, as exceptions do that nobody catches.
         """
         xs, outs = self._checked(x, out)
-        return in_turn(self._comm, partial(self._run, xs, outs))
+        return in_turn(self._comm, bound(partial(self._run, xs, outs), xs[0]))
 
     def start(self, x: Arrays, out: Arrays | None = None) -> Request[Arrays]:
         """Begin what a call does, in the background; x and `out` must stay untouched until the request is complete."""
         xs, outs = self._checked(x, out)
-        return begin(self._comm, partial(self._run, xs, outs))
+        return begin(self._comm, bound(partial(self._run, xs, outs), xs[0]))
 
     def _run(self, xs: list[Array], outs: list[Array] | None) -> Any:
         return packed(self._form, xs, outs, self._sum, self._buffer)
@@ -70,7 +81,7 @@ class Plan(Generic[Arrays]):
             return xs, None
         outs = self._fitting(out, "out")
         for array in outs:
-            if not array.flags.writeable:
+            if not writable(array):
                 raise ValueError("out must be writable")
         check_apart(outs, xs)
         return xs, outs
@@ -78,10 +89,10 @@ class Plan(Generic[Arrays]):
     def _fitting(self, x: Any, what: str) -> list[Array]:
         """Return the arrays given; ValueError where they are not like those planned for; small sums feel it."""
         arrays = as_list(x) if self._form.listed else [x]
-        if isinstance(x, np.ndarray) == self._form.listed or len(arrays) != len(self._kinds):
+        if isinstance(x, (list, tuple)) != self._form.listed or len(arrays) != len(self._kinds):
             raise ValueError(f"the plan was made for {self._form}, got {what} of {described(x)}")
         for array, (shape, dtype) in zip(arrays, self._kinds, strict=True):
-            if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype != dtype:
+            if not is_array(array, self._form.device) or array.shape != shape or array.dtype != dtype:
                 raise ValueError(f"the plan was made for {self._form}, got {what} with {described(array)}")
             if not array.flags.c_contiguous:
                 raise ValueError(f"{what} is not C-contiguous; pass numpy.ascontiguousarray({what})")
@@ -156,7 +167,7 @@ def _plan(comm: Comm, like: Any, method: Method, op: str, memory: bool, seed: in
     member = member_of(method)
     check_op(op, OPS)
     integers = isinstance(member, Dense) and has_integers(like)
-    dtypes = [x.dtype for x in checked_arrays(like, exact=integers)]
+    dtypes = [x.dtype for x in checked_arrays(like, exact=integers, device=True)]
     form = Form.of(like)
     if integers:
         check_integers(form, op)

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from mpicomp.arrays import Array, work_dtype
+from mpicomp.arrays import Array, bound, empty, work_dtype
 from mpicomp.background import Request
 from mpicomp.calls.arguments import (
     Arrays,
@@ -34,7 +34,6 @@ from mpicomp.reducers.apply import OPS
 from mpicomp.reducers.base import Reducer
 from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.gather import Gather
-from mpicomp.reducers.layout import empty
 from mpicomp.reducers.resolve import Method, describe
 
 
@@ -43,8 +42,9 @@ def allreduce(
 ) -> Arrays:
     """Return the sum or mean of x over the ranks of an mpi4py communicator, compressed by `method`. Collective.
 
-    x: contiguous, float32, float16, bfloat16 (ml_dtypes) or float64, any shape; it stays as it was, and the result,
-    `out` or a new array like x, has the same bits on all ranks. A list of arrays of one dtype travels together, one
+    x: contiguous, float32, float16, bfloat16 (ml_dtypes) or float64, any shape, NumPy's, or CuPy's for dense, gather,
+    two_stage and low_rank; it stays as it was, and the result, `out` or a new array like x, has the same bits on all
+    ranks, wherever each has its arrays. A list of arrays of one dtype travels together, one
     message to each peer, and a list comes back. `method` is a spec, a codec or a reducer; `op` is "sum" or "mean".
     Without `state` the call has no memory: a bare codec runs without error feedback. `bounded(abs=e)` bounds the
     result, and not each contribution. `dense` takes integers too, for "sum".
@@ -67,7 +67,7 @@ def _allreduce(comm: Comm, x: Any, method: Method, op: str, memory: Memory | Non
     member = member_of(method)
     check_op(op, OPS)
     integers = isinstance(member, Dense) and has_integers(x)
-    xs = checked_arrays(x, exact=integers)
+    xs = checked_arrays(x, exact=integers, device=True)
     form = Form.of(x)
     outs = results(xs, form, out)
     if integers:
@@ -81,7 +81,8 @@ def _allreduce(comm: Comm, x: Any, method: Method, op: str, memory: Memory | Non
     def run(memory: Memory) -> Any:
         return packed(form, xs, outs, partial(memory.reduce, comm, op), memory.begun().buffer)
 
-    return prepared(comm, form, member, op, memory, run)
+    operation = prepared(comm, form, member, op, memory, run)
+    return operation._replace(run=bound(operation.run, xs[0]))
 
 
 def reduce_scatter(comm: Any, x: Arrays, method: Method, op: str = "sum", out: Arrays | None = None) -> Arrays:

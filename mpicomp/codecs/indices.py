@@ -16,7 +16,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from mpicomp.arrays import Array
+from mpicomp.arrays import Array, on_device, to_device, to_host
 from mpicomp.errors import WireFormatError
 from mpicomp.kernels import kernels_for
 
@@ -69,8 +69,10 @@ def encode(indices: Array, size: int, coding: str, out: Array) -> None:
         out.view("<u4")[:] = indices
     elif coding == "u16":
         blocks = (size - 1) // SHORT
-        ends = np.searchsorted(indices, np.arange(1, blocks + 1) * SHORT)
-        out[: 4 * blocks].view("<u4")[:] = np.diff(ends, prepend=0)
+        if blocks:
+            starts = np.arange(1, blocks + 1) * SHORT
+            counts = np.diff(np.searchsorted(_seen(indices), starts), prepend=0).astype("<u4")
+            out[: 4 * blocks].view("<u4")[:] = to_device(counts) if on_device(out) else counts
         out[4 * blocks :].view("<u2")[:] = indices & np.uint32(SHORT - 1)
     elif coding == "bitmap":
         kernels_for(out).encode_bitmap(indices, out)
@@ -86,14 +88,21 @@ def decode(data: Array, size: int, coding: str, out: Array) -> None:
         out[:] = data.view("<u4")
     elif coding == "u16":
         blocks = (size - 1) // SHORT
-        counts = data[: 4 * blocks].view("<u4").astype(np.int64)
-        last = out.size - int(counts.sum())
-        out[:] = np.repeat(np.arange(blocks + 1, dtype=np.uint32) << np.uint32(16), np.append(counts, last))
-        out |= data[4 * blocks :].view("<u2")
+        out[:] = data[4 * blocks :].view("<u2")
+        if blocks:
+            counts = _seen(data[: 4 * blocks].view("<u4")).astype(np.int64)
+            last = out.size - int(counts.sum())
+            high = np.repeat(np.arange(blocks + 1, dtype=np.uint32) << np.uint32(16), np.append(counts, last))
+            out |= to_device(high) if on_device(out) else high
     elif coding == "bitmap":
         kernels_for(out).decode_bitmap(data, out)
     else:
         kernels_for(out).decode_elias_fano(data, width(size, out.size), out)
+
+
+def _seen(x: Array) -> Array:
+    """Return an array that the host may look at: from a GPU a copy, of few numbers where "u16" is the smallest."""
+    return to_host(x) if on_device(x) else x
 
 
 def scatter_add(data: Array, coding: str, values: Array, out: Array, scale: float = 1.0) -> None:
@@ -104,7 +113,7 @@ def scatter_add(data: Array, coding: str, values: Array, out: Array, scale: floa
     elif coding == "elias_fano":
         kernels.add_elias_fano(data, width(out.size, values.size), values, out, scale)
     else:
-        places = np.empty(values.size, np.uint32)
+        places = np.empty_like(values, np.uint32, shape=values.size)
         decode(data, out.size, coding, places)
         kernels.scatter_add(places, values, out, scale)
 

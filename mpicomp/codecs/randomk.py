@@ -93,7 +93,7 @@ class RandomK(Spec):
         if self.values is None:
             kernels.gather_residual(x, old, new, places, payload[0], factor)
         else:
-            total = np.empty(places.size, x.dtype)
+            total = np.empty_like(x, shape=places.size)
             kernels.gather_residual(x, old, new, places, total)
             self.values.encode(total * x.dtype.type(factor), payload, key)
             kernels.put_at(places, total - how.decode(payload, places.size, x, key), new)

@@ -117,8 +117,8 @@ class Rotated(Spec):
         kernels = kernels_for(x)
         base = self._base(key)
         room = min(self._inside(self.tile), self._inside(x.size))
-        rotated, decoded = np.empty(room, x.dtype), np.empty(room, x.dtype)
-        back = np.empty(min(self.tile, x.size) if self.kashin else 0, x.dtype)
+        rotated, decoded = np.empty_like(x, shape=room), np.empty_like(x, shape=room)
+        back = np.empty_like(x, shape=min(self.tile, x.size) if self.kashin else 0)
         for number, (first, stop, inner, part) in enumerate(self._tiles(payload, x.size, x.dtype.name, key)):
             size = self._inside(stop - first)
             y, z = rotated[:size], decoded[:size]
@@ -139,8 +139,8 @@ class Rotated(Spec):
         """Add scale * decode(payload) to `out`."""
         kernels = kernels_for(out)
         base = self._base(key)
-        decoded = np.empty(min(self._inside(self.tile), self._inside(out.size)), out.dtype)
-        back = np.empty(min(self.tile, out.size) if self.kashin else 0, out.dtype)
+        decoded = np.empty_like(out, shape=min(self._inside(self.tile), self._inside(out.size)))
+        back = np.empty_like(out, shape=min(self.tile, out.size) if self.kashin else 0)
         for number, (first, stop, inner, part) in enumerate(self._tiles(payload, out.size, out.dtype.name, key)):
             z = decoded[: self._inside(stop - first)]
             z.fill(0)

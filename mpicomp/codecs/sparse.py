@@ -54,7 +54,7 @@ class Values:
 
     def room(self, k: int, payload: Payload, like: Array) -> Array:
         """Return where k values are written before `encode`: the payload itself where they stay as they are."""
-        return payload[0] if self.codec is None else np.empty(k, like.dtype)
+        return payload[0] if self.codec is None else np.empty_like(like, shape=k)
 
     def encode(self, values: Array, payload: Payload, new: Array | None, places: Array | None, key: Key) -> None:
         """Encode what `room` holds; new[places] = what the code leaves out."""
@@ -71,7 +71,7 @@ class Values:
         """Return the k values in the dtype of `like`."""
         if self.codec is None:
             return payload[0]
-        values = np.zeros(k, like.dtype)
+        values = np.zeros_like(like, shape=k)
         self.codec.decode_add(payload, values, key)
         return values
 
@@ -128,7 +128,8 @@ def variable_views(values: Values, message: Array, size: int, k: int, dtype: str
 def start_variable(message: Array, used: int, k: int, dtype: str) -> None:
     """Write the first 16 bytes and zero the others; the arrays are written over them."""
     message[:used] = 0
-    message[:HEAD].view("<u8")[:] = (used, 2 * k + (dtype == "float64"))
+    head = message[:HEAD].view("<u8")
+    head[0], head[1] = used, 2 * k + (dtype == "float64")
 
 
 def read_variable(message: Array, size: int) -> tuple[int, str]:

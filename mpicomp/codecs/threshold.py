@@ -51,9 +51,9 @@ class Above(ABC):
     def pick(self, x: Array, old: Array | None, new: Array | None) -> tuple[Array, Array]:
         """Return the elements of x + old that are sent, (k,), and where they are, uint32; `new` gets the others."""
         if x.size == 0:
-            return np.empty(0, x.dtype), np.empty(0, np.uint32)
+            return np.empty_like(x, shape=0), np.empty_like(x, np.uint32, shape=0)
         chosen = self.select(x, old, new)
-        values, places = np.empty(chosen.count, x.dtype), np.empty(chosen.count, np.uint32)
+        values, places = np.empty_like(x, shape=chosen.count), np.empty_like(x, np.uint32, shape=chosen.count)
         chosen.write(values, places, zero=new is not None)
         return values, places
 
@@ -77,7 +77,7 @@ class Above(ABC):
         how, chosen = Values(self.values), self.select(x, old, new)
         coded, data, used = variable_views(how, payload[0], x.size, chosen.count, x.dtype.name)
         start_variable(payload[0], used, chosen.count, x.dtype.name)
-        places, values = np.empty(chosen.count, np.uint32), how.room(chosen.count, coded, x)
+        places, values = np.empty_like(x, np.uint32, shape=chosen.count), how.room(chosen.count, coded, x)
         chosen.write(values, places, zero=new is not None)
         write_indices(places, x.size, data)
         how.encode(values, coded, new, places, key)

@@ -60,7 +60,7 @@ class Largest(ABC):
     def pick(self, x: Array, old: Array | None, new: Array | None) -> tuple[Array, Array]:
         """Return the elements of x + old that are sent, (k,), and where they are, uint32; `new` gets the others."""
         k = self.kept(x.size)
-        values, places = np.empty(k, x.dtype), np.empty(k, np.uint32)
+        values, places = np.empty_like(x, shape=k), np.empty_like(x, np.uint32, shape=k)
         if k:
             self.select(x, old, new, values, places)
         return values, places
@@ -81,7 +81,7 @@ class Largest(ABC):
     def _encode(self, x: Array, old: Array | None, payload: Payload, new: Array | None, key: Key) -> int:
         *coded, data = payload
         how, k = Values(self.values), self.kept(x.size)
-        places, values = np.empty(k, np.uint32), how.room(k, tuple(coded), x)
+        places, values = np.empty_like(x, np.uint32, shape=k), how.room(k, tuple(coded), x)
         if k:
             self.select(x, old, new, values, places)
         write_indices(places, x.size, data)

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from mpicomp.arrays import Array
+from mpicomp.arrays import Array, on_device
 
 
 class Selection(Protocol):
@@ -216,9 +216,13 @@ class Kernels(Protocol):
 
 
 def kernels_for(x: Array) -> Kernels:
-    """Return the kernels for arrays like x; TypeError for what is no NumPy array."""
-    if not isinstance(x, np.ndarray):
-        raise TypeError(f"there are kernels for NumPy arrays only, got {type(x).__module__}.{type(x).__name__}")
-    from mpicomp.kernels import cpu
+    """Return the kernels for arrays like x; TypeError for what is an array neither of NumPy nor of CuPy."""
+    if isinstance(x, np.ndarray):
+        from mpicomp.kernels import cpu
 
-    return cpu
+        return cpu
+    if on_device(x):
+        from mpicomp.kernels import gpu
+
+        return gpu
+    raise TypeError(f"there are kernels for NumPy and CuPy arrays only, got {type(x).__module__}.{type(x).__name__}")

@@ -25,7 +25,7 @@ from mpicomp.planner.fit import Sample, fit
 from mpicomp.planner.machine import Curve, Machine, Point
 from mpicomp.planner.share import shared
 from mpicomp.specs import parse
-from mpicomp.wire import HEADER, MessageLayout
+from mpicomp.wire import MessageLayout
 
 SIZES = tuple(1 << bits for bits in range(12, 25, 2))  # bytes a rank sends in one burst
 BURSTS = (1, 4)  # short messages to each peer: what one more costs
@@ -237,6 +237,6 @@ def _coding(codec: Codec, op: str, x: Array) -> Callable[[], object]:
         return encode
     if op != "decode_add":
         raise ValueError(f"no way to time the work {op!r} of {codec}")
-    used = codec.encode(x, payload, key)
-    code: Any = payload if codec.fixed else layout.cut(buffer[: HEADER + used])[0]
+    codec.encode(x, payload, key)
+    code: Any = payload if codec.fixed else layout.cut(buffer, buffer)[0]
     return lambda: codec.decode_add(code, new, key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mpicomp.arrays import Array
+from mpicomp.arrays import Array, on_device
 from mpicomp.collectives import Comm
 from mpicomp.kernels import kernels_for
 from mpicomp.reducers.base import Reducer, State, mean_of, nonfinite
@@ -23,6 +23,7 @@ def apply(
     "mean". The given state stays valid until the next call: going on with it means that this step never happened.
     What rounding to a half type drops is added to the residual of the element's owner. Collective.
     """
+    state = state.placed(on_device(x))
     half = dtype in ("float16", "bfloat16")
     kernels = kernels_for(x)
     if half:

@@ -20,13 +20,13 @@ from typing import Any, NamedTuple, Protocol, cast
 import numpy as np
 
 from mpicomp.agreement import digest_of
-from mpicomp.arrays import Array
+from mpicomp.arrays import Array, empty, to_device, to_host
 from mpicomp.codecs.base import Codec, Key, stream_of
 from mpicomp.collectives import Comm
 from mpicomp.kernels import kernels_for
 from mpicomp.planner import Cost, Machine, Work
 from mpicomp.planner.explain import explain
-from mpicomp.reducers.layout import Layout, Piece, empty
+from mpicomp.reducers.layout import Layout, Piece
 from mpicomp.transport import Topology
 
 Units = dict[str, dict[str, Array]]
@@ -69,6 +69,17 @@ class State:
     work: dict[str, Any] = field(default_factory=dict)
     inner: tuple[State, ...] = ()
     divisor: int = 1
+    device: bool = False
+    """Whether the arrays are CuPy's; they begin as NumPy's."""
+
+    def placed(self, device: bool) -> State:
+        """Return this state with its arrays where those to be summed are: moved at the first step."""
+        if self.device or not device:
+            return self
+        residual, spare = (None if debt is None else to_device(debt) for debt in (self.residual, self.spare))
+        memory = {name: to_device(array) for name, array in self.memory.items()}
+        inner = tuple(state.placed(device) for state in self.inner)
+        return replace(self, device=True, residual=residual, spare=spare, memory=memory, inner=inner, work={})
 
     @property
     def exact(self) -> bool:
@@ -98,7 +109,7 @@ class State:
         """A workspace of that name, kept from step to step."""
         known: Array | None = self.work.get(name)
         if known is None or known.size != size:
-            known = self.work[name] = empty(size, dtype or self.dtype)
+            known = self.work[name] = empty(size, dtype or self.dtype, self.device)
         return known
 
 
@@ -188,9 +199,9 @@ class Remembering(Explained):
         """See Reducer."""
         units: Units = {}
         for unit in state.layout.units:
-            kept = {name: array.copy() for name, array in self.kept(state, unit.name).items()}
+            kept = {name: to_host(array) for name, array in self.kept(state, unit.name).items()}
             if state.residual is not None:
-                kept["residual"] = state.residual[unit.where].copy()
+                kept["residual"] = to_host(state.residual[unit.where])
             units[unit.name] = kept
         return units
 
@@ -211,6 +222,15 @@ class Remembering(Explained):
         if comm.rank == 0 and state.residual is not None:
             for unit in state.layout.units:
                 state.residual[unit.where] += dropped[unit.where]
+
+
+def check_place(reducer: Reducer, device: bool) -> None:
+    """Raise TypeError for a reducer that cannot sum arrays on a GPU, where they are."""
+    if device and not getattr(reducer, "on_gpu", False):
+        raise TypeError(
+            f"{reducer} sums NumPy arrays and CPU tensors only; on a GPU there are dense, gather, two_stage and "
+            f"low_rank, in error_feedback, partition and after"
+        )
 
 
 def check_codec(reducer: object, codec: object) -> Codec:

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from mpicomp.arrays import Array
+from mpicomp.arrays import Array, empty, on_host
 from mpicomp.collectives import Comm, allreduce, as_bytes, begin_receive, begin_send, exchange, wait
 from mpicomp.planner import Cost, Work
 from mpicomp.reducers.base import Reduction, Remembering, State, nonfinite
@@ -124,6 +124,7 @@ class Dense(Remembering, Spec):
     """
 
     spec_name: ClassVar[str] = "dense"
+    on_gpu: ClassVar[bool] = True
     algorithm: str = "best"
 
     def __post_init__(self) -> None:
@@ -154,8 +155,11 @@ class Dense(Remembering, Spec):
         if self._algorithm(flat.nbytes, comm.topology) == "mpi":
             allreduce(comm, flat, total)
         else:
-            rows = state.buffer("rows", two_shot_rows(flat.nbytes, flat.itemsize, comm.size))
-            two_shot_sum(comm, flat, total, rows, str(self))
+            work = state.work
+            if "rows" not in work:
+                work["rows"] = empty(two_shot_rows(flat.nbytes, flat.itemsize, comm.size), state.dtype)
+            with on_host(flat, total) as (given, summed):
+                two_shot_sum(comm, given, summed, work["rows"], str(self))
         if not in_place:
             layout.spread(total, out)
         if state.spare is None:

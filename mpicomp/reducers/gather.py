@@ -13,7 +13,7 @@ from mpicomp.collectives import Comm
 from mpicomp.planner import Cost, Work
 from mpicomp.reducers.base import Reduction, Remembering, State, check_codec, coding, poisoned_total
 from mpicomp.reducers.layout import Layout
-from mpicomp.reducers.messages import Message, message_nbytes
+from mpicomp.reducers.messages import Message, encoded, message_nbytes
 from mpicomp.reducers.pipeline import Burst, groups, in_turn
 from mpicomp.specs import Spec
 from mpicomp.transport import Topology
@@ -27,6 +27,7 @@ class Gather(Remembering, Spec):
     """
 
     spec_name: ClassVar[str] = "gather"
+    on_gpu: ClassVar[bool] = True
     codec: Codec
 
     def __post_init__(self) -> None:
@@ -56,18 +57,19 @@ class Gather(Remembering, Spec):
         if "messages" not in state.work:
             parts = groups(state.layout.whole(), self.codec)
             state.work["messages"] = [
-                [Message(self.codec, part, state.dtype) for part in parts] for _ in range(comm.size + 1)
+                [Message(self.codec, part, state.dtype, device=state.device) for part in parts]
+                for _ in range(comm.size + 1)
             ]
         mine, *received = state.work["messages"]
         sequence = comm.next_call()
 
         poisoned = False
         burst = Burst(comm, [mine] * comm.size, received, str(self))
-        for number, message in enumerate(mine):
-            finite = message.encode(x, state, 0, comm.rank, state.residual, state.spare)
+        for number, (message, finite) in enumerate(encoded(mine, x, state, 0, comm.rank, state.residual, state.spare)):
             message.seal(sequence, state, not finite)
             poisoned |= not finite
             kept = received[comm.rank][number]  # decoded in its turn, when what was sent may be gone
+            kept.settle()
             kept.length = message.length
             kept.travelling[...] = message.travelling
             for distance in range(1, comm.size):

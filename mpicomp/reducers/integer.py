@@ -17,14 +17,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from mpicomp.arrays import Array
+from mpicomp.arrays import Array, empty
 from mpicomp.codecs import Uniform
 from mpicomp.codecs.checks import check_integer, packed_bytes
 from mpicomp.collectives import Comm, allreduce
 from mpicomp.kernels import kernels_for
 from mpicomp.planner import Cost, Work
 from mpicomp.reducers.base import Reduction, Remembering, State, coding, poisoned_total
-from mpicomp.reducers.layout import Layout, Piece, empty, shards
+from mpicomp.reducers.layout import Layout, Piece, shards
 from mpicomp.reducers.messages import Envelope
 from mpicomp.reducers.pipeline import Burst, groups, in_turn, ring
 from mpicomp.specs import Spec

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-import numpy as np
-
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import stream_of
 
@@ -144,11 +142,3 @@ def even_cuts(size: int, ranks: int) -> list[slice]:
     step = -(-size // ranks)
     step += -step % 16
     return [slice(min(size, rank * step), min(size, (rank + 1) * step)) for rank in range(ranks)]
-
-
-def empty(size: int, dtype: str) -> Array:
-    """An uninitialised array that begins at a cache line: a workspace, made once."""
-    itemsize = np.dtype(dtype).itemsize
-    memory = np.empty(size * itemsize + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size * itemsize].view(dtype)

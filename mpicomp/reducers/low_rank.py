@@ -43,6 +43,7 @@ class LowRank(Remembering, Spec):
     """
 
     spec_name: ClassVar[str] = "low_rank"
+    on_gpu: ClassVar[bool] = True
     rank: int = 4
 
     def __post_init__(self) -> None:
@@ -111,7 +112,8 @@ class LowRank(Remembering, Spec):
                 continue
             rows, columns = shape
             p = first[low].reshape(rows, self.rank)
-            step = max(1, BLOCK // columns)  # rows that fit into the second-level cache together
+            # Rows that fit into the second-level cache together; a GPU takes all.
+            step = rows if state.device else max(1, BLOCK // columns)
             for row in range(0, rows, step):
                 start = unit.offset + row * columns
                 place = slice(start, min(start + step * columns, unit.where.stop))
@@ -121,7 +123,7 @@ class LowRank(Remembering, Spec):
         if not np.isfinite(sum_p).all():
             return poisoned_total(out, state.layout), state
 
-        tame = np.abs(sum_p).max(initial=0) < TAME
+        tame = _top(sum_p) < TAME
         for unit, shape, low, high in self._walk(state.layout):
             if shape is not None:
                 p = sum_p[low].reshape(-1, self.rank)  # (rows, low rank)
@@ -136,7 +138,7 @@ class LowRank(Remembering, Spec):
             allreduce(comm, second, sum_q)
             if not np.isfinite(sum_q).all():
                 return poisoned_total(out, state.layout), state
-            tame = tame and np.abs(sum_q).max() < TAME
+            tame = tame and _top(sum_q) < TAME
 
         memory = {}
         for unit, shape, low, high in self._walk(state.layout):
@@ -169,10 +171,15 @@ def _sum_into(m: Array, x: Array, old: Array | None, place: slice) -> Array:
     return m[place]
 
 
+def _top(x: Array) -> float:
+    """The largest magnitude."""
+    return float(np.abs(x).max()) if x.size else 0.0
+
+
 def _normalised(q: Array, before: Array) -> Array:
     """Scale by a power of two, exactly, so that products with the next M neither vanish nor overflow.
 
     The last Q stays where all matrices were zero: from a zero one, the next step would start at random.
     """
-    top = float(np.abs(q).max(initial=0.0))
+    top = _top(q)
     return np.ldexp(q, -math.frexp(top)[1]).astype(q.dtype) if top > 0 else before

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
-from mpicomp.arrays import Array
+from mpicomp.arrays import Array, Copied, empty, fetch, pinned, put
 from mpicomp.codecs.base import Codec
 from mpicomp.collectives import Comm, as_bytes, exchange
 from mpicomp.errors import ConfigMismatch
 from mpicomp.kernels import kernels_for
 from mpicomp.reducers.base import State
-from mpicomp.reducers.layout import Piece, empty
+from mpicomp.reducers.layout import Piece
 from mpicomp.wire import ALIGN, HEADER, POISON, Field, Header, MessageLayout, Payload, read_header, write_header
 
 TAME = 2.0**64
@@ -23,8 +24,11 @@ class Envelope:
     """A buffer with the payloads of several pieces, each with `fields` of its own.
 
     The pieces lie in a flat array where their units do, or, with `side_by_side`, one after the other. The first
-    `length` bytes of the buffer are what is sent or was received: all of them if `fixed`. A given `buffer` is another
-    one's of the same fields.
+    `length` bytes of the buffer are what is sent or was received: all of them if `fixed`. One that is made `of` another
+    of the same fields has the same buffer: what a rank has for itself does not travel.
+
+    Where the payloads are CuPy's, `host` is pinned memory that travels for them, and has the header; else it is the
+    buffer itself.
     """
 
     def __init__(
@@ -33,33 +37,43 @@ class Envelope:
         fields: Sequence[tuple[Field, ...]],
         fixed: bool = True,
         side_by_side: bool = False,
-        buffer: Array | None = None,
+        of: Envelope | None = None,
+        device: bool = False,
     ) -> None:
-        self.pieces, self.fixed = list(pieces), fixed
+        self.pieces, self.fixed, self.stays = list(pieces), fixed, of is not None
         ends = np.cumsum([piece.size for piece in self.pieces]).tolist()
         self.places = [
             slice(end - piece.size, end) if side_by_side else piece.where
             for piece, end in zip(self.pieces, ends, strict=True)
         ]
         self.layout = MessageLayout(fields)
-        if buffer is None:
-            buffer = empty(self.layout.nbytes if self.pieces else 0, "uint8")
-            buffer[...] = 0  # padding travels too
-        self.buffer = buffer
+        nbytes = self.layout.nbytes if self.pieces else 0
+        self.buffer: Array = empty(nbytes, "uint8", device) if of is None else of.buffer
+        self.host: Array = of.host if of is not None else pinned(nbytes) if device else self.buffer
+        if of is None:
+            self.buffer[...] = 0  # padding travels too
         self.payloads = self.layout.views(self.buffer) if self.pieces else []
+        self.seen = self.layout.views(self.host) if self.pieces else []  # the payloads, where the host may look at them
         self.length = self.buffer.size
+        self._copied: Copied | None = None
 
     @property
     def travelling(self) -> Array:
-        """The part of the buffer that is sent or received."""
-        return self.buffer[: self.length]
+        """The bytes that are sent or received."""
+        return self.host[: self.length]
+
+    def settle(self) -> None:
+        """Return when the last message has left the memory that is received into."""
+        if self._copied is not None:
+            self._copied.wait()
+            self._copied = None
 
     def seal(self, sequence: int, state: State, poisoned: bool) -> None:
         """Write the header. Of a poisoned message of variable size nothing else is sent."""
         if poisoned and not self.fixed:
             self.length = min(HEADER, self.buffer.size)
         if self.pieces:
-            write_header(self.buffer, Header(sequence & 0xFFFFFFFF, state.digest, POISON if poisoned else 0))
+            write_header(self.host, Header(sequence & 0xFFFFFFFF, state.digest, POISON if poisoned else 0))
 
 
 class Message(Envelope):
@@ -72,37 +86,58 @@ class Message(Envelope):
         dtype: str,
         side_by_side: bool = False,
         extra: tuple[Field, ...] = (),
-        buffer: Array | None = None,
+        of: Envelope | None = None,
+        device: bool = False,
     ) -> None:
         fields = [codec.fields(piece.size, dtype) for piece in pieces]
-        super().__init__(pieces, [*fields, extra] if extra else fields, codec.fixed, side_by_side, buffer)
+        super().__init__(pieces, [*fields, extra] if extra else fields, codec.fixed, side_by_side, of, device)
         self.codec = codec
+        self._used: list[int] | None = None  # bytes of each piece; None: not all was finite
 
     def encode(self, x: Array, state: State, stage: int, rank: int, old: Array | None, new: Array | None) -> bool:
         """Encode the pieces of x, or those of x + old and write what the code leaves out to `new`.
 
         Returns whether all of it was finite; where it was not, payload and `new` are not to be used.
         """
+        self.begin(x, state, stage, rank, old, new)
+        return self.finish()
+
+    def begin(self, x: Array, state: State, stage: int, rank: int, old: Array | None, new: Array | None) -> None:
+        """Begin to `encode`: on a GPU this waits for nothing, unless the codec must know more first."""
+        self._used = None
         used, codec = [], self.codec
         for piece, place, payload in zip(self.pieces, self.places, self.payloads, strict=False):
             key = state.key(piece, stage, rank)
             rest = None if old is None else old[place]
             if not codec.loud and kernels_for(x).nonfinite(x[place], rest):
-                return False
+                return
             if new is None:
                 used.append(codec.encode(x[place], payload, key))
             else:
                 used.append(codec.encode_residual(x[place], rest, payload, new[place], key))
-            if codec.loud and not np.isfinite(payload[0]).all():
+            if codec.loud and self.host is self.buffer and not np.isfinite(payload[0]).all():
+                return
+        self._used = used
+        if self.host is not self.buffer:
+            self._copied = fetch(self.buffer, self.host)
+
+    def finish(self) -> bool:
+        """End what was begun; return whether all was finite."""
+        if self._used is None:
+            return False
+        if self.host is not self.buffer:
+            self.settle()
+            if self.codec.loud and not all(np.isfinite(seen[0]).all() for seen in self.seen):
                 return False
         if self.pieces and not self.fixed:
-            self.length = self.layout.close_up(self.buffer, used)
+            self.length = self.layout.close_up(self.host, self._used)
         return True
 
     @property
     def tame(self) -> bool:
         """Whether no sum of what is decoded overflows, over any number of ranks: first fields of loud codecs tell."""
-        return self.codec.loud and all(np.abs(payload[0]).max(initial=0) < TAME for payload in self._received())
+        seen = self.seen if self.fixed else self.layout.cut(self.host, self.host)
+        return self.codec.loud and all(bool(np.abs(payload[0]).max(initial=0) < TAME) for payload in seen)
 
     def decode(self, out: Array, state: State, stage: int, rank: int, scale: float = 1.0) -> None:
         """Set the pieces of `out` to scale times what was encoded."""
@@ -117,10 +152,9 @@ class Message(Envelope):
 
     def _received(self) -> list[Payload]:
         """The payloads of a message that is complete."""
-        payloads: list[Payload] = self.payloads
-        if self.pieces and not self.fixed:
-            payloads = self.layout.cut(self.buffer)
-        return payloads
+        if self.host is not self.buffer and not (self.stays and self.fixed):
+            self._copied = put(self.host[: self.length], self.buffer[: self.length])
+        return self.payloads if self.fixed or not self.pieces else self.layout.cut(self.buffer, self.host)
 
 
 def message_nbytes(codec: Codec, pieces: Sequence[Piece], dtype: str) -> int:
@@ -155,6 +189,21 @@ def exchange_lengths(comm: Comm, outgoing: Sequence[int | None], expected: Seque
         f"{operation}, lengths",
     )
     return [int(length) for length in told[:, 0]]
+
+
+def encoded(messages: Sequence[Message], *arguments: Any) -> Iterator[tuple[Message, bool]]:
+    """Encode messages in turn, see `Message.encode`, and yield each with whether it was finite.
+
+    On a GPU all are begun before the first is waited for.
+    """
+    ahead = bool(messages) and messages[0].host is not messages[0].buffer
+    if ahead:
+        for message in messages:
+            message.begin(*arguments)
+    for message in messages:
+        if not ahead:
+            message.begin(*arguments)
+        yield message, message.finish()
 
 
 def says_poison(message: Array, rank: int, sequence: int, state: State) -> bool:

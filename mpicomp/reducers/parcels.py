@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpicomp.arrays import Array
+from mpicomp.arrays import Array, empty
 from mpicomp.codecs.base import Codec
 from mpicomp.codecs.sparse import Values
 from mpicomp.collectives import Comm, begin_receive, begin_send, wait
 from mpicomp.reducers.base import State
 from mpicomp.reducers.entries import Coding
-from mpicomp.reducers.layout import empty
 from mpicomp.reducers.messages import exchange_lengths, says_poison
 from mpicomp.reducers.regions import Region
 from mpicomp.transport import Request

@@ -81,7 +81,9 @@ class Burst:
     def _post(self) -> None:
         for distance in range(1, self.comm.size):
             peer = (self.comm.rank - distance) % self.comm.size
-            self.arrivals[peer] = [begin_receive(self.comm, m.travelling, peer) for m in self.incoming[peer]]
+            for message in self.incoming[peer]:
+                message.settle()
+                self.arrivals[peer].append(begin_receive(self.comm, message.travelling, peer))
 
     def send(self, peer: int, group: int) -> None:
         """Send a message that has just been written."""
@@ -118,7 +120,7 @@ class Burst:
             return False
         wait(self.comm, self.arrivals[peer][group], self.operation)
         try:
-            return says_poison(self.incoming[peer][group].buffer, peer, sequence, state)
+            return says_poison(self.incoming[peer][group].host, peer, sequence, state)
         except ConfigMismatch:
             wait(
                 self.comm, [r for messages in self.arrivals for requests in messages for r in requests], self.operation

@@ -81,6 +81,11 @@ class ErrorFeedback(Explained, Spec):
                 f"write {_fed(inner)}"
             )
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether arrays may lie on a GPU."""
+        return getattr(self.reducer, "on_gpu", False)
+
     def init(self, layout: Layout, dtype: str, feedback: bool = False, seed: int = 0, step: int = 0) -> State:
         """See Reducer."""
         return self.reducer.init(layout, dtype, True, seed, step)
@@ -167,6 +172,11 @@ class After(Explained, Spec):
             raise ValueError(f"steps must be an integer of at least 0, got {self.steps!r}")
         check_reducer("after", self.reducer)
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether arrays may lie on a GPU."""
+        return getattr(self.reducer, "on_gpu", False)
+
     def init(self, layout: Layout, dtype: str, feedback: bool = False, seed: int = 0, step: int = 0) -> State:
         """See Reducer."""
         state = Dense("two_shot").init(layout, dtype, False, seed, step)
@@ -215,6 +225,11 @@ class Partition(Explained, Spec):
                 raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
         check_reducer("partition", self.small)
         check_reducer("partition", self.large)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether arrays may lie on a GPU."""
+        return all(getattr(each, "on_gpu", False) for each in (self.small, self.large))
 
     def is_large(self, unit: Unit) -> bool:
         """Whether `large` reduces this unit."""

@@ -12,13 +12,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from mpicomp.arrays import Array
+from mpicomp.arrays import Array, empty
 from mpicomp.codecs.base import Codec
 from mpicomp.collectives import Comm
 from mpicomp.planner import Cost, Work
 from mpicomp.reducers.base import Reduction, Remembering, State, check_codec, coding, poisoned_total
-from mpicomp.reducers.layout import Layout, empty, shards
-from mpicomp.reducers.messages import Message, message_nbytes
+from mpicomp.reducers.layout import Layout, shards
+from mpicomp.reducers.messages import Message, encoded, message_nbytes
 from mpicomp.reducers.pipeline import Burst, groups, in_turn, ring
 from mpicomp.specs import Spec
 from mpicomp.transport import Topology
@@ -33,6 +33,7 @@ class TwoStage(Remembering, Spec):
     """
 
     spec_name: ClassVar[str] = "two_stage"
+    on_gpu: ClassVar[bool] = True
     codec: Codec
     second: Codec | None = None
 
@@ -86,11 +87,12 @@ class TwoStage(Remembering, Spec):
 
         poisoned, finite = False, True
         first = Burst(comm, buffers.outgoing, buffers.incoming, f"{self}, stage 1")
-        for peer, number in ring(comm, buffers.outgoing):
-            message = buffers.outgoing[peer][number]
-            finite = message.encode(x, state, 0, comm.rank, state.residual, state.spare)
-            message.seal(sequence, state, not finite)
-            poisoned |= not finite
+        order = ring(comm, buffers.outgoing)
+        messages = [buffers.outgoing[peer][number] for peer, number in order]
+        codes = encoded(messages, x, state, 0, comm.rank, state.residual, state.spare)
+        for (peer, number), (message, sound) in zip(order, codes, strict=True):
+            message.seal(sequence, state, not sound)
+            poisoned |= not sound
             first.send(peer, number)
         first.send_all()
 
@@ -163,20 +165,20 @@ class _Buffers:
     """The messages of one rank, by peer and group, and the sum of one group of its shard."""
 
     def __init__(self, reducer: TwoStage, state: State, ranks: int, me: int) -> None:
-        codec, recodec, dtype = reducer.codec, reducer.recodec, state.dtype
+        codec, recodec, dtype, device = reducer.codec, reducer.recodec, state.dtype, state.device
         parts = [groups(pieces, codec) for pieces in shards(state.layout, codec.block, ranks)]
-        self.outgoing = [[Message(codec, part, dtype) for part in own] for own in parts]
+        self.outgoing = [[Message(codec, part, dtype, device=device) for part in own] for own in parts]
         # What a rank has for itself is decoded where it was encoded.
         self.incoming = [
             [
-                Message(codec, part, dtype, side_by_side=True, buffer=mine.buffer if rank == me else None)
+                Message(codec, part, dtype, side_by_side=True, of=mine if rank == me else None, device=device)
                 for part, mine in zip(parts[me], self.outgoing[me], strict=True)
             ]
             for rank in range(ranks)
         ]
-        self.share = [Message(recodec, part, dtype, side_by_side=True) for part in parts[me]]
-        self.shares = [[Message(recodec, part, dtype) for part in own] for own in parts]
-        self.shares[me] = [Message(recodec, share.pieces, dtype, buffer=share.buffer) for share in self.share]
+        self.share = [Message(recodec, part, dtype, side_by_side=True, device=device) for part in parts[me]]
+        self.shares = [[Message(recodec, part, dtype, device=device) for part in own] for own in parts]
+        self.shares[me] = [Message(recodec, share.pieces, dtype, of=share) for share in self.share]
         size = max((sum(piece.size for piece in part) for part in parts[me]), default=0)
-        self.total = empty(size, dtype)
-        self.error = empty(size if state.residual is not None else 0, dtype)
+        self.total = empty(size, dtype, device)
+        self.error = empty(size if state.residual is not None else 0, dtype, device)

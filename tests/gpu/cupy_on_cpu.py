@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -52,43 +53,116 @@ class Memory:
         assert (right == CANARY).all(), f"{kernel} wrote behind the end of an array"
 
 
-class ndarray:
+class Queue(threading.local):
+    """Copies between host and device that a thread's stream has begun, which nobody may take for done.
+
+    One to the host arrives when an event after it is waited for, and until then the host sees poison; one to the
+    device reads the host when the next work on the device needs it, or such an event is waited for.
+    """
+
+    def __init__(self) -> None:
+        self.coming: list[tuple[ndarray, Any]] = []  # to the device
+        self.going: list[tuple[Any, Any]] = []  # to the host: where to, and what
+        self.delivered = 0
+
+    def flush(self) -> None:
+        """Do what the device does before it goes on."""
+        for array, host in self.coming:
+            array._host[...] = host
+        self.coming.clear()
+
+    def deliver(self, count: int) -> None:
+        self.flush()
+        for host, data in self.going[self.delivered : count]:
+            host[...] = data
+        self.delivered = max(self.delivered, count)
+
+
+queue = Queue()
+
+
+class Flags:
+    """What CuPy tells of an array's memory."""
+
+    def __init__(self, host: np.ndarray[Any, Any]) -> None:
+        self.c_contiguous, self.f_contiguous = host.flags.c_contiguous, host.flags.f_contiguous
+
+
+class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
     """An array on the pretended device: `host` is a view of its memory that only this module may look at."""
 
-    __array_priority__ = 100
-
     def __init__(self, memory: Memory, host: np.ndarray[Any, Any]) -> None:
-        self.memory, self.host = memory, host
+        self.memory, self._host = memory, host
+
+    @property
+    def host(self) -> np.ndarray[Any, Any]:
+        queue.flush()
+        return self._host
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, out: Any = (), **options: Any) -> Any:
+        if out:
+            options["out"] = tuple(unwrapped(each) for each in out)
+        result = getattr(ufunc, method)(*map(unwrapped, inputs), **options)
+        return out[0] if out else wrapped(result)
+
+    def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        if function in (np.empty_like, np.zeros_like):
+            return made_like(function, *args, **kwargs)
+        allowed = (np.concatenate, np.may_share_memory, np.matmul)
+        assert function in allowed, f"{function.__name__} of arrays on the device: is it in CuPy?"
+        out = kwargs.get("out")
+        result = function(*(unwrapped(a) for a in args), **{key: unwrapped(a) for key, a in kwargs.items()})
+        return wrapped(result) if out is None else out
 
     def __array__(self, *_: Any, **__: Any) -> Any:
         raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`")
 
-    shape = property(lambda self: self.host.shape)
-    size = property(lambda self: self.host.size)
-    ndim = property(lambda self: self.host.ndim)
-    dtype = property(lambda self: self.host.dtype)
-    nbytes = property(lambda self: self.host.nbytes)
-    itemsize = property(lambda self: self.host.itemsize)
-    flags = property(lambda self: self.host.flags)
-    data = property(lambda self: SimpleNamespace(ptr=self.host.ctypes.data))
+    shape = property(lambda self: self._host.shape)
+    size = property(lambda self: self._host.size)
+    ndim = property(lambda self: self._host.ndim)
+    dtype = property(lambda self: self._host.dtype)
+    nbytes = property(lambda self: self._host.nbytes)
+    itemsize = property(lambda self: self._host.itemsize)
+    flags = property(lambda self: Flags(self._host))
+    data = property(lambda self: SimpleNamespace(ptr=self._host.ctypes.data))
 
     def __len__(self) -> int:
-        return len(self.host)
+        return len(self._host)
 
     def __getitem__(self, key: Any) -> ndarray:
         assert not isinstance(key, np.ndarray | ndarray | list), "no index arrays: that is a kernel's work"
-        host = self.host[key]
-        return ndarray(self.memory, host if isinstance(host, np.ndarray) else self.host[key, ...])
+        host = self._host[key]
+        return ndarray(self.memory, host if isinstance(host, np.ndarray) else self._host[key, ...])
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        assert not isinstance(value, np.ndarray), "CuPy does not take host arrays: use set()"
-        self.host[key] = value.host if isinstance(value, ndarray) else value
+        assert np.isscalar(value) or isinstance(value, ndarray), "CuPy does not take host arrays: use set()"
+        self.host[key] = unwrapped(value)
 
     def view(self, dtype: Any) -> ndarray:
-        return ndarray(self.memory, self.host.view(dtype))
+        return ndarray(self.memory, self._host.view(dtype))
 
     def reshape(self, *shape: Any) -> ndarray:
-        return ndarray(self.memory, self.host.reshape(*shape))
+        host = self._host.reshape(*shape)
+        assert np.may_share_memory(host, self._host) or not host.size, "a copy"
+        return ndarray(self.memory, host)
+
+    def all(self) -> ndarray:
+        return wrapped(self.host.all())
+
+    def any(self) -> ndarray:
+        return wrapped(self.host.any())
+
+    def max(self) -> ndarray:
+        return wrapped(self.host.max())
+
+    def tolist(self) -> Any:
+        return self.host.tolist()
+
+    def astype(self, dtype: Any) -> ndarray:
+        return wrapped(self.host.astype(dtype))
+
+    def copy(self) -> ndarray:
+        return wrapped(self.host.copy())
 
     def fill(self, value: Any) -> None:
         self.host.fill(value)
@@ -110,13 +184,40 @@ class ndarray:
             return self.host.copy()
         assert out.shape == self.shape
         assert out.dtype == self.dtype
-        out[...] = self.host
+        assert out.flags.c_contiguous
+        if blocking:
+            out[...] = self.host
+        else:
+            queue.going.append((out, self.host.copy()))
+            out.reshape(-1).view(np.uint8)[...] = POISON
         return out
 
     def set(self, array: Any, stream: Any = None) -> None:
         assert isinstance(array, np.ndarray)
         assert (array.shape, array.dtype) == (self.shape, self.dtype)
-        self.host[...] = array
+        if stream is None:
+            self.host[...] = array
+        else:
+            queue.coming.append((self, array))
+
+
+def unwrapped(value: Any) -> Any:
+    """What NumPy computes with; as CuPy does, refuse the host's arrays beside the device's."""
+    if isinstance(value, list | tuple):
+        return [unwrapped(each) for each in value]
+    if isinstance(value, ndarray):
+        return value.host
+    assert not isinstance(value, np.ndarray) or value.ndim == 0, "Unsupported type <class 'numpy.ndarray'>"
+    return value
+
+
+def wrapped(value: Any) -> Any:
+    return asarray(value) if isinstance(value, np.ndarray | np.generic) else value
+
+
+def made_like(function: Any, prototype: ndarray, dtype: Any = None, shape: Any = None) -> ndarray:
+    make = empty if function is np.empty_like else zeros
+    return make(prototype.shape if shape is None else shape, prototype.dtype if dtype is None else dtype)
 
 
 def empty(shape: Any, dtype: Any = float) -> ndarray:
@@ -170,6 +271,7 @@ class RawModule:
             assert 0 < grid[0] < 2**31
             passed = [converted(name, p, a) for p, a in zip(parameters, arguments, strict=True)]
             launches.append(name)
+            queue.flush()
             sys.stderr.flush()
             entry(ctypes.c_int(grid[0]), ctypes.c_int(block[0]), ctypes.c_uint(order), *passed)
             for given in arguments:
@@ -187,7 +289,7 @@ def converted(kernel: str, parameter: str, value: Any) -> Any:
             return ctypes.c_void_p(None)
         assert isinstance(value, ndarray), f"{kernel}: {parameter} was given {type(value).__name__}"
         assert value.flags.c_contiguous, f"{kernel}: {parameter} is not contiguous"
-        return ctypes.c_void_p(value.host.ctypes.data)
+        return ctypes.c_void_p(value._host.ctypes.data)
     known = {
         "i64": (np.int64, ctypes.c_int64),
         "u64": (np.uint64, ctypes.c_uint64),
@@ -257,11 +359,32 @@ class Stream:
 
 
 class Event:
-    def __init__(self, block: bool = False, disable_timing: bool = False) -> None: ...
+    def __init__(self, block: bool = False, disable_timing: bool = False) -> None:
+        self.count = 0
 
-    def record(self, stream: Stream | None = None) -> None: ...
+    def record(self, stream: Stream | None = None) -> None:
+        self.count = len(queue.going)
 
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        queue.deliver(self.count)
+
+
+class Device:
+    def __init__(self, device: int = 0) -> None:
+        self.id = device
+
+    def __enter__(self) -> Device:
+        return self
+
+    def __exit__(self, *_: Any) -> None: ...
+
+
+def alloc_pinned_memory(nbytes: int) -> Any:
+    return memoryview(bytearray([POISON]) * nbytes)
+
+
+class CUDARuntimeError(RuntimeError):
+    """What CuPy raises where CUDA fails."""
 
 
 def install() -> ModuleType:
@@ -273,7 +396,8 @@ def install() -> ModuleType:
     runtime.getDevice = lambda: 0  # type: ignore[attr-defined]
     runtime.getDeviceCount = lambda: 1  # type: ignore[attr-defined]
     cuda.runtime, cuda.Stream, cuda.Event = runtime, Stream, Event  # type: ignore[attr-defined]
-    cuda.get_current_stream = Stream  # type: ignore[attr-defined]
+    cuda.get_current_stream, cuda.alloc_pinned_memory = Stream, alloc_pinned_memory  # type: ignore[attr-defined]
+    cuda.Device, runtime.CUDARuntimeError = Device, CUDARuntimeError  # type: ignore[attr-defined]
     module.cuda = cuda  # type: ignore[attr-defined]
     sys.modules.update({"cupy": module, "cupy.cuda": cuda, "cupy.cuda.runtime": runtime})
     return module

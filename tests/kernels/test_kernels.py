@@ -21,8 +21,8 @@ def normal(size, dtype="float32", seed=0):
     return x
 
 
-def test_only_numpy_arrays_have_kernels():
-    with pytest.raises(TypeError, match=r"NumPy arrays only, got builtins\.list"):
+def test_only_arrays_of_numpy_and_cupy_have_kernels():
+    with pytest.raises(TypeError, match=r"NumPy and CuPy arrays only, got builtins\.list"):
         kernels_for([1.0])
 
 
