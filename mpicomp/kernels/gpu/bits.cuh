@@ -54,9 +54,9 @@ struct BitsRoom {
     u64 first;
 };
 
-// Call act(j, p) for the set bits p of a string in ascending order, j = 0, 1, ...; a tile of 2^13 bits a block, adjacent
-// j to adjacent threads. `states` is one word for the ticket and one a tile, all zero; with `clear` the string is zero
-// afterwards.
+// Call act(j, p) for the set bits p of a string in ascending order, j = 0, 1, ...; a tile of 2^13 bits a block,
+// adjacent j to adjacent threads. `states` is one word for the ticket and one a tile, all zero; with `clear` the string
+// is zero afterwards.
 template <typename Act>
 __device__ __forceinline__ void visit_bits(Words words, bool clear, u64* states, BitsRoom& room, Act act) {
     const i64 tile = next_tile(states, &room.tile), number = tile * WIDE + threadIdx.x;

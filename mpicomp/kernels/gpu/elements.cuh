@@ -56,8 +56,8 @@ using Adjacent = Access<4, 1, true>;
 using Strided = Access<4, WARP, false>;  // a warp still reads 128 bytes or more at once
 using Single = Access<1, 1, false>;
 
-// How many elements lie before the first multiple of sixteen bytes, -1 where that differs between arrays; a null pointer
-// does not count.
+// How many elements lie before the first multiple of sixteen bytes, -1 where that differs between arrays; a null
+// pointer does not count.
 template <typename A>
 __device__ __forceinline__ int head_of(const A* x, const A* y, const A* z) {
     const u64 offset = (u64)x & 15;
@@ -65,18 +65,28 @@ __device__ __forceinline__ int head_of(const A* x, const A* y, const A* z) {
     return (int)((16 - offset) % 16 / sizeof(A));
 }
 
+// Call act(n) for this thread's share of n < count, two at a time: what only reads then has two accesses on their way.
+template <typename Act>
+__device__ __forceinline__ void stride(i64 count, Act act) {
+    const i64 threads = threads_of_grid();
+    i64 n = thread_of_grid();
+    for (; n + threads < count; n += 2 * threads) {
+        act(n);
+        act(n + threads);
+    }
+    if (n < count) act(n);
+}
+
 // Call act(access, i) so that every element is part of one call; a thread may have any number of calls. A pass after
 // another goes backwards: what the other read last may still be in the L2.
 template <typename Act>
 __device__ __forceinline__ void visit_elements(i64 size, int head, Act act, bool backwards = false) {
-    const i64 thread = thread_of_grid(), threads = threads_of_grid();
     const i64 before = head < 0 ? 0 : min((i64)head, size);
     const i64 whole = (size - before) / (4 * WARP) * WARP;  // threads that take four
-    for (i64 n = thread; n < whole; n += threads) {
-        const i64 i = backwards ? whole - 1 - n : n;
-        if (head >= 0) act(Adjacent(), before + 4 * i);
-        else act(Strided(), 4 * i - 3 * (i % WARP));
-    }
+    auto turned = [&](i64 n) { return backwards ? whole - 1 - n : n; };
+    if (head >= 0) stride(whole, [&](i64 n) { act(Adjacent(), before + 4 * turned(n)); });
+    else stride(whole, [&](i64 n) { act(Strided(), 4 * turned(n) - 3 * (turned(n) % WARP)); });
     const i64 after = before + 4 * whole;
-    for (i64 i = thread; i < before + size - after; i += threads) act(Single(), i < before ? i : after + i - before);
+    for (i64 n = thread_of_grid(); n < before + size - after; n += threads_of_grid())
+        act(Single(), n < before ? n : after + n - before);
 }

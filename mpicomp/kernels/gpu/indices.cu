@@ -1,8 +1,8 @@
 // Ascending indices as bitmaps and Elias-Fano codes: mpicomp/kernels/cpu/indices.py says where every bit lies.
 //
-// Both have a string of bits in which index number j sets a bit that ascends with j. To write it, a block makes a tile of
-// it in shared memory, of the indices between two places that it searches for; so every byte is written once. A bitmap
-// has the width -1 here.
+// Both have a string of bits in which index number j sets a bit that ascends with j. To write it, a block makes a tile
+// of it in shared memory, of the indices between two places that it searches for; so every byte is written once. A
+// bitmap has the width -1 here.
 #include "bits.cuh"
 
 constexpr int MOST = 4;  // words a thread in a tile that is written
@@ -11,7 +11,8 @@ __device__ __forceinline__ i64 lower_bytes(i64 k, i64 width) { return width > 0 
 __device__ __forceinline__ i64 bit_of(u32 index, i64 j, i64 width) { return width < 0 ? index : (index >> width) + j; }
 
 // Write tile `number` of `each` words a thread; `tile` and `ends`, the numbers of its indices, are shared memory.
-__device__ __forceinline__ void write_upper(const u32* indices, i64 k, i64 width, Words out, i64 number, int each, u32* tile, i64* ends) {
+__device__ __forceinline__ void write_upper(
+    const u32* indices, i64 k, i64 width, Words out, i64 number, int each, u32* tile, i64* ends) {
     const i64 word = number * each * WIDE, bit = 32 * word - out.skipped;
     const int thread = threadIdx.x, warp = threadIdx.x / WARP;
     for (int i = thread; i < each * WIDE; i += WIDE) tile[i] = 0;
@@ -49,7 +50,8 @@ __device__ __forceinline__ void write_lower(const u32* indices, i64 k, int width
 }
 
 // Blocks from `tiles` on write the lower parts.
-extern "C" __global__ void __launch_bounds__(256) encode(const u32* indices, i64 k, i64 width, u8* out, i64 nbytes, i64 tiles, i64 each) {
+extern "C" __global__ void __launch_bounds__(256) encode(
+    const u32* indices, i64 k, i64 width, u8* out, i64 nbytes, i64 tiles, i64 each) {
     __shared__ u32 tile[MOST * WIDE];
     __shared__ i64 ends[2];
     const i64 lower = lower_bytes(k, width);
@@ -64,7 +66,8 @@ extern "C" __global__ void __launch_bounds__(256) encode(const u32* indices, i64
 
 // Call act(j, index) for all k indices.
 template <typename Act>
-__device__ __forceinline__ void visit_indices(const u8* data, i64 nbytes, i64 k, i64 width, u64* states, BitsRoom& room, Act act) {
+__device__ __forceinline__ void visit_indices(
+    const u8* data, i64 nbytes, i64 k, i64 width, u64* states, BitsRoom& room, Act act) {
     const i64 lower = lower_bytes(k, width);
     const Words lowest(data, lower);
     visit_bits(Words(data + lower, nbytes - lower), false, states, room, [&](i64 j, i64 bit) {
@@ -74,12 +77,14 @@ __device__ __forceinline__ void visit_indices(const u8* data, i64 nbytes, i64 k,
     });
 }
 
-extern "C" __global__ void __launch_bounds__(256) decode(const u8* data, i64 nbytes, i64 k, i64 width, u32* out, u64* states) {
+extern "C" __global__ void __launch_bounds__(256) decode(
+    const u8* data, i64 nbytes, i64 k, i64 width, u32* out, u64* states) {
     __shared__ BitsRoom room;
     visit_indices(data, nbytes, k, width, states, room, [&](i64 j, i64 index) { out[j] = (u32)index; });
 }
 
-extern "C" __global__ void __launch_bounds__(256) decode_add(const u8* data, i64 nbytes, i64 k, i64 width, const T* values, T* out, double scale, u64* states) {
+extern "C" __global__ void __launch_bounds__(256) decode_add(
+    const u8* data, i64 nbytes, i64 k, i64 width, const T* values, T* out, double scale, u64* states) {
     __shared__ BitsRoom room;
     const T factor = (T)scale;
     visit_indices(data, nbytes, k, width, states, room, [&](i64 j, i64 index) { out[index] += factor * values[j]; });

@@ -1,4 +1,5 @@
-// One bit an element and the mean magnitude of an array, or two means: mpicomp/kernels/cpu/sign.py says what is computed.
+// One bit an element and the mean magnitude of an array, or two means: mpicomp/kernels/cpu/sign.py says what is
+// computed.
 //
 // A block of 1024 elements is a block of the summation tree and one of bits, for one warp. Byte b of its 128 bytes has
 // elements b, b + 128, ..., b + 7 * 128, the first in its lowest bit: a lane that takes all eight of four such columns
@@ -136,7 +137,8 @@ __device__ __forceinline__ Terms<FACTORS> magnitudes(double x) {
 
 // Write bits, and the sums of all blocks in rows: of magnitudes and, for two means, of what is positive, each once a
 // factor; then the numbers of negative elements.
-extern "C" __global__ void __launch_bounds__(256, 2) signs(const T* x, const T* old, u8* packed, double* sums, i64 size, i64 two_means) {
+extern "C" __global__ void __launch_bounds__(256, 2) signs(
+    const T* x, const T* old, u8* packed, double* sums, i64 size, i64 two_means) {
     with_block(x, old, size, [&](auto access, i64 number, int count, const T(&v)[ROWS][4]) {
         constexpr bool WIDE = decltype(access)::WIDE;
         const i64 first = number * TREE, blocks = (size + TREE - 1) / TREE;
@@ -163,7 +165,8 @@ extern "C" __global__ void __launch_bounds__(256, 2) signs(const T* x, const T* 
 }
 
 // Set the scales, from rows of `width` sums; one block of 1024 threads.
-extern "C" __global__ void __launch_bounds__(1024) means(const double* sums, T* scales, i64 width, i64 size, i64 two_means) {
+extern "C" __global__ void __launch_bounds__(1024) means(
+    const double* sums, T* scales, i64 width, i64 size, i64 two_means) {
     __shared__ double shared[WARP];
     auto total = [&](int row) { return fold_sums(sums + row * width, width, shared); };
     double every = total(0), back = 1.0;
@@ -186,7 +189,8 @@ extern "C" __global__ void __launch_bounds__(1024) means(const double* sums, T* 
 }
 
 // Take from x + old what stands for its signs; `rest` may be either.
-extern "C" __global__ void __launch_bounds__(256) leave(const T* x, const T* old, T* rest, const T* scales, i64 size, i64 two_means) {
+extern "C" __global__ void __launch_bounds__(256) leave(
+    const T* x, const T* old, T* rest, const T* scales, i64 size, i64 two_means) {
     const T upper = scales[0], lower = two_means ? scales[1] : -upper;
     auto act = [&](auto access, i64 i) {
         T v[access.K];
@@ -219,7 +223,8 @@ extern "C" __global__ void __launch_bounds__(256) largest(const T* x, const T* o
 }
 
 // The sums of all blocks of c and of c^2, c = factor * min(|x + old|, limit), in two rows.
-extern "C" __global__ void __launch_bounds__(256, 2) moments(const T* x, const T* old, double limit, double factor, double* sums, i64 size) {
+extern "C" __global__ void __launch_bounds__(256, 2) moments(
+    const T* x, const T* old, double limit, double factor, double* sums, i64 size) {
     const T most = (T)limit;
     with_block(x, old, size, [&](auto access, i64 number, int count, const T(&v)[ROWS][4]) {
         constexpr bool WIDE = decltype(access)::WIDE;

@@ -5,8 +5,8 @@
 
 constexpr int TREE = 1024;
 
-// The sum of value(k), k < N, of one thread, those with the highest bit of k folded first. Depth first, so that a handful
-// of numbers is alive and not N.
+// The sum of value(k), k < N, of one thread, those with the highest bit of k folded first. Depth first, so that a
+// handful of numbers is alive and not N.
 template <int N, int APART = 1, typename F>
 __device__ __forceinline__ auto fold_each(F value, int k = 0) {
     if constexpr (APART == N) return value(k);
