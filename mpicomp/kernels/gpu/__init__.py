@@ -1,5 +1,6 @@
 """The kernels for CuPy arrays: CUDA by CuPy's RawModule, on the current stream. Importing this needs no CuPy."""
 
+from mpicomp.kernels.gpu.bounded import bounded_valid, decode_bounded, encode_bounded
 from mpicomp.kernels.gpu.convert import narrow, narrow_residual, widen, widen_add
 from mpicomp.kernels.gpu.floats import decode_floats, decode_powers, encode_floats, encode_powers
 from mpicomp.kernels.gpu.hadamard import left_out, products, rotate, spread, unrotate, unspread
@@ -21,13 +22,16 @@ __all__ = [
     "back_project",
     "block_top_k",
     "block_tops",
+    "bounded_valid",
     "codes_valid",
     "decode_blocks",
+    "decode_bounded",
     "decode_floats",
     "decode_powers",
     "decode_sums",
     "divide",
     "encode_blocks",
+    "encode_bounded",
     "encode_floats",
     "encode_powers",
     "encode_sign",

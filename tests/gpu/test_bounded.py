@@ -1,0 +1,150 @@
+"""Numbers within an error bound."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from compare import normal, poisoned, same
+
+from mpicomp.codecs.bounded import settings
+from mpicomp.kernels import cpu, gpu
+
+BOUNDS = ((1e-3, None), (0.5, None), (1e-30, None), (1e30, None), (None, 1e-3), (None, 0.3), (None, 1e-8))
+SIZES = (1, 2, 9, 255, 256, 257, 2048, 4095, 4096, 4097, 9003)  # blocks are 256 elements, tiles 2048 or 4096
+BLOCK = 256
+itemsizes = pytest.mark.parametrize("dtype", ["float32", "float64"])
+
+
+def blocks(size, dtype, seed=0):
+    """Blocks of every kind: zeros, constants, noise, lines, two signs far apart, subnormal and huge numbers."""
+    rng = np.random.default_rng(seed)
+    noise = rng.standard_normal((-(-size // BLOCK), BLOCK))
+    kinds = (
+        lambda x: x,
+        lambda x: x * 0 * np.sign(x),
+        lambda x: x * 0 + x[0],
+        lambda x: 1 + np.arange(BLOCK) * 0.01 + x * 1e-4,
+        lambda x: np.sign(x) * (3 + 0.01 * abs(x)),
+        lambda x: np.ldexp(x, -140 if dtype == "float32" else -1040),
+        lambda x: np.ldexp(x, 100),
+        lambda x: np.where(abs(x) > 1.5, x, 0.0),
+        lambda x: np.floor(x * 3),
+        lambda x: np.cumsum(x) * 1e-2,
+    )
+    order = rng.permutation(max(len(kinds), len(noise))) % len(kinds)
+    made = np.concatenate([kinds[kind](x) for kind, x in zip(order, noise, strict=False)]) if size else noise.ravel()
+    return made[:size].astype(dtype)
+
+
+def encoded(device, x, bound, shift=0, old=None, new=None):
+    """Encode with both; return headers, words and how many of them were written."""
+    headers = poisoned(-(-x.size // BLOCK), "u1")
+    words = poisoned(x.size, f"u{x.itemsize}")
+    count, wrote = same(device, "encode_bounded", x, old, new, headers, words, *bound, shift=shift)
+    return wrote[-2], wrote[-1], count
+
+
+@itemsizes
+@pytest.mark.parametrize("limits", BOUNDS, ids=str)
+def test_blocks_of_every_kind(device, dtype, limits):
+    bound = settings(*limits, dtype)
+    for size in SIZES:
+        shift, x, old = size % 2, blocks(size, dtype, size), normal(size, dtype, 1) * 1e-4
+        encoded(device, x, bound, shift, old.astype(dtype), poisoned(size, dtype))
+        headers, words, count = encoded(device, x, bound, shift)
+        rest = bound.relative, bound.step, bound.shift
+        same(device, "decode_bounded", headers, words, normal(size, dtype), *rest, -0.7, shift=shift)
+        valid, _ = same(device, "bounded_valid", headers, words[:count].copy(), size, *rest, shift=shift)
+        assert valid
+
+
+@itemsizes
+def test_the_blocks_above_are_of_every_mode(dtype):
+    modes = set()
+    for limits in BOUNDS:
+        x, bound = blocks(9003, dtype, 9003), settings(*limits, dtype)
+        headers, words = poisoned(-(-x.size // BLOCK), "u1"), poisoned(x.size, f"u{x.itemsize}")
+        cpu.encode_bounded(x, None, None, headers, words, *bound)
+        modes |= {(int(header) // 64, int(header) % 64 if header < 64 else -1) for header in headers}
+    assert modes == {(0, 0), (0, 1), (1, -1), (2, -1), (3, -1)}
+
+
+@itemsizes
+@pytest.mark.parametrize("limits", BOUNDS[::4], ids=str)
+def test_what_is_not_finite_is_kept(device, dtype, limits):
+    bound = settings(*limits, dtype)
+    x = blocks(1200, dtype)
+    x[[3, 300, 600, 1100]] = np.nan, np.inf, -np.inf, -0.0
+    headers, words, count = encoded(device, x, bound)
+    valid, _ = same(
+        device, "bounded_valid", headers, words[:count].copy(), x.size, bound.relative, bound.step, bound.shift
+    )
+    assert not valid
+
+
+@itemsizes
+@pytest.mark.parametrize("limits", BOUNDS[::4], ids=str)
+def test_every_width(device, dtype, limits):
+    """Blocks whose codes take 1 bit, 2 bits and so on."""
+    bound = settings(*limits, dtype)
+    rng = np.random.default_rng(1)
+    widths = range(1, 31 if dtype == "float32" else 63)
+    unit = 2e-3 if limits[1] is None else 1.0
+    x = np.concatenate([rng.uniform(-unit, unit, BLOCK) * 2.0 ** min(width, 50) for width in widths])
+    if limits[1] is not None:
+        x = np.concatenate([1 + rng.uniform(0, 2.0 ** (width - 12), BLOCK) for width in widths])
+    x = x.astype(dtype)
+    headers, words, _ = encoded(device, x, bound)
+    rest = bound.relative, bound.step, bound.shift
+    same(device, "decode_bounded", headers, words, normal(x.size, dtype), *rest, 1.0)
+    assert len(set(headers % 64)) > 8
+
+
+@pytest.mark.parametrize("limits", BOUNDS[::4], ids=str)
+def test_in_place(device, turns, limits):
+    """The residual may replace the old one, or x; tiles are many."""
+    bound = settings(*limits, "float32")
+    for place in (0, 1):
+        given = blocks(9003, "float32"), normal(9003, seed=1)
+        encoded(device, given[0], bound, 0, given[1], given[place])
+    headers, words, count = encoded(device, given[0], bound)
+    rest = bound.relative, bound.step, bound.shift
+    same(device, "decode_bounded", headers, words, normal(9003), *rest, 1.0)
+    same(device, "bounded_valid", headers, words[:count].copy(), 9003, *rest)
+
+
+@itemsizes
+@pytest.mark.parametrize("limits", BOUNDS[::4], ids=str)
+def test_damaged_messages_are_found(device, dtype, limits):
+    bound = settings(*limits, dtype)
+    x = normal(4500, dtype)
+    headers, words, count = encoded(device, x, bound)
+    rest = x.size, bound.relative, bound.step, bound.shift
+    per = 8 // words.itemsize
+    padded = np.concatenate([words[:count], np.zeros(2, words.dtype)])
+    answers = [
+        same(device, "bounded_valid", headers, padded[: count + more].copy(), *rest)[0] for more in (-1, 0, 1, 2)
+    ]
+    assert answers == [False, True, per > 1, False]
+    rng = np.random.default_rng(3)
+    found = set()
+    for header in (1, 2, 63, 64, 65, 64 + 8 * words.itemsize, 127, 128, 190, 192, 200, 255):
+        damaged = headers.copy()
+        damaged[rng.integers(headers.size)] = header
+        found.add(same(device, "bounded_valid", damaged, words[:count].copy(), *rest)[0])
+    assert False in found
+    for _ in range(4):
+        noise = words[:count].copy()
+        noise[rng.integers(count, size=3)] = np.iinfo(words.dtype).max
+        same(device, "bounded_valid", headers, noise, *rest)
+
+
+@itemsizes
+def test_nothing(device, dtype):
+    empty, words = np.empty(0, np.uint8), np.empty(0, f"u{np.dtype(dtype).itemsize}")
+    bound = settings(0.1, None, dtype)
+    count, _ = same(device, "encode_bounded", np.empty(0, dtype), None, None, empty, words, *bound)
+    assert count == 0
+    for room in range(3):
+        same(device, "bounded_valid", empty, np.zeros(room, words.dtype), 0, False, 0.1, 0)
+    gpu.decode_bounded(*map(device.asarray, (empty, words, np.empty(0, dtype))), False, 0.1, 0)
