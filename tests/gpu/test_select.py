@@ -7,7 +7,7 @@ import pytest
 from compare import equal_bytes, normal, poisoned, same
 
 from mpicomp.kernels import cpu, gpu
-from mpicomp.kernels.gpu import launch, select
+from mpicomp.kernels.gpu import launch, select, top
 
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "float64"])
 TILE = {"float32": 4096, "float64": 2048}  # elements that a block of the pass over an array takes
@@ -117,6 +117,22 @@ def test_a_sample_that_misleads(device, dtype):
 
 
 @DTYPES
+def test_sample(device, turns, dtype):
+    """Its places, and the magnitude of a rank in it, which several blocks gather and the last one finds."""
+    x, old = device.asarray(normal(140_000, dtype)), device.asarray(normal(140_000, dtype, 1))
+    expected = (x.get() + old.get())[sampled(x.size)]
+    for rank in (1, 20, expected.size):
+        out, low, arrived = (launch.scratch(expected.size, dtype), *(launch.zeros(1, "uint64") for _ in range(2)))
+        top.sample(x, old, out, rank, low, arrived)
+        equal_bytes("sample", out.get(), expected)
+        bits = np.sort(np.abs(expected))[::-1].view(np.uint32 if dtype == "float32" else np.uint64)
+        assert int(low[0]) == int(bits[rank - 1])
+    zeros = launch.zeros(5000, dtype)
+    top.sample(zeros, None, launch.scratch(5000, dtype), 5, low, launch.zeros(1, "uint64"))
+    assert int(low[0]) == 1
+
+
+@DTYPES
 @pytest.mark.parametrize("filled", [0, 5, 300])
 def test_mostly_zeros(device, dtype, filled):
     """The sum of sparse arrays: its zeros are no candidates, and the first of them are chosen."""
@@ -136,7 +152,7 @@ def test_sampled(device, turns, dtype, size):
     counts = set()
     for k in {-(-size // 100), -(-size // 3), size}:
         for data in (x, sparse, np.full(size, 3, dtype)):
-            counts.add(chosen(device, "select_top", data, k, 0.01, residual=True).count - k)
+            counts.add(chosen(device, "select_top", data, k, 0.01, residual=True, shift=1).count - k)
         chosen(device, "select_top", x, k, 0.5, old=old, residual=True, shift=1)
     assert size <= 4096 or min(counts) < 0 == max(counts)
 
