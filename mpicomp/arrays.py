@@ -88,6 +88,23 @@ def bound(call: Callable[[], Result], x: Any) -> Callable[[], Result]:
     return run
 
 
+@contextmanager
+def on_stream(pointer: int, device: int) -> Iterator[None]:
+    """Make another library's CUDA stream on a device CuPy's current one."""
+    import cupy
+
+    with cupy.cuda.Device(device), cupy.cuda.ExternalStream(pointer, device):
+        yield
+
+
+def borrowed(tensor: Any) -> Array:
+    """Return another library's array on a GPU as CuPy's, by DLPack: the same memory, after what is being written."""
+    import cupy
+
+    array: Array = cupy.from_dlpack(tensor)
+    return array
+
+
 def empty(size: int, dtype: str, device: bool = False) -> Array:
     """An uninitialised array, (size,), that begins at a cache line: a workspace, made once."""
     if device:
@@ -111,7 +128,7 @@ def pinned(nbytes: int) -> Array:
 
 
 class Copied:
-    """A copy between host and device that was begun on the current stream."""
+    """A place on the current stream: what was begun before it, such as a copy, can be waited for."""
 
     def __init__(self) -> None:
         import cupy

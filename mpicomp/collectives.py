@@ -14,14 +14,16 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NoReturn
 
 import numpy as np
 
-from mpicomp.arrays import Array, on_host
+from mpicomp.arrays import Array, Copied, on_device, on_host
+from mpicomp.device import gpu_aware
 from mpicomp.transport import MPITransport, Request, Topology, Transport, Window
 
 PR_SET_TIMERSLACK = 29  # of linux/prctl.h
@@ -221,13 +223,24 @@ def allgather(comm: Comm, message: Array, incoming: Sequence[Array], operation: 
     exchange(comm, [message] * comm.size, incoming, operation)
 
 
+@contextmanager
+def readable(x: Array, total: Array) -> Iterator[tuple[Array, Array]]:
+    """Yield x and `total` where MPI may read and write them: themselves or, from a GPU, copies, the last copied back."""
+    if on_device(x) and gpu_aware():
+        Copied().wait()  # what writes x has come to its end
+        yield x, total
+    else:
+        with on_host(x, total) as apart:
+            yield apart
+
+
 def allreduce(comm: Comm, x: Array, total: Array, op: str = "sum") -> None:
     """MPI's own allreduce of a contiguous array into `total`; op "sum", "max", "min", "prod", "band", "bor", "bxor".
 
     Its bytes are modelled, not counted: 2 * nbytes * (P-1) / P, the least any algorithm sends.
     """
     step = CHUNK // x.itemsize
-    with on_host(x.reshape(-1), total.reshape(-1)) as (flat, result):
+    with readable(x.reshape(-1), total.reshape(-1)) as (flat, result):
         for start in range(0, flat.size, step):
             part = slice(start, start + step)
             wait(comm, [comm.transport.allreduce(flat[part], result[part], op)], f"allreduce({op})")

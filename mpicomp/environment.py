@@ -167,7 +167,7 @@ def gpu_aware(environ: Mapping[str, str]) -> str:
     for name in ("MPICH_GPU_SUPPORT_ENABLED", "MPIR_CVAR_ENABLE_GPU", "MV2_USE_CUDA"):
         if name in environ:
             return f"{'no' if environ[name] in ('', '0') else 'yes'} ({name}={environ[name]})"
-    return "unknown (this MPI does not say)"
+    return "unknown (this MPI does not say; tried out where GPU memory is used, or MPICOMP_GPU_AWARE=0 or 1)"
 
 
 def _loaded_mpi() -> ctypes.CDLL | None:

@@ -25,7 +25,7 @@ LAYERS = [
     {"planner"},
     {"agreement", "background"},
     {"codecs", "collectives"},
-    {"environment", "transport"},
+    {"device", "environment", "transport"},
     {"wire", "kernels"},
     {"specs", "arrays"},
     {"errors", "exits"},

@@ -11,9 +11,9 @@ Importing this under a launcher initialises MPI and tells torch of its ranks.
 from mpicomp.torch.backend import register
 from mpicomp.torch.calls import allreduce, state
 from mpicomp.torch.hook import Hook, compress
-from mpicomp.torch.launch import fill_environment
+from mpicomp.torch.launch import device, fill_environment
 
-__all__ = ["compress", "allreduce", "state", "Hook"]
+__all__ = ["compress", "allreduce", "state", "device", "Hook"]
 
 fill_environment()
 register()

@@ -89,7 +89,7 @@ class MPIProcessGroup(_ProcessGroup):
             call()
             return result
 
-        return self.worker.submit(run)
+        return self.worker.submit(run, tensors)
 
     # ------------------------------------------------------------------------------------------------ reductions
 
@@ -188,7 +188,7 @@ class MPIProcessGroup(_ProcessGroup):
                     output.detach().copy_(whole.view(output.shape))
             return outputs
 
-        return self.worker.submit(run)
+        return self.worker.submit(run, [*outputs, *inputs])
 
     def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any) -> Work:
         """Copy rank r's inputs[i] to the root's outputs[i][r]."""
@@ -279,7 +279,7 @@ def create(options: Any, _: Any = None) -> MPIProcessGroup:
 def register() -> None:
     """Tell torch of the backend, once."""
     if NAME not in dist.Backend.backend_list:
-        dist.Backend.register_backend(NAME, create, extended_api=True, devices=["cpu"])
+        dist.Backend.register_backend(NAME, create, extended_api=True, devices=["cpu", "cuda"])
 
 
 def tensor_group(group: Any) -> MPIProcessGroup:

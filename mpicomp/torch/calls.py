@@ -14,6 +14,7 @@ from mpicomp.calls.reductions import prepared
 from mpicomp.collectives import Comm
 from mpicomp.reducers.apply import OPS
 from mpicomp.reducers.resolve import Method
+from mpicomp.torch.streams import bound, device_of
 from mpicomp.torch.tensors import NAMES, bits_of, check_local
 
 
@@ -31,10 +32,10 @@ def allreduce(
     state: Memory | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the sum or mean of a CPU tensor over the ranks of an mpi4py communicator, compressed. Collective.
+    """Return the sum or mean of a tensor over the ranks of an mpi4py communicator, compressed. Collective.
 
-    As `mpicomp.allreduce`, for contiguous float32, float16, bfloat16 or float64 tensors without history. The result
-    is `out`, which may be `tensor`, or a new tensor.
+    As `mpicomp.allreduce`, for contiguous float32, float16, bfloat16 or float64 tensors without history, on the CPU or,
+    for reducers that can, on a GPU of CUDA. The result is `out`, which may be `tensor`, or a new tensor.
     """
     result: torch.Tensor = call(comm, _allreduce, tensor, method, op, state, out)
     return result
@@ -45,9 +46,9 @@ def _allreduce(comm: Comm, tensor: Any, method: Method, op: str, memory: Memory 
     _check(tensor, "tensor")
     result = torch.empty_like(tensor) if out is None else out
     _check(result, "out")
-    if (result.shape, result.dtype) != (tensor.shape, tensor.dtype):
-        wanted = f"{tensor.dtype} {tuple(tensor.shape)} as tensor is"
-        raise ValueError(f"out must be {wanted}, got {result.dtype} {tuple(result.shape)}")
+    if (result.shape, result.dtype, result.device) != (tensor.shape, tensor.dtype, tensor.device):
+        wanted = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device} as tensor is"
+        raise ValueError(f"out must be {wanted}, got {result.dtype} {tuple(result.shape)} on {result.device}")
     if result is not tensor and np.may_share_memory(bits_of(result), bits_of(tensor)):
         raise ValueError("out shares memory with tensor; pass tensor itself or one apart from it")
 
@@ -55,11 +56,12 @@ def _allreduce(comm: Comm, tensor: Any, method: Method, op: str, memory: Memory 
         memory.reduce(comm, op, bits_of(tensor), bits_of(result))
         return result
 
-    return prepared(comm, _form(tensor), member_of(method), op, memory, run)
+    operation = prepared(comm, _form(tensor), member_of(method), op, memory, run)
+    return operation._replace(run=bound(operation.run, device_of([tensor])))
 
 
 def _form(tensor: torch.Tensor) -> Form:
-    return Form((tuple(tensor.shape),), (NAMES[tensor.dtype],), listed=False)
+    return Form((tuple(tensor.shape),), (NAMES[tensor.dtype],), listed=False, device=tensor.is_cuda)
 
 
 def _check(tensor: torch.Tensor, what: str) -> None:

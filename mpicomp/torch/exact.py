@@ -1,7 +1,7 @@
 """Collectives of tensors that move every bit: what the process group does by itself never compresses.
 
-All functions block, and run on the communication thread. Sums are exact for integers, MPI's own for float32 and
-float64, and for half types those of float32, rounded once.
+All functions block, and run on the communication thread; CUDA tensors pass through the host's memory. Sums are exact
+for integers, MPI's own for float32 and float64, and for half types those of float32, rounded once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from mpicomp import collectives
 from mpicomp.collectives import Comm
-from mpicomp.torch.tensors import bytes_of, flat
+from mpicomp.torch.tensors import bytes_of, flat, on_cpu
 
 Tensor = torch.Tensor
 
@@ -62,7 +62,7 @@ def op_name(reduce_op: Any, tensors: Sequence[Tensor]) -> str:
 
 def _widened(tensor: Tensor, op: str) -> tuple[Tensor, str]:
     """Return the elements in a dtype in which MPI can reduce them, and the operation to use on them."""
-    elements = flat(tensor)
+    elements = on_cpu(tensor)
     if elements.is_complex():
         return torch.view_as_real(elements).view(-1), op
     if elements.dtype == torch.bool:
@@ -110,7 +110,7 @@ def allreduce(comm: Comm, tensor: Tensor, op: str, scratch: Scratch, keep: bool 
 
 def broadcast(comm: Comm, tensor: Tensor, root: int) -> None:
     """Copy the root's tensor to all ranks."""
-    elements = flat(tensor)
+    elements = on_cpu(tensor)
     collectives.broadcast(comm, bytes_of(elements), root)
     if comm.rank != root and elements.data_ptr() != tensor.data_ptr():
         tensor.detach().copy_(elements.view(tensor.shape))
@@ -119,8 +119,8 @@ def broadcast(comm: Comm, tensor: Tensor, root: int) -> None:
 def exchange(comm: Comm, outgoing: Sequence[Tensor | None], incoming: Sequence[Tensor | None], operation: str) -> None:
     """Send outgoing[r] to every rank r and receive incoming[r] from it; None is nothing."""
     nothing = torch.empty(0, dtype=torch.uint8)
-    sent = [bytes_of(flat(tensor)) if tensor is not None else bytes_of(nothing) for tensor in outgoing]
-    received = [flat(tensor) if tensor is not None else nothing for tensor in incoming]
+    sent = [bytes_of(on_cpu(tensor)) if tensor is not None else bytes_of(nothing) for tensor in outgoing]
+    received = [on_cpu(tensor) if tensor is not None else nothing for tensor in incoming]
     collectives.exchange(comm, sent, [bytes_of(elements) for elements in received], operation)
     for tensor, elements in zip(incoming, received, strict=True):
         if tensor is not None and elements.data_ptr() != tensor.data_ptr():
@@ -129,7 +129,7 @@ def exchange(comm: Comm, outgoing: Sequence[Tensor | None], incoming: Sequence[T
 
 def reduce_scatter(comm: Comm, output: Tensor, inputs: Sequence[Tensor], op: str) -> None:
     """Reduce inputs[r] over all ranks into rank r's output, adding in rank order."""
-    parts = [torch.empty_like(output, memory_format=torch.contiguous_format) for _ in range(comm.size)]
+    parts = [torch.empty_like(output, device="cpu", memory_format=torch.contiguous_format) for _ in range(comm.size)]
     exchange(comm, inputs, parts, "reduce_scatter")
     total, pairwise_op = _widened(parts[0], op)
     pairwise = _PAIRWISE[pairwise_op]

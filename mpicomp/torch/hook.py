@@ -33,7 +33,9 @@ from mpicomp.reducers import (
     resolve_partitioned,
 )
 from mpicomp.reducers.allowance import divided
+from mpicomp.reducers.base import check_place
 from mpicomp.torch.backend import MPIProcessGroup, tensor_group
+from mpicomp.torch.streams import device_of
 from mpicomp.torch.tensors import NAMES, bits_of, check_local
 
 
@@ -123,7 +125,7 @@ class Hook:
             self._finished = last
             return buffer
 
-        return self._group.worker.submit(run).get_future()
+        return self._group.worker.submit(run, [buffer]).get_future()
 
     # ------------------------------------------------------------------------- on the communication thread
 
@@ -267,5 +269,6 @@ def _hook(
     reducer = divided(resolve_partitioned(method, layout, common, ranks, min_size, min_ndim), ranks, "mean")
     what = describe(reducer, layout, ", ".join(sizes), "mean", seed, 0)
     scaled = "with a scaler" if scaler is not None and scaler.is_enabled() else "without scaler"
+    check_place(reducer, device_of(parameters.values()) is not None)
     hook = Hook(group, parameters, reducer, seed, scaler)
     return hook, f"compress, {scaled}, {what}"

@@ -14,10 +14,12 @@ import struct
 from typing import Any
 
 import numpy as np
+import torch
 
 from mpicomp import collectives
 from mpicomp.arrays import Array
 from mpicomp.collectives import Comm
+from mpicomp.device import device_number
 from mpicomp.environment import launcher_mismatch
 
 LAUNCHERS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_STEP_ID", "MV2_COMM_WORLD_RANK")
@@ -28,6 +30,12 @@ FILLED = "MPICOMP_FILLED"
 
 HOST = 256  # bytes of a host's name or address
 _SIOCGIFADDR = 0x8915  # Linux: address of an interface
+
+
+def device() -> torch.device:
+    """Return this rank's GPU, by its place among its node's ranks, which share where there are fewer; or the CPU."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return torch.device("cuda", device_number(os.environ, count)) if count else torch.device("cpu")
 
 
 def fill_environment() -> None:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from mpicomp import collectives
 from mpicomp.collectives import Comm
 from mpicomp.torch.exact import Tensor
-from mpicomp.torch.tensors import bytes_of, flat
+from mpicomp.torch.tensors import bytes_of, on_cpu
 from mpicomp.transport import Request
 
 
@@ -63,13 +63,13 @@ class PointToPoint:
 
     def send(self, tensors: Sequence[Tensor], peer: int, tag: int) -> PointWork:
         """Begin to send tensors to a rank."""
-        messages = [bytes_of(flat(tensor)) for tensor in tensors]
+        messages = [bytes_of(on_cpu(tensor)) for tensor in tensors]
         requests = [r for message in messages for r in collectives.begin_send(self.comm, message, peer, tag)]
         return PointWork(self.comm, requests, f"send to {peer}", messages.clear)
 
     def receive(self, tensors: Sequence[Tensor], peer: int, tag: int) -> PointWork:
         """Begin to receive tensors from a rank."""
-        elements = [flat(tensor) for tensor in tensors]
+        elements = [on_cpu(tensor) for tensor in tensors]
         messages = [bytes_of(each) for each in elements]
         requests = [r for message in messages for r in collectives.begin_receive(self.comm, message, peer, tag)]
 

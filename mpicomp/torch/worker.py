@@ -11,8 +11,9 @@ a future is completed with a `Failure`, and a callback raises it again for whoev
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,21 +22,27 @@ import torch.distributed as dist
 from mpicomp.background import Background, Failure, Request
 from mpicomp.collectives import Comm
 from mpicomp.errors import ConfigMismatch
+from mpicomp.torch.streams import Side, device_of, on
 
 
 class Work(dist.Work):
     """A collective under way. Where nobody waits for it and it fails, the job ends with its traceback."""
 
-    def __init__(self, worker: Worker, thread: Background) -> None:
+    def __init__(self, worker: Worker, thread: Background, side: Side | None = None) -> None:
         super().__init__()
-        self.worker = worker
+        self.worker, self._side = worker, side
         self.request: Request[Any] = Request(thread, self._complete)
         self.watched = False
-        self.completion: torch.futures.Future[Any] = torch.futures.Future()
+        self.completion: torch.futures.Future[Any] = torch.futures.Future(devices=[side.device] if side else None)
 
     def wait(self, timeout: timedelta | None = None) -> bool:
-        """Return when the collective is complete; its time limit is the communicator's."""
+        """Return when the collective is complete; its time limit is the communicator's.
+
+        Of CUDA tensors it is then complete for what the current stream does next.
+        """
         self.request.wait()
+        if self._side is not None:
+            self._side.join()
         return True
 
     def get_future(self) -> torch.futures.Future[Any]:
@@ -59,13 +66,20 @@ class Work(dist.Work):
 
     def result(self) -> Any:
         """Return the tensors."""
-        return self.request.wait()
+        outcome = self.request.wait()
+        if self._side is not None:
+            self._side.join()
+        return outcome
 
     def _complete(self) -> None:
         """Run the callbacks; on the communication thread."""
         if self.request.failure is not None and self.watched:
             self.request.failure.promised = True
-        self.completion.set_result(self.request.outcome)
+        if self.request.failure is not None or self._side is None:
+            self.completion.set_result(None)  # `_value` knows
+        else:  # torch notes where the stream stands, for whoever waits
+            with on(self._side.stream):
+                self.completion.set_result(self.request.outcome)
 
     def _value(self, _: torch.futures.Future[Any]) -> Any:
         if self.request.failure is None:
@@ -87,10 +101,15 @@ class Worker:
         self.comm = comm
         self._thread = Background("mpicomp", told=_told)
 
-    def submit(self, call: Callable[[], Any]) -> Work:
-        """Run `call` after all that was submitted before; at once, if this is the communication thread."""
-        work = Work(self, self._thread)
-        self._thread.enqueue(work.request, call)
+    def submit(self, call: Callable[[], Any], tensors: Sequence[torch.Tensor] = ()) -> Work:
+        """Run `call` after all that was submitted before; at once, if this is the communication thread.
+
+        With CUDA tensors it runs on a stream of its own, after what the current stream has still to do.
+        """
+        device = device_of(tensors)
+        side = None if device is None else Side(device)
+        work = Work(self, self._thread, side)
+        self._thread.enqueue(work.request, call if side is None else partial(side.run, call))
         return work
 
     def close(self) -> None:
