@@ -36,7 +36,14 @@ def test_add_codes(device, size, block, shift):
 @pytest.mark.parametrize(("size", "block"), SIZES)
 def test_pack_and_decode_sums(device, size, block, shift):
     sums = np.random.default_rng(size).integers(0, 2**32, size, np.uint32)
-    for width, dtype in (2, "float32"), (8, "float64"), (9, "float32"), (15, "float32"), (24, "float64"), (32, "float32"):
+    for width, dtype in (
+        (2, "float32"),
+        (8, "float64"),
+        (9, "float32"),
+        (15, "float32"),
+        (24, "float64"),
+        (32, "float32"),
+    ):
         packed = poisoned(packed_bytes(size, width, block), np.uint8)
         _, (_, packed) = same(device, "pack_sums", sums, packed, width, block, shift=shift)
         scales = normal(-(-size // block), dtype)

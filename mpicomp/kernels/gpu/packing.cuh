@@ -9,36 +9,35 @@
 // The columns of one thread: `column` .. + K of `columns` of block `number`, which has `size` elements from `first` on.
 struct Place {
     i64 number, first;
-    int size, columns, column;
+    u32 size, columns, column;
 
     // The element, counted from `first`, at the beginning of a row.
-    __device__ __forceinline__ int element(int row) const { return row * columns + column; }
+    __device__ __forceinline__ u32 element(int row) const { return row * columns + column; }
     // Whether element i is one of the block; only the last block has a filling, and its columns are taken one by one.
     template <int K>
-    __device__ __forceinline__ bool inside(int i) const { return K > 1 || i < size; }
+    __device__ __forceinline__ bool inside(u32 i) const { return K > 1 || i < size; }
 };
 
 // How many columns one thread takes, as a type.
 template <int K>
 struct Width { static constexpr int value = K; };
 
-// Call act(Width, Place) for the columns of this thread, in a grid as `mpicomp.kernels.gpu.quantize.columns` makes it:
-// first the whole blocks, four columns a thread if `wide`, then the last block, if it is not whole.
+// Call act(Width, Place) for the columns of this thread, in a grid as `columns` of mpicomp/kernels/gpu/quantize.py makes
+// it: those of the whole blocks, four a thread if `wide`; then those of the last block, where it is none of them.
 template <typename Act>
-__device__ __forceinline__ void visit(i64 size, i64 block, i64 wide, Act act) {
-    const int columns = (int)(block / 8), each = wide ? columns / 4 : columns;  // threads of a block
-    const i64 whole = size / block, threads = whole * each;
-    const i64 grids = (threads + blockDim.x - 1) / blockDim.x;
+__device__ __forceinline__ void visit(i64 size, i64 block, i64 whole, i64 wide, Act act) {
+    const u32 columns = (u32)block / 8, each = wide ? columns / 4 : columns;  // threads of a block
+    const i64 threads = whole * each, grids = (threads + blockDim.x - 1) / (u32)blockDim.x;
     if (blockIdx.x < grids) {
         const i64 thread = thread_of_grid();
         if (thread >= threads) return;
-        const u32 number = (u32)thread / (u32)each, part = (u32)thread % (u32)each;  // 2^32 threads: 128 GB
-        if (wide) act(Width<4>{}, Place{number, number * block, (int)block, columns, 4 * (int)part});
-        else act(Width<1>{}, Place{number, number * block, (int)block, columns, (int)part});
+        const u32 number = (u32)thread / each, part = (u32)thread % each;  // there are no 2^32 threads: 32 GB, or 128
+        if (wide) act(Width<4>{}, Place{number, number * block, (u32)block, columns, 4 * part});
+        else act(Width<1>{}, Place{number, number * block, (u32)block, columns, part});
     } else {
-        const int rest = (int)(size - whole * block), last = (rest + 7) / 8;
+        const u32 rest = (u32)(size - whole * block), last = (rest + 7) / 8;
         const i64 column = thread_of_grid() - grids * blockDim.x;
-        if (column < last) act(Width<1>{}, Place{whole, whole * block, rest, last, (int)column});
+        if (column < last) act(Width<1>{}, Place{whole, whole * block, rest, last, (u32)column});
     }
 }
 
@@ -89,7 +88,7 @@ __device__ __forceinline__ u32 code_of(u32 word, int k) { return word >> 8 * k &
 constexpr u32 EVERY = 0x01010101u;
 
 template <int BITS, int K>
-__device__ __forceinline__ void pack_plane(const u32 (&words)[8], int known, u8* plane, int columns) {
+__device__ __forceinline__ void pack_plane(const u32 (&words)[8], int known, u8* plane, u32 columns) {
     constexpr u32 MASK = ((1u << BITS) - 1) * EVERY;
 #pragma unroll
     for (int row = 0; row < BITS; row++) {
@@ -102,7 +101,7 @@ __device__ __forceinline__ void pack_plane(const u32 (&words)[8], int known, u8*
 }
 
 template <int BITS, int K>
-__device__ __forceinline__ void unpack_plane(const u8* plane, int columns, int known, u32 (&words)[8]) {
+__device__ __forceinline__ void unpack_plane(const u8* plane, u32 columns, int known, u32 (&words)[8]) {
     constexpr u32 MASK = ((1u << BITS) - 1) * EVERY;
 #pragma unroll
     for (int row = 0; row < BITS; row++) {
@@ -116,7 +115,7 @@ __device__ __forceinline__ void unpack_plane(const u8* plane, int columns, int k
 
 // Pack K columns; `at` is where the first byte of the first of them lies: byte `column` of the block's codes.
 template <int K>
-__device__ __forceinline__ void pack(const u32 (&words)[8], int bits, u8* at, int columns) {
+__device__ __forceinline__ void pack(const u32 (&words)[8], int bits, u8* at, u32 columns) {
     if (bits == 8) return pack_plane<8, K>(words, 0, at, columns);
     if (bits & 4) pack_plane<4, K>(words, 0, at, columns);
     if (bits & 2) pack_plane<2, K>(words, bits & 4, at + (bits & 4) * columns, columns);
@@ -124,7 +123,7 @@ __device__ __forceinline__ void pack(const u32 (&words)[8], int bits, u8* at, in
 }
 
 template <int K>
-__device__ __forceinline__ void unpack(const u8* at, int bits, int columns, u32 (&words)[8]) {
+__device__ __forceinline__ void unpack(const u8* at, int bits, u32 columns, u32 (&words)[8]) {
 #pragma unroll
     for (int row = 0; row < 8; row++) words[row] = 0;
     if (bits == 8) return unpack_plane<8, K>(at, columns, 0, words);

@@ -6,16 +6,22 @@ enum Grid { SYMMETRIC, SIGNS, ODD, RANGE, PAIR };
 enum Rule { LARGEST, NORM, MEAN, GIVEN, SHARED };
 
 // Added to a number it rounds it, ties to even, and leaves the integer in the low bits.
-constexpr T MAGIC = sizeof(T) == 4 ? T(0x1.8p23) : T(0x1.8p52);
-constexpr T SMALL = sizeof(T) == 4 ? T(0x1p-100) : T(0x1p-900);  // below, levels / top could overflow
+constexpr T MAGIC = (T)(sizeof(T) == 4 ? 0x1.8p23 : 0x1.8p52);
+constexpr T SMALL = (T)(sizeof(T) == 4 ? 0x1p-100 : 0x1p-900);  // below, levels / top could overflow
 
+// SUMS: the scale is a norm or a mean, which takes so many registers that the other rules have a kernel of their own.
+template <bool SUMS>
 struct Encoder {
-    int grid, rule, bits;
+    int which, rule, bits;
     T levels, shrink;
     bool stochastic;
     u64 base;
     i64 start;
 
+    // Grids with a norm or a mean are few.
+    __device__ __forceinline__ bool is(Grid grid) const {
+        return (!SUMS || grid == SYMMETRIC || grid == SIGNS) && which == grid;
+    }
     // A uniform number in [0, 1) for an element of the unit.
     __device__ __forceinline__ T chance(i64 i) const { return (T)unit24(draw32(base, (u64)i)) * T(0x1p-24); }
 };
@@ -32,7 +38,7 @@ __device__ __forceinline__ T safe_scale(T top, T levels) {
 }
 
 // The norm of a block, or the mean of its magnitudes, by the tree of sums; `most` is its largest magnitude.
-// `exact`: every thread of the team holds its K columns, and the block is one level of the tree.
+// `exact`: every thread of the team holds its K columns, and the block is one level of the tree; so it is for K = 4.
 template <int K>
 __device__ __forceinline__ T average(
     const Team& team, const Block& block, const T (&v)[8][K], bool exact, bool squared, T most) {
@@ -42,7 +48,9 @@ __device__ __forceinline__ T average(
     if (squared && top < 1e-130) factor = 0x1p512;  // or vanish
     for (;;) {
         const Term term{squared, factor};
-        const double sum = exact ? sum_columns<K>(team, v, term) : sum_levels(team, block, term);
+        double sum;
+        if (K > 1 || exact) sum = sum_columns<K>(team, v, term);
+        else sum = sum_levels(team, block, term);
         if (squared) {
             const T norm = (T)(sqrt(sum) / factor);
             return most > 0 && norm < (T)infinity ? norm : most;
@@ -53,12 +61,12 @@ __device__ __forceinline__ T average(
     }
 }
 
-template <int K>
+template <int K, bool SUMS>
 __device__ __forceinline__ Scale scale_of(
-    const Encoder& how, const Team& team, const Block& block, T (&v)[8][K], bool exact, const T* given) {
+    const Encoder<SUMS>& how, const Team& team, const Block& block, T (&v)[8][K], bool exact, const T* given) {
+    const Extremes found = extremes<K>(team, block, how.is(RANGE), v);
     T low = 0, top;
-    if (how.grid == RANGE) {
-        const Extremes found = extremes<K, true>(team, block, v);
+    if (how.is(RANGE)) {
         low = from_ordered(found.low), top = from_ordered(found.high);
         if (!((top - low) * T(1.02) < float_of(INFINITE))) {  // what codes stand for must be finite
             const T most = float_of(INFINITE - 1) * T(0.49);
@@ -66,13 +74,13 @@ __device__ __forceinline__ Scale scale_of(
         }
         top = top - low;
     } else {
-        top = float_of((Bits)extremes<K, false>(team, block, v).high);
-        if (how.rule == NORM || how.rule == MEAN) top = average<K>(team, block, v, exact, how.rule == NORM, top);
+        top = float_of((Bits)found.high);
+        if constexpr (SUMS) top = average<K>(team, block, v, exact, how.rule == NORM, top);
         if (how.rule == GIVEN) top = *given * how.levels;
         if (how.rule == SHARED) top = *given;
     }
     T inverse = 1, divisor = top;
-    if (how.grid != SIGNS && top > 0) {
+    if (!how.is(SIGNS) && top > 0) {
         const bool usual = SMALL <= top && top <= 1 / SMALL;
         inverse = usual ? how.levels / top : T(0);
         divisor = usual ? top / how.levels : safe_scale(top, how.levels);
@@ -84,16 +92,16 @@ __device__ __forceinline__ Scale scale_of(
 __device__ __noinline__ T quotient(T x, T y) { return x / y; }
 
 // Rows of K numbers, from element `at` of the unit on, as codes, and what those stand for.
-template <int K>
-__device__ __forceinline__ u32 code_nothing(const Encoder&, const Scale& scale, i64, const T (&)[K], T (&stands)[K]) {
+template <int K, bool SUMS>
+__device__ __forceinline__ u32 code_nothing(const Encoder<SUMS>&, const Scale& scale, i64, const T (&)[K], T (&stands)[K]) {
 #pragma unroll
     for (int k = 0; k < K; k++) stands[k] = scale.sent_low;
     return 0;
 }
 
-template <int K>
+template <int K, bool SUMS>
 __device__ __forceinline__ u32 code_signs(
-    const Encoder& how, const Scale& scale, i64 at, const T (&v)[K], T (&stands)[K]) {
+    const Encoder<SUMS>& how, const Scale& scale, i64 at, const T (&v)[K], T (&stands)[K]) {
     u32 codes[K];
 #pragma unroll
     for (int k = 0; k < K; k++) {
@@ -105,14 +113,14 @@ __device__ __forceinline__ u32 code_signs(
     return word_of<K>(codes);
 }
 
-template <int K>
+template <int K, bool SUMS>
 __device__ __forceinline__ u32 code_integers(
-    const Encoder& how, const Scale& scale, i64 at, const T (&v)[K], T (&stands)[K]) {
+    const Encoder<SUMS>& how, const Scale& scale, i64 at, const T (&v)[K], T (&stands)[K]) {
     u32 codes[K], kept = ((1u << how.bits) - 1) * EVERY;
     T y[K];
 #pragma unroll
     for (int k = 0; k < K; k++) y[k] = v[k];
-    if (how.grid == RANGE) {
+    if (how.is(RANGE)) {
 #pragma unroll
         for (int k = 0; k < K; k++) {
             y[k] = v[k] - scale.low;
@@ -131,12 +139,12 @@ __device__ __forceinline__ u32 code_integers(
             if (!how.stochastic && y[k] != y[k]) kept &= ~(255u << 8 * k);
         }
     }
-    if (how.grid == ODD) {
+    if (how.is(ODD)) {
 #pragma unroll
         for (int k = 0; k < K; k++) y[k] = (y[k] + how.levels) * T(0.5);
     }
     if (how.stochastic) {
-        const T least = how.grid == SYMMETRIC ? -how.levels : T(0);
+        const T least = how.is(SYMMETRIC) ? -how.levels : T(0);
 #pragma unroll
         for (int k = 0; k < K; k++) {
             const T value = y[k] < how.levels ? y[k] : how.levels, bound = value > least ? value : least;
@@ -148,80 +156,97 @@ __device__ __forceinline__ u32 code_integers(
     for (int k = 0; k < K; k++) {
         const T total = y[k] + MAGIC, near = total - MAGIC;
         codes[k] = (u32)bits_of(total);
-        stands[k] = (how.grid == ODD ? near + near - how.levels : near) * scale.sent;
-        if (how.grid == RANGE) stands[k] = scale.sent_low + stands[k];
+        stands[k] = (how.is(ODD) ? near + near - how.levels : near) * scale.sent;
+        if (how.is(RANGE)) stands[k] = scale.sent_low + stands[k];
     }
     return word_of<K>(codes) & kept;
 }
 
-template <int K>
+template <int K, bool SUMS>
 __device__ __forceinline__ void encode(
-    const Encoder& how, const Share& share, const Block& block, T* rest, T* scales, T* lows, u8* packed) {
+    const Encoder<SUMS>& how, const Share& share, const Block& block, T* rest, T* scales, T* lows, u8* packed) {
     const Team& team = share.team;
-    const bool exact = team.one_warp() && !share.last && team.size * K == share.whole / 8;
-    T v[8][K] = {};
+    const bool exact = team.one_warp() && !share.last && team.size * K == (int)(share.block / 8);
+    T v[8][K];
+    if constexpr (SUMS) {
+#pragma unroll
+        for (int i = 0; i < 8 * K; i++) v[i / K][i % K] = 0;  // of teams without a block, which sum along
+    }
     const Scale scale = scale_of<K>(how, team, block, v, exact, how.rule == SHARED && share.size ? scales + share.number : scales);
     team.wait();  // SHARED: all have read the scale
     if (team.rank == 0 && share.size) {
         if (how.rule != GIVEN) scales[share.number] = scale.sent;
-        if (how.grid == RANGE) lows[share.number] = scale.sent_low;
+        if (how.is(RANGE)) lows[share.number] = scale.sent_low;
     }
-    for (int column = team.rank * K; column < block.columns;) {
-        u32 words[8] = {};
+    for (u32 column = team.rank * K; column < block.columns; column += team.size * K) {
+        if (K > 1 && column != team.rank * K) block.load(column, v);
+        u32 words[8];
+        u64 bytes = 0;
         const auto rows = [&](auto code) {
-#pragma unroll
+#pragma unroll(K == 1 ? 1 : 8)  // single columns are few: less machine code, each number read once more
             for (int row = 0; row < 8; row++) {
-                const int i = row * block.columns + column;
-                T stands[K];
-                if (K == 1 && i >= block.size) continue;
-                words[row] = code(how, scale, how.start + share.first + i, v[row], stands);
+                const u32 i = row * block.columns + column;
+                T own[K], stands[K];
+                if constexpr (K == 1) {
+                    if (i >= block.size) break;
+                    own[0] = block[i];
+                    bytes |= (u64)code(how, scale, how.start + share.first() + i, own, stands) << 8 * row;
+                } else {
+#pragma unroll
+                    for (int k = 0; k < K; k++) own[k] = v[row][k];
+                    words[row] = code(how, scale, how.start + share.first() + i, own, stands);
+                }
                 if (!rest) continue;
 #pragma unroll
-                for (int k = 0; k < K; k++) stands[k] = v[row][k] - stands[k];
+                for (int k = 0; k < K; k++) stands[k] = own[k] - stands[k];
                 store_row<K>(rest + i, stands);
             }
         };
-        if (!(scale.top > 0)) rows(code_nothing<K>);
-        else if (how.grid == SIGNS) rows(code_signs<K>);
-        else rows(code_integers<K>);
+        if (!(scale.top > 0)) rows(code_nothing<K, SUMS>);
+        else if (how.is(SIGNS)) rows(code_signs<K, SUMS>);
+        else rows(code_integers<K, SUMS>);
+        if constexpr (K == 1) {
+#pragma unroll
+            for (int row = 0; row < 8; row++) words[row] = bytes >> 8 * row & 255;
+        }
         pack<K>(words, how.bits, packed + column, block.columns);
-        column += team.size * K;
-        if (column < block.columns) block.load(column, v);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256) encode_blocks(
-    const T* x, const T* old, T* rest, T* scales, T* lows, u8* packed, i64 size, i64 block, i64 grid, i64 rule,
-    i64 bits, double levels, double shrink, i64 stochastic, u64 base, i64 start, i64 wide, i64 team) {
-    const Encoder how{(int)grid, (int)rule, (int)bits, (T)levels, (T)shrink, stochastic != 0, base, start};
-    const Share share(size, block, team);
-    const Block numbers = share.of(x, old);
-    if (rest) rest += share.first;
-    packed += share.first / 8 * bits;
-    if (wide && !share.last) encode<4>(how, share, numbers, rest, scales, lows, packed);
-    else encode<1>(how, share, numbers, rest, scales, lows, packed);
+template <bool SUMS>
+__device__ __forceinline__ void encode_share(
+    const Encoder<SUMS>& how, const Share& share, const T* x, const T* old, T* rest, T* scales, T* lows, u8* packed,
+    bool wide) {
+    const Block block = share.of(x, old);
+    if (rest) rest += share.first();
+    packed += (u64)share.number * (share.block / 8) * how.bits;
+    if (wide && !share.last) encode<4>(how, share, block, rest, scales, lows, packed);
+    else encode<1>(how, share, block, rest, scales, lows, packed);
 }
 
-// Add factor times what codes stand for to rows of `out`, which have been loaded: the codes were on their way as well.
-template <int K, typename Value>
-__device__ __forceinline__ void add_values(
-    const Place& place, const u32 (&words)[8], T (&rows)[8][K], T* out, T factor, Value value) {
-#pragma unroll
-    for (int t = 0; t < 8; t++) {
-        if (!place.inside<K>(place.element(t))) continue;
-#pragma unroll
-        for (int k = 0; k < K; k++) rows[t][k] += factor * value(code_of(words[t], k));
-        store_row<K>(out + place.element(t), rows[t]);
-    }
+constexpr int RESIDENT = sizeof(T) == 4 ? 5 : 2;  // CUDA blocks of a multiprocessor: 20 or 8 warps, 128 or 256 bytes a thread
+
+extern "C" __global__ void __launch_bounds__(128, RESIDENT) encode_blocks(
+    const T* x, const T* old, T* rest, T* scales, T* lows, u8* packed, i64 size, i64 block, i64 whole, i64 wide, i64 log_team,
+    i64 grid, i64 rule, i64 bits, i64 levels, double shrink, i64 stochastic, u64 base, i64 start) {
+    const Encoder<false> how{(int)grid, (int)rule, (int)bits, (T)(int)levels, (T)shrink, stochastic != 0, base, start};
+    encode_share(how, Share(size, block, whole, log_team), x, old, rest, scales, lows, packed, wide);
+}
+
+extern "C" __global__ void __launch_bounds__(128) encode_blocks_by_sums(
+    const T* x, const T* old, T* rest, T* scales, T* lows, u8* packed, i64 size, i64 block, i64 whole, i64 wide, i64 log_team,
+    i64 grid, i64 rule, i64 bits, i64 levels, double shrink, i64 stochastic, u64 base, i64 start) {
+    const Encoder<true> how{(int)grid, (int)rule, (int)bits, (T)(int)levels, (T)shrink, stochastic != 0, base, start};
+    encode_share(how, Share(size, block, whole, log_team), x, old, rest, scales, lows, packed, wide);
 }
 
 // A code, below 256, as a float: the conversion of integers is slower than this sum.
 __device__ __forceinline__ T plain(u32 code) { return float_of(bits_of(MAGIC) | code) - MAGIC; }
 
 extern "C" __global__ void __launch_bounds__(256) decode_blocks(
-    const T* scales, const T* lows, const u8* packed, T* out, i64 size, i64 block, i64 grid, i64 bits, double factor,
-    i64 single, i64 wide) {
-    visit(size, block, wide, [&](auto width, const Place& place) {
+    const T* scales, const T* lows, const u8* packed, T* out, i64 size, i64 block, i64 whole, i64 wide, i64 grid,
+    i64 bits, double factor, i64 single) {
+    visit(size, block, whole, wide, [&](auto width, const Place& place) {
         constexpr int K = decltype(width)::value;
         const T by = (T)factor, scale = scales[single ? 0 : place.number];
         T* const target = out + place.first;
@@ -231,38 +256,23 @@ extern "C" __global__ void __launch_bounds__(256) decode_blocks(
             if (place.inside<K>(place.element(t))) load_row<K>(target + place.element(t), rows[t]);
         u32 words[8];
         unpack<K>(packed + place.first / 8 * bits + place.column, (int)bits, place.columns, words);
-        if (grid == PAIR) {
-            const T upper = scales[0], lower = scales[1];
-            add_values<K>(place, words, rows, target, by, [&](u32 code) { return code ? lower : upper; });
-        } else if (grid == RANGE) {
-            const T low = lows[place.number];
-            add_values<K>(place, words, rows, target, by, [&](u32 code) { return low + plain(code) * scale; });
-        } else {  // slope * code + origin, exact: code - upper, 1 - 2 code, 2 code - levels
-            const u32 upper = grid == SYMMETRIC ? 1u << (bits - 1) : 0;
-            const T slope = grid == SYMMETRIC ? T(1) : grid == SIGNS ? T(-2) : T(2);
-            const T origin = grid == SYMMETRIC ? -(T)upper : grid == SIGNS ? T(1) : -(T)((1 << bits) - 1);
-            add_values<K>(place, words, rows, target, by, [&](u32 code) {
-                return (slope * plain(code ^ upper) + origin) * scale;
-            });
-        }
-    });
-}
-
-extern "C" __global__ void __launch_bounds__(256) codes_valid(
-    const u8* packed, i64 size, i64 block, i64 bits, i64 smallest, i64 largest, i64 wide, u32* bad) {
-    visit(size, block, wide, [&](auto width, const Place& place) {
-        constexpr int K = decltype(width)::value;
-        const int upper = smallest < 0 ? 1 << (bits - 1) : 0;
-        u32 words[8];
-        unpack<K>(packed + place.first / 8 * bits + place.column, (int)bits, place.columns, words);
-        bool found = false;
+        // (slope code + origin) scale, the first product and sum exact: code - upper, 1 - 2 code, 2 code - levels
+        const u32 upper = grid == SYMMETRIC ? 1u << (bits - 1) : 0;
+        const T slope = grid == SIGNS ? T(-2) : grid == ODD ? T(2) : T(1);
+        const T origin = grid == SYMMETRIC ? -(T)upper : grid == SIGNS ? T(1) : grid == ODD ? -(T)((1 << bits) - 1) : T(0);
+        const T low = grid == RANGE ? lows[place.number] : T(0), other = grid == PAIR ? scales[1] : T(0);
 #pragma unroll
-        for (int t = 0; t < 8; t++)
+        for (int t = 0; t < 8; t++) {
+            if (!place.inside<K>(place.element(t))) continue;
 #pragma unroll
             for (int k = 0; k < K; k++) {
-                const int code = ((int)code_of(words[t], k) ^ upper) - upper;
-                found |= place.inside<K>(place.element(t)) ? code < smallest || code > largest : code_of(words[t], k) != 0;
+                const u32 code = code_of(words[t], k);
+                T value = (slope * plain(code ^ upper) + origin) * scale;
+                if (grid == RANGE) value = low + value;
+                if (grid == PAIR) value = code ? other : scale;
+                rows[t][k] += by * value;
             }
-        if (found) atomicOr(bad, 1u);
+            store_row<K>(target + place.element(t), rows[t]);
+        }
     });
 }

@@ -32,16 +32,16 @@ struct Team {
 // One block of numbers, x + old.
 struct Block {
     const T *x, *old;
-    int size, columns;
+    u32 size, columns;
 
-    __device__ __forceinline__ T operator[](int i) const { return with(old, i, x[i]); }
+    __device__ __forceinline__ T operator[](u32 i) const { return with(old, i, x[i]); }
 
     // K columns; zeros for the filling.
     template <int K>
-    __device__ __forceinline__ void load(int column, T (&v)[8][K]) const {
+    __device__ __forceinline__ void load(u32 column, T (&v)[8][K]) const {
 #pragma unroll
         for (int row = 0; row < 8; row++) {
-            const int i = row * columns + column;
+            const u32 i = row * columns + column;
             if (K > 1 || i < size) load_row<K>(x + i, v[row]);
             else v[row][0] = 0;
         }
@@ -49,7 +49,7 @@ struct Block {
         T other[8][K];  // all sixteen loads are under way before the first sum
 #pragma unroll
         for (int row = 0; row < 8; row++) {
-            const int i = row * columns + column;
+            const u32 i = row * columns + column;
             if (K > 1 || i < size) load_row<K>(old + i, other[row]);
             else other[row][0] = 0;
         }
@@ -70,6 +70,7 @@ __device__ __forceinline__ Ordered largest_of(const Team& team, Ordered value) {
     __shared__ Ordered of_warps[WARPS];
     if (threadIdx.x % WARP == 0) of_warps[threadIdx.x / WARP] = value;
     __syncthreads();
+#pragma unroll 1
     for (int warp = 0; warp < team.size / WARP; warp++) value = of_warps[warp] > value ? of_warps[warp] : value;
     __syncthreads();  // before the next call writes there
     return value;
@@ -106,7 +107,7 @@ __device__ __forceinline__ double sum_columns(const Team& team, const T (&v)[8][
 
 // What one lane adds of a level: elements lane + 32 m for m = FIRST, FIRST + STEP, ... below 32, halving as the tree.
 template <int STEP>
-__device__ __forceinline__ double sum_lane(const Block& block, int i, const Term& term) {
+__device__ __forceinline__ double sum_lane(const Block& block, u32 i, const Term& term) {
     if constexpr (STEP == WARP) return i < block.size ? term(block[i]) : 0.0;
     else return sum_lane<2 * STEP>(block, i, term) + sum_lane<2 * STEP>(block, i + STEP * WARP, term);
 }
@@ -114,15 +115,19 @@ __device__ __forceinline__ double sum_lane(const Block& block, int i, const Term
 // The tree for any block: a warp takes 1024 elements at a time, read once more. A team has at least one warp.
 __device__ __forceinline__ double sum_levels(Team team, Block block, Term term) {
     __shared__ double partial[2 * WARP];  // blocks have at most 65536 elements
-    const int warp = team.rank / WARP, warps = (team.size + WARP - 1) / WARP, lane = threadIdx.x % WARP;
+    const u32 warp = team.rank / WARP, warps = (team.size + WARP - 1) / WARP, lane = threadIdx.x % WARP;
     if (!team.one_warp() && team.rank < 2 * WARP) partial[team.rank] = 0;  // what fills up a level changes no sum
     team.wait();
     double sum = 0;
-    for (int level = warp; level * TREE < block.size; level += warps) {
-        const int start = level * TREE + lane;
+    for (u32 level = warp; level * TREE < block.size; level += warps) {
         sum = 0;
 #pragma unroll 1
-        for (int odd = 0; odd < 2; odd++) sum += sum_lane<2>(block, start + odd * WARP, term);
+        for (int one = 0; one < 2; one++) {  // bits 0 and 1 of m, the last to be folded, in loops: less machine code
+            double pair = 0;
+#pragma unroll 1
+            for (int two = 0; two < 4; two += 2) pair += sum_lane<4>(block, level * TREE + lane + (one + two) * WARP, term);
+            sum += pair;
+        }
         sum = fold_lanes(sum);
         if (!team.one_warp() && lane == 0) partial[level] = sum;
     }
@@ -133,52 +138,58 @@ __device__ __forceinline__ double sum_levels(Team team, Block block, Term term) 
     return sum;
 }
 
-// The smallest and the largest number of a block, or, unless RANGED, only the largest magnitude; NaN is beyond all.
+// The smallest and the largest number of a block or, unless `ranged`, the largest magnitude; NaN are beyond all.
 struct Extremes { Ordered low, high; };
 
-// Leaves each thread's first columns in `v`, which are all that it has where the team is large enough. All threads of the CUDA block come here.
-template <int K, bool RANGED>
-__device__ __forceinline__ Extremes extremes(const Team& team, const Block& block, T (&v)[8][K]) {
+// Leaves each thread's first columns in `v`, which are all that it has where the team is large enough. All threads of the
+// CUDA block come here.
+template <int K>
+__device__ __forceinline__ Extremes extremes(const Team& team, const Block& block, bool ranged, T (&v)[8][K]) {
     Extremes found{signed_of(Bits(~SIGN)), signed_of(SIGN)};
-    const int own = team.rank * K, step = team.size * K;
-    for (int turn = (block.columns - own + step - 1) / step - 1; turn >= 0; turn--) {
-        const int column = own + turn * step;
+    const u32 own = team.rank * K, step = team.size * K;
+    for (u32 turn = (block.columns + step - 1 - own) >> (31 - __clz(step)); turn-- > 0;) {
+        const u32 column = own + turn * step;
         block.load(column, v);
+        const auto take = [&](auto key) {
 #pragma unroll
-        for (int row = 0; row < 8; row++) {
-            if (K == 1 && row * block.columns + column >= block.size) continue;
+            for (int row = 0; row < 8; row++) {
+                if (K == 1 && row * block.columns + column >= block.size) continue;
 #pragma unroll
-            for (int k = 0; k < K; k++) {
-                const Ordered key = RANGED ? ordered(v[row][k]) : signed_of(magnitude(v[row][k]));
-                found.high = max(found.high, key);
-                if constexpr (RANGED) found.low = min(found.low, key);
+                for (int k = 0; k < K; k++) key(v[row][k]);
             }
+        };
+        if (ranged) {
+            take([&](T x) {
+                found.high = max(found.high, ordered(x));
+                found.low = min(found.low, ordered(x));
+            });
+        } else {
+            take([&](T x) { found.high = max(found.high, signed_of(magnitude(x))); });
         }
     }
     found.high = largest_of(team, found.high);
-    if constexpr (RANGED) found.low = ~largest_of(team, ~found.low);
+    if (ranged) found.low = ~largest_of(team, ~found.low);
     return found;
 }
 
-// Which team this thread is in, and of which block: whole blocks first, `teams` of them in a CUDA block; what is left
-// at the end is shared by one more CUDA block. `mpicomp.kernels.gpu.quantize.teams` makes the grid.
+// Which team this thread is in, and of which block. A CUDA block has `teams`, of 2^log_team threads, for as many whole
+// blocks; the last block, where it is not whole, has a CUDA block to itself. See `teams` of mpicomp/kernels/gpu/quantize.py.
 struct Share {
     Team team;
-    i64 number, first;
-    int whole, size;  // elements of a whole block and of this one: zero for a team without a block
+    u32 number, block, size;  // elements of any block, and of this one: zero for a team that has none
     bool last;
 
-    __device__ __forceinline__ Share(i64 all, i64 block, i64 team_size) {
-        const int each = (int)team_size, teams = blockDim.x / each;
-        const i64 blocks = all / block, grids = (blocks + teams - 1) / teams;
-        whole = (int)block;
-        last = blockIdx.x == grids;
-        team = last ? Team{(int)threadIdx.x, (int)blockDim.x} : Team{(int)threadIdx.x % each, each};
-        number = last ? blocks : (i64)blockIdx.x * teams + threadIdx.x / each;
-        first = number * block;
-        size = last ? (int)(all - first) : number < blocks ? (int)block : 0;
+    __device__ __forceinline__ Share(i64 all, i64 every, i64 whole, i64 log_team) {
+        const int log = (int)log_team, thread = threadIdx.x;
+        const u32 teams = blockDim.x >> log, blocks = (u32)whole;  // there are no 2^32 blocks: 128 GB
+        last = (u64)blockIdx.x * teams >= blocks;
+        team = last ? Team{thread, (int)blockDim.x} : Team{thread & ((1 << log) - 1), 1 << log};
+        number = last ? blocks : blockIdx.x * teams + (thread >> log);
+        block = (u32)every;
+        size = last ? (u32)(all - first()) : number < blocks ? block : 0;
     }
+    __device__ __forceinline__ i64 first() const { return (i64)number * block; }
     __device__ __forceinline__ Block of(const T* x, const T* old) const {
-        return {x + first, old ? old + first : old, size, (size + 7) / 8};
+        return {x + first(), old ? old + first() : old, size, (size + 7) / 8};
     }
 };
