@@ -225,7 +225,7 @@ def allgather(comm: Comm, message: Array, incoming: Sequence[Array], operation: 
 
 @contextmanager
 def readable(x: Array, total: Array) -> Iterator[tuple[Array, Array]]:
-    """Yield x and `total` where MPI may read and write them: themselves or, from a GPU, copies, the last copied back."""
+    """Yield x and `total` where MPI may read and write them: themselves or, from a GPU, copies that are copied back."""
     if on_device(x) and gpu_aware():
         Copied().wait()  # what writes x has come to its end
         yield x, total
