@@ -172,7 +172,7 @@ extern "C" __global__ void __launch_bounds__(256) emit(const T* source, const T*
     for (int s = 0; s < TILES; s++) {
         const u64 segment = __shfl_sync(ALL, mine, s);
         const int length = (int)(segment & 0xffff);
-#pragma unroll 4
+#pragma unroll 2
         for (int c = lane; c < length; c += WARP) {
             const Bits one = magnitude(from[(segment >> 16) + c]);
             above += one > threshold.exact;
