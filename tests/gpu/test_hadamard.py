@@ -66,6 +66,12 @@ def test_spread(device, dtype, size):
         same(device, "spread", x, rest, poisoned(coefficients(size), dtype), BASE, START, shift=number)
 
 
+def test_spread_of_nothing_but_zeros(device):
+    """Signs of zeros add up to zeros of either sign."""
+    for start in range(8):
+        same(device, "spread", np.zeros(54, np.float32), None, poisoned(64, "float32"), BASE, start)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("size", [0, 1, 55, 1740, 3481, 3482, 2 * 3481 + 1741])
 def test_unspread(device, dtype, size):

@@ -39,6 +39,12 @@ def test_orthogonalise_what_hangs_together(device, turns, dtype):
     same(device, "orthogonalise", np.zeros((1, 1), dtype), BASE)
 
 
+def test_orthogonalise_columns_that_depend_on_few(device):
+    """Rounding makes what a projection leaves mostly another column's again: several rounds, and random columns."""
+    p = matrix(70, 20, "float64") @ matrix(20, 40, "float64", 1)
+    same(device, "orthogonalise", np.ascontiguousarray(p), BASE)
+
+
 @DTYPES
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_orthogonalise_ends_for_what_is_not_finite(device, dtype, value):

@@ -21,7 +21,7 @@ __device__ __noinline__ double pass(
     for (i64 quarter = warp; quarter < 4 * blocks; quarter += warps) {
         const i64 begins = quarter / 4 * TREE;
         const int first = (int)(quarter % 4) * WARP + lane;
-        const int stop = (int)min(size - begins, (i64)TREE);
+        const int stop = (int)min(size - begins, (i64)TREE), full = filled(stop);
         double* own = v + begins + first;
         double value[8], term[8];
 #pragma unroll
@@ -43,14 +43,17 @@ __device__ __noinline__ double pass(
         }
         if (!w) {
 #pragma unroll
-            for (int c = 0; c < 8; c++)
-                if (first + 128 * c < stop && fabs(value[c]) > largest) largest = fabs(value[c]);
+            for (int c = 0; c < 8; c++) largest = fabs(value[c]) > largest ? fabs(value[c]) : largest;
             continue;
+        }
+        if (w != v) {
+#pragma unroll
+            for (int c = 0; c < 8; c++) term[c] = first + 128 * c < stop ? w[begins + first + 128 * c] : 0.0;
         }
 #pragma unroll
         for (int c = 0; c < 8; c++) {
             const int i = first + 128 * c;
-            term[c] = i < stop ? value[c] * (w == v ? value[c] : w[begins + i]) : missing(i, stop);
+            term[c] = i < stop ? value[c] * (w == v ? value[c] : term[c]) : missing(i, full);
         }
         room[quarter * QUARTER + lane] = fold_own(term);
     }

@@ -12,21 +12,16 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) rotate(const T* x, c
     int rotated = 0;  // numbers at the beginning of the chunk that the one before has rotated
     for (;;) {
         T v[EACH];
+        load_clipped(v, x + first, old ? old + first : nullptr, rotated, length);
+        if (rotated) {
 #pragma unroll
-        for (int k = 0; k < EACH; k++) {
-            const int j = threadIdx.x + k * WIDE;
-            v[k] = 0;
-            if (j < rotated)
-                v[k] = y[first + j];
-            else if (j < length)
-                v[k] = clipped(with(old, first + j, x[first + j]));
+            for (int k = 0; k < EACH; k++) {
+                const int j = threadIdx.x + k * WIDE;
+                if (j < rotated) v[k] = y[first + j];
+            }
         }
         forth(v, shared, length, base, (u64)counter);
-#pragma unroll
-        for (int k = 0; k < EACH; k++) {
-            const int j = threadIdx.x + k * WIDE;
-            if (j < length) y[first + j] = v[k];
-        }
+        store(v, y + first, length);
         if (!last || first + chunk == size) return;
         rotated = (int)(first + 2 * chunk - size);
         first = size - chunk;
@@ -45,17 +40,9 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) unrotate(T* y, i64 s
         const i64 first = overlapping ? size - chunk : own;
         const i64 counter = overlapping ? start + size - width_of(length) : start + own;
         T v[EACH];
-#pragma unroll
-        for (int k = 0; k < EACH; k++) {
-            const int j = threadIdx.x + k * WIDE;
-            v[k] = j < length ? y[first + j] : 0;
-        }
+        load(v, y + first, length);
         back(v, shared, length, base, (u64)counter);
-#pragma unroll
-        for (int k = 0; k < EACH; k++) {
-            const int j = threadIdx.x + k * WIDE;
-            if (j < length) y[first + j] = v[k];
-        }
+        store(v, y + first, length);
         if (!overlapping) return;
         overlapping = false;
         __syncthreads();  // the overlap is read by other threads than have written it
@@ -91,12 +78,9 @@ extern "C" __global__ void __launch_bounds__(256) spread(const T* x, const T* ol
     const int length = piece.length;
     const u64 counter = (u64)(start + piece.at);
     T rest[EACH], sum[EACH];
+    load_clipped(rest, x + piece.first, old ? old + piece.first : nullptr, 0, piece.count);
 #pragma unroll
-    for (int k = 0; k < EACH; k++) {
-        const int j = threadIdx.x + k * WIDE;
-        rest[k] = j < piece.count ? clipped(with(old, piece.first + j, x[piece.first + j])) : 0;
-        sum[k] = (T)-0.0;  // the zero that changes nothing
-    }
+    for (int k = 0; k < EACH; k++) sum[k] = (T)-0.0;  // the zero that changes nothing
     const double down = sizeof(T) == 4 ? 1.0 : 0x1p-500;  // no square of a double overflows
     double sums[CHUNK / TREE];
 #pragma unroll
@@ -133,43 +117,47 @@ extern "C" __global__ void __launch_bounds__(256) spread(const T* x, const T* ol
             if ((int)threadIdx.x + k * WIDE < piece.count) rest[k] -= part[k];
         level *= (T)0.9;
     }
-#pragma unroll
-    for (int k = 0; k < EACH; k++) {
-        const int j = threadIdx.x + k * WIDE;
-        if (j < length) a[piece.at + j] = sum[k];
-    }
+    store(sum, a + piece.at, length);
 }
 
 extern "C" __global__ void __launch_bounds__(256, RESIDENT) unspread(const T* a, T* out, i64 size, u64 base, i64 start) {
     __align__(16) __shared__ T shared[ROOM];
     const Piece piece = piece_of(blockIdx.x, size);
     T v[EACH];
-#pragma unroll
-    for (int k = 0; k < EACH; k++) {
-        const int j = threadIdx.x + k * WIDE;
-        v[k] = j < piece.length ? a[piece.at + j] : 0;
-    }
+    load(v, a + piece.at, piece.length);
     back(v, shared, piece.length, base, (u64)(start + piece.at));
-#pragma unroll
-    for (int k = 0; k < EACH; k++) {
-        const int j = threadIdx.x + k * WIDE;
-        if (j < piece.count) out[piece.first + j] = v[k];
-    }
+    store(v, out + piece.first, piece.count);
 }
 
 // The sums of y * y and of y * z over each block of the tree, `room` apart; a warp a block.
 extern "C" __global__ void __launch_bounds__(256) products(const T* y, const T* z, i64 size, double* sums, i64 room) {
     const i64 blocks = (size + TREE - 1) / TREE;
     for (i64 block = thread_of_grid() / WARP; block < blocks; block += threads_of_grid() / WARP) {
-        const T *left = y + block * TREE, *right = z + block * TREE;
-        const int stop = (int)min(size - block * TREE, (i64)TREE);
-        const double same = fold_tree(TREE, [&](int i) {
-            return i < stop ? (double)left[i] * (double)left[i] : missing(i, stop);
-        });
-        const double mixed = fold_tree(TREE, [&](int i) {
-            return i < stop ? (double)left[i] * (double)right[i] : missing(i, stop);
-        });
-        if (threadIdx.x % WARP == 0) {
+        const int stop = (int)min(size - block * TREE, (i64)TREE), full = filled(stop), lane = threadIdx.x % WARP;
+        double same = 0.0, mixed = 0.0;
+#pragma unroll 1
+        for (int half = 0; half < 2; half++) {  // numbers 64 apart: all folds but those of 32 and of lanes
+            const T *left = y + block * TREE + half * WARP + lane, *right = z + block * TREE + half * WARP + lane;
+            T a[16], b[16];
+            double square[16], product[16];
+#pragma unroll
+            for (int k = 0; k < 16; k++) {
+                const bool there = half * WARP + lane + 64 * k < stop;
+                a[k] = there ? left[64 * k] : 0;
+                b[k] = there ? right[64 * k] : 0;
+            }
+#pragma unroll
+            for (int k = 0; k < 16; k++) {
+                const int i = half * WARP + lane + 64 * k;
+                square[k] = i < stop ? (double)a[k] * (double)a[k] : missing(i, full);
+                product[k] = i < stop ? (double)a[k] * (double)b[k] : missing(i, full);
+            }
+            same = half ? same + fold_own(square) : fold_own(square);
+            mixed = half ? mixed + fold_own(product) : fold_own(product);
+        }
+        same = fold_lanes(same);
+        mixed = fold_lanes(mixed);
+        if (lane == 0) {
             sums[block] = same;
             sums[room + block] = mixed;
         }

@@ -109,3 +109,41 @@ __device__ __forceinline__ T clipped(T value) {
     value = value < limit ? value : limit;
     return value > -limit ? value : -limit;
 }
+
+// Set v to x + old, clipped, for numbers from `from` up to `stop`, and to zero elsewhere. All of it is asked for before
+// any of it is used.
+__device__ __forceinline__ void load_clipped(T (&v)[EACH], const T* x, const T* old, int from, int stop) {
+    T more[EACH];
+#pragma unroll
+    for (int k = 0; k < EACH; k++) {
+        const int j = threadIdx.x + k * WIDE;
+        v[k] = from <= j && j < stop ? x[j] : 0;
+    }
+    if (old) {
+#pragma unroll
+        for (int k = 0; k < EACH; k++) {
+            const int j = threadIdx.x + k * WIDE;
+            more[k] = from <= j && j < stop ? old[j] : 0;
+        }
+#pragma unroll
+        for (int k = 0; k < EACH; k++) v[k] += more[k];
+    }
+#pragma unroll
+    for (int k = 0; k < EACH; k++) v[k] = clipped(v[k]);
+}
+
+// Numbers of an array from and to memory, zeros for those that are not there.
+__device__ __forceinline__ void load(T (&v)[EACH], const T* from, int stop) {
+#pragma unroll
+    for (int k = 0; k < EACH; k++) {
+        const int j = threadIdx.x + k * WIDE;
+        v[k] = j < stop ? from[j] : 0;
+    }
+}
+__device__ __forceinline__ void store(const T (&v)[EACH], T* to, int stop) {
+#pragma unroll
+    for (int k = 0; k < EACH; k++) {
+        const int j = threadIdx.x + k * WIDE;
+        if (j < stop) to[j] = v[k];
+    }
+}

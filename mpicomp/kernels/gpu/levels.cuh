@@ -27,6 +27,6 @@ __device__ double total(double* sums, i64 count) {
     return *sums;
 }
 
-// What stands for number i of a block's last `size` where i >= size: a fold adds zeros up to a power of two, and beyond
-// that nothing, for which -0 stands.
-__device__ __forceinline__ double missing(int i, int size) { return i < filled(size) ? 0.0 : -0.0; }
+// What stands for a number i that a block filled up to `full` has not: a zero, and beyond that, where a fold adds
+// nothing, -0, which changes nothing.
+__device__ __forceinline__ double missing(int i, int full) { return i < full ? 0.0 : -0.0; }

@@ -14,7 +14,7 @@ __device__ __forceinline__ i64 begin(const i64* places, int kind, i64 count, i64
 }
 
 // `work`: for each matrix, its columns, and room for sums where they do not fit into shared memory.
-extern "C" __global__ void __launch_bounds__(512) orthogonalise(T* p, i64 size, i64 rank, const i64* places, const u64* bases, u64 base, double least, double* work, i64 stride) {
+extern "C" __global__ void __launch_bounds__(512) orthogonalise(T* __restrict__ p, i64 size, i64 rank, const i64* places, const u64* bases, u64 base, double least, double* __restrict__ work, i64 stride) {
     __shared__ double near[INSIDE * (4 * QUARTER + 1) + 2];
     T* own = p + begin(places, P, gridDim.x, blockIdx.x);
     double* columns = work + blockIdx.x * stride;
@@ -195,11 +195,14 @@ __device__ __forceinline__ void project_rows(
 #pragma unroll
     for (int e = 0; e < SUMS; e++) sums[e] = 0;
     for (i64 column = threadIdx.x; column < columns; column += 256) {
-        T value[ROWS];
+        T value[ROWS], rest[ROWS];
 #pragma unroll
-        for (int i = 0; i < ROWS; i++) {
-            const i64 at = place + i * columns + column;
-            value[i] = i < stop ? with(old, at, x[at]) : 0;
+        for (int i = 0; i < ROWS; i++) value[i] = x[place + min(i, stop - 1) * columns + column];
+        if (old) {  // rows beyond the last are copies of it, whose sums nobody reads
+#pragma unroll
+            for (int i = 0; i < ROWS; i++) rest[i] = old[place + min(i, stop - 1) * columns + column];
+#pragma unroll
+            for (int i = 0; i < ROWS; i++) value[i] += rest[i];
         }
         if (writes) {
 #pragma unroll
