@@ -8,6 +8,7 @@ from compare import normal, poisoned, same
 
 from mpicomp.codecs.checks import packed_bytes
 from mpicomp.kernels import cpu, gpu
+from mpicomp.kernels.gpu import launch
 
 DTYPES = ["float32", "float64"]
 LEVELS = {  # of so many bits
@@ -110,6 +111,17 @@ def test_given_and_shared_scales(device, random, dtype):
     encode(device, x, x[::-1].copy(), "symmetric", "shared", 4, 1024, scales=np.array([0, 9, 4], dtype), **options)
 
 
+@pytest.mark.parametrize("block", [24, 256, 8192])
+def test_in_place(device, block):
+    """What is left out may replace the numbers or the residual: each is read before it is written."""
+    size = block + 100
+    for aliased in 0, 1:
+        x, old = normal(size), normal(size, seed=1)
+        scales, packed = poisoned(-(-size // block), "float32"), poisoned(packed_bytes(size, 4, block), np.uint8)
+        new = (x, old)[aliased]
+        same(device, "encode_blocks", x, old, new, scales, None, packed, "symmetric", "largest", 4, block, 7)
+
+
 def extremes(dtype):
     """Blocks of 32 with every kind of number; no sum of two of them is infinity less infinity."""
     info = np.finfo(dtype)
@@ -193,5 +205,6 @@ def test_codes_valid(device, bits):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [0, 1, 256, 1027])
-def test_fill_uniform(device, size, dtype):
+def test_fill_uniform(device, monkeypatch, size, dtype):
+    monkeypatch.setattr(launch, "BLOCKS", 2)
     same(device, "fill_uniform", poisoned(size, dtype), 0x123456789ABCDEF0)

@@ -13,8 +13,8 @@ extern "C" __global__ void __launch_bounds__(256) codes_valid(
         for (int t = 0; t < 8; t++)
 #pragma unroll
             for (int k = 0; k < K; k++) {
-                const int code = ((int)code_of(words[t], k) ^ upper) - upper;
-                found |= place.inside<K>(place.element(t)) ? code < smallest || code > largest : code_of(words[t], k) != 0;
+                const int stored = (int)code_of(words[t], k), code = (stored ^ upper) - upper;
+                found |= place.inside<K>(place.element(t)) ? code < smallest || code > largest : stored != 0;
             }
         if (found) atomicOr(bad, 1u);
     });

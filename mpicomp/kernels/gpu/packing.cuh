@@ -22,23 +22,26 @@ struct Place {
 template <int K>
 struct Width { static constexpr int value = K; };
 
-// Call act(Width, Place) for the columns of this thread, in a grid as `columns` of mpicomp/kernels/gpu/quantize.py makes
+// Call act(Width, Place) for the columns of this thread, in a grid as `visits` of mpicomp/kernels/gpu/packing.py makes
 // it: those of the whole blocks, four a thread if `wide`; then those of the last block, where it is none of them.
 template <typename Act>
 __device__ __forceinline__ void visit(i64 size, i64 block, i64 whole, i64 wide, Act act) {
     const u32 columns = (u32)block / 8, each = wide ? columns / 4 : columns;  // threads of a block
-    const i64 threads = whole * each, grids = (threads + blockDim.x - 1) / (u32)blockDim.x;
+    const int log = 31 - __clz(blockDim.x);
+    const i64 threads = whole * each, grids = (threads + blockDim.x - 1) >> log, thread = thread_of_grid();
+    Place place;
     if (blockIdx.x < grids) {
-        const i64 thread = thread_of_grid();
         if (thread >= threads) return;
         const u32 number = (u32)thread / each, part = (u32)thread % each;  // there are no 2^32 threads: 32 GB, or 128
-        if (wide) act(Width<4>{}, Place{number, number * block, (u32)block, columns, 4 * part});
-        else act(Width<1>{}, Place{number, number * block, (u32)block, columns, part});
+        place = {number, number * block, (u32)block, columns, wide ? 4 * part : part};
     } else {
-        const u32 rest = (u32)(size - whole * block), last = (rest + 7) / 8;
-        const i64 column = thread_of_grid() - grids * blockDim.x;
-        if (column < last) act(Width<1>{}, Place{whole, whole * block, rest, last, (u32)column});
+        wide = 0;
+        const u32 rest = (u32)(size - whole * block);
+        place = {whole, whole * block, rest, (rest + 7) / 8, (u32)(thread - (grids << log))};
+        if (place.column >= place.columns) return;
     }
+    if (wide) act(Width<4>{}, place);
+    else act(Width<1>{}, place);
 }
 
 // Four or one numbers of memory at a time.

@@ -93,7 +93,8 @@ __device__ __noinline__ T quotient(T x, T y) { return x / y; }
 
 // Rows of K numbers, from element `at` of the unit on, as codes, and what those stand for.
 template <int K, bool SUMS>
-__device__ __forceinline__ u32 code_nothing(const Encoder<SUMS>&, const Scale& scale, i64, const T (&)[K], T (&stands)[K]) {
+__device__ __forceinline__ u32 code_nothing(
+    const Encoder<SUMS>&, const Scale& scale, i64, const T (&)[K], T (&stands)[K]) {
 #pragma unroll
     for (int k = 0; k < K; k++) stands[k] = scale.sent_low;
     return 0;
@@ -172,7 +173,8 @@ __device__ __forceinline__ void encode(
 #pragma unroll
         for (int i = 0; i < 8 * K; i++) v[i / K][i % K] = 0;  // of teams without a block, which sum along
     }
-    const Scale scale = scale_of<K>(how, team, block, v, exact, how.rule == SHARED && share.size ? scales + share.number : scales);
+    const T* given = how.rule == SHARED && share.size ? scales + share.number : scales;
+    const Scale scale = scale_of<K>(how, team, block, v, exact, given);
     team.wait();  // SHARED: all have read the scale
     if (team.rank == 0 && share.size) {
         if (how.rule != GIVEN) scales[share.number] = scale.sent;
@@ -224,18 +226,19 @@ __device__ __forceinline__ void encode_share(
     else encode<1>(how, share, block, rest, scales, lows, packed);
 }
 
-constexpr int RESIDENT = sizeof(T) == 4 ? 5 : 2;  // CUDA blocks of a multiprocessor: 20 or 8 warps, 128 or 256 bytes a thread
+// CUDA blocks on a multiprocessor, at least; they have 64 KB of loads under way, 128 with a residual.
+constexpr int RESIDENT = sizeof(T) == 4 ? 4 : 2;
 
 extern "C" __global__ void __launch_bounds__(128, RESIDENT) encode_blocks(
-    const T* x, const T* old, T* rest, T* scales, T* lows, u8* packed, i64 size, i64 block, i64 whole, i64 wide, i64 log_team,
-    i64 grid, i64 rule, i64 bits, i64 levels, double shrink, i64 stochastic, u64 base, i64 start) {
+    const T* x, const T* old, T* rest, T* scales, T* lows, u8* packed, i64 size, i64 block, i64 whole, i64 wide,
+    i64 log_team, i64 grid, i64 rule, i64 bits, i64 levels, double shrink, i64 stochastic, u64 base, i64 start) {
     const Encoder<false> how{(int)grid, (int)rule, (int)bits, (T)(int)levels, (T)shrink, stochastic != 0, base, start};
     encode_share(how, Share(size, block, whole, log_team), x, old, rest, scales, lows, packed, wide);
 }
 
-extern "C" __global__ void __launch_bounds__(128) encode_blocks_by_sums(
-    const T* x, const T* old, T* rest, T* scales, T* lows, u8* packed, i64 size, i64 block, i64 whole, i64 wide, i64 log_team,
-    i64 grid, i64 rule, i64 bits, i64 levels, double shrink, i64 stochastic, u64 base, i64 start) {
+extern "C" __global__ void __launch_bounds__(128, RESIDENT) encode_blocks_by_sums(
+    const T* x, const T* old, T* rest, T* scales, T* lows, u8* packed, i64 size, i64 block, i64 whole, i64 wide,
+    i64 log_team, i64 grid, i64 rule, i64 bits, i64 levels, double shrink, i64 stochastic, u64 base, i64 start) {
     const Encoder<true> how{(int)grid, (int)rule, (int)bits, (T)(int)levels, (T)shrink, stochastic != 0, base, start};
     encode_share(how, Share(size, block, whole, log_team), x, old, rest, scales, lows, packed, wide);
 }
@@ -258,8 +261,10 @@ extern "C" __global__ void __launch_bounds__(256) decode_blocks(
         unpack<K>(packed + place.first / 8 * bits + place.column, (int)bits, place.columns, words);
         // (slope code + origin) scale, the first product and sum exact: code - upper, 1 - 2 code, 2 code - levels
         const u32 upper = grid == SYMMETRIC ? 1u << (bits - 1) : 0;
-        const T slope = grid == SIGNS ? T(-2) : grid == ODD ? T(2) : T(1);
-        const T origin = grid == SYMMETRIC ? -(T)upper : grid == SIGNS ? T(1) : grid == ODD ? -(T)((1 << bits) - 1) : T(0);
+        T slope = 1, origin = 0;
+        if (grid == SYMMETRIC) origin = -(T)upper;
+        if (grid == SIGNS) slope = -2, origin = 1;
+        if (grid == ODD) slope = 2, origin = -(T)((1 << bits) - 1);
         const T low = grid == RANGE ? lows[place.number] : T(0), other = grid == PAIR ? scales[1] : T(0);
 #pragma unroll
         for (int t = 0; t < 8; t++) {

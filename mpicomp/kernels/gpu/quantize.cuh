@@ -125,7 +125,8 @@ __device__ __forceinline__ double sum_levels(Team team, Block block, Term term) 
         for (int one = 0; one < 2; one++) {  // bits 0 and 1 of m, the last to be folded, in loops: less machine code
             double pair = 0;
 #pragma unroll 1
-            for (int two = 0; two < 4; two += 2) pair += sum_lane<4>(block, level * TREE + lane + (one + two) * WARP, term);
+            for (int two = 0; two < 4; two += 2)
+                pair += sum_lane<4>(block, level * TREE + lane + (one + two) * WARP, term);
             sum += pair;
         }
         sum = fold_lanes(sum);
@@ -141,8 +142,8 @@ __device__ __forceinline__ double sum_levels(Team team, Block block, Term term) 
 // The smallest and the largest number of a block or, unless `ranged`, the largest magnitude; NaN are beyond all.
 struct Extremes { Ordered low, high; };
 
-// Leaves each thread's first columns in `v`, which are all that it has where the team is large enough. All threads of the
-// CUDA block come here.
+// Leaves each thread's first columns in `v`, which are all that it has where the team is large enough. All threads of
+// the CUDA block come here.
 template <int K>
 __device__ __forceinline__ Extremes extremes(const Team& team, const Block& block, bool ranged, T (&v)[8][K]) {
     Extremes found{signed_of(Bits(~SIGN)), signed_of(SIGN)};
@@ -173,7 +174,7 @@ __device__ __forceinline__ Extremes extremes(const Team& team, const Block& bloc
 }
 
 // Which team this thread is in, and of which block. A CUDA block has `teams`, of 2^log_team threads, for as many whole
-// blocks; the last block, where it is not whole, has a CUDA block to itself. See `teams` of mpicomp/kernels/gpu/quantize.py.
+// blocks; the last block, where it is not whole, has a CUDA block to itself. `teams` of quantize.py makes the grid.
 struct Share {
     Team team;
     u32 number, block, size;  // elements of any block, and of this one: zero for a team that has none
