@@ -4,9 +4,21 @@ from mpicomp.kernels.gpu.bounded import bounded_valid, decode_bounded, encode_bo
 from mpicomp.kernels.gpu.convert import narrow, narrow_residual, widen, widen_add
 from mpicomp.kernels.gpu.floats import decode_floats, decode_powers, encode_floats, encode_powers
 from mpicomp.kernels.gpu.hadamard import left_out, products, rotate, spread, unrotate, unspread
-from mpicomp.kernels.gpu.integer import add_codes, block_tops, decode_sums, pack_sums
+from mpicomp.kernels.gpu.indices import (
+    add_bitmap,
+    add_elias_fano,
+    ascending,
+    bits_set,
+    decode_bitmap,
+    decode_elias_fano,
+    encode_bitmap,
+    encode_elias_fano,
+)
+from mpicomp.kernels.gpu.integer import block_tops, decode_sums
 from mpicomp.kernels.gpu.linalg import back_project, orthogonalise, outer, outer_add
-from mpicomp.kernels.gpu.quantize import codes_valid, decode_blocks, encode_blocks
+from mpicomp.kernels.gpu.merge import add_marked, collect, count_marks, mark_first, merge
+from mpicomp.kernels.gpu.packing import add_codes, codes_valid, pack_sums
+from mpicomp.kernels.gpu.quantize import decode_blocks, encode_blocks
 from mpicomp.kernels.gpu.random import fill_uniform
 from mpicomp.kernels.gpu.scatter import gather, gather_residual, put_at, scatter_add
 from mpicomp.kernels.gpu.select import select_above, select_top
@@ -17,21 +29,32 @@ from mpicomp.kernels.gpu.top import block_top_k
 
 __all__ = [
     "add",
+    "add_bitmap",
     "add_codes",
+    "add_elias_fano",
+    "add_marked",
+    "ascending",
     "axpy",
     "back_project",
+    "bits_set",
     "block_top_k",
     "block_tops",
     "bounded_valid",
     "codes_valid",
+    "collect",
+    "count_marks",
+    "decode_bitmap",
     "decode_blocks",
     "decode_bounded",
+    "decode_elias_fano",
     "decode_floats",
     "decode_powers",
     "decode_sums",
     "divide",
+    "encode_bitmap",
     "encode_blocks",
     "encode_bounded",
+    "encode_elias_fano",
     "encode_floats",
     "encode_powers",
     "encode_sign",
@@ -40,6 +63,8 @@ __all__ = [
     "gather_residual",
     "largest",
     "left_out",
+    "mark_first",
+    "merge",
     "moments",
     "narrow",
     "narrow_residual",
