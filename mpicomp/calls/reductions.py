@@ -185,7 +185,8 @@ def packed(
     flats = [bits(x) for x in xs]
     layout, dtype = form.layout, flats[0].dtype
     x = np.concatenate(flats, out=buffer("packed x", layout.size, dtype.name))
-    total = fresh("", layout.size, dtype.name) if outs is None else buffer("packed total", layout.size, dtype.name)
+    new = outs is None
+    total = empty(layout.size, dtype.name, form.device) if new else buffer("packed total", layout.size, dtype.name)
     reduce(x, total)
     parts = [total[unit.where] for unit in layout.units]
     if outs is None:

@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from mpicomp.arrays import Array
+from mpicomp.arrays import Array, on_device
 from mpicomp.codecs.base import Key
 from mpicomp.codecs.checks import is_number
 from mpicomp.errors import WireFormatError
@@ -165,7 +165,7 @@ def _words_at(size: int) -> int:
 def _parts(message: Array, size: int) -> tuple[Array, Array]:
     """Return the headers and words of a message; WireFormatError where it is too short or contradicts itself."""
     start = _words_at(size)
-    if not message.flags.aligned or message.ctypes.data % 8:
+    if not on_device(message) and (not message.flags.aligned or message.ctypes.data % 8):
         message = message.copy()
     used = int(message[:LENGTH].view("<u8")[0]) if message.size >= LENGTH else 0
     if not start <= used <= message.size or used % 8:

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from mpicomp.arrays import Array
+from mpicomp.arrays import Array, on_device
 from mpicomp.codecs.base import Codec, Key
 from mpicomp.codecs.checks import check_density, kept, sparse_block
 from mpicomp.codecs.sparse import Values, check_values, contracts
@@ -74,13 +74,15 @@ class RandomK(Spec):
         """The payload of an array of `size` elements of work dtype `dtype`."""
         return Values(self.values).fields(kept(self.density, size), dtype)
 
-    def support(self, size: int, key: Key) -> Array:
-        """Return the places that are kept, (k,) uint32, ascending; not to be written to."""
-        return _support(size, kept(self.density, size), key.shared().base(), key.start)
+    def support(self, x: Array, key: Key) -> Array:
+        """Return the places that are kept of x, (k,) uint32, ascending, where x is; not to be written to."""
+        wanted = (x.size, kept(self.density, x.size), key.shared().base(), key.start)
+        # On a GPU it is drawn for the stream that is current: another one's may not be there yet.
+        return kernels_for(x).random_support(*wanted) if on_device(x) else _support(*wanted)
 
     def encode(self, x: Array, payload: Payload, key: Key) -> int:
         """Write x into `payload`; return the bytes used."""
-        how, places = Values(self.values), self.support(x.size, key)
+        how, places = Values(self.values), self.support(x, key)
         values = how.room(places.size, payload, x)
         kernels_for(x).gather(x, places, values, self._factor(x.size))
         how.encode(values, payload, None, None, key)
@@ -88,7 +90,7 @@ class RandomK(Spec):
 
     def encode_residual(self, x: Array, old: Array | None, payload: Payload, new: Array, key: Key) -> int:
         """Encode x + old and set new = x + old - decode(payload); return the bytes used."""
-        how, places, factor = Values(self.values), self.support(x.size, key), self._factor(x.size)
+        how, places, factor = Values(self.values), self.support(x, key), self._factor(x.size)
         kernels = kernels_for(x)
         if self.values is None:
             kernels.gather_residual(x, old, new, places, payload[0], factor)
@@ -101,7 +103,7 @@ class RandomK(Spec):
 
     def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0) -> None:
         """Add scale * decode(payload) to `out`."""
-        places = self.support(out.size, key)
+        places = self.support(out, key)
         values = Values(self.values).decode(payload, places.size, out, key)
         kernels_for(out).scatter_add(places, values, out, scale)
 

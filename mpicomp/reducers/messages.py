@@ -62,6 +62,11 @@ class Envelope:
         """The bytes that are sent or received."""
         return self.host[: self.length]
 
+    def bring(self) -> None:
+        """Copy what was written on a GPU to where it travels."""
+        if self.host is not self.buffer:
+            fetch(self.buffer, self.host).wait()
+
     def settle(self) -> None:
         """Return when the last message has left the memory that is received into."""
         if self._copied is not None:
@@ -147,13 +152,14 @@ class Message(Envelope):
 
     def decode_add(self, out: Array, state: State, stage: int, rank: int, scale: float = 1.0) -> None:
         """Add scale times the decoded pieces to `out`."""
-        for piece, place, payload in zip(self.pieces, self.places, self._received(), strict=False):
+        for piece, place, payload in zip(self.pieces, self.places, self.received(), strict=False):
             self.codec.decode_add(payload, out[place], state.key(piece, stage, rank), scale)
 
-    def _received(self) -> list[Payload]:
+    def received(self) -> list[Payload]:
         """The payloads of a message that is complete."""
         if self.host is not self.buffer and not (self.stays and self.fixed):
-            self._copied = put(self.host[: self.length], self.buffer[: self.length])
+            end = self.host.size if self.stays else self.length
+            self._copied = put(self.host[:end], self.buffer[:end])
         return self.payloads if self.fixed or not self.pieces else self.layout.cut(self.buffer, self.host)
 
 

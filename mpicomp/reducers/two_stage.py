@@ -151,14 +151,14 @@ class TwoStage(Remembering, Spec):
 @np.errstate(over="ignore", invalid="ignore")  # the caller looks at the result
 def _sum_payloads(messages: list[Message], total: Message) -> bool:
     """Sum the payloads of a linear codec in rank order; return whether the sums are finite."""
-    finite = True
+    received = [message.received() for message in messages]
     for place, payload in enumerate(total.payloads):
         for number, values in enumerate(payload):
-            values[...] = messages[0].payloads[place][number]
-            for message in messages[1:]:
-                values += message.payloads[place][number]
-            finite &= bool(np.isfinite(values).all())
-    return finite
+            values[...] = received[0][place][number]
+            for payloads in received[1:]:
+                values += payloads[place][number]
+    total.bring()
+    return all(bool(np.isfinite(values).all()) for payload in total.seen for values in payload)
 
 
 class _Buffers:

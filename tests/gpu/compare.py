@@ -28,12 +28,14 @@ def equal_bytes(name: str, mine: np.ndarray[Any, Any], theirs: np.ndarray[Any, A
     )
 
 
-def same(device: Any, name: str, *arguments: Any, shift: int = 0, **options: Any) -> tuple[Any, list[Any]]:
+def same(
+    device: Any, name: str, *arguments: Any, shift: int | tuple[int, ...] = 0, **options: Any
+) -> tuple[Any, list[Any]]:
     """Call kernel `name` of both with copies of the arguments; all arrays and the result must be equal to the bit.
 
     An array given twice is one array in both calls. With `shift`, every array begins that many elements into an
-    allocation, as units of a bucket do: not where sixteen bytes may be read at once. Returns the result and the arrays
-    as the CPU left them.
+    allocation, as units of a bucket do: not where sixteen bytes may be read at once; a tuple has one shift for each
+    different array. Returns the result and the arrays as the CPU left them.
     """
     hosts: dict[int, Any] = {}
     devices: dict[int, Any] = {}
@@ -45,9 +47,10 @@ def same(device: Any, name: str, *arguments: Any, shift: int = 0, **options: Any
         if not isinstance(value, np.ndarray):
             return value
         if id(value) not in devices:
-            whole = device.empty(value.size + shift, value.dtype)
-            whole[shift:].set(value.reshape(-1))
-            devices[id(value)] = whole[shift:].reshape(value.shape)
+            off = shift if isinstance(shift, int) else shift[len(devices)]
+            whole = device.empty(value.size + off, value.dtype)
+            whole[off:].set(value.reshape(-1))
+            devices[id(value)] = whole[off:].reshape(value.shape)
         return devices[id(value)]
 
     theirs = getattr(cpu, name)(*map(host, arguments), **{key: host(value) for key, value in options.items()})

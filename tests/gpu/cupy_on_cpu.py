@@ -326,7 +326,7 @@ def built(code: str) -> Path:
     digest = hashlib.blake2b("\0".join((header.read_text(), text, *FLAGS)).encode(), digest_size=12).hexdigest()
     library = folder() / f"{digest}.so"
     if not library.exists():
-        part = folder() / f"{digest}.{os.getpid()}"
+        part = folder() / f"{digest}.{os.getpid()}.{threading.get_ident()}"
         done = subprocess.run(
             ["g++", *FLAGS, "-x", "c++", "-", "-o", str(part)], input=text, capture_output=True, text=True
         )

@@ -21,7 +21,7 @@ def blocks(size, dtype, seed=0):
     noise = rng.standard_normal((-(-size // BLOCK), BLOCK))
     kinds = (
         lambda x: x,
-        lambda x: x * 0 * np.sign(x),
+        lambda x: x * 0,  # of both signs
         lambda x: x * 0 + x[0],
         lambda x: 1 + np.arange(BLOCK) * 0.01 + x * 1e-4,
         lambda x: np.sign(x) * (3 + 0.01 * abs(x)),
@@ -50,7 +50,8 @@ def test_blocks_of_every_kind(device, dtype, limits):
     bound = settings(*limits, dtype)
     for size in SIZES:
         shift, x, old = size % 2, blocks(size, dtype, size), normal(size, dtype, 1) * 1e-4
-        encoded(device, x, bound, shift, old.astype(dtype), poisoned(size, dtype))
+        for fed in (None, old.astype(dtype)):
+            encoded(device, x, bound, shift, fed, poisoned(size, dtype))
         headers, words, count = encoded(device, x, bound, shift)
         rest = bound.relative, bound.step, bound.shift
         same(device, "decode_bounded", headers, words, normal(size, dtype), *rest, -0.7, shift=shift)
@@ -117,7 +118,7 @@ def test_in_place(device, turns, limits):
 @pytest.mark.parametrize("limits", BOUNDS[::4], ids=str)
 def test_damaged_messages_are_found(device, dtype, limits):
     bound = settings(*limits, dtype)
-    x = normal(4500, dtype)
+    x = normal(4096, dtype)
     headers, words, count = encoded(device, x, bound)
     rest = x.size, bound.relative, bound.step, bound.shift
     per = 8 // words.itemsize
@@ -128,15 +129,30 @@ def test_damaged_messages_are_found(device, dtype, limits):
     assert answers == [False, True, per > 1, False]
     rng = np.random.default_rng(3)
     found = set()
-    for header in (1, 2, 63, 64, 65, 64 + 8 * words.itemsize, 127, 128, 190, 192, 200, 255):
+    same_width = [64 * mode + headers[0] % 64 for mode in (1, 2, 3)]
+    for header in (1, 2, 63, 64, 65, 64 + 8 * words.itemsize, 127, 128, 190, 192, 200, 255, *same_width):
         damaged = headers.copy()
-        damaged[rng.integers(headers.size)] = header
+        damaged[0 if header in same_width else rng.integers(headers.size)] = header
         found.add(same(device, "bounded_valid", damaged, words[:count].copy(), *rest)[0])
-    assert False in found
+    assert found == {True, False}
     for _ in range(4):
         noise = words[:count].copy()
         noise[rng.integers(count, size=3)] = np.iinfo(words.dtype).max
         same(device, "bounded_valid", headers, noise, *rest)
+
+
+@itemsizes
+def test_edges_of_rules(device, dtype):
+    """An error that equals the limit is too large; codes of two bits are not folded."""
+    half = int(np.array(0.5, dtype).view(f"u{np.dtype(dtype).itemsize}"))
+    x = np.arange(3 * BLOCK) % 7 + np.where(np.arange(3 * BLOCK) == 300, 0.5, 0.0)
+    headers, _, _ = encoded(device, x.astype(dtype), (False, 1.0, 1.0, half, 0))
+    assert [header // 64 for header in headers] == [1, 0, 1]
+    bound = settings(None, 1e-3, dtype)
+    least = np.ldexp(np.finfo(dtype).smallest_subnormal, bound.shift)
+    x = np.where(normal(BLOCK) < 0, -least, least).astype(dtype)
+    headers, _, _ = encoded(device, x, bound)
+    assert headers.tolist() == [64 + 2]
 
 
 @itemsizes

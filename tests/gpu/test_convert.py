@@ -67,6 +67,15 @@ def test_widen(device, dtype, half, size):
         same(device, "widen_add", bits, normal(size, dtype), -1.7, half, shift=shift)
 
 
+@pytest.mark.parametrize("place", range(4))
+def test_one_array_begins_elsewhere(device, place):
+    shift = tuple(int(i == place) for i in range(4))
+    x, old = normal(4100), normal(4100, seed=1)
+    same(device, "narrow_residual", x, old, poisoned(4100, "f4"), poisoned(4100, "u2"), "bfloat16", shift=shift)
+    if place < 2:
+        same(device, "widen_add", np.arange(4100, dtype=np.uint16), x, 0.3, "bfloat16", shift=shift)
+
+
 @pytest.mark.parametrize("half", HALVES)
 def test_in_place(device, turns, half):
     """The residual may replace the old one, or x."""

@@ -68,6 +68,19 @@ def test_every_code(device, name):
     same(device, "decode_floats", exponents[: out.size // 32], packed, out, name)
 
 
+@pytest.mark.parametrize("place", range(5))
+def test_one_array_begins_elsewhere(device, place):
+    size, shift = 4096, tuple(int(i == place) for i in range(5))
+    x, old, new = normal(size), normal(size, seed=1), poisoned(size, "f4")
+    exponents, packed = poisoned(size // 32, "u1"), poisoned(size // 2, "u1")
+    _, wrote = same(device, "encode_floats", x, old, new, exponents, packed, "e2m1", shift=shift)
+    scales, codes = poisoned(size // 256, "f4"), poisoned(size, "u1")
+    _, power = same(device, "encode_powers", x, old, new, scales, codes, 256, 1.0, 3, 0, shift=shift)
+    if place < 3:
+        same(device, "decode_floats", wrote[-2], wrote[-1], x, "e2m1", shift=shift)
+        same(device, "decode_powers", power[-2], power[-1], x, 256, shift=shift)
+
+
 @pytest.mark.parametrize("shift", [0, 1])
 def test_floats_in_place(device, turns, shift):
     x, old = normal(5000), normal(5000, seed=1)
