@@ -134,11 +134,13 @@ __device__ __forceinline__ u32 code_integers(
         for (int k = 0; k < K; k++) y[k] *= scale.inverse;
     } else {
 #pragma unroll
-        for (int k = 0; k < K; k++) {
-            y[k] = quotient(y[k], scale.divisor);
-            // Infinity over infinity: the low bits of NaN are zeros on a CPU, ones here.
-            if (!how.stochastic && y[k] != y[k]) kept &= ~(255u << 8 * k);
-        }
+        for (int k = 0; k < K; k++) y[k] = quotient(y[k], scale.divisor);
+    }
+    // Infinity over infinity, or NaN where others gave the scale: the low bits of a NaN are zeros on a CPU, ones here.
+    if (!how.stochastic && (scale.inverse == 0 || how.rule == GIVEN || how.rule == SHARED)) {
+#pragma unroll
+        for (int k = 0; k < K; k++)
+            if (y[k] != y[k]) kept &= ~(255u << 8 * k);
     }
     if (how.is(ODD)) {
 #pragma unroll
