@@ -18,7 +18,7 @@ constexpr int ROW = 128 / sizeof(T);     // numbers in all banks
 // apart read sixteen bytes each without conflict; sixteen numbers after each 256, the two halves of a warp in `across`.
 __device__ constexpr int place(int e) { return e + e / ROW * SIXTEEN + e / 256 * 16; }
 constexpr int ROOM = place(CHUNK);
-constexpr int RESIDENT = sizeof(T) == 4 ? 5 : 3;  // blocks of a multiprocessor: 48 registers a thread, or 80
+constexpr int RESIDENT = sizeof(T) == 4 ? 4 : 3;  // blocks of a multiprocessor, at least
 
 struct __align__(16) Vector {
     T number[SIXTEEN];

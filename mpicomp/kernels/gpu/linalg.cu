@@ -54,7 +54,7 @@ __device__ __forceinline__ Four four(const T* at, i64 left, bool whole) {
 
 // out = (scale * p) q^T, or out += that, terms in order from zero: 8 rows by 128 columns a block, a column a thread.
 constexpr int BAND = 8, STRIP = 128, SLAB = 32;
-constexpr int RESIDENT = 32 / sizeof(T);  // blocks of a multiprocessor: 64 registers a thread, or 128
+constexpr int RESIDENT = 32 / sizeof(T);  // blocks of a multiprocessor, at least
 
 extern "C" __global__ void __launch_bounds__(128, RESIDENT) outer(const T* p, const T* q, T* out, i64 rows, i64 columns, i64 rank, const i64* places, i64 count, double scale, i64 adding) {
     __shared__ Four factors[BAND][SLAB / 4];
@@ -170,7 +170,7 @@ extern "C" __global__ void __launch_bounds__(256) back_project8(const T* m, cons
     project_back<1>(m, p, q, rows, columns, rank, places, count);
 }
 
-extern "C" __global__ void __launch_bounds__(256) back_project16(const T* m, const T* p, T* q, i64 rows, i64 columns, i64 rank, const i64* places, i64 count) {
+extern "C" __global__ void __launch_bounds__(256, 2) back_project16(const T* m, const T* p, T* q, i64 rows, i64 columns, i64 rank, const i64* places, i64 count) {
     project_back<2>(m, p, q, rows, columns, rank, places, count);
 }
 
