@@ -99,7 +99,8 @@ __device__ __forceinline__ void decode_bytes(const u8* exponents, const u8* pack
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256) encode_floats(
+// Four blocks on a multiprocessor: left to itself, the compiler keeps more of them and spills.
+extern "C" __global__ void __launch_bounds__(256, 4) encode_floats(
     const T* x, const T* old, T* new_, u8* exponents, u8* packed, i64 format, i64 size) {
     __shared__ u8 shares[TILE / GROUP];
     const bool rows = whole_tile(size) && fits_rows(x) && fits_rows(old) && fits_rows(new_) && fits_rows(packed);
