@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reducers.members import LAYOUT, SIZES, layout_of
 
+from mpicomp.arrays import empty
 from mpicomp.reducers import Layout, Unit
-from mpicomp.reducers.layout import Piece, empty, even_cuts, shards
+from mpicomp.reducers.layout import Piece, even_cuts, shards
 
 shapes = st.lists(st.lists(st.integers(0, 12), max_size=3).map(tuple), max_size=6)
 layouts = shapes.map(lambda found: layout_of({f"unit {place}": shape for place, shape in enumerate(found)}))
