@@ -1,16 +1,20 @@
 """What a user would write with NumPy or torch for the same codes; `kernels.py` times it beside ours.
 
 Each peer is an encoder and a decoder made of whole-array operations. They allocate their results, as such code does.
+On a GPU torch's are the same, and bitsandbytes, where it is installed, quantises blocks by kernels of its own.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from mpicomp.arrays import Array
 from mpicomp.codecs import Cast, Sign, TopK, Uniform
@@ -26,6 +30,8 @@ class Peer(NamedTuple):
     decode_add: Callable[[Arrays, Any], None]
     decode: Callable[[Arrays], Any] | None = None
     """The decoded array, where `encode_residual` subtracts it; None where it sets what was kept to zero."""
+    same_code: bool = True
+    """Whether its error should be that of the codec."""
 
     def encode_residual(self, x: Any, old: Any) -> tuple[Arrays, Any]:
         """Return the code of x + old and what it leaves out."""
@@ -37,11 +43,11 @@ class Peer(NamedTuple):
         return arrays, total - self.decode(arrays)
 
     def array(self, x: Array) -> Any:
-        """View a NumPy array as this system's own kind."""
-        return torch.from_numpy(x) if self.system == "torch" else x
+        """View an array of NumPy or CuPy as this system's own kind."""
+        return x if self.system == "numpy" else from_dlpack(x)
 
 
-def peers_of(codec: object, size: int) -> Iterator[Peer]:
+def peers_of(codec: object, size: int, device: str = "cpu") -> Iterator[Peer]:
     """Yield the peers of a codec for arrays of `size` float32 elements; none where there is no obvious way."""
     torch.set_num_threads(1)
     if isinstance(codec, TopK) and str(codec) == f"topk(density={codec.density!r})":
@@ -51,8 +57,10 @@ def peers_of(codec: object, size: int) -> Iterator[Peer]:
         if str(codec) in (str(Uniform(codec.bits, codec.block, stochastic)) for stochastic in (False, True)):
             yield numpy_uniform(codec.bits, codec.block, codec.stochastic)
             yield torch_uniform(codec.bits, codec.block, codec.stochastic)
+        if str(codec) == str(Uniform(codec.bits, codec.block)) and device != "cpu":
+            yield from bitsandbytes_blocks(codec.bits, codec.block)
     elif isinstance(codec, Sign) and str(codec) == "sign" and size % 8 == 0:
-        yield from sign(size)
+        yield from sign(size, device)
     elif isinstance(codec, Cast):
         yield from cast(codec.dtype)
 
@@ -141,7 +149,40 @@ def torch_uniform(bits: int, block: int, stochastic: bool) -> Peer:
     return Peer("torch", encode, adding(decode), decode)
 
 
-def sign(size: int) -> Iterator[Peer]:
+class Scales(NamedTuple):
+    """What bitsandbytes returns beside its codes."""
+
+    state: Any
+
+    @property
+    def nbytes(self) -> int:
+        """Of the largest magnitudes of blocks, which are what is sent."""
+        return int(self.state.absmax.nbytes)
+
+
+def bitsandbytes_blocks(bits: int, block: int) -> Iterator[Peer]:
+    """Yield its NormalFloat of 4 bits or its dynamic code of 8: as many bits as ours, values for normal numbers."""
+    if importlib.util.find_spec("bitsandbytes") is None or block not in (64, 128, 256, 512, 1024, 2048, 4096):
+        return
+    functional = importlib.import_module("bitsandbytes.functional")
+
+    def encode(x: torch.Tensor) -> Arrays:
+        if bits == 4:
+            codes, state = functional.quantize_4bit(x, blocksize=block, quant_type="nf4")
+        else:
+            codes, state = functional.quantize_blockwise(x, blocksize=block)
+        return codes, Scales(state)
+
+    def decode(arrays: Arrays) -> torch.Tensor:
+        codes, scales = arrays
+        dequantize = functional.dequantize_4bit if bits == 4 else functional.dequantize_blockwise
+        decoded: torch.Tensor = dequantize(codes, scales.state).view(-1)
+        return decoded
+
+    yield Peer("bitsandbytes", encode, adding(decode), decode, same_code=False)
+
+
+def sign(size: int, device: str) -> Iterator[Peer]:
     """Yield packbits and the mean magnitude; torch, which has no packbits, multiplies by powers of two."""
 
     def encode(x: Array) -> Arrays:
@@ -154,7 +195,7 @@ def sign(size: int) -> Iterator[Peer]:
 
     yield Peer("numpy", encode, adding(decode), decode)
 
-    powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+    powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=device)
 
     def torch_encode(x: torch.Tensor) -> Arrays:
         return ((x < 0).view(-1, 8) * powers).sum(dim=1, dtype=torch.uint8), x.abs().mean()

@@ -6,11 +6,14 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from rich.console import Console
 from rich.table import Table
 
 OPS = ("encode", "encode_residual", "decode_add")
+ALL_OPS = (*OPS, "round_trip")
+"""The last: encode, copy the payload from a GPU to the host and back, decode."""
 BARS: dict[str, tuple[float, float, float]] = {
     "topk(density=0.01)": (1.5, 2.5, 0.3),
     "topk(density=0.001)": (1.5, 2.5, 0.3),
@@ -34,7 +37,11 @@ BARS_FROM = 1 << 24  # elements; below it the bars say nothing
 class Row:
     """One op of one system on one array."""
 
-    system: str  # "mpicomp", "numpy" or "torch"
+    CAPTION: ClassVar[str] = "times memcpy ({:.3g} ms), medians minima"
+    AXIS: ClassVar[str] = "times memcpy (medians)"
+    SIGNS: ClassVar[tuple[str, str]] = ("≤", ">")  # of a bar that is met, and of one that is missed
+
+    system: str  # "mpicomp", "numpy", "torch" or "bitsandbytes"
     codec: str
     op: str
     size: int
@@ -63,6 +70,16 @@ class Row:
         """Whether a bar is missed, by the medians or by the minima."""
         return self.bar is not None and max(self.over_memcpy, self.over_memcpy_min) > self.bar
 
+    @property
+    def figure(self) -> float:
+        """What a chart shows, and the bar is one of."""
+        return self.over_memcpy
+
+    @property
+    def text(self) -> str:
+        """What a table shows."""
+        return f"{self.over_memcpy:.2f} {self.over_memcpy_min:.2f}"
+
 
 def title(size: int) -> str:
     """Print a size as a power of two where it is one."""
@@ -70,13 +87,13 @@ def title(size: int) -> str:
 
 
 def cell(row: Row | None) -> str:
-    """Print one op: medians, then minima, and the bar."""
+    """Print one op and its bar."""
     if row is None:
         return ""
-    figures = f"{row.over_memcpy:.2f} {row.over_memcpy_min:.2f}"
     if row.bar is None:
-        return figures
-    return f"[red]{figures} > {row.bar:g}[/]" if row.missed else f"[green]{figures}[/] ≤ {row.bar:g}"
+        return row.text
+    met, missed = row.SIGNS
+    return f"[red]{row.text} {missed} {row.bar:g}[/]" if row.missed else f"[green]{row.text}[/] {met} {row.bar:g}"
 
 
 def print_table(rows: Sequence[Row]) -> None:
@@ -84,13 +101,16 @@ def print_table(rows: Sequence[Row]) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=170)
-    groups: dict[tuple[int, str], dict[tuple[str, str], dict[str, Row]]] = {}
+    groups: dict[tuple[int, str, str], dict[tuple[str, str], dict[str, Row]]] = {}
     for row in rows:
-        groups.setdefault((row.size, row.data), {}).setdefault((row.codec, row.system), {})[row.op] = row
-    for (size, data), lines in groups.items():
-        memcpy = min(row.memcpy_seconds for line in lines.values() for row in line.values())
-        table = Table(title=f"{title(size)} float32, {data}; times memcpy ({1e3 * memcpy:.3g} ms), medians minima")
-        for name in ("codec", "system", *OPS, "encode GB/s", "bits", "bits/kept", "rel. error"):
+        lines = groups.setdefault((row.size, row.data, row.CAPTION), {})
+        lines.setdefault((row.codec, row.system), {})[row.op] = row
+    for (size, data, caption), lines in groups.items():
+        shown = [row for line in lines.values() for row in line.values()]
+        held_against = caption.format(1e3 * min(row.memcpy_seconds for row in shown))
+        names = [op for op in ALL_OPS if any(row.op == op for row in shown)]
+        table = Table(title=f"{title(size)} float32, {data}, {shown[0].device}; {held_against}")
+        for name in ("codec", "system", *names, "encode GB/s", "bits", "bits/kept", "rel. error"):
             table.add_column(name, justify="left" if name in ("codec", "system") else "right")
         for (codec, system), ops in lines.items():
             some, encoded = next(iter(ops.values())), ops.get("encode")
@@ -100,7 +120,7 @@ def print_table(rows: Sequence[Row]) -> None:
             table.add_row(
                 codec,
                 system,
-                *(cell(ops.get(op)) for op in OPS),
+                *(cell(ops.get(op)) for op in names),
                 f"{encoded.gb_per_s:.2f}" if encoded else "",
                 f"{some.bits_per_element:.3f}",
                 kept,
@@ -113,8 +133,7 @@ def print_table(rows: Sequence[Row]) -> None:
         console.print(f"{len(held) - len(missed)} of {len(held)} bars are met")
     for row in missed:
         console.print(
-            f"  missed: {row.codec} {row.op}, {title(row.size)} {row.data}: {row.over_memcpy:.2f} of medians, "
-            f"{row.over_memcpy_min:.2f} of minima, bar {row.bar:g}",
+            f"  missed: {row.codec} {row.op}, {title(row.size)} {row.data}: {row.text} {row.SIGNS[1]} {row.bar:g}",
             highlight=False,
         )
 
@@ -135,30 +154,32 @@ def write_plot(file: str, rows: Sequence[Row]) -> None:
     rows = [row for row in rows if row.size == size]
     ops = [op for op in OPS if any(row.op == op for row in rows)]
     names = list(dict.fromkeys((row.codec, row.data) for row in rows))
-    colours = {"mpicomp": "#1f77b4", "numpy": "#d0a040", "torch": "#c05050"}
+    known = {"mpicomp": "#1f77b4", "numpy": "#d0a040", "torch": "#c05050", "bitsandbytes": "#60a060"}
+    colours = {system: colour for system, colour in known.items() if any(row.system == system for row in rows)}
+    first = -(len(colours) - 1) / 2
     figure, panels = pyplot.subplots(
         1, len(ops), figsize=(4 + 4 * len(ops), 1.5 + 0.32 * len(names)), sharey=True, squeeze=False
     )
     for panel, op in zip(panels[0], ops, strict=True):
         for place, (system, colour) in enumerate(colours.items()):
             found = [row for row in rows if (row.op, row.system) == (op, system)]
-            heights = [names.index((row.codec, row.data)) + (place - 1) * 0.27 for row in found]
-            panel.barh(heights, [row.over_memcpy for row in found], 0.27, color=colour, label=system)
+            heights = [names.index((row.codec, row.data)) + (first + place) * 0.27 for row in found]
+            panel.barh(heights, [row.figure for row in found], 0.27, color=colour, label=system)
         bars = [row for row in rows if row.op == op and row.bar is not None]
         panel.scatter(
             [row.bar for row in bars],
-            [names.index((row.codec, row.data)) - 0.27 for row in bars],
+            [names.index((row.codec, row.data)) + first * 0.27 for row in bars],
             marker="|",
             color="black",
             label="bar",
             zorder=3,
         )
         panel.axvline(1, color="grey", linewidth=0.8)
-        panel.set(xscale="log", title=op, xlabel="times memcpy (medians)")
+        panel.set(xscale="log", title=op, xlabel=rows[0].AXIS)
         panel.grid(axis="x", which="both", alpha=0.3)
     panels[0][0].set_yticks(range(len(names)), [f"{codec}, {data}" for codec, data in names], fontsize=8)
     panels[0][0].invert_yaxis()
     panels[0][-1].legend(fontsize=8)
-    figure.suptitle(f"{title(size)} float32, one thread of {rows[0].processor}")
+    figure.suptitle(f"{title(size)} float32, {rows[0].device}: {rows[0].processor}")
     figure.tight_layout(rect=(0, 0, 1, 0.98))
     figure.savefig(file, dpi=120)

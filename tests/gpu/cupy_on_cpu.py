@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -68,7 +69,9 @@ class Queue(threading.local):
     def flush(self) -> None:
         """Do what the device does before it goes on."""
         for array, host in self.coming:
-            array._host[...] = host
+            # what the stream brought there before, though the host may not know it yet
+            waiting = (data for target, data in reversed(self.going[self.delivered :]) if target is host)
+            array._host[...] = next(waiting, host)
         self.coming.clear()
 
     def deliver(self, count: int) -> None:
@@ -86,6 +89,17 @@ class Flags:
 
     def __init__(self, host: np.ndarray[Any, Any]) -> None:
         self.c_contiguous, self.f_contiguous = host.flags.c_contiguous, host.flags.f_contiguous
+
+
+class Pointer:
+    """Where an array begins."""
+
+    def __init__(self, array: ndarray) -> None:
+        self.array, self.ptr = array, array._host.ctypes.data
+
+    def copy_from_device_async(self, source: Pointer, nbytes: int, stream: Any = None) -> None:
+        mine, its = (each.array.host.reshape(-1).view(np.uint8) for each in (self, source))
+        mine[:nbytes] = its[:nbytes]
 
 
 class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
@@ -124,7 +138,8 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
     nbytes = property(lambda self: self._host.nbytes)
     itemsize = property(lambda self: self._host.itemsize)
     flags = property(lambda self: Flags(self._host))
-    data = property(lambda self: SimpleNamespace(ptr=self._host.ctypes.data))
+    data = property(lambda self: Pointer(self))
+    device = property(lambda self: SimpleNamespace(id=0))
 
     def __len__(self) -> int:
         return len(self._host)
@@ -350,7 +365,8 @@ class Stream:
 
     def __exit__(self, *_: Any) -> None: ...
 
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        queue.deliver(len(queue.going))
 
     def wait_event(self, event: Event) -> None: ...
 
@@ -360,13 +376,19 @@ class Stream:
 
 class Event:
     def __init__(self, block: bool = False, disable_timing: bool = False) -> None:
-        self.count = 0
+        self.count, self.timing, self.time = 0, not disable_timing, 0.0
 
     def record(self, stream: Stream | None = None) -> None:
-        self.count = len(queue.going)
+        self.count, self.time = len(queue.going), time.perf_counter()
 
     def synchronize(self) -> None:
         queue.deliver(self.count)
+
+
+def get_elapsed_time(start: Event, end: Event) -> float:
+    assert start.timing
+    assert end.timing
+    return 1e3 * (end.time - start.time)
 
 
 class Device:
@@ -377,6 +399,8 @@ class Device:
         return self
 
     def __exit__(self, *_: Any) -> None: ...
+
+    def use(self) -> None: ...
 
 
 def alloc_pinned_memory(nbytes: int) -> Any:
@@ -395,7 +419,9 @@ def install() -> ModuleType:
     runtime = ModuleType("cupy.cuda.runtime")
     runtime.getDevice = lambda: 0  # type: ignore[attr-defined]
     runtime.getDeviceCount = lambda: 1  # type: ignore[attr-defined]
+    runtime.getDeviceProperties = lambda _: {"name": b"CUDA on a CPU", "l2CacheSize": 1 << 14}  # type: ignore[attr-defined]
     cuda.runtime, cuda.Stream, cuda.Event = runtime, Stream, Event  # type: ignore[attr-defined]
+    cuda.get_elapsed_time = get_elapsed_time  # type: ignore[attr-defined]
     cuda.get_current_stream, cuda.alloc_pinned_memory = Stream, alloc_pinned_memory  # type: ignore[attr-defined]
     cuda.Device, runtime.CUDARuntimeError = Device, CUDARuntimeError  # type: ignore[attr-defined]
     module.cuda = cuda  # type: ignore[attr-defined]
