@@ -7,6 +7,8 @@ stands in `collectives_report.Row`. Slow networks come from `bench/cluster.py`. 
 - `--auto` holds `auto` against `dense`, and a plan against MPI's own call and against a plain call;
 - `--overlap` shows what a reduction in the background takes from the computation beside it;
 - `--read FILE` only prints and draws what earlier runs wrote.
+
+With `--device gpu` the arrays are CuPy's, on the GPU of each rank; a time ends when the result is there.
 """
 
 from __future__ import annotations
@@ -47,10 +49,15 @@ def compare(world: World, args: argparse.Namespace) -> list[Row]:
     from collectives_systems import Gloo, Native, Ours
 
     systems: list[System] = []
-    if "mpicomp" in args.system:
-        systems += [Ours(world, spec) for spec in args.reducer]
-    if "mpi" in args.system:
-        systems.append(Native(world, "dense"))
+    if args.device == "gpu":
+        from collectives_gpu import systems_on_gpu
+
+        systems += systems_on_gpu(world, args.system, args.reducer)
+    else:
+        if "mpicomp" in args.system:
+            systems += [Ours(world, spec) for spec in args.reducer]
+        if "mpi" in args.system:
+            systems.append(Native(world, "dense"))
     if "gloo" in args.system:
         systems.append(Gloo(world, args.patience))
     rows: list[Row] = []
@@ -160,6 +167,7 @@ class Measured:
             network_bytes=self.network,
             relative_error=self.error if finite else None,
             identical=self.identical,
+            device=self.system.device,
         )
 
 
@@ -200,14 +208,13 @@ def arguments(words: list[str]) -> argparse.Namespace:
     mode.add_argument("--read", action="append", metavar="FILE", help="measure nothing; may be repeated")
     parser.add_argument("--size", action="append", type=size_of, metavar="BYTES", help="4096, 16MiB, 2^24; repeatable")
     parser.add_argument("--reducer", action="append", metavar="SPEC", help="may be repeated; default: the mode's")
-    parser.add_argument("--system", action="append", choices=("mpicomp", "mpi", "gloo"), help="default: all three")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="where arrays are (default: cpu)")
+    parser.add_argument("--system", action="append", choices=("mpicomp", "mpi", "gloo"), help="default: all there are")
     parser.add_argument("--hook", action="append", choices=HOOKS, help="of gloo in --ddp; default: all four")
     parser.add_argument("--width", type=int, default=2048, help="of the layers of --ddp (default: 2048)")
     parser.add_argument("--rounds", type=int, default=15, help=f"at most (default: 15), at least {LEAST_ROUNDS}")
     parser.add_argument("--pairs", type=int, default=50, help="of --auto, at most (default: 50)")
-    parser.add_argument(
-        "--warm-up", type=int, help="reductions before any is timed (default: 4; 16 where auto is tried)"
-    )
+    parser.add_argument("--warm-up", type=int, help="reductions before any is timed (default: 4; 16 for --ddp, --auto)")
     parser.add_argument("--seconds", type=float, default=60, help="after which a size makes no more rounds than needed")
     parser.add_argument("--patience", type=float, default=60, help="seconds after which a peer has hung (default: 60)")
     parser.add_argument("--seed", type=int, default=0, help="of the data")
@@ -215,13 +222,15 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", help="write the rows there; those of other measurements stay")
     parser.add_argument("--plot", metavar="PREFIX", help="draw PREFIX-size.png, PREFIX-ranks.png, PREFIX-error.png")
     args = parser.parse_args(words)
-    args.system = args.system or ["mpicomp", "mpi", "gloo"]
+    args.system = args.system or ["mpicomp", "mpi", *(["gloo"] if args.device == "cpu" else [])]
     args.hook = args.hook or list(HOOKS)
     usual = {"auto": ["auto"], "overlap": ["dense"], "ddp": [*REDUCERS, AUTO]}
     mode_name = next((name for name in usual if getattr(args, name)), "")
     args.reducer = args.reducer or usual.get(mode_name, list(REDUCERS))
     if args.warm_up is None:
         args.warm_up = 16 if args.ddp or args.auto else 4
+    if args.device == "gpu" and (mode_name or "gloo" in args.system):
+        parser.error(f"--device gpu compares mpicomp and mpi, without --{mode_name or 'system gloo'}")
     for name in ("rounds", "pairs"):
         if getattr(args, name) < LEAST_ROUNDS:
             parser.error(f"--{name} must be at least {LEAST_ROUNDS}, got {getattr(args, name)}")
@@ -254,6 +263,10 @@ def main() -> None:
     if args.read:
         show(list({identity(row): row for file in args.read for row in read(file)}.values()), args.plot)
         return
+    if args.device == "gpu":
+        import gpu
+
+        gpu.choose()
     from collectives_systems import World
 
     world = World()

@@ -23,6 +23,8 @@ import mpicomp.torch
 class Ours:
     """DDP over mpicomp's backend, with its hook; `none` is the same without reduction."""
 
+    device = "cpu"
+
     def __init__(self, world: World, reducer: str, width: int) -> None:
         self.world, self.reducer, self.width = world, reducer, width
         self.name = "none" if reducer == "none" else "mpicomp"
@@ -47,7 +49,7 @@ class Ours:
 class Torch:
     """DDP over gloo with one of torch's hooks, in processes of its own."""
 
-    name = "gloo"
+    name, device = "gloo", "cpu"
 
     def __init__(self, world: World, hook: str, width: int, patience: float) -> None:
         self.world, self.reducer, self.width = world, hook, width

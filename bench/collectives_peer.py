@@ -157,8 +157,8 @@ class Gloo:
 
         arrays, tensor = self.arrays, torch.from_numpy(self.arrays.out)
 
-        def prepare(x: Any, out: Any) -> None:
-            out[:] = x
+        def prepare() -> None:
+            arrays.out[:] = arrays.x
 
         def reduce() -> None:
             dist.all_reduce(tensor)

@@ -23,7 +23,8 @@ def _series(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Sort rows into lines of a chart, one for each system and method."""
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        lines.setdefault(f"{row['system']} {row['reducer']}", []).append(row)
+        where = "" if row["device"] == "cpu" else f", {row['device']}"
+        lines.setdefault(f"{row['system']} {row['reducer']}{where}", []).append(row)
     return lines
 
 

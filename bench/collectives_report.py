@@ -14,7 +14,7 @@ from rich.table import Table
 SYSTEMS = ("mpicomp", "mpi", "gloo", "none")
 HOOKS = ("dense", "fp16", "powersgd", "powersgd-default")
 """Of gloo: torch's own; PowerSGD of rank 4 with all gradients in a single bucket, and with the default buckets."""
-IDENTITY = ("mode", "system", "reducer", "ranks", "hosts", "rate", "nbytes")
+IDENTITY = ("mode", "system", "reducer", "ranks", "hosts", "rate", "nbytes", "device")
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Row:
         float | None
     )  # ||result - exact|| / ||exact||, of the first reduction: with feedback the rest comes later
     identical: bool | None  # equal bits on all ranks, in every round
+    device: str  # where the arrays are: "cpu", "gpu", or "gpu through the host": copied to pinned memory and back
 
     def to_json(self) -> dict[str, Any]:
         """As the file has it."""
@@ -83,7 +84,8 @@ def read(file: str) -> list[dict[str, Any]]:
         isinstance(row, dict) and {"ranks", "hosts", "rate"} <= row.keys() for row in rows
     ):
         raise ValueError(f"{file} holds something else than a list of rows")
-    return rows
+    # Rows from before there was a choice have no device.
+    return [{**row, "device": row.get("device", "cpu")} if "system" in row else row for row in rows]
 
 
 def identity(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -133,10 +135,12 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         groups.setdefault((place_name(row), row["nbytes"], "step_s" in row), []).append(row)
     for (place, nbytes, ddp), group in groups.items():
-        columns = ["system", "reducer"]
+        columns = ["system", "reducer", "device"]
         columns += ["step ms", "added ms", "p95 ms"] if ddp else ["median ms", "p95 ms"]
         columns += ["algbw GB/s", "busbw GB/s", "wire bytes", "network bytes", "net/wire", "rel. error", "identical"]
-        table(f"{'DDP, ' if ddp else ''}{size_name(nbytes)}, {place}", columns, [_line(row, ddp) for row in group])
+        table(
+            f"{'DDP, ' if ddp else ''}{size_name(nbytes)}, {place}", columns, [_line(row, ddp) for row in group], left=3
+        )
 
 
 def _line(row: dict[str, Any], ddp: bool) -> list[str]:
@@ -149,6 +153,7 @@ def _line(row: dict[str, Any], ddp: bool) -> list[str]:
     return [
         row["system"],
         row["reducer"],
+        row["device"],
         *(cell(row[name], ".4g", 1e3) for name in ms),
         *(cell(row[name], ".3f", 1e-9) for name in ("algbw", "busbw")),
         cell(row["wire_bytes"], ",.0f"),

@@ -106,6 +106,7 @@ class System(Protocol):
 
     name: str
     reducer: str
+    device: str
 
     def open(self, nbytes: int) -> None:
         """Prepare for arrays of this size. Collective."""
@@ -125,18 +126,19 @@ class InProcess(ABC):
 
     name = ""
 
-    def __init__(self, world: World, reducer: str) -> None:
-        self.world, self.reducer = world, reducer
+    def __init__(self, world: World, reducer: str, kind: type[Arrays] = Arrays) -> None:
+        self.world, self.reducer, self.kind = world, reducer, kind
         self.comm = Comm.of(world.mpi)
+        self.device = kind.device
 
     def open(self, nbytes: int) -> None:
         """See System."""
-        self.arrays = Arrays(nbytes)
-        self.reduce = self.made(self.arrays)
+        self.arrays = self.kind(nbytes)
+        self.reduce = self.arrays.complete(self.made(*self.arrays.ends()))
 
     @abstractmethod
-    def made(self, arrays: Arrays) -> Callable[[], object]:
-        """Return the call that is timed: it sums arrays.x over ranks into arrays.out."""
+    def made(self, x: Array, out: Array) -> Callable[[], object]:
+        """Return the call that is timed: it sums x over ranks into `out`."""
 
     def sent(self) -> int:
         """Bytes that this rank has sent so far."""
@@ -159,9 +161,8 @@ class Ours(InProcess):
 
     name = "mpicomp"
 
-    def made(self, arrays: Arrays) -> Callable[[], object]:
+    def made(self, x: Array, out: Array) -> Callable[[], object]:
         """See InProcess."""
-        x, out = arrays.x.reshape(arrays.shape), arrays.out.reshape(arrays.shape)
         plan = mpicomp.plan(self.world.mpi, x, self.reducer, memory=True)
         return lambda: plan(x, out=out)
 
@@ -171,9 +172,9 @@ class Native(InProcess):
 
     name = "mpi"
 
-    def made(self, arrays: Arrays) -> Callable[[], object]:
+    def made(self, x: Array, out: Array) -> Callable[[], object]:
         """See InProcess."""
-        return lambda: self.world.mpi.Allreduce(arrays.x, arrays.out)
+        return lambda: self.world.mpi.Allreduce(x, out)
 
     def sent(self) -> int:
         """MPI does not tell: see Row.wire_bytes."""
@@ -228,7 +229,7 @@ class Group:
 class Gloo:
     """torch's gloo, in processes of its own."""
 
-    name, reducer = "gloo", "dense"
+    name, reducer, device = "gloo", "dense", "cpu"
 
     def __init__(self, world: World, patience: float) -> None:
         self.world = world

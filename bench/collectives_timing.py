@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +41,12 @@ class Slot:
 
 
 class Arrays:
-    """What an allreduce of `nbytes` works on: x and out, (rows, columns) float32, as square as the size allows."""
+    """What an allreduce of `nbytes` works on: x and out, (rows, columns) float32, as square as the size allows.
+
+    Both are drawn and judged on the host; where a system works, `ends` says.
+    """
+
+    device: ClassVar[str] = "cpu"
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes, self.size = nbytes, nbytes // 4
@@ -53,6 +58,21 @@ class Arrays:
         """Draw this rank's data: normal numbers, independent of other ranks' and other seeds'."""
         for part in range(0, self.size, PART):
             draw(self.x[part : part + PART], seed, me, part)
+
+    def ends(self) -> tuple[Array, Array]:
+        """Return x and `out` where the system reads and writes them, (rows, columns)."""
+        return self.x.reshape(self.shape), self.out.reshape(self.shape)
+
+    def complete(self, reduce: Callable[[], object]) -> Callable[[], object]:
+        """Return a call that ends when the result is there."""
+        return reduce
+
+    def poison(self) -> None:
+        """Forget the last result."""
+        self.out.fill(np.nan)
+
+    def collect(self) -> None:
+        """Set `out` to the last result."""
 
     def squares(self, seed: int, me: int, ranks: int) -> tuple[float, float]:
         """Compare this rank's share of the parts with the exact sum, in float64; inf where the result is not finite."""
@@ -81,11 +101,6 @@ def shape_of(size: int) -> tuple[int, int]:
     return rows, size // rows
 
 
-def poison(x: Array, out: Array) -> None:
-    """Forget the last result."""
-    out.fill(np.nan)
-
-
 def measure(
     arrays: Arrays,
     reduce: Callable[[], object],
@@ -95,22 +110,26 @@ def measure(
     ranks: int,
     repetitions: int,
     judged: bool = False,
-    prepare: Callable[[Array, Array], None] = poison,
+    prepare: Callable[[], None] | None = None,
     sent: Callable[[], int] | None = None,
 ) -> Slot:
-    """Run a slot of a system on this rank: `reduce` sums x over ranks into out; `meet` returns when all are there."""
+    """Run a slot of a system on this rank: `reduce` sums x over ranks into out; `meet` returns when all are there.
+
+    `prepare` is what is done before that, if it is not to forget the last result.
+    """
     arrays.fill(seed, me)
     before = sent() if sent else 0
     seconds, clock = [], time.perf_counter
     gc.collect()
     gc.disable()
     for _ in range(repetitions):
-        prepare(arrays.x, arrays.out)
+        (prepare or arrays.poison)()
         meet()
         began = clock()
         reduce()
         seconds.append(clock() - began)
     gc.enable()
+    arrays.collect()
     counted = (sent() - before) // repetitions if sent else None
     digest = int.from_bytes(hashlib.blake2b(arrays.out.data, digest_size=7).digest(), "little")
     return Slot(seconds, digest, counted, arrays.squares(seed, me, ranks) if judged else None)

@@ -34,6 +34,7 @@ KEYS = [
     "network_bytes",
     "relative_error",
     "identical",
+    "device",
 ]
 
 
@@ -99,6 +100,7 @@ def test_all_systems_at_two_sizes(tmp_path: Path) -> None:
     for row in rows:
         assert list(row) == KEYS
         assert (row["ranks"], row["hosts"], row["rate"], row["network_bytes"]) == (2, 1, None, None)
+        assert row["device"] == "cpu"
         assert 0 < row["median_s"] <= row["p95_s"]
         assert row["algbw"] == pytest.approx(row["nbytes"] / row["median_s"])
         assert row["busbw"] == pytest.approx(row["algbw"])  # 2 (P - 1) / P of two ranks
@@ -290,13 +292,18 @@ def test_errors_are_measured_against_the_exact_sum(module: Any) -> None:
 def test_a_file_keeps_what_other_runs_measured(module: Any, tmp_path: Path) -> None:
     report, file = module("collectives_report"), str(tmp_path / "rows.json")
     row = dict.fromkeys(KEYS) | {"system": "mpi", "reducer": "dense", "ranks": 2, "hosts": 1, "nbytes": 4}
+    row["device"] = "cpu"
     step = {**row, "step_s": 1.0, "added_s": 0.5}
     report.merge(file, [row, step])
-    report.merge(file, [{**row, "median_s": 2.0}, {**row, "ranks": 4}])
+    report.merge(file, [{**row, "median_s": 2.0}, {**row, "ranks": 4}, {**row, "device": "gpu"}])
     found = report.read(file)
-    assert len(found) == 3
+    assert len(found) == 4
     assert step in found
     assert {**row, "median_s": 2.0} in found
+    before = {key: value for key, value in row.items() if key != "device"}
+    Path(file).write_text(json.dumps([before]))
+    report.merge(file, [{**row, "median_s": 3.0}])
+    assert report.read(file) == [{**row, "median_s": 3.0}]
     Path(file).write_text("{}")
     with pytest.raises(ValueError, match="something else than a list of rows"):
         report.merge(file, [row])
@@ -316,6 +323,8 @@ def test_a_file_keeps_what_other_runs_measured(module: Any, tmp_path: Path) -> N
         ("--json no/where.json", "--json: there is no folder no"),
         ("--read nothing.json", "--read: there is no file nothing.json"),
         ("--stream", "--stream needs hosts with TCP between them"),
+        ("--device gpu --ddp", "--device gpu compares mpicomp and mpi, without --ddp"),
+        ("--device gpu --system gloo", "--device gpu compares mpicomp and mpi, without --system gloo"),
     ],
 )
 def test_a_bad_argument_is_refused(
@@ -333,3 +342,51 @@ def test_sizes(module: Any) -> None:
     assert args.size == [1024, 16 << 20, 4096]
     assert module("collectives_timing").shape_of(1 << 11) == (32, 64)
     assert module("collectives_timing").shape_of(7) == (1, 7)
+
+
+ON_GPU = """
+import sys
+sys.path[:0] = [{gpu!r}, {bench!r}]
+import cupy_on_cpu
+cupy_on_cpu.install()
+import collectives
+collectives.main()
+"""
+
+
+def test_arrays_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("there is no g++ to compile the kernels with")
+    monkeypatch.setenv("MPICOMP_GPU_AWARE", "0")
+    driver, file = tmp_path / "driver.py", tmp_path / "rows.json"
+    driver.write_text(ON_GPU.format(gpu=str(ROOT / "tests" / "gpu"), bench=str(BENCH)))
+    specs = ["dense", "topk(density=0.01)", "error_feedback(low_rank(rank=4))"]
+    done = mpirun(
+        *(str(driver), "--device", "gpu", "--size", "16384", "--rounds", "5", "--warm-up", "1", "--json", str(file)),
+        *(word for spec in specs for word in ("--reducer", spec)),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows: list[dict[str, Any]] = json.loads(file.read_text())
+    assert [(row["system"], row["reducer"], row["device"]) for row in rows] == [
+        *(("mpicomp", spec, "gpu") for spec in specs),
+        ("mpi", "dense", "gpu through the host"),
+    ]
+    for row in rows:
+        assert list(row) == KEYS
+        assert row["identical"] is True
+        assert row["median_s"] > 0
+        assert 1e-9 < row["relative_error"] < (1e-6 if row["reducer"] == "dense" else 1)
+    assert rows[1]["wire_bytes"] < rows[0]["wire_bytes"] / 20
+    assert "gpu through the host" in done.stdout
+
+
+def test_without_cupy_every_rank_says_so(tmp_path: Path) -> None:
+    (tmp_path / "cupy.py").write_text("raise ImportError('libcuda.so.1 is not there')")
+    driver = tmp_path / "driver.py"
+    driver.write_text(
+        f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(BENCH)!r}]; import collectives; collectives.main()"
+    )
+    done = mpirun(str(driver), "--device", "gpu", ranks=1)
+    assert done.returncode == 1
+    assert "--device gpu needs CuPy, as in pip install 'mpicomp[cuda12]'; it cannot be imported: libcuda" in done.stderr
+    assert "Traceback" not in done.stderr
