@@ -51,8 +51,8 @@ class State:
     """What a reducer remembers of one flat array; `reduce` takes one and returns the next.
 
     `residual` (extent,) is this rank's debt, None without feedback; `spare` is where the next one will be written.
-    `memory` holds what else a method carries from step to step, by unit name, and `work` its buffers, which have no
-    meaning between steps. `inner` holds the states of wrapped reducers.
+    `memory` holds what else a method carries from step to step, by name, and `work` its buffers, which have no meaning
+    between steps. `inner` holds the states of wrapped reducers.
 
     `divisor` is what the total will be divided by. A reducer may do so itself where that costs no pass over memory, and
     says so in the Reduction.

@@ -122,7 +122,7 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
     def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
         if function in (np.empty_like, np.zeros_like):
             return made_like(function, *args, **kwargs)
-        allowed = (np.concatenate, np.may_share_memory, np.matmul)
+        allowed = (np.concatenate, np.may_share_memory)
         assert function in allowed, f"{function.__name__} of arrays on the device: is it in CuPy?"
         out = kwargs.get("out")
         result = function(*(unwrapped(a) for a in args), **{key: unwrapped(a) for key, a in kwargs.items()})

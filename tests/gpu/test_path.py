@@ -67,7 +67,7 @@ def assert_equal(found: Any, expected: Any) -> None:
 def test_ranks_with_and_without_a_gpu_agree_to_the_bit(device, spec):
     x = inputs(3, 4, LAYOUT.size, "float32")
     on_cpu = run(spec, x, [False] * 3)
-    if "low_rank" in spec:  # its own product with M Q is BLAS's: the same total everywhere, not that of another job
+    if "low_rank" in spec:  # each sums M Q in an order of its own: the same total everywhere, not that of another job
         mixed = run(spec, x, [True, False, True])
         for rank in (1, 2):
             assert [a.tobytes() for a, _ in mixed[rank][0]] == [a.tobytes() for a, _ in mixed[0][0]]
@@ -77,7 +77,7 @@ def test_ranks_with_and_without_a_gpu_agree_to_the_bit(device, spec):
     assert_equal(run(spec, x, [True, False, True]), on_cpu)
 
 
-@pytest.mark.parametrize("spec", [spec for spec in SPECS if "after" not in spec])
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if "after" not in spec and "low_rank" not in spec])
 def test_poison_leaves_no_trace(device, spec):
     x = inputs(2, 3, LAYOUT.size, "float32").copy()
     x[1, 1, LAYOUT.units[0].offset] = np.nan

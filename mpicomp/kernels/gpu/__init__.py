@@ -15,7 +15,17 @@ from mpicomp.kernels.gpu.indices import (
     encode_elias_fano,
 )
 from mpicomp.kernels.gpu.integer import block_tops, decode_sums
-from mpicomp.kernels.gpu.linalg import back_project, orthogonalise, outer, outer_add
+from mpicomp.kernels.gpu.linalg import (
+    back_project,
+    back_project_all,
+    orthogonalise,
+    orthogonalise_all,
+    outer,
+    outer_add,
+    outer_all,
+    project_all,
+)
+from mpicomp.kernels.gpu.low_rank import copy_all, normalise_all
 from mpicomp.kernels.gpu.merge import add_marked, collect, count_marks, mark_first, merge
 from mpicomp.kernels.gpu.packing import add_codes, codes_valid, pack_sums
 from mpicomp.kernels.gpu.quantize import decode_blocks, encode_blocks
@@ -36,12 +46,14 @@ __all__ = [
     "ascending",
     "axpy",
     "back_project",
+    "back_project_all",
     "bits_set",
     "block_top_k",
     "block_tops",
     "bounded_valid",
     "codes_valid",
     "collect",
+    "copy_all",
     "count_marks",
     "decode_bitmap",
     "decode_blocks",
@@ -69,11 +81,15 @@ __all__ = [
     "narrow",
     "narrow_residual",
     "nonfinite",
+    "normalise_all",
     "orthogonalise",
+    "orthogonalise_all",
     "outer",
     "outer_add",
+    "outer_all",
     "pack_sums",
     "products",
+    "project_all",
     "put_at",
     "random_support",
     "rotate",
