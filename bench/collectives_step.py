@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import hashlib
 import time
@@ -14,6 +15,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 LAYERS, BATCH = 4, 4
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+MOST_KEPT = 1 << 30  # bytes
 DENSE_STEPS = 2  # that PowerSGD needs before it compresses: DDP makes its buckets anew after the first
 
 
@@ -42,6 +45,18 @@ def gloo_model(hook: str, width: int) -> DistributedDataParallel:
     return ddp
 
 
+def keep_memory() -> None:
+    """Let malloc keep what is freed.
+
+    Else gradients, made anew in every step, come from the system page by page or not at all so, as the heap happens to
+    lie: up to a third of a step without reduction, and it falls on systems by chance.
+    """
+    libc = ctypes.CDLL(None)
+    for parameter in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+        if not libc.mallopt(parameter, MOST_KEPT):
+            raise RuntimeError(f"mallopt({parameter}, {MOST_KEPT}) was refused")
+
+
 class Trainer:
     """Steps of a DDP model on this rank: forward and backward. The weights stay, so that all systems do the same.
 
@@ -58,6 +73,7 @@ class Trainer:
         reduced: bool = True,
         sent: Callable[[], int] | None = None,
     ) -> None:
+        keep_memory()
         self.ddp, self.meet, self.me, self.ranks = ddp, meet, me, ranks
         self.skipped, self.reduced, self.sent = skipped, reduced, sent
         self.width = next(ddp.parameters()).shape[1]
@@ -65,8 +81,7 @@ class Trainer:
     def slot(self, seed: int, steps: int, judged: bool) -> Slot:
         """Time some steps as they are in the middle of a training, and judge the gradients of the last.
 
-        One step goes before them: the memory of its gradients comes fresh from the system, page by page, since other
-        systems had their turn. In a training that happens once.
+        One step goes before them, since other systems had their turn.
         """
         if judged:
             for _ in range(self.skipped):
@@ -88,7 +103,7 @@ class Trainer:
         for gradient in gradients:
             digest.update(gradient.numpy().data)
         squares = self._squares(gradients, seed) if judged and self.reduced else None
-        self.ddp.zero_grad()  # gives their memory back: other systems take their turns now
+        self.ddp.zero_grad()  # other systems take their turns now
         return Slot(seconds[1:], int.from_bytes(digest.digest(), "little"), sent, squares, untimed=1)
 
     def _batch(self, seed: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
