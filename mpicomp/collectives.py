@@ -14,8 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NoReturn
@@ -223,27 +222,23 @@ def allgather(comm: Comm, message: Array, incoming: Sequence[Array], operation: 
     exchange(comm, [message] * comm.size, incoming, operation)
 
 
-@contextmanager
-def readable(x: Array, total: Array) -> Iterator[tuple[Array, Array]]:
-    """Yield x and `total` where MPI may read and write them: themselves or, from a GPU, copies that are copied back."""
-    if on_device(x) and gpu_aware():
-        Copied().wait()  # what writes x has come to its end
-        yield x, total
-    else:
-        with on_host(x, total) as apart:
-            yield apart
-
-
 def allreduce(comm: Comm, x: Array, total: Array, op: str = "sum") -> None:
     """MPI's own allreduce of a contiguous array into `total`; op "sum", "max", "min", "prod", "band", "bor", "bxor".
 
-    Its bytes are modelled, not counted: 2 * nbytes * (P-1) / P, the least any algorithm sends.
+    From a GPU it goes through copies on the host, unless MPI takes GPU memory. Its bytes are modelled, not counted:
+    2 * nbytes * (P-1) / P, the least any algorithm sends.
     """
+    if on_device(x):
+        if not gpu_aware():
+            with on_host(x, total) as (given, result):
+                allreduce(comm, given, result, op)
+            return
+        Copied().wait()  # what writes x has come to its end
+    flat, sums = x.reshape(-1), total.reshape(-1)
     step = CHUNK // x.itemsize
-    with readable(x.reshape(-1), total.reshape(-1)) as (flat, result):
-        for start in range(0, flat.size, step):
-            part = slice(start, start + step)
-            wait(comm, [comm.transport.allreduce(flat[part], result[part], op)], f"allreduce({op})")
+    for start in range(0, flat.size, step):
+        part = slice(start, start + step)
+        wait(comm, [comm.transport.allreduce(flat[part], sums[part], op)], f"allreduce({op})")
     comm.traffic.modelled += math.ceil(2 * x.nbytes * (comm.size - 1) / comm.size)
 
 
