@@ -69,9 +69,7 @@ class Gather(Remembering, Spec):
             message.seal(sequence, state, not finite)
             poisoned |= not finite
             kept = received[comm.rank][number]  # decoded in its turn, when what was sent may be gone
-            kept.settle()
-            kept.length = message.length
-            kept.travelling[...] = message.travelling
+            kept.repeat(message)
             for distance in range(1, comm.size):
                 burst.send((comm.rank + distance) % comm.size, number)
         burst.send_all()

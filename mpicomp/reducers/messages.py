@@ -10,6 +10,7 @@ import numpy as np
 from mpicomp.arrays import Array, Copied, empty, fetch, pinned, put
 from mpicomp.codecs.base import Codec
 from mpicomp.collectives import Comm, as_bytes, exchange
+from mpicomp.device import gpu_aware
 from mpicomp.errors import ConfigMismatch
 from mpicomp.kernels import kernels_for
 from mpicomp.reducers.base import State
@@ -28,7 +29,7 @@ class Envelope:
     of the same fields has the same buffer: what a rank has for itself does not travel.
 
     Where the payloads are CuPy's, `host` is pinned memory that travels for them, and has the header; else it is the
-    buffer itself.
+    buffer itself. An MPI that takes GPU memory is given the buffer, `direct`, and `host` is what the host looks at.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Envelope:
         nbytes = self.layout.nbytes if self.pieces else 0
         self.buffer: Array = empty(nbytes, "uint8", device) if of is None else of.buffer
         self.host: Array = of.host if of is not None else pinned(nbytes) if device else self.buffer
+        self.direct = self.host is not self.buffer and gpu_aware()
         if of is None:
             self.buffer[...] = 0  # padding travels too
         self.payloads = self.layout.views(self.buffer) if self.pieces else []
@@ -60,7 +62,20 @@ class Envelope:
     @property
     def travelling(self) -> Array:
         """The bytes that are sent or received."""
-        return self.host[: self.length]
+        return (self.buffer if self.direct else self.host)[: self.length]
+
+    def look(self) -> None:
+        """Let the host see what arrived."""
+        if self.direct:
+            fetch(self.buffer[: self.length], self.host[: self.length]).wait()
+
+    def repeat(self, other: Envelope) -> None:
+        """Become a copy of a message of the same fields."""
+        self.settle()
+        self.length = other.length
+        self.host[: self.length] = other.host[: self.length]
+        if self.direct:
+            self.buffer[: self.length] = other.buffer[: self.length]
 
     def bring(self) -> None:
         """Copy what was written on a GPU to where it travels."""
@@ -68,7 +83,7 @@ class Envelope:
             fetch(self.buffer, self.host).wait()
 
     def settle(self) -> None:
-        """Return when the last message has left the memory that is received into."""
+        """Return when nothing on a GPU needs the last message any more, so that the next may take its memory."""
         if self._copied is not None:
             self._copied.wait()
             self._copied = None
@@ -79,6 +94,9 @@ class Envelope:
             self.length = min(HEADER, self.buffer.size)
         if self.pieces:
             write_header(self.host, Header(sequence & 0xFFFFFFFF, state.digest, POISON if poisoned else 0))
+            if self.direct:  # what was closed up was so on the host
+                end = HEADER if self.fixed else self.length
+                put(self.host[:end], self.buffer[:end]).wait()
 
 
 class Message(Envelope):
@@ -154,10 +172,12 @@ class Message(Envelope):
         """Add scale times the decoded pieces to `out`."""
         for piece, place, payload in zip(self.pieces, self.places, self.received(), strict=False):
             self.codec.decode_add(payload, out[place], state.key(piece, stage, rank), scale)
+        if self.direct:
+            self._copied = Copied()
 
     def received(self) -> list[Payload]:
         """The payloads of a message that is complete."""
-        if self.host is not self.buffer and not (self.stays and self.fixed):
+        if self.host is not self.buffer and not (self.direct or (self.stays and self.fixed)):
             end = self.host.size if self.stays else self.length
             self._copied = put(self.host[:end], self.buffer[:end])
         return self.payloads if self.fixed or not self.pieces else self.layout.cut(self.buffer, self.host)

@@ -119,6 +119,7 @@ class Burst:
         if peer == self.comm.rank:
             return False
         wait(self.comm, self.arrivals[peer][group], self.operation)
+        self.incoming[peer][group].look()
         try:
             return says_poison(self.incoming[peer][group].host, peer, sequence, state)
         except ConfigMismatch:
