@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).parent
+__version__ = "on a CPU"
 FLAGS = (
     *("-std=c++17", "-O1", "-g0", "-fPIC", "-shared", "-w", "-ffp-contract=off", "-fno-strict-aliasing"),
     *("-U_FORTIFY_SOURCE", "-fsanitize=alignment,bounds,shift-exponent", "-fno-sanitize-recover=all"),
@@ -269,9 +270,18 @@ def asnumpy(a: ndarray) -> Any:
     return a.get()
 
 
+def compile_using_nvrtc(source: str, options: tuple[str, ...]) -> tuple[bytes, None]:
+    """What stands for machine code is the source; the options are those with which g++ gives the same bits."""
+    assert {"--fmad=false", "--ftz=false"} <= set(options)
+    return source.encode(), None
+
+
 class RawModule:
-    def __init__(self, code: str, options: tuple[str, ...]) -> None:
-        assert "--fmad=false" in options
+    """A module of machine code; one of source would be compiled with -ftz=true, and is refused."""
+
+    def __init__(self, code: None = None, *, path: str) -> None:
+        assert code is None
+        code = Path(path).read_text()
         self.kernels = {name: parameters.split(",") for name, parameters in KERNEL.findall(code)}
         self.library = ctypes.PyDLL(str(built(code)))  # holds the GIL: shared memory is static here
 
@@ -392,6 +402,8 @@ def get_elapsed_time(start: Event, end: Event) -> float:
 
 
 class Device:
+    compute_capability = "75"
+
     def __init__(self, device: int = 0) -> None:
         self.id = device
 
@@ -424,8 +436,13 @@ def install() -> ModuleType:
     cuda.get_elapsed_time = get_elapsed_time  # type: ignore[attr-defined]
     cuda.get_current_stream, cuda.alloc_pinned_memory = Stream, alloc_pinned_memory  # type: ignore[attr-defined]
     cuda.Device, runtime.CUDARuntimeError = Device, CUDARuntimeError  # type: ignore[attr-defined]
+    compiler = ModuleType("cupy.cuda.compiler")
+    compiler.compile_using_nvrtc = compile_using_nvrtc  # type: ignore[attr-defined]
+    cuda.compiler = compiler  # type: ignore[attr-defined]
+    os.environ.setdefault("CUPY_CACHE_DIR", str(folder()))
     module.cuda = cuda  # type: ignore[attr-defined]
     sys.modules.update({"cupy": module, "cupy.cuda": cuda, "cupy.cuda.runtime": runtime})
+    sys.modules["cupy.cuda.compiler"] = compiler
     return module
 
 

@@ -1,16 +1,22 @@
 """From a `.cu` file to a launched kernel: sources, macros, CuPy's RawModule.
 
-One source serves all architectures: NVRTC compiles it for the device at hand when a kernel is first launched, and CuPy
-keeps the result on disk. What must be known at compile time (the work dtype, the number of bits) is a macro, written
-in front of the source.
-`--fmad=false` keeps a product and a sum two roundings, as Numba does: payloads are equal bit for bit (DESIGN 4.1).
+One source serves all architectures: NVRTC compiles it for the device at hand when a kernel is first launched, and the
+machine code is kept on disk beside CuPy's own. What must be known at compile time (the work dtype, the number of bits)
+is a macro, written in front of the source.
+
+Payloads are equal to the CPU's bit for bit (DESIGN 4.1): `--fmad=false` keeps a product and a sum two roundings, and
+`--ftz=false` keeps subnormals. For these RawModule is given machine code: what it compiles itself flushes subnormals to
+zero, since CuPy puts `-ftz=true` behind all options, and NVRTC heeds the last.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
+import os
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
@@ -19,7 +25,7 @@ import numpy as np
 
 from mpicomp.arrays import Array
 
-OPTIONS = ("--std=c++17", "--fmad=false")
+OPTIONS = ("--std=c++17", "--fmad=false", "--ftz=false")
 FOLDER = Path(__file__).parent
 TYPES = ("float", "double")
 C_TYPES = {"float32": "float", "float64": "double"}
@@ -78,17 +84,30 @@ class Source:
 
 
 @functools.cache
-def module(source: Source, macros: Macros) -> Any:
-    """Return a source as a CuPy module."""
+def module(source: Source, capability: str, macros: Macros) -> Any:
+    """Return a source as a CuPy module for the current device, which has this compute capability."""
     import cupy
+    from cupy.cuda import compiler
 
-    return cupy.RawModule(code=source.text(macros), options=OPTIONS)
+    text = source.text(macros)
+    what = "\0".join((text, *OPTIONS, capability, cupy.__version__))
+    folder = Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
+    kept = folder / f"mpicomp-{hashlib.blake2b(what.encode(), digest_size=16).hexdigest()}.cubin"
+    if not kept.exists():
+        code, _ = compiler.compile_using_nvrtc(text, OPTIONS)
+        folder.mkdir(parents=True, exist_ok=True)
+        part = kept.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
+        part.write_bytes(code)
+        part.replace(kept)  # whole or not at all, whoever else compiles it
+    return cupy.RawModule(path=str(kept))
 
 
 @functools.cache
 def function(source: Source, kernel: str, device: int, macros: Macros) -> Any:
-    """Return a kernel on one device."""
-    return module(source, macros).get_function(kernel)
+    """Return a kernel on one device, which is current."""
+    import cupy
+
+    return module(source, cupy.cuda.Device(device).compute_capability, macros).get_function(kernel)
 
 
 def argument(value: Array | np.generic | int | float | None) -> Any:
