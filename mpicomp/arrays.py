@@ -119,11 +119,10 @@ def empty(size: int, dtype: str, device: bool = False) -> Array:
 
 
 def pinned(nbytes: int) -> Array:
-    """Host memory that a GPU reads and writes while nobody waits, (nbytes,) uint8, zeros."""
+    """Host memory that a GPU reads and writes while nobody waits, (nbytes,) uint8, uninitialised."""
     import cupy
 
     memory: Array = np.frombuffer(cupy.cuda.alloc_pinned_memory(max(1, nbytes)), np.uint8, nbytes)
-    memory[...] = 0
     return memory
 
 

@@ -54,6 +54,7 @@ class Envelope:
         self.direct = self.host is not self.buffer and gpu_aware()
         if of is None:
             self.buffer[...] = 0  # padding travels too
+            self.host[...] = 0
         self.payloads = self.layout.views(self.buffer) if self.pieces else []
         self.seen = self.layout.views(self.host) if self.pieces else []  # the payloads, where the host may look at them
         self.length = self.buffer.size
