@@ -9,8 +9,8 @@ import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Key
+from mpicomp.codecs.blockwise import Unbiased, check_block
 from mpicomp.codecs.checks import check_bool, check_fields, check_scales, little, packed_bytes, work_dtype_of
-from mpicomp.codecs.quantize import Unbiased, check_block
 from mpicomp.errors import WireFormatError
 from mpicomp.kernels import kernels_for
 from mpicomp.specs import Spec
