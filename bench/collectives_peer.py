@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from types import TracebackType
 from typing import Any, NoReturn
 
 from collectives_timing import Arrays, Slot, measure
@@ -106,16 +107,17 @@ def serve(jobs: dict[str, Callable[..., Any]]) -> NoReturn:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer
-    code = 1
-    try:
-        for line in sys.stdin:
-            what = json.loads(line)
-            print(json.dumps(jobs[what.pop("do")](**what)), file=answers)
-        code = 0
-    except Exception:
-        traceback.print_exc()
-    finally:
-        os._exit(code)  # threads of a library that wait for peers which are gone must not hold up the exit
+    sys.excepthook = fail
+    for line in sys.stdin:
+        what = json.loads(line)
+        print(json.dumps(jobs[what.pop("do")](**what)), file=answers)
+    os._exit(0)
+
+
+def fail(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> NoReturn:
+    """Print an error that nobody caught and exit: threads of a library that wait for lost peers must not hold it up."""
+    traceback.print_exception(kind, error, trace)
+    os._exit(1)
 
 
 class Gloo:
