@@ -168,11 +168,6 @@ def on_host(x: Array, out: Array) -> Iterator[tuple[Array, Array]]:
     put(result, out).wait()
 
 
-def number(x: Any) -> Any:
-    """Return the one number that an array of the device holds; waits for it."""
-    return x.get().item()
-
-
 def to_host(x: Any) -> Array:
     """Return a NumPy array with what x holds: a copy."""
     copy: Array = x.get() if on_device(x) else x.copy()

@@ -105,11 +105,11 @@ class State:
         """Where an encoding of this step happens."""
         return Key(self.seed, self.step, stream_of(piece.unit.name), stage, rank, piece.start)
 
-    def buffer(self, name: str, size: int, dtype: str = "") -> Array:
-        """A workspace of that name, kept from step to step."""
+    def buffer(self, name: str, size: int, dtype: str = "", host: bool = False) -> Array:
+        """A workspace of that name, kept from step to step: where the state's arrays are, with `host` on the host."""
         known: Array | None = self.work.get(name)
         if known is None or known.size != size:
-            known = self.work[name] = empty(size, dtype or self.dtype, self.device)
+            known = self.work[name] = empty(size, dtype or self.dtype, self.device and not host)
         return known
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from mpicomp.arrays import Array, empty, on_host
+from mpicomp.arrays import Array, on_host
 from mpicomp.collectives import Comm, allreduce, as_bytes, begin_receive, begin_send, exchange, wait
 from mpicomp.planner import Cost, Work
 from mpicomp.reducers.base import Reduction, Remembering, State, nonfinite
@@ -155,11 +155,9 @@ class Dense(Remembering, Spec):
         if self._algorithm(flat.nbytes, comm.topology) == "mpi":
             allreduce(comm, flat, total)
         else:
-            work = state.work
-            if "rows" not in work:
-                work["rows"] = empty(two_shot_rows(flat.nbytes, flat.itemsize, comm.size), state.dtype)
+            rows = state.buffer("rows", two_shot_rows(flat.nbytes, flat.itemsize, comm.size), host=True)
             with on_host(flat, total) as (given, summed):
-                two_shot_sum(comm, given, summed, work["rows"], str(self))
+                two_shot_sum(comm, given, summed, rows, str(self))
         if not in_place:
             layout.spread(total, out)
         if state.spare is None:

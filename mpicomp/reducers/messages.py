@@ -51,7 +51,8 @@ class Envelope:
         nbytes = self.layout.nbytes if self.pieces else 0
         self.buffer: Array = empty(nbytes, "uint8", device) if of is None else of.buffer
         self.host: Array = of.host if of is not None else pinned(nbytes) if device else self.buffer
-        self.direct = self.host is not self.buffer and gpu_aware()
+        self.apart = self.host is not self.buffer
+        self.direct = self.apart and gpu_aware()
         if of is None:
             self.buffer[...] = 0  # padding travels too
             self.host[...] = 0
@@ -80,7 +81,7 @@ class Envelope:
 
     def bring(self) -> None:
         """Copy what was written on a GPU to where it travels."""
-        if self.host is not self.buffer:
+        if self.apart:
             fetch(self.buffer, self.host).wait()
 
     def settle(self) -> None:
@@ -139,17 +140,17 @@ class Message(Envelope):
                 used.append(codec.encode(x[place], payload, key))
             else:
                 used.append(codec.encode_residual(x[place], rest, payload, new[place], key))
-            if codec.loud and self.host is self.buffer and not np.isfinite(payload[0]).all():
+            if codec.loud and not self.apart and not np.isfinite(payload[0]).all():
                 return
         self._used = used
-        if self.host is not self.buffer:
+        if self.apart:
             self._copied = fetch(self.buffer, self.host)
 
     def finish(self) -> bool:
         """End what was begun; return whether all was finite."""
         if self._used is None:
             return False
-        if self.host is not self.buffer:
+        if self.apart:
             self.settle()
             if self.codec.loud and not all(np.isfinite(seen[0]).all() for seen in self.seen):
                 return False
@@ -178,7 +179,7 @@ class Message(Envelope):
 
     def received(self) -> list[Payload]:
         """The payloads of a message that is complete."""
-        if self.host is not self.buffer and not (self.direct or (self.stays and self.fixed)):
+        if self.apart and not (self.direct or (self.stays and self.fixed)):
             end = self.host.size if self.stays else self.length
             self._copied = put(self.host[:end], self.buffer[:end])
         return self.payloads if self.fixed or not self.pieces else self.layout.cut(self.buffer, self.host)
@@ -223,7 +224,7 @@ def encoded(messages: Sequence[Message], *arguments: Any) -> Iterator[tuple[Mess
 
     On a GPU all are begun before the first is waited for.
     """
-    ahead = bool(messages) and messages[0].host is not messages[0].buffer
+    ahead = bool(messages) and messages[0].apart
     if ahead:
         for message in messages:
             message.begin(*arguments)
