@@ -21,6 +21,7 @@ import ast
 import dataclasses
 import difflib
 import keyword
+import threading
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -28,6 +29,10 @@ from typing import Any, ClassVar, Literal, NoReturn, Union
 
 MAX_CHARS = 10_000  # of a spec; far above any real one, far below what overflows the stack of Python's parser
 MAX_DEPTH = 50  # members and tuples inside each other
+
+# Python before 3.11.8 and 3.12.2 counts the depth of one `ast.parse` beside another thread's and raises SystemError
+# (gh-106905). Reentrant, because the garbage collector may run a finalizer amid parsing.
+_one_at_a_time = threading.RLock()
 
 
 class SpecError(ValueError):
@@ -171,7 +176,8 @@ class _Parser:
         if len(self.text) > MAX_CHARS:
             self.fail(f"the spec has {len(self.text)} characters; at most {MAX_CHARS} are read", None)
         try:
-            body = ast.parse(self.text, mode="eval").body
+            with _one_at_a_time:
+                body = ast.parse(self.text, mode="eval").body
         except SyntaxError as error:
             where = (error.lineno or 1, (error.offset or 1) - 1)
             self.fail(f"not a spec: {error.msg}", where, self.known(), error)

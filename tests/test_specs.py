@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -431,3 +434,34 @@ def test_long_line_is_cut_around_the_place() -> None:
 def test_not_a_string() -> None:
     with pytest.raises(TypeError, match="a spec is a string, got int"):
         parse(3, REGISTRY)  # type: ignore[arg-type]
+
+
+class _Rests:
+    """Lets other threads run whenever the garbage collector finds it."""
+
+    def __init__(self) -> None:
+        self.me = self
+
+    def __del__(self) -> None:
+        for _ in range(200):
+            pass
+
+
+def test_threads_read_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.11.7's parser trips over another thread's where the collector runs amid parsing (gh-106905)."""
+    member = ByName((("*.bias", Dense()), ("*", ErrorFeedback(Gather(TopK(0.01))))))
+
+    def many(_: int) -> None:
+        for _ in range(200):
+            _Rests()
+            assert read(str(member)) == member
+
+    threshold, interval = gc.get_threshold(), sys.getswitchinterval()
+    gc.set_threshold(20)
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(many, range(8)))
+    finally:
+        gc.set_threshold(*threshold)
+        sys.setswitchinterval(interval)
