@@ -110,7 +110,7 @@ class TopK(Largest, Spec):
     smallest coding for (size, k); see `mpicomp.codecs.sparse`. Of equal magnitudes the lowest indices are kept.
     `encode` reads x once; `encode_residual` reads x and old once and writes new once; both read once more those groups
     of 64 elements that have candidates. Where the elements kept are sent as they are, they are exactly zero in new.
-    Only adversarial arrays (whose sample misleads) are read some thirty times.
+    Where a sample misleads, twice as a rule; only adversarial arrays are read some thirty times.
     """
 
     density: float

@@ -2,8 +2,8 @@
 
 Errors add up, so an element of the sum is within e if the allowances of all encodings on its way come to e:
 
-    gather      P encodings, one a rank                        e / P each
-    two_stage   P encodings, and the owner's of their sum      e / 2P each, and e / 2
+    gather      P encodings, one a rank                            e / P each
+    two_stage   P - 1 encodings, and the owner's of the sum        e / 2(P - 1) each, and e / 2
 
 A mean is within e if the sum is within P e. What rounding does to the floating-point sum itself comes on top.
 
@@ -44,7 +44,12 @@ def divided(reducer: Reducer, ranks: int, op: str = "sum") -> Reducer:
     of_sum = allowance * ranks if op == "mean" else allowance
     if isinstance(reducer, Gather):
         return Gather(Bounded(abs=of_sum / ranks))
-    return TwoStage(Bounded(abs=of_sum / (2 * ranks)), Bounded(abs=of_sum / 2))
+    return TwoStage(Bounded(abs=of_sum / (2 * _encodings(reducer, ranks))), Bounded(abs=of_sum / 2))
+
+
+def _encodings(reducer: Reducer, ranks: int) -> int:
+    """Return how many ranks' contributions to an element are encoded: the owner's is not, in two_stage."""
+    return max(1, ranks - 1) if isinstance(reducer, TwoStage) else ranks
 
 
 def allowed(reducer: Reducer) -> float | None:
@@ -72,5 +77,5 @@ def allowances(reducer: Reducer, ranks: int, op: str = "sum") -> list[str]:
     parts = cast(Any, divided(reducer, ranks, op))
     second = f" and {parts.second.abs:g} of the re-encoding" if isinstance(reducer, TwoStage) else ""
     of_sum = f", of a sum within {allowance * ranks:g}" if op == "mean" else ""
-    division = f"{parts.codec.abs:g} of each of {ranks} encodings{second}"
+    division = f"{parts.codec.abs:g} of each of {_encodings(reducer, ranks)} encodings{second}"
     return [f"  bound        {op} within {allowance:g}{of_sum}: {division}, beside rounding"]

@@ -122,7 +122,8 @@ class Message(Envelope):
     def encode(self, x: Array, state: State, stage: int, rank: int, old: Array | None, new: Array | None) -> bool:
         """Encode the pieces of x, or those of x + old and write what the code leaves out to `new`.
 
-        Returns whether all of it was finite; where it was not, payload and `new` are not to be used.
+        x has the pieces where the message says, `old` and `new` where their units do. Returns whether all of it was
+        finite; where it was not, payload and `new` are not to be used.
         """
         self.begin(x, state, stage, rank, old, new)
         return self.finish()
@@ -133,13 +134,13 @@ class Message(Envelope):
         used, codec = [], self.codec
         for piece, place, payload in zip(self.pieces, self.places, self.payloads, strict=False):
             key = state.key(piece, stage, rank)
-            rest = None if old is None else old[place]
+            rest = None if old is None else old[piece.where]
             if not codec.loud and kernels_for(x).nonfinite(x[place], rest):
                 return
             if new is None:
                 used.append(codec.encode(x[place], payload, key))
             else:
-                used.append(codec.encode_residual(x[place], rest, payload, new[place], key))
+                used.append(codec.encode_residual(x[place], rest, payload, new[piece.where], key))
             if codec.loud and not self.apart and not np.isfinite(payload[0]).all():
                 return
         self._used = used

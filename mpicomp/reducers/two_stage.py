@@ -1,8 +1,9 @@
 """two_stage: every rank reduces one shard of every message and shares it, encoded twice in all.
 
 Alltoall of encoded shards, sum at the owner, re-encoding, allgather: the optimal number of bytes, two lossy events at
-any number of ranks. The owner of a shard adds what its re-encoding drops to its own residual, so error feedback needs
-no second buffer (DESIGN section 3). Both stages are cut into groups (`pipeline`), so that coding hides behind the wire.
+any number of ranks. The owner of a shard adds its own slice to the sum as it is: only what travels is encoded, and what
+the re-encoding drops is the owner's residual there, so error feedback needs no second buffer (DESIGN section 3). Both
+stages are cut into groups (`pipeline`), so that coding hides behind the wire.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from mpicomp.transport import Topology
 class TwoStage(Remembering, Spec):
     """Reduce-scatter and allgather of encoded shards, each an array of its own to the codec.
 
-    `second` encodes the sums, None: `codec` does. The payloads of a linear codec are summed as they are and not encoded
-    again.
+    `second` encodes the sums, None: `codec` does. The payloads of a linear codec, the owner's among them, are summed as
+    they are and not encoded again.
     """
 
     spec_name: ClassVar[str] = "two_stage"
@@ -62,14 +63,15 @@ class TwoStage(Remembering, Spec):
         sent = [size for peer, sizes in enumerate(first) if peer != me for size in sizes]
         lengths = [1 if codec.fixed else 2 for codec in (self.codec, self.recodec)]
         mine = sum(piece.size for piece in owned[me])
+        own = mine if self.codec.linear else 0  # elements encoded for oneself
         return Cost(
             sum(sent) + sum(second) * (ranks - 1),
             rounds=sum(lengths),
             messages=len(sent) * lengths[0] + len(second) * (ranks - 1) * lengths[1],
             lossy=1 if self.codec.linear else 2,
             work=(
-                coding(self.codec, layout.size, feedback=feedback),
-                coding(self.codec, mine * ranks, "decode_add"),
+                coding(self.codec, layout.size - mine + own, feedback=feedback),
+                coding(self.codec, mine * (ranks - 1) + own, "decode_add"),
                 *(() if self.codec.linear else (coding(self.recodec, mine, feedback=feedback),)),
                 Work("copy", layout.size),  # zeros, to add to
                 coding(self.recodec, layout.size, "decode_add"),
@@ -101,8 +103,8 @@ class TwoStage(Remembering, Spec):
         second = Burst(comm, [buffers.share] * comm.size, buffers.shares, f"{self}, stage 2")
         for number, share in enumerate(buffers.share):
             poisoned |= any([first.arrived(rank, number, sequence, state) for rank in range(comm.size)])
-            parts = [messages[number] for messages in buffers.incoming]
-            poisoned = poisoned or not self._fill(share, parts, state, buffers, comm.rank)
+            parts = {rank: messages[number] for rank, messages in enumerate(buffers.incoming) if messages}
+            poisoned = poisoned or not self._fill(share, x, parts, state, buffers.total, comm.rank)
             share.seal(sequence, state, poisoned)
             for distance in range(1, comm.size):
                 second.send((comm.rank + distance) % comm.size, number)
@@ -122,24 +124,18 @@ class TwoStage(Remembering, Spec):
             return poisoned_total(out, state.layout), state
         return Reduction(out, divided=state.exact, finite=finite), state.advanced()
 
-    def _fill(self, share: Message, messages: list[Message], state: State, buffers: _Buffers, me: int) -> bool:
-        """Sum what came in for a part of this rank's shard and encode it; return whether the sum is finite.
-
-        With feedback the owner adds what the re-encoding drops to its own new residual.
-        """
+    def _fill(
+        self, share: Message, x: Array, messages: dict[int, Message], state: State, workspace: Array, me: int
+    ) -> bool:
+        """Sum a part of this rank's shard and what came in for it, and encode it; return whether the sum is finite."""
         if self.codec.linear:
-            return _sum_payloads(messages, share)
-        size = sum(piece.size for piece in share.pieces)
-        total, error = buffers.total[:size], buffers.error[:size]
-        total[...] = 0
-        for rank, message in enumerate(messages):
+            return _sum_payloads(list(messages.values()), share)
+        total = workspace[: sum(piece.size for piece in share.pieces)]
+        for piece, place in zip(share.pieces, share.places, strict=True):
+            total[place] = x[piece.where]
+        for rank, message in messages.items():
             message.decode_add(total, state, 0, rank)
-        if not share.encode(total, state, 1, me, None, None if state.spare is None else error):
-            return False
-        if state.spare is not None:
-            for piece, place in zip(share.pieces, share.places, strict=True):
-                state.spare[piece.where] += error[place]
-        return True
+        return share.encode(total, state, 1, me, state.residual, state.spare)
 
     def absorb(self, comm: Comm, dropped: Array, state: State) -> None:
         """See Reducer: the owner of a shard takes what rounding dropped there."""
@@ -167,13 +163,15 @@ class _Buffers:
     def __init__(self, reducer: TwoStage, state: State, ranks: int, me: int) -> None:
         codec, recodec, dtype, device = reducer.codec, reducer.recodec, state.dtype, state.device
         parts = [groups(pieces, codec) for pieces in shards(state.layout, codec.block, ranks)]
-        self.outgoing = [[Message(codec, part, dtype, device=device) for part in own] for own in parts]
-        # What a rank has for itself is decoded where it was encoded.
+        self.outgoing = [
+            [Message(codec, part, dtype, device=device) for part in own] if rank != me or codec.linear else []
+            for rank, own in enumerate(parts)
+        ]
+        # What a rank has for itself is summed where it was encoded, or not encoded at all.
         self.incoming = [
-            [
-                Message(codec, part, dtype, side_by_side=True, of=mine if rank == me else None, device=device)
-                for part, mine in zip(parts[me], self.outgoing[me], strict=True)
-            ]
+            [Message(codec, part, dtype, side_by_side=True, device=device) for part in parts[me]]
+            if rank != me
+            else [Message(codec, mine.pieces, dtype, side_by_side=True, of=mine) for mine in self.outgoing[me]]
             for rank in range(ranks)
         ]
         self.share = [Message(recodec, part, dtype, side_by_side=True, device=device) for part in parts[me]]
@@ -181,4 +179,3 @@ class _Buffers:
         self.shares[me] = [Message(recodec, share.pieces, dtype, of=share) for share in self.share]
         size = max((sum(piece.size for piece in part) for part in parts[me]), default=0)
         self.total = empty(size, dtype, device)
-        self.error = empty(size if state.residual is not None else 0, dtype, device)

@@ -11,6 +11,7 @@ from codec_members import KEY, decoded, encoded, message, normal
 from mpicomp.codecs import BlockTopK, Cast, RandomK, SampledTopK, Threshold, TopK, Uniform
 from mpicomp.errors import WireFormatError
 from mpicomp.kernels import kernels_for
+from mpicomp.kernels.cpu import select
 from mpicomp.reducers.resolve import parse
 
 DTYPES = ("float32", "float64")
@@ -217,3 +218,27 @@ def test_the_largest_of_an_array_that_is_mostly_zero(size):
             assert np.array_equal(values, x[expected])
             x[expected] = 0
             assert np.array_equal(new, x)
+
+
+@pytest.mark.parametrize("share", [0.0, 3.5, 60.0])
+def test_a_sample_that_misleads_costs_time_only(share, monkeypatch):
+    """The sample is made to hold `share` times its part of the largest: at first, or even with more room, too many."""
+    size, k = 131_072, 1311
+    places = np.empty(select.sample_size(size) // select.RUN * select.RUN)
+    select._sample(np.arange(float(size)), np.empty(0), places, select.RUN)
+    assert len(set(places)) == places.size
+    rng = np.random.default_rng(1)
+    x = rng.uniform(0.1, 1, size).astype(np.float32)
+    sampled = places.astype(np.int64)
+    large = sampled[: int(share * places.size * k / size)]
+    x[large] += 5
+    passes, mark = [], select._mark
+    monkeypatch.setattr(select, "_mark", lambda *arguments: passes.append(1) or mark(*arguments))
+    values, found, new = np.empty(k, np.float32), np.empty(k, np.uint32), np.empty_like(x)
+    select.select_top(x, np.zeros_like(x), new, k).write(values, found, zero=True)
+    expected = np.sort(np.lexsort((np.arange(size), -x))[:k])
+    assert np.array_equal(found, expected)
+    assert np.array_equal(values, x[expected])
+    x[expected] = 0
+    assert np.array_equal(new, x)
+    assert len(passes) == {0.0: 1, 3.5: 2, 60.0: 3}[share]

@@ -20,7 +20,8 @@ from mpicomp.kernels.cpu.merge import add_marked, collect, count_marks, mark_fir
 from mpicomp.kernels.cpu.quantize import codes_valid, decode_blocks, encode_blocks
 from mpicomp.kernels.cpu.random import fill_uniform, random_support
 from mpicomp.kernels.cpu.scatter import gather, gather_residual, put_at, scatter_add
-from mpicomp.kernels.cpu.select import block_top_k, select_above, select_top
+from mpicomp.kernels.cpu.select import select_above, select_top
+from mpicomp.kernels.cpu.select_blocks import block_top_k
 from mpicomp.kernels.cpu.sign import encode_sign, largest, moments
 from mpicomp.kernels.cpu.sums import add, axpy, divide, nonfinite, sum_tree
 

@@ -1,12 +1,12 @@
-"""Selection of the largest magnitudes, and gathering and scattering by index.
+"""Selection of the largest magnitudes.
 
 Exact selection of k of n: (1) a sample gives two magnitudes, `low`, which somewhat more than k elements should reach,
 and `high`, which somewhat fewer should exceed; (2) one pass over the array marks those that reach `low`, one bit an
 element, counts those above `high`, and copies them, and the few in between apart, while they are in the cache; (3)
 bisection among those in between finds the k-th largest magnitude, and how many of the k have just that; (4) the marked
 elements are gone through in ascending order and those chosen are written, of equal magnitudes the first. Where the
-sample misled, the bisection runs over the whole array. So the result is exact for any input and the sample only decides
-how long it takes.
+sample misled, (2) is done again with more room on both sides, and where that fails, the bisection runs over the whole
+array. So the result is exact for any input and the sample only decides how long it takes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from mpicomp.arrays import Array
-from mpicomp.kernels.cpu.bits import copy, load, lowest, magnitude
+from mpicomp.kernels.cpu.bits import load, lowest, magnitude
 from mpicomp.kernels.cpu.compile import kernel
 from mpicomp.kernels.cpu.indices import ones, prefetch
 from mpicomp.kernels.cpu.marks import marked, reaching, sum_above64
@@ -27,6 +27,8 @@ from mpicomp.kernels.cpu.random import draw
 
 CHUNK = 1024  # elements, a multiple of 64
 SAMPLE = 16384  # elements at most, for an exact selection
+RUN = 4  # neighbours that an exact selection samples together: what a sample costs is the cache lines it touches
+WIDER = 4  # times as far from k are the ranks of `low` and `high`, where a sample misled
 AHEAD = 64  # elements whose memory is asked for before they are zeroed, or read as a sample
 DIRECT = 4096  # arrays of fewer elements are not sampled
 ZERO, ONE, S32 = np.uint64(0), np.uint64(1), np.uint64(32)
@@ -47,18 +49,22 @@ def _kth(x: Any, k: int, low: Any, high: Any) -> Any:
     return low, exceeding
 
 
-@kernel("const T[], const T[], T[]")
-def _sample(x: Any, old: Any, out: Any) -> None:
-    stride = x.size // out.size
-    places = np.empty(AHEAD, np.int64)  # of elements that have been asked for
-    for i in range(out.size + AHEAD):
+@kernel("const T[], const T[], T[], i8")
+def _sample(x: Any, old: Any, out: Any, run: int) -> None:
+    """Read runs of `run` neighbours of x + old; out.size is a multiple of it."""
+    runs = out.size // run
+    stride = x.size // runs
+    places = np.empty(AHEAD, np.int64)  # of runs that have been asked for
+    for i in range(runs + AHEAD):
         slot = i % AHEAD
         if i >= AHEAD:
-            place = places[slot]
-            out[i - AHEAD] = x[place] + old[place] if old.size else x[place]
+            place, at = places[slot], (i - AHEAD) * run
+            for j in range(run):
+                out[at + j] = x[place + j] + old[place + j] if old.size else x[place + j]
         # By hash within each stride, so that no period of the data meets the sample's.
         place = i * stride + np.int64(((draw(ZERO, np.uint64(i)) >> S32) * np.uint64(stride)) >> S32)
-        places[slot] = min(place, x.size - 1)
+        place = min(place, x.size - run)
+        places[slot] = place - place % run
         prefetch(x, places[slot])
         if old.size:
             prefetch(old, places[slot])
@@ -134,66 +140,6 @@ def _emit(x: Any, new: Any, marks: Any, found: Any, exact: Any, ties: int, value
             new[indices[i]] = 0
 
 
-@kernel("const T[], const T[], T[], i8, i8, T[], u4[]")
-def _block_top_k(x: Any, old: Any, new: Any, block: int, k: int, values: Any, indices: Any) -> None:
-    n = x.size
-    buffer = np.empty(min(block, n), x.dtype)
-    count = 0
-    infinite = (ONE << np.uint64(x.itemsize * 8 - 1)) - ONE
-    guess, leap = infinite >> ONE, ONE << np.uint64(x.itemsize * 8 - 12)
-    for first in range(0, n, block):
-        size = min(block, n - first)
-        load(x, old, first, first + size, buffer)
-        left = k if first + block < n else values.size - count
-        low, high = ZERO, infinite
-        at, step, exceeding = guess, leap, 0
-        found = reaching(buffer, 0, size, at)
-        while low < high and found != left:  # gallop from the block before's threshold, then bisect
-            if found > left:
-                low = at
-                at = low + step if high == infinite and step < infinite - low else low + ((high - low + ONE) >> ONE)
-            else:
-                high = at - ONE
-                exceeding = found
-                at = high - step if low == ZERO and high > step else low + ((high - low + ONE) >> ONE)
-            step = min(step + step, infinite)
-            if low < high:
-                found = reaching(buffer, 0, size, at)
-        # `at` parts just `left` elements from the rest, or all that reach low == high are more and some of them tie
-        exact, ties = (at, size) if found == left and low < high else (low, left - exceeding)
-        guess = exact
-        if new.size:
-            copy(buffer, size, new[first : first + size])
-        stop = count + left
-        for base in range(0, size, 64):
-            word = marked(buffer, base, size, exact)
-            while word != ZERO and count < stop:
-                place = base + lowest(word)
-                word &= word - ONE
-                tie = np.uint64(magnitude(buffer[place])) == exact
-                if tie and ties == 0:
-                    continue
-                ties -= tie
-                values[count] = buffer[place]
-                indices[count] = first + place
-                count += 1
-                if new.size:
-                    new[first + place] = 0
-
-
-def block_top_k(
-    x: Array, old: Array | None, new: Array | None, block: int, k: int, values: Array, indices: Array
-) -> None:
-    """Select the k largest magnitudes of x + old in every block of `block` elements; of the last what is left of k.
-
-    values, (m,), and indices, (m,) uint32, are in ascending order of index; `new` gets what was not selected. Exact, of
-    equal magnitudes the lowest indices. One pass; a block is read about a dozen times, from the cache where it fits.
-    """
-    if values.size:
-        empty = np.empty(0, x.dtype)
-        _block_top_k(x, x[:0] if old is None else old, empty if new is None else new, block, k, values, indices)
-
-
 _kept = threading.local()
 
 
@@ -263,48 +209,59 @@ def _quantile(sample: Array, rank: int) -> int:
     return int(_kth(sample, rank, np.uint64(0), np.uint64(top))[0])
 
 
+def _limits(sample: Array, k: int, n: int, share: float, wide: int) -> tuple[int, int, int]:
+    """Return `low`, `high` and how many elements may lie between, for k of n; all without a sample."""
+    size, low, high = sample.size, 0, 2 ** (sample.itemsize * 8 - 1) - 1
+    if not size:
+        return low, high, n
+    expected = size * k / n
+    margin = wide * 4 * math.sqrt(expected * (1 - k / n)) + 5
+    rank = -(-size * k // n) if share else math.ceil(expected + margin)
+    if rank <= size:
+        low = _quantile(sample, rank)
+        if not share:
+            low = max(1, low)  # the zeros of a sum of sparse arrays would all be marked
+    if expected - margin >= 1:
+        high = _quantile(sample, math.floor(expected - margin))
+    return low, high, min(n, int(4 * (2 * margin) * n / size) + DIRECT)
+
+
 def select_top(x: Array, old: Array | None, new: Array | None, k: int, share: float = 0.0) -> Selection:
     """Choose the k largest magnitudes of x + old, 0 < k <= n <= 2^32; `new` is set to x + old.
 
     Exact; of equal magnitudes those with the lowest indices. With a `share`, the ceil(k * size / n)-th largest of a
     sample of size = min(n, max(4096, ceil(share * n))) elements is a threshold: where fewer than k elements reach it,
-    these are chosen, and all of them. Element i of a sample is x[i s + ((draw(0, i) >> 32) * s >> 32)] + old[...],
+    these are chosen, and all of them. Element i of such a sample is x[i s + ((draw(0, i) >> 32) * s >> 32)] + old[...],
     s = n // size. One pass, and the elements that the threshold leaves are read a second time.
     """
-    n, top = x.size, 2 ** (x.itemsize * 8 - 1) - 1
+    n = x.size
     old, new, source = _nothing(x, old, new)
-    low, high, room, most = 0, top, n, n
-    size = sample_size(n, share)
-    if size:
-        sample = np.empty(size, x.dtype)
-        _sample(x, old, sample)
-        expected = size * k / n
-        margin = 4 * math.sqrt(expected * (1 - k / n)) + 5
-        rank = -(-size * k // n) if share else math.ceil(expected + margin)
-        if rank <= size:
-            low = _quantile(sample, rank)
-            if not share:
-                low = max(1, low)  # the zeros of a sum of sparse arrays would all be marked
-        if expected - margin >= 1:
-            high = _quantile(sample, math.floor(expected - margin))
-        room = min(n, int(4 * (2 * margin) * n / size) + DIRECT)
-        most = min(n, k + room)
+    none = x[:0]
     marks = _scratch("marks", -(-n // 64), np.dtype(np.uint64))
-    band = _scratch("band", room + CHUNK, x.dtype)
-    found = _scratch("found", most + CHUNK, x.dtype)
-    reached, exceeding, copied = _mark(x, old, new, np.uint64(low), np.uint64(high), marks, found, band)
-    whole = reached + CHUNK <= found.size and copied + CHUNK <= band.size
-    found = found[: reached if whole else 0]
-    if share and reached <= k:
-        return Selection(source, marks, found, low - 1 if low else 0, n if low == 0 else 0, reached)
-    if exceeding < k <= reached and (low == high or whole):
-        exact, more = low, 0
-        if low < high:
-            exact, more = _kth(band[:copied], k - exceeding, np.uint64(low), np.uint64(high))
-        return Selection(source, marks, found, int(exact), k - exceeding - int(more), k)
-    if low == 1 and reached < k:  # all that is not zero, and the first zeros
-        exact, exceeding = 0, int(reached)
+    run = 1 if share else RUN
+    sample = np.empty(sample_size(n, share) // run * run, x.dtype)
+    if sample.size:
+        _sample(x, old, sample, run)
+    for wide in (1, WIDER):
+        low, high, room = _limits(sample, k, n, share, wide)
+        band = _scratch("band", room + CHUNK, x.dtype)
+        found = _scratch("found", min(n, k + room) + CHUNK, x.dtype)
+        reached, exceeding, copied = _mark(x, old, new, np.uint64(low), np.uint64(high), marks, found, band)
+        whole = reached + CHUNK <= found.size and copied + CHUNK <= band.size
+        found = found[: reached if whole else 0]
+        if share and reached <= k:
+            return Selection(source, marks, found, low - 1 if low else 0, n if low == 0 else 0, reached)
+        if exceeding < k <= reached and (low == high or whole):
+            exact, more = low, 0
+            if low < high:
+                exact, more = _kth(band[:copied], k - exceeding, np.uint64(low), np.uint64(high))
+            return Selection(source, marks, found, int(exact), k - exceeding - int(more), k)
+        if low == 1 and reached < k:  # all that is not zero, and the first zeros
+            exact, exceeding = 0, int(reached)
+            break
+        x, old, new = source, none, np.empty(0, x.dtype)  # the sum is there
     else:
-        exact, exceeding = map(int, _kth(source, k, np.uint64(0), np.uint64(top)))
-    _mark(source, x[:0], np.empty(0, x.dtype), np.uint64(exact), np.uint64(exact), marks, found[:0], band)
+        top = np.uint64(2 ** (x.itemsize * 8 - 1) - 1)
+        exact, exceeding = map(int, _kth(source, k, np.uint64(0), top))
+    _mark(source, none, np.empty(0, x.dtype), np.uint64(exact), np.uint64(exact), marks, found[:0], band)
     return Selection(source, marks, found[:0], exact, k - exceeding, k)
