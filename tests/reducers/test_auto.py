@@ -272,8 +272,8 @@ def test_a_bound_of_the_result_is_divided_for_each_candidate() -> None:
     auto = divided(member("auto(allow=(bounded(abs=0.1),))"), 5)
     assert [str(each) for each in cast(Auto, auto).lossy()] == [
         "gather(bounded(abs=0.02))",
-        "two_stage(bounded(abs=0.01), bounded(abs=0.05))",
-        "hierarchical(two_stage(bounded(abs=0.01), bounded(abs=0.05)))",
+        "two_stage(bounded(abs=0.0125), bounded(abs=0.05))",
+        "hierarchical(two_stage(bounded(abs=0.0125), bounded(abs=0.05)))",
     ]
     assert divided(member(SPEC), 5) == member(SPEC)
     assert len(allowances(member("auto(allow=(bounded(abs=0.1),))"), 5)) == 3
