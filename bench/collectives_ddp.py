@@ -25,13 +25,14 @@ class Ours:
 
     device = "cpu"
 
-    def __init__(self, world: World, reducer: str, width: int) -> None:
-        self.world, self.reducer, self.width = world, reducer, width
+    def __init__(self, world: World, reducer: str, width: int, views: bool) -> None:
+        self.world, self.reducer, self.width, self.views = world, reducer, width, views
         self.name = "none" if reducer == "none" else "mpicomp"
 
     def open(self, nbytes: int) -> None:
         """See System."""
-        ddp, world = DistributedDataParallel(model(self.width)), self.world
+        world = self.world
+        ddp = DistributedDataParallel(model(self.width), gradient_as_bucket_view=self.views)
         if self.name == "none":
             self.trainer = Trainer(ddp, world.meet, world.me, world.ranks, reduced=False)
         else:
@@ -51,8 +52,8 @@ class Torch:
 
     name, device = "gloo", "cpu"
 
-    def __init__(self, world: World, hook: str, width: int, patience: float) -> None:
-        self.world, self.reducer, self.width = world, hook, width
+    def __init__(self, world: World, hook: str, width: int, views: bool, patience: float) -> None:
+        self.world, self.reducer, self.width, self.views = world, hook, width, views
         self.group = Group(world, f"gloo {hook}", patience)
 
     def open(self, nbytes: int) -> None:
@@ -60,7 +61,7 @@ class Torch:
         share = {"dense": 1, "fp16": 2}.get(self.reducer)
         self.sent = share and least_bytes(nbytes // share, self.world.ranks)
         self.group.start()
-        self.group.ask("train", hook=self.reducer, width=self.width)
+        self.group.ask("train", hook=self.reducer, width=self.width, views=self.views)
 
     def slot(self, seed: int, repetitions: int, judged: bool = False) -> Slot | None:
         """See System."""
@@ -73,13 +74,15 @@ class Torch:
 
 
 @contextmanager
-def systems(world: World, specs: list[str], hooks: list[str], width: int, patience: float) -> Iterator[list[System]]:
-    """Yield `none`, ours and torch's, over a process group of ours. Collective."""
+def systems(
+    world: World, specs: list[str], hooks: list[str], width: int, views: bool, patience: float
+) -> Iterator[list[System]]:
+    """Yield `none`, ours and torch's, over a process group of ours; `views`: gradient_as_bucket_view. Collective."""
     torch.set_num_threads(1)
     dist.init_process_group("mpicomp")
-    found: list[System] = [Ours(world, "none", width)]
-    found += [Ours(world, spec, width) for spec in specs]
-    found += [Torch(world, hook, width, patience) for hook in hooks]
+    found: list[System] = [Ours(world, "none", width, views)]
+    found += [Ours(world, spec, width, views) for spec in specs]
+    found += [Torch(world, hook, width, views, patience) for hook in hooks]
     try:
         yield found
     finally:

@@ -174,11 +174,11 @@ class Gloo:
 
         dist.barrier()
 
-    def train(self, hook: str, width: int) -> bool:
+    def train(self, hook: str, width: int, views: bool) -> bool:
         """Make the DDP model whose gradients `step` reduces."""
         from collectives_step import gloo_trainer
 
-        self.trainer = gloo_trainer(hook, width, self.meet, self.me, self.ranks)
+        self.trainer = gloo_trainer(hook, width, views, self.meet, self.me, self.ranks)
         return True
 
     def step(self, seed: int, steps: int, judged: bool) -> dict[str, Any]:

@@ -31,12 +31,12 @@ def gradient_bytes(width: int) -> int:
     return 4 * LAYERS * (width * width + width)
 
 
-def gloo_model(hook: str, width: int) -> DistributedDataParallel:
+def gloo_model(hook: str, width: int, views: bool) -> DistributedDataParallel:
     """Make DDP over gloo with a hook of HOOKS."""
     from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
     single = hook == "powersgd"
-    ddp = DistributedDataParallel(model(width), bucket_cap_mb=1024 if single else None)
+    ddp = DistributedDataParallel(model(width), bucket_cap_mb=1024 if single else None, gradient_as_bucket_view=views)
     if hook == "fp16":
         ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)
     elif hook != "dense":
@@ -143,6 +143,6 @@ def _square(x: torch.Tensor) -> float:
     return float(x.square().sum()) if x.isfinite().all() else float("inf")
 
 
-def gloo_trainer(hook: str, width: int, meet: Callable[[], None], me: int, ranks: int) -> Trainer:
+def gloo_trainer(hook: str, width: int, views: bool, meet: Callable[[], None], me: int, ranks: int) -> Trainer:
     """Return the trainer of a peer's process."""
-    return Trainer(gloo_model(hook, width), meet, me, ranks, DENSE_STEPS if hook.startswith("powersgd") else 0)
+    return Trainer(gloo_model(hook, width, views), meet, me, ranks, DENSE_STEPS if hook.startswith("powersgd") else 0)

@@ -162,7 +162,7 @@ class Fake:
         self.me = me
         return True
 
-    def train(self, hook, width):
+    def train(self, hook, width, views):
         self.hook, self.turns = hook, 0
         return True
 
@@ -217,18 +217,21 @@ def test_training_steps_go_on_without_peers_that_crash_or_hang(tmp_path: Path) -
     assert str(fake) not in processes
 
 
-def test_torch_steps_over_gloo(tmp_path: Path) -> None:
+@pytest.mark.parametrize("views", [[], ["--views"]])
+def test_torch_steps_over_gloo(tmp_path: Path, views: list[str]) -> None:
     file = tmp_path / "rows.json"
     done = mpirun(
         *(str(BENCH / "collectives.py"), "--ddp", "--width", "64", "--rounds", "5", "--json", str(file)),
-        *("--system", "gloo", "--hook", "powersgd"),
+        *("--reducer", "dense", "--hook", "dense", "--hook", "powersgd", *views),
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    none, powersgd = json.loads(file.read_text())
-    assert (none["system"], none["reducer"]) == ("none", "none")
-    assert (powersgd["system"], powersgd["reducer"]) == ("gloo", "powersgd")
+    none, ours, dense, powersgd = json.loads(file.read_text())
+    systems = [("none", "none"), ("mpicomp", "dense"), ("gloo", "dense"), ("gloo", "powersgd")]
+    assert [(row["system"], row["reducer"]) for row in (none, ours, dense, powersgd)] == systems
     assert powersgd["added_s"] > 0
-    assert powersgd["identical"] is True
+    assert all(row["identical"] is True for row in (ours, dense, powersgd))
+    assert ours["relative_error"] < 1e-6
+    assert dense["relative_error"] < 1e-6
     assert 0.01 < powersgd["relative_error"] < 1
 
 
