@@ -212,7 +212,9 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--system", action="append", choices=("mpicomp", "mpi", "gloo"), help="default: all there are")
     parser.add_argument("--hook", action="append", choices=HOOKS, help="of gloo in --ddp; default: all four")
     parser.add_argument("--width", type=int, default=2048, help="of the layers of --ddp (default: 2048)")
-    parser.add_argument("--views", action="store_true", help="--ddp with gradient_as_bucket_view=True, for all systems")
+    parser.add_argument(
+        "--views", action="store_true", help="--ddp with gradient_as_bucket_view=True; keep its --json apart"
+    )
     parser.add_argument("--rounds", type=int, default=15, help=f"at most (default: 15), at least {LEAST_ROUNDS}")
     parser.add_argument("--pairs", type=int, default=50, help="of --auto, at most (default: 50)")
     parser.add_argument("--warm-up", type=int, help="reductions before any is timed (default: 4; 16 for --ddp, --auto)")
