@@ -27,6 +27,7 @@ DTYPES: dict[str, Any] = {
 METHODS = [
     "dense",
     "dense(algorithm=two_shot)",
+    "dense(algorithm=ring)",
     "topk(density=0.2)",
     "randomk(density=0.2)",
     "uniform(bits=4)",
@@ -79,7 +80,7 @@ def same_bits(results: list[Array]) -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 3, 9])
 def test_dense_is_the_sum_or_the_mean(ranks: int, op: str, dtype: str) -> None:
     shape = (7, 5)
-    for method in ("dense", "dense(algorithm=two_shot)"):
+    for method in ("dense", "dense(algorithm=two_shot)", "dense(algorithm=ring)"):
         results = Team(ranks).run(
             lambda comm, method=method: mpicomp.allreduce(comm, array_of(comm.rank, shape, dtype), method, op)
         )

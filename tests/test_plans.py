@@ -19,6 +19,7 @@ DTYPES: list[Any] = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 METHODS = [
     "dense",
     "dense(algorithm=two_shot)",
+    "dense(algorithm=ring)",
     "topk(density=0.2)",
     "two_stage(uniform(bits=8, block=32))",
     "low_rank(rank=2)",

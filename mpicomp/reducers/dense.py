@@ -1,4 +1,4 @@
-"""dense: the sum of uncompressed arrays, by MPI's own allreduce or by our own two-shot."""
+"""dense: the sum of uncompressed arrays, by MPI's own allreduce, by a segmented ring or by our own two-shot."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from mpicomp.arrays import Array, on_host
 from mpicomp.collectives import Comm, allreduce, as_bytes, begin_receive, begin_send, exchange, wait
 from mpicomp.planner import Cost, Work
 from mpicomp.reducers.base import Reduction, Remembering, State, nonfinite
-from mpicomp.reducers.layout import Layout, even_cuts
+from mpicomp.reducers.layout import Layout, cut_up, even_cuts
+from mpicomp.reducers.ring import ring_cost, ring_slots, ring_sum
 from mpicomp.specs import Spec
 from mpicomp.transport import Request, Topology
 
-ALGORITHMS = ("best", "mpi", "two_shot")
+ALGORITHMS = ("best", "mpi", "two_shot", "ring")
 GROUP = 1 << 21  # bytes in a message at most: few, and yet sums hide behind the network
 OURS_FROM = 1 << 20  # bytes of an array; of 256 KiB MPICH's own takes 8 to 20 % less (bench/results)
+RING_FROM = 1 << 18  # bytes of a rank's share of it; of less the two-shot takes less, whose rounds are two
 ONE_ROUND = 1 << 15  # bytes that a rank sends
 
 
@@ -39,7 +41,7 @@ def two_shot_sum(comm: Comm, flat: Array, total: Array, rows: Array, operation: 
             total += row
         return
     cuts = even_cuts(flat.size, ranks)
-    parts = [_groups(cut, flat.itemsize) for cut in cuts]
+    parts = [cut_up(cut, GROUP // flat.itemsize) for cut in cuts]
     size = _length(cuts[me])
     received = rows[: ranks * size].reshape(ranks, size)  # (ranks, size of my cut); mine holds the sum
     arrivals: list[list[list[Request]]] = [[] for _ in range(ranks)]
@@ -76,12 +78,6 @@ def two_shot_sum(comm: Comm, flat: Array, total: Array, rows: Array, operation: 
     wait(comm, sends, operation)
 
 
-def _groups(cut: slice, itemsize: int) -> list[slice]:
-    """Cut a range of elements into those that travel together."""
-    step = GROUP // itemsize
-    return [slice(start, min(cut.stop, start + step)) for start in range(cut.start, cut.stop, step)]
-
-
 def _length(cut: slice) -> int:
     return int(cut.stop - cut.start)
 
@@ -103,7 +99,7 @@ def two_shot_cost(nbytes: int, itemsize: int, ranks: int, me: int) -> Cost:
     if _in_one_round(nbytes, ranks):
         return Cost(nbytes * (ranks - 1), rounds=1, messages=ranks - 1, work=(Work("add", size * ranks),))
     cuts = even_cuts(size, ranks)
-    parts, mine = [len(_groups(cut, itemsize)) for cut in cuts], _length(cuts[me])
+    parts, mine = [len(cut_up(cut, GROUP // itemsize)) for cut in cuts], _length(cuts[me])
     return Cost(
         (size - mine + mine * (ranks - 1)) * itemsize,
         rounds=2,
@@ -118,9 +114,9 @@ class Dense(Remembering, Spec):
     """The exact sum, to rounding; NaN and infinity follow IEEE element by element.
 
     `algorithm` "mpi" is MPI's own allreduce, which promises the same bits on all ranks but not the same for an
-    element at another place; "two_shot" is ours, which adds in rank order whatever the place. "best" is ours from
-    OURS_FROM bytes on where every rank has a node of its own, else MPI's: from nodes of several ranks ours sends more
-    than need be; for these there is `hierarchical`.
+    element at another place; neither does "ring", see there; "two_shot" adds in rank order whatever the place. "best"
+    is one of ours from OURS_FROM bytes on where every rank has a node of its own, else MPI's: from nodes of several
+    ranks ours send more than need be; for these there is `hierarchical`.
     """
 
     spec_name: ClassVar[str] = "dense"
@@ -135,15 +131,18 @@ class Dense(Remembering, Spec):
         """Which algorithm sums an array of so many bytes: decided by what all ranks know, so alike in every run."""
         if self.algorithm != "best":
             return self.algorithm
-        return "two_shot" if 1 < topology.size == len(topology.nodes) and nbytes >= OURS_FROM else "mpi"
+        if nbytes < OURS_FROM or not 1 < topology.size == len(topology.nodes):
+            return "mpi"
+        return "ring" if nbytes >= topology.size * RING_FROM else "two_shot"
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
         """See Reducer."""
         ranks, itemsize = topology.size, np.dtype(dtype).itemsize
         nbytes = layout.size * itemsize
-        if self._algorithm(nbytes, topology) == "mpi":
+        algorithm = self._algorithm(nbytes, topology)
+        if algorithm == "mpi":
             return Cost(math.ceil(2 * nbytes * (ranks - 1) / ranks), mpi=(nbytes,))
-        return two_shot_cost(nbytes, itemsize, ranks, me)
+        return (ring_cost if algorithm == "ring" else two_shot_cost)(nbytes, itemsize, ranks, me)
 
     @np.errstate(over="ignore", invalid="ignore")  # IEEE, as above
     def reduce(self, comm: Comm, x: Array, state: State, out: Array | None = None) -> tuple[Reduction, State]:
@@ -151,26 +150,38 @@ class Dense(Remembering, Spec):
         out = np.empty_like(x) if out is None else out
         layout = state.layout
         comm.next_call()
-        flat, total, in_place = self._buffers(x, state, out)
-        if self._algorithm(flat.nbytes, comm.topology) == "mpi":
+        nbytes, itemsize = layout.size * x.itemsize, x.itemsize
+        algorithm = self._algorithm(nbytes, comm.topology)
+        flat, total, in_place = self._buffers(x, state, out, apart=algorithm != "ring")
+        divided = finite = False
+        if algorithm == "mpi":
             allreduce(comm, flat, total)
+        elif algorithm == "ring":
+            slots = state.buffer("slots", ring_slots(nbytes, itemsize, comm.size), host=True)
+            with on_host(flat, total) as (given, summed):
+                finite = ring_sum(comm, given, summed, slots, state.divisor, str(self))
+            divided = comm.size > 1 < state.divisor
         else:
-            rows = state.buffer("rows", two_shot_rows(flat.nbytes, flat.itemsize, comm.size), host=True)
+            rows = state.buffer("rows", two_shot_rows(nbytes, itemsize, comm.size), host=True)
             with on_host(flat, total) as (given, summed):
                 two_shot_sum(comm, given, summed, rows, str(self))
         if not in_place:
             layout.spread(total, out)
         if state.spare is None:
-            return Reduction(out), state.advanced()
-        if nonfinite(out, None, layout):
-            return Reduction(out, poisoned=True), state
+            return Reduction(out, divided=divided, finite=finite), state.advanced()
+        if not finite and nonfinite(out, None, layout):
+            return Reduction(out, poisoned=True, divided=divided), state
         state.spare[...] = 0
-        return Reduction(out), state.advanced()
+        return Reduction(out, divided=divided, finite=True), state.advanced()
 
-    def _buffers(self, x: Array, state: State, out: Array) -> tuple[Array, Array, bool]:
-        """Return what is summed and where to, both (size,) and apart, and whether that is in `out` itself."""
+    def _buffers(self, x: Array, state: State, out: Array, apart: bool) -> tuple[Array, Array, bool]:
+        """Return what is summed and where to, both (size,), apart or one array, and whether that is in `out` itself."""
         layout, where = state.layout, state.layout.where
-        if where is not None and state.residual is None and not np.may_share_memory(x, out):
+        if (
+            where is not None
+            and state.residual is None
+            and (not np.may_share_memory(x, out) or (x is out and not apart))
+        ):
             return x[where], out[where], True
         flat = state.buffer("flat", layout.size)
         layout.collect(x, flat)

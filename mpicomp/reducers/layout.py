@@ -142,3 +142,8 @@ def even_cuts(size: int, ranks: int) -> list[slice]:
     step = -(-size // ranks)
     step += -step % 16
     return [slice(min(size, rank * step), min(size, (rank + 1) * step)) for rank in range(ranks)]
+
+
+def cut_up(cut: slice, step: int) -> list[slice]:
+    """Cut a range of elements into ranges of at most `step`; none of an empty one."""
+    return [slice(start, min(cut.stop, start + step)) for start in range(cut.start, cut.stop, step)]

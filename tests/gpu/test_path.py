@@ -27,10 +27,12 @@ SPECS = [
     "two_stage(randomk(density=0.25))",
     "dense",
     "dense(algorithm=two_shot)",
+    "dense(algorithm=ring)",
     "partition(dense(algorithm=two_shot), error_feedback(two_stage(uniform(bits=4, block=32))), min_size=3)",
     "after(2, error_feedback(gather(topk(density=0.1))))",
     "error_feedback(low_rank(rank=2))",
 ]
+ADDING_ON_THE_HOST = ["dense(algorithm=two_shot)", "dense(algorithm=ring)"]
 
 
 def run(spec: str, x: Any, there: list[bool], op: str = "mean", dtype: str = "float32") -> list[tuple[Any, Any]]:
@@ -104,7 +106,7 @@ def test_messages_straight_from_a_gpu(aware, spec):
     x = inputs(3, 4, LAYOUT.size, "float32")
     aware.clear()
     direct = run(spec, x, [True, False, True])
-    assert sum(aware) > 0 or spec == "dense(algorithm=two_shot)"  # which adds on the host
+    assert sum(aware) > 0 or spec in ADDING_ON_THE_HOST
     if "low_rank" not in spec:
         assert_equal(direct, run(spec, x, [False] * 3))
 
@@ -119,7 +121,7 @@ def test_poison_leaves_no_trace(device, spec):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("spec", ["error_feedback(two_stage(uniform(bits=4, block=32)))", "dense(algorithm=two_shot)"])
+@pytest.mark.parametrize("spec", ["error_feedback(two_stage(uniform(bits=4, block=32)))", *ADDING_ON_THE_HOST])
 def test_half_types(device, spec, dtype):
     kind = np.float16 if dtype == "float16" else ml_dtypes.bfloat16
     x = inputs(3, 3, LAYOUT.size, "float32").astype(kind).view(np.uint16)

@@ -155,7 +155,7 @@ def test_buckets_change_only_rounding_where_mpi_sums(method: str) -> None:
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["dense", "dense(algorithm=two_shot)", "topk(density=1.0)"])
+@pytest.mark.parametrize("method", ["dense", "dense(algorithm=two_shot)", "dense(algorithm=ring)", "topk(density=1.0)"])
 def test_without_loss_it_is_plain_ddp(method: str) -> None:
     torch.testing.assert_close(train(method)[0], reference(), rtol=1e-5, atol=1e-6)
 

@@ -24,6 +24,7 @@ DTYPES: dict[str, Any] = {
 METHODS = [
     "dense",
     "dense(algorithm=two_shot)",
+    "dense(algorithm=ring)",
     "topk(density=0.2)",
     "randomk(density=0.2)",
     "uniform(bits=4)",
@@ -77,7 +78,7 @@ def same_everywhere(world: Any, x: Array) -> bool:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", ["sum", "mean"])
 def test_dense_is_the_sum_or_the_mean(world: Any, op: str, dtype: str) -> None:
-    for method in ("dense", "dense(algorithm=two_shot)"):
+    for method in ("dense", "dense(algorithm=two_shot)", "dense(algorithm=ring)"):
         total = mpicomp.allreduce(world, array_of(world.rank, (7, 5), dtype), method, op)
         assert (total.shape, total.dtype) == ((7, 5), DTYPES[dtype])
         assert same_everywhere(world, total)

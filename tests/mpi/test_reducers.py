@@ -121,7 +121,7 @@ def test_poison_on_the_last_rank_shows_on_all_and_leaves_no_trace(comm: Comm, sp
     assert totals(True) == totals(False)
 
 
-@pytest.mark.parametrize("spec", ["dense", "dense(algorithm=two_shot)", *COMPRESSING[::5]])
+@pytest.mark.parametrize("spec", ["dense", "dense(algorithm=two_shot)", "dense(algorithm=ring)", *COMPRESSING[::5]])
 def test_large_arrays_have_the_same_bits_on_all_ranks(comm: Comm, spec: str) -> None:
     """DESIGN section 4.1: `dense` rests on MPI's promise; here it is checked, where MPI changes its algorithm too."""
     for n in (100, 10_000, 300_007):
@@ -142,6 +142,7 @@ EQUAL = {4: Topology(((0, 2), (1, 3)))}
         "low_rank(rank=2)",
         "split(topk(density=0.1))",
         "dense(algorithm=two_shot)",
+        "dense(algorithm=ring)",
     ],
 )
 def test_hierarchical_among_nodes_that_are_not_there(

@@ -64,7 +64,13 @@ COMPRESSING = [
     "error_feedback(tree(topk(density=0.2, values=bf16)))",
     "error_feedback(hierarchical(two_stage(topk(density=0.1))))",
 ]
-DENSE = ["dense", "dense(algorithm=two_shot)", "error_feedback(dense)"]
+DENSE = [
+    "dense",
+    "dense(algorithm=two_shot)",
+    "dense(algorithm=ring)",
+    "error_feedback(dense)",
+    "error_feedback(dense(algorithm=ring))",
+]
 COMPOSED = [
     "after(3, error_feedback(two_stage(topk(density=0.1))))",
     "partition(dense(algorithm=two_shot), error_feedback(two_stage(uniform(bits=4, block=32))), min_size=30)",

@@ -20,7 +20,7 @@ DTYPES: dict[str, Any] = {
     "float32": np.float32,
     "float64": np.float64,
 }
-DENSE = ["dense", "dense(algorithm=two_shot)"]
+DENSE = ["dense", "dense(algorithm=two_shot)", "dense(algorithm=ring)"]
 
 
 def bits(x: Array) -> Array:
@@ -80,7 +80,7 @@ def test_the_law_holds_with_the_final_rounding(spec: str, ranks: int, dtype: str
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("spec", DENSE)
+@pytest.mark.parametrize("spec", ["dense", "dense(algorithm=two_shot)"])  # which add in rank order, dense in a team
 def test_a_result_is_rounded_once(spec: str, dtype: str) -> None:
     ranks = 5
     x = inputs(ranks, 2, LAYOUT.size, "float64").astype(DTYPES[dtype])

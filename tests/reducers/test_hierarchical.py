@@ -36,6 +36,7 @@ INNER = [
     "tree(topk(density=0.2))",
     "dense",
     "dense(algorithm=two_shot)",
+    "dense(algorithm=ring)",
 ]
 LARGE = layout_of({**SHAPES, "vector": (70,), "wide": (2, 60), "tall": (40, 3)})
 """Units that are cut in two or three where GRAIN is 16: vectors, and matrices of many rows and of few."""

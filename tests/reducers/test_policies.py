@@ -196,7 +196,7 @@ def test_codecs_and_reducers_are_not_mixed_up(spec: str) -> None:
         ("low_rank(rank=1.5)", "rank must be"),
         ("partition(dense, dense, min_size=-1)", "min_size must be"),
         ("partition(dense, dense, min_ndim=-2)", "min_ndim must be"),
-        ("dense(algorithm=ring)", "algorithm must be one of best, mpi, two_shot"),
+        ("dense(algorithm=tree)", "algorithm must be one of best, mpi, two_shot, ring"),
     ],
 )
 def test_bad_settings_are_refused(spec: str, words: str) -> None:

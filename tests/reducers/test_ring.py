@@ -1,0 +1,78 @@
+"""The segmented ring: the order of its sums, segments, sums in place and divided, and what it says of the result."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from reducers.members import inputs
+from team import Team
+
+from mpicomp.arrays import Array
+from mpicomp.collectives import Comm
+from mpicomp.reducers.layout import even_cuts
+from mpicomp.reducers.ring import ring_cost, ring_slots, ring_sum
+
+
+@pytest.fixture(autouse=True, params=[64, 1 << 18])
+def segment(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments of 16 floats, more than receives are posted ahead, and as they are."""
+    monkeypatch.setattr("mpicomp.reducers.ring.SEGMENT", request.param)
+
+
+def rings(x: Array, divisor: int = 1, in_place: bool = False) -> list[tuple[Array, bool, int]]:
+    """Sum x[rank] on a team; return each rank's total, what it knows of it, and the bytes it sent."""
+    ranks = len(x)
+
+    def f(comm: Comm) -> tuple[Array, bool, int]:
+        mine = x[comm.rank].copy()
+        mine.setflags(write=in_place)  # or the team takes what has been sent
+        total = mine if in_place else np.full_like(mine, np.nan)
+        slots = np.full(ring_slots(mine.nbytes, mine.itemsize, ranks), np.nan, mine.dtype)
+        finite = ring_sum(comm, mine, total, slots, divisor, "ring")
+        return total, finite, comm.traffic.counted
+
+    return Team(ranks, seed=ranks).run(f)
+
+
+def around(x: Array, divisor: int = 1) -> Array:
+    """The sum as it is defined: each chunk from the rank of its number on."""
+    total = np.empty_like(x[0])
+    for first, cut in enumerate(even_cuts(x.shape[1], len(x))):
+        share = x[first, cut].copy()
+        for distance in range(1, len(x)):
+            share += x[(first + distance) % len(x), cut]
+        total[cut] = share / x.dtype.type(divisor) if divisor > 1 else share
+    return total
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("n", [0, 1, 15, 16, 17, 100, 1000, 4096])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 7, 8])
+def test_every_rank_has_the_sum_in_the_order_of_the_ring(ranks: int, n: int, in_place: bool) -> None:
+    x = inputs(ranks, 1, n, "float32")[:, 0] if n else np.empty((ranks, 0), np.float32)
+    for rank, (total, _, sent) in enumerate(rings(x, in_place=in_place)):
+        assert total.tobytes() == around(x).tobytes()
+        assert sent == ring_cost(4 * n, 4, ranks, rank).nbytes
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_a_mean_is_divided_once(ranks: int) -> None:
+    x = inputs(ranks, 1, 1000, "float64")[:, 0]
+    for total, finite, _ in rings(x, divisor=ranks, in_place=True):
+        assert total.tobytes() == around(x, ranks).tobytes()
+        assert finite
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("place", [0, 300, 999])
+def test_all_ranks_see_what_is_not_finite(value: float, place: int) -> None:
+    x = inputs(4, 1, 1000, "float32")[:, 0].copy()
+    x[2, place] = value
+    found = rings(x, divisor=4)
+    assert [finite for _, finite, _ in found] == [False] * 4
+    assert all(np.isnan(total[place]) or np.isinf(total[place]) for total, _, _ in found)
+    assert all(np.isfinite(np.delete(total, place)).all() for total, _, _ in found)
+
+
+def test_a_sum_is_not_looked_at() -> None:
+    assert not any(finite for _, finite, _ in rings(inputs(3, 1, 100, "float32")[:, 0]))
