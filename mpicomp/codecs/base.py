@@ -100,8 +100,11 @@ class Codec(Protocol):
         """Encode x + old (old None is zero) and set new = x + old - decode(payload); return the bytes used."""
         ...
 
-    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0) -> None:
-        """Add scale * decode(payload) to `out`, every element of which has its place in the code."""
+    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0, fresh: bool = False) -> None:
+        """Add scale * decode(payload) to `out`, every element of which has its place in the code; to zeros if `fresh`.
+
+        What a fresh `out` held does not matter: so codecs that reach every element need not have it filled first.
+        """
         ...
 
     def check(self, payload: Payload, size: int) -> None:

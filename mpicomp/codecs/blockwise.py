@@ -122,11 +122,11 @@ class Blockwise(ABC):
         )
         return sum(field.nbytes for field in payload)
 
-    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0) -> None:
-        """Add scale * decode(payload) to `out`."""
+    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0, fresh: bool = False) -> None:
+        """Add scale * decode(payload) to `out`, to zeros if `fresh`."""
         scales, *lows, packed = payload
         low = lows[0] if lows else None
-        kernels_for(out).decode_blocks(scales, low, packed, out, self.grid, self.width, self.block, scale)
+        kernels_for(out).decode_blocks(scales, low, packed, out, self.grid, self.width, self.block, scale, fresh)
 
     def check(self, payload: Payload, size: int) -> None:
         """Raise WireFormatError where `payload` is not one of `size` elements that `encode` could have written."""

@@ -126,14 +126,16 @@ class Bounded(Spec):
         message[:LENGTH].view("<u8")[0] = used
         return used
 
-    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0) -> None:
-        """Add scale * decode(payload) to `out`; WireFormatError where the message is one of another dtype."""
+    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0, fresh: bool = False) -> None:
+        """Add scale * decode(payload) to `out`, to zeros if `fresh`; WireFormatError where it is of another dtype."""
         if not out.size:
             return
         headers, words = _parts(payload[0], out.size)
         if words.itemsize != out.itemsize:
             raise WireFormatError(f"the message holds elements of {words.itemsize} bytes, out those of {out.itemsize}")
         wide = settings(self.abs, self.rel, out.dtype.name)
+        if fresh:
+            out[...] = 0
         kernels_for(out).decode_bounded(headers, words, out, wide.relative, wide.step, wide.shift, scale)
 
     def check(self, payload: Payload, size: int) -> None:

@@ -59,8 +59,10 @@ class Cast(Spec):
         kernels_for(x).narrow_residual(x, old, new, bits, NAMES[self.dtype])
         return bits.nbytes
 
-    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0) -> None:
-        """Add scale * decode(payload) to `out`."""
+    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0, fresh: bool = False) -> None:
+        """Add scale * decode(payload) to `out`, to zeros if `fresh`."""
+        if fresh:
+            out[...] = 0
         kernels_for(out).widen_add(payload[0], out, scale, NAMES[self.dtype])
 
     def check(self, payload: Payload, size: int) -> None:

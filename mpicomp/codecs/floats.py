@@ -63,8 +63,10 @@ class SmallFloat:
         kernels_for(x).encode_floats(x, old, new, payload[0] if self.shared else None, payload[-1], self.format)
         return sum(field.nbytes for field in payload)
 
-    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0) -> None:
-        """Add scale * decode(payload) to `out`."""
+    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0, fresh: bool = False) -> None:
+        """Add scale * decode(payload) to `out`, to zeros if `fresh`."""
+        if fresh:
+            out[...] = 0
         kernels_for(out).decode_floats(payload[0] if self.shared else None, payload[-1], out, self.format, scale)
 
     def check(self, payload: Payload, size: int) -> None:
@@ -172,8 +174,10 @@ class Natural(Unbiased, Spec):
         kernels_for(x).encode_powers(x, old, new, scales, codes, self.block, self.shrink, key.base(), key.start)
         return scales.nbytes + codes.nbytes
 
-    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0) -> None:
-        """Add scale * decode(payload) to `out`."""
+    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0, fresh: bool = False) -> None:
+        """Add scale * decode(payload) to `out`, to zeros if `fresh`."""
+        if fresh:
+            out[...] = 0
         kernels_for(out).decode_powers(payload[0], payload[1], out, self.block, scale)
 
     def check(self, payload: Payload, size: int) -> None:

@@ -101,8 +101,10 @@ class RandomK(Spec):
             kernels.put_at(places, total - how.decode(payload, places.size, x, key), new)
         return sum(array.nbytes for array in payload)
 
-    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0) -> None:
-        """Add scale * decode(payload) to `out`."""
+    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0, fresh: bool = False) -> None:
+        """Add scale * decode(payload) to `out`, to zeros if `fresh`."""
+        if fresh:
+            out[...] = 0
         places = self.support(out, key)
         values = Values(self.values).decode(payload, places.size, out, key)
         kernels_for(out).scatter_add(places, values, out, scale)

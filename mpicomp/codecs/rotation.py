@@ -135,8 +135,10 @@ class Rotated(Spec):
                 kernels.left_out(x[first:stop], rest, z, payload[-1][number] if self.scaled else 1.0, new[first:stop])
         return sum(field.nbytes for field in payload)
 
-    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0) -> None:
-        """Add scale * decode(payload) to `out`."""
+    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0, fresh: bool = False) -> None:
+        """Add scale * decode(payload) to `out`, to zeros if `fresh`."""
+        if fresh:
+            out[...] = 0
         kernels = kernels_for(out)
         base = self._base(key)
         decoded = np.empty_like(out, shape=min(self._inside(self.tile), self._inside(out.size)))

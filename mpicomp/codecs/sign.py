@@ -69,11 +69,11 @@ class Sign(Spec):
         kernels_for(x).encode_sign(x, old, new, scales, packed)
         return scales.nbytes + packed.nbytes
 
-    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0) -> None:
-        """Add scale * decode(payload) to `out`."""
+    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0, fresh: bool = False) -> None:
+        """Add scale * decode(payload) to `out`, to zeros if `fresh`."""
         scales, packed = payload
         grid = "pair" if self.two_means else "sign"
-        kernels_for(out).decode_blocks(scales, None, packed, out, grid, 1, BLOCK, scale)
+        kernels_for(out).decode_blocks(scales, None, packed, out, grid, 1, BLOCK, scale, fresh)
 
     def check(self, payload: Payload, size: int) -> None:
         """Raise WireFormatError where `payload` is not one of `size` elements that `encode` could have written."""
@@ -177,9 +177,9 @@ class Ternary(Spec):
         magnitudes, squares = kernels.moments(x, old, top, factor)
         return top, squares / (top * factor * magnitudes) if squares > 0 else 1.0
 
-    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0) -> None:
-        """Add scale * decode(payload) to `out`."""
-        kernels_for(out).decode_blocks(payload[0], None, payload[1], out, "symmetric", 2, BLOCK, scale)
+    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0, fresh: bool = False) -> None:
+        """Add scale * decode(payload) to `out`, to zeros if `fresh`."""
+        kernels_for(out).decode_blocks(payload[0], None, payload[1], out, "symmetric", 2, BLOCK, scale, fresh)
 
     def check(self, payload: Payload, size: int) -> None:
         """Raise WireFormatError where `payload` is not one of `size` elements that `encode` could have written."""

@@ -83,13 +83,15 @@ class Above(ABC):
         how.encode(values, coded, new, places, key)
         return used
 
-    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0) -> None:
-        """Add scale * decode(payload) to `out`; WireFormatError where it was encoded in another dtype."""
+    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0, fresh: bool = False) -> None:
+        """Add scale * decode(payload) to `out`, to zeros if `fresh`; WireFormatError where it is of another dtype."""
         if out.size == 0:
             return
         k, dtype = read_variable(payload[0], out.size)
         if dtype != out.dtype.name:
             raise WireFormatError(f"the message is one of {dtype}, not of {out.dtype}")
+        if fresh:
+            out[...] = 0
         how = Values(self.values)
         coded, data, _ = variable_views(how, payload[0], out.size, k, dtype)
         add_sparse(data, how.decode(coded, k, out, key), out, scale)

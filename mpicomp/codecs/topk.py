@@ -88,8 +88,10 @@ class Largest(ABC):
         how.encode(values, tuple(coded), new, places, key)
         return sum(array.nbytes for array in payload)
 
-    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0) -> None:
-        """Add scale * decode(payload) to `out`."""
+    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0, fresh: bool = False) -> None:
+        """Add scale * decode(payload) to `out`, to zeros if `fresh`."""
+        if fresh:
+            out[...] = 0
         *coded, data = payload
         add_sparse(data, Values(self.values).decode(tuple(coded), self.kept(out.size), out, key), out, scale)
 

@@ -126,6 +126,7 @@ class Kernels(Protocol):
         bits: int,
         block: int,
         factor: float = 1.0,
+        fresh: bool = False,
     ) -> None: ...
 
     def block_tops(self, x: Array, old: Array | None, tops: Array, block: int) -> None: ...  # noqa: D102

@@ -167,14 +167,14 @@ class Message(Envelope):
 
     def decode(self, out: Array, state: State, stage: int, rank: int, scale: float = 1.0) -> None:
         """Set the pieces of `out` to scale times what was encoded."""
-        for place in self.places:
-            out[place] = 0
-        self.decode_add(out, state, stage, rank, scale)
+        self.decode_add(out, state, stage, rank, scale, fresh=True)
 
-    def decode_add(self, out: Array, state: State, stage: int, rank: int, scale: float = 1.0) -> None:
-        """Add scale times the decoded pieces to `out`."""
+    def decode_add(
+        self, out: Array, state: State, stage: int, rank: int, scale: float = 1.0, fresh: bool = False
+    ) -> None:
+        """Add scale times the decoded pieces to `out`, to zeros if `fresh`."""
         for piece, place, payload in zip(self.pieces, self.places, self.received(), strict=False):
-            self.codec.decode_add(payload, out[place], state.key(piece, stage, rank), scale)
+            self.codec.decode_add(payload, out[place], state.key(piece, stage, rank), scale, fresh)
         if self.direct:
             self._copied = Copied()
 

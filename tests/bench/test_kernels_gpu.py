@@ -85,8 +85,8 @@ def test_other_bytes_than_the_cpus_end_the_run(tmp_path: Path) -> None:
     wrong = (
         "from mpicomp.codecs import Cast\n"
         "right = Cast.decode_add\n"
-        "def decode_add(self, payload, out, key, scale=1.0):\n"
-        "    right(self, payload, out, key, scale)\n"
+        "def decode_add(self, payload, out, key, scale=1.0, fresh=False):\n"
+        "    right(self, payload, out, key, scale, fresh)\n"
         "    if type(out).__module__ == 'cupy':\n"
         "        out[7:8] = out[8:9]\n"
         "Cast.decode_add = decode_add"

@@ -185,6 +185,18 @@ def test_decode_adds_with_a_scale(codec, dtype):
 
 @every_codec
 @every_dtype
+@pytest.mark.parametrize("scale", [1.0, -0.25])
+def test_a_fresh_array_is_set_whatever_it_held(codec, dtype, scale):
+    for size in (*SIZES, 70_000):
+        payload = encoded(codec, normal(size, dtype))
+        out, expected = np.full(size, np.nan, dtype), np.zeros(size, dtype)
+        codec.decode_add(payload, expected, KEY, scale)
+        codec.decode_add(payload, out, KEY, scale, fresh=True)
+        assert out.tobytes() == expected.tobytes()
+
+
+@every_codec
+@every_dtype
 def test_encode_residual_is_encode_of_the_sum_and_keeps_the_rest(codec, dtype):
     for size in (*SIZES, 70_000):
         x, old = normal(size, dtype), normal(size, dtype, seed=2)

@@ -60,6 +60,8 @@ def encode(device, x, old, grid, rule, bits, block, *, shift=0, feedback=True, r
 def decode(device, scales, lows, packed, size, grid, bits, block, **options):
     out = normal(size, scales.dtype.name, 5)
     same(device, "decode_blocks", scales, lows, packed, out, grid, bits, block, **options)
+    empty = poisoned(size, scales.dtype)
+    same(device, "decode_blocks", scales, lows, packed, empty, grid, bits, block, fresh=True, **options)
 
 
 def check(device, x, old, grid, rule, bits, block, *, shift=0, feedback=True, **options):

@@ -57,7 +57,9 @@ class Above(Spec):
         new[np.abs(new) > self.value] = 0
         return used
 
-    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0) -> None:
+    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0, fresh: bool = False) -> None:
+        if fresh:
+            out[...] = 0
         if out.size:
             (data,) = payload
             assert data.size == int(data[:8].view("<u8")[0])

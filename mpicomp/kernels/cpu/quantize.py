@@ -167,13 +167,14 @@ def _encoder(grid: str, rule: str, bits: int, stochastic: bool, feedback: bool) 
 
 
 @functools.cache
-def _decoder(grid: str, bits: int) -> Kernel[..., Any]:
+def _decoder(grid: str, bits: int, fresh: bool) -> Kernel[..., Any]:
     symmetric, sign, ranged, pair = grid == SYMMETRIC, grid == SIGN, grid == RANGE, grid == PAIR
     levels, upper = (1 << bits) - 1, 1 << (bits - 1)
 
     @kernel("const T[], const T[], const u1[], T[], i8, T")
     def decode_blocks(scales: Any, lows: Any, packed: Any, out: Any, block: int, factor: Any) -> None:
         kind = out.dtype.type
+        zero = kind(0)
         codes = np.empty(block, np.uint8)
         for first in range(0, out.size, block):
             size = min(block, out.size - first)
@@ -183,21 +184,25 @@ def _decoder(grid: str, bits: int) -> Kernel[..., Any]:
             target = out[first : first + size]
             if symmetric:
                 for i in range(size):
-                    target[i] += factor * (kind((np.int32(codes[i]) ^ upper) - upper) * scale)
+                    target[i] = (zero if fresh else target[i]) + factor * (
+                        (kind(np.uint8(codes[i] ^ upper)) - kind(upper)) * scale
+                    )
             elif sign:
                 for i in range(size):
-                    target[i] += factor * (kind(1 - 2 * np.int32(codes[i])) * scale)
+                    target[i] = (zero if fresh else target[i]) + factor * ((kind(1) - kind(2) * kind(codes[i])) * scale)
             elif pair:
                 upper_value, lower_value = scales[0], scales[1]
                 for i in range(size):
-                    target[i] += factor * (lower_value if codes[i] else upper_value)
+                    target[i] = (zero if fresh else target[i]) + factor * (lower_value if codes[i] else upper_value)
             elif ranged:
                 low = lows[first // block]
                 for i in range(size):
-                    target[i] += factor * (low + kind(np.int32(codes[i])) * scale)
+                    target[i] = (zero if fresh else target[i]) + factor * (low + kind(codes[i]) * scale)
             else:
                 for i in range(size):
-                    target[i] += factor * (kind(2 * np.int32(codes[i]) - levels) * scale)
+                    target[i] = (zero if fresh else target[i]) + factor * (
+                        (kind(2) * kind(codes[i]) - kind(levels)) * scale
+                    )
 
     return decode_blocks
 
@@ -271,10 +276,16 @@ def decode_blocks(
     bits: int,
     block: int,
     factor: float = 1.0,
+    fresh: bool = False,
 ) -> None:
-    """Add factor times what the codes stand for to `out`, (n,) float; one scale a block, or a single one for all."""
+    """Add factor times what the codes stand for to `out`, (n,) float, or to zeros where it is `fresh`.
+
+    There is one scale a block, or a single one for all.
+    """
     if out.size:
-        _decoder(grid, bits)(scales, scales if lows is None else lows, packed, out, block, out.dtype.type(factor))
+        _decoder(grid, bits, fresh)(
+            scales, scales if lows is None else lows, packed, out, block, out.dtype.type(factor)
+        )
 
 
 def codes_valid(packed: Array, size: int, bits: int, block: int, smallest: int, largest: int) -> bool:

@@ -250,7 +250,7 @@ __device__ __forceinline__ T plain(u32 code) { return float_of(bits_of(MAGIC) | 
 
 extern "C" __global__ void __launch_bounds__(256) decode_blocks(
     const T* scales, const T* lows, const u8* packed, T* out, i64 size, i64 block, i64 whole, i64 wide, i64 grid,
-    i64 bits, double factor, i64 single) {
+    i64 bits, double factor, i64 single, i64 fresh) {
     visit(size, block, whole, wide, [&](auto width, const Place& place) {
         constexpr int K = decltype(width)::value;
         const T by = (T)factor, scale = scales[single ? 0 : place.number];
@@ -258,7 +258,7 @@ extern "C" __global__ void __launch_bounds__(256) decode_blocks(
         T rows[8][K];
 #pragma unroll
         for (int t = 0; t < 8; t++)
-            if (place.inside<K>(place.element(t))) load_row<K>(target + place.element(t), rows[t]);
+            if (!fresh && place.inside<K>(place.element(t))) load_row<K>(target + place.element(t), rows[t]);
         u32 words[8];
         unpack<K>(packed + place.first / 8 * bits + place.column, (int)bits, place.columns, words);
         // (slope code + origin) scale, the first product and sum exact: code - upper, 1 - 2 code, 2 code - levels
@@ -277,7 +277,7 @@ extern "C" __global__ void __launch_bounds__(256) decode_blocks(
                 T value = (slope * plain(code ^ upper) + origin) * scale;
                 if (grid == RANGE) value = low + value;
                 if (grid == PAIR) value = code ? other : scale;
-                rows[t][k] += by * value;
+                rows[t][k] = (fresh ? T(0) : rows[t][k]) + by * value;
             }
             store_row<K>(target + place.element(t), rows[t]);
         }

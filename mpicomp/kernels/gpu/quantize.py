@@ -77,13 +77,17 @@ def decode_blocks(
     bits: int,
     block: int,
     factor: float = 1.0,
+    fresh: bool = False,
 ) -> None:
-    """Add factor times what the codes stand for to `out`, (n,) float; one scale a block, or a single one for all."""
+    """Add factor times what the codes stand for to `out`, (n,) float, or to zeros where it is `fresh`.
+
+    There is one scale a block, or a single one for all.
+    """
     how, single = shape(out.size, block, packed, out), scales.size == 1 or grid == "pair"
     QUANTIZE.launch(
         "decode_blocks",
         visits(*how),
         THREADS,
-        *(scales, lows, packed, out, *how, GRIDS[grid], bits, float(factor), int(single)),
+        *(scales, lows, packed, out, *how, GRIDS[grid], bits, float(factor), int(single), int(fresh)),
         WORK=c_type(out),
     )
