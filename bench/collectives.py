@@ -247,6 +247,8 @@ def arguments(words: list[str]) -> argparse.Namespace:
     for file in args.read or ():
         if not Path(file).is_file():
             parser.error(f"--read: there is no file {file}")
+    if args.views and not args.ddp:
+        parser.error("--views says how --ddp is measured")
     if args.stream and "MPICOMP_CLUSTER" not in os.environ:
         parser.error("--stream needs hosts with TCP between them: run this under bench/cluster.py")
     if not args.read:

@@ -338,6 +338,7 @@ def test_a_file_keeps_what_other_runs_measured(module: Any, tmp_path: Path) -> N
         ("--json no/where.json", "--json: there is no folder no"),
         ("--read nothing.json", "--read: there is no file nothing.json"),
         ("--stream", "--stream needs hosts with TCP between them"),
+        ("--views", "--views says how --ddp is measured"),
         ("--device gpu --ddp", "--device gpu compares mpicomp and mpi, without --ddp"),
         ("--device gpu --system gloo", "--device gpu compares mpicomp and mpi, without --system gloo"),
     ],

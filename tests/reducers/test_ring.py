@@ -9,8 +9,10 @@ from team import Team
 
 from mpicomp.arrays import Array
 from mpicomp.collectives import Comm
-from mpicomp.reducers.layout import even_cuts
+from mpicomp.reducers.dense import Dense
+from mpicomp.reducers.layout import Layout, even_cuts
 from mpicomp.reducers.ring import ring_cost, ring_slots, ring_sum
+from mpicomp.transport import Topology
 
 
 @pytest.fixture(autouse=True, params=[64, 1 << 18])
@@ -76,3 +78,13 @@ def test_all_ranks_see_what_is_not_finite(value: float, place: int) -> None:
 
 def test_a_sum_is_not_looked_at() -> None:
     assert not any(finite for _, finite, _ in rings(inputs(3, 1, 100, "float32")[:, 0]))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "mib", "chosen"),
+    [(4, 0.5, "mpi"), (4, 2, "two_shot"), (4, 3, "ring"), (8, 8, "two_shot"), (8, 14, "ring"), (2, 1, "ring")],
+)
+def test_the_best_is_the_ring_where_chunks_are_large(ranks: int, mib: float, chosen: str) -> None:
+    shape, topology = (int(mib * 2**18),), Topology.flat(ranks)
+    costs = [Dense(algorithm).cost(Layout.single(shape), "float32", topology, 0) for algorithm in ("best", chosen)]
+    assert costs[0] == costs[1]
