@@ -17,7 +17,9 @@ from mpicomp.planner import Cost, Work
 from mpicomp.reducers.layout import cut_up, even_cuts
 from mpicomp.transport import Request
 
-SEGMENT = 1 << 18  # bytes; half and double of it are as fast at 1 Gb/s, less than 128 KiB is slower
+SEGMENT = 1 << 18  # bytes at least: half and double of it are as fast at 1 Gb/s, less than 128 KiB is slower
+LARGEST = 4  # times SEGMENT: fewer and larger ones where a chunk has many, for networks that are fast
+ENOUGH = 16  # segments of a chunk
 WINDOW = 8  # receives that are posted ahead
 
 
@@ -94,7 +96,8 @@ def _passing(me: int, ranks: int) -> list[int]:
 
 def _parts(nbytes: int, itemsize: int, ranks: int) -> list[list[slice]]:
     """The segments of each chunk of an array."""
-    return [cut_up(cut, SEGMENT // itemsize) for cut in even_cuts(nbytes // itemsize, ranks)]
+    step = min(max(SEGMENT, nbytes // ranks // ENOUGH), LARGEST * SEGMENT) // itemsize
+    return [cut_up(cut, step) for cut in even_cuts(nbytes // itemsize, ranks)]
 
 
 def ring_slots(nbytes: int, itemsize: int, ranks: int) -> int:

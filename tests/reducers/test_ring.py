@@ -17,7 +17,7 @@ from mpicomp.transport import Topology
 
 @pytest.fixture(autouse=True, params=[64, 1 << 18])
 def segment(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Segments of 16 floats, more than receives are posted ahead, and as they are."""
+    """Segments of 16 to 64 floats, more than receives are posted ahead, and as they are."""
     monkeypatch.setattr("mpicomp.reducers.ring.SEGMENT", request.param)
 
 
