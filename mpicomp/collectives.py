@@ -30,6 +30,7 @@ CHUNK = 1 << 30  # bytes in one MPI message
 SPIN = 50e-6  # seconds that a waiting rank polls, at most, before it offers its core to others
 YIELD = 100e-6  # seconds after which it begins to sleep
 SLEEP_SHARE = 0.05  # of the time waited so far; lower = less latency, higher = less time taken from who shares the core
+CALM_SHARE = 0.2  # the same where more than the next message is under way
 WORK = 3e-6  # seconds; a test that takes longer has copied something
 LONGEST_SLEEP = 1e-3  # seconds
 SHORTEST_SPIN = 3e-6  # seconds
@@ -137,22 +138,24 @@ class Comm:
 _keyval: int | None = None  # where MPI keeps the Comm of a communicator
 
 
-def wait(comm: Comm, requests: Sequence[Request], operation: str) -> None:
+def wait(comm: Comm, requests: Sequence[Request], operation: str, calm: bool = False) -> None:
     """Complete requests; abort the job with a report if that takes longer than the communicator's timeout.
 
     They are tested one after the other: any test moves all that is under way, on MPI. A test that took its time has
-    moved something, and a rank has waited in vain since the last of these only.
+    moved something, and a rank has waited in vain since the last of these only. With `calm` it sleeps while something
+    moves, too: where messages queue up behind those awaited, to be late is to find more of them.
     """
+    share = CALM_SHARE if calm else SLEEP_SHARE
     now = began = active = time.perf_counter()
     for place, request in enumerate(requests):
         while not request.Test():
             before, now = now, time.perf_counter()
             if now - began > comm.timeout:
                 _give_up(comm, operation, sum(not each.Test() for each in requests[place:]), now - began)
-            if now - before > WORK:
+            if now - before > WORK and not calm:
                 active = now
             elif now - active > YIELD:
-                _sleep(min(LONGEST_SLEEP, SLEEP_SHARE * (now - active)))
+                _sleep(min(LONGEST_SLEEP, share * (now - active)))
                 now = time.perf_counter()
             elif now - active > comm.spin:
                 os.sched_yield()

@@ -20,7 +20,7 @@ from mpicomp.transport import Request, Topology
 ALGORITHMS = ("best", "mpi", "two_shot", "ring")
 GROUP = 1 << 21  # bytes in a message at most: few, and yet sums hide behind the network
 OURS_FROM = 1 << 20  # bytes of an array; of 256 KiB MPICH's own takes 8 to 20 % less (bench/results)
-RING_FROM = 1 << 18  # bytes of a rank's share of it for each of P - 1 rounds: with less the two-shot's two are faster
+RING_FROM = 1 << 19  # bytes of a rank's share of it: with less the two rounds of the two-shot are as fast
 ONE_ROUND = 1 << 15  # bytes that a rank sends
 
 
@@ -133,8 +133,7 @@ class Dense(Remembering, Spec):
             return self.algorithm
         if nbytes < OURS_FROM or not 1 < topology.size == len(topology.nodes):
             return "mpi"
-        ranks = topology.size
-        return "ring" if nbytes >= ranks * (ranks - 1) * RING_FROM else "two_shot"
+        return "ring" if nbytes >= topology.size * RING_FROM else "two_shot"
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
         """See Reducer."""

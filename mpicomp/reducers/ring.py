@@ -74,7 +74,7 @@ def ring_sum(comm: Comm, x: Array, total: Array, slots: Array, divisor: int, ope
     finite = divisor > 1
     for number, part in enumerate(arrivals):
         post(number + window)
-        wait(comm, receives[number], operation)
+        wait(comm, receives[number], operation, calm=True)
         if number < summing:
             np.add(place(number), x[part], out=total[part])
         if divisor > 1 and number >= complete:
