@@ -90,7 +90,7 @@ def ring_sum(comm: Comm, x: Array, total: Array, slots: Array, divisor: int, ope
 
 
 def _passing(me: int, ranks: int) -> list[int]:
-    """The chunks that rank `me` handles, in order: its own, then those that come by, twice but for two of them."""
+    """The chunks that rank `me` sends, in order: its own, then those that arrive and go on; the last one stays."""
     return [(me - distance) % ranks for distance in range(2 * ranks - 1)]
 
 
