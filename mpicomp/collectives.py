@@ -205,8 +205,15 @@ def as_bytes(x: Array) -> Array:
 def exchange(comm: Comm, outgoing: Sequence[Array], incoming: Sequence[Array], operation: str = "exchange") -> None:
     """Send outgoing[r] to every rank r and receive incoming[r] from it; (n,) uint8 each, sizes known on both sides.
 
-    A rank's message to itself is copied. Receives are posted first and destinations staggered, so that no rank is
-    the first target of all others.
+    A rank's message to itself is copied.
+    """
+    wait(comm, begin_exchange(comm, outgoing, incoming), operation)
+
+
+def begin_exchange(comm: Comm, outgoing: Sequence[Array], incoming: Sequence[Array]) -> list[Request]:
+    """Begin what `exchange` does; all must stay untouched until the requests are complete.
+
+    Receives are posted first and destinations staggered, so that no rank is the first target of all others.
     """
     me, ranks = comm.rank, comm.size
     requests = []
@@ -217,7 +224,7 @@ def exchange(comm: Comm, outgoing: Sequence[Array], incoming: Sequence[Array], o
         peer = (me + distance) % ranks
         requests += begin_send(comm, outgoing[peer], peer)
     incoming[me][...] = outgoing[me]
-    wait(comm, requests, operation)
+    return requests
 
 
 def allgather(comm: Comm, message: Array, incoming: Sequence[Array], operation: str = "allgather") -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
-from mpicomp.arrays import Array, on_host
-from mpicomp.collectives import Comm, allreduce, as_bytes, begin_receive, begin_send, exchange, wait
+from mpicomp.arrays import Array, on_device, on_host
+from mpicomp.collectives import Comm, allreduce, as_bytes, begin_exchange, begin_receive, begin_send, wait
 from mpicomp.planner import Cost, Work
 from mpicomp.reducers.base import Reduction, Remembering, State, nonfinite
 from mpicomp.reducers.layout import Layout, cut_up, even_cuts
@@ -34,11 +35,7 @@ def two_shot_sum(comm: Comm, flat: Array, total: Array, rows: Array, operation: 
     """
     me, ranks = comm.rank, comm.size
     if _in_one_round(flat.nbytes, ranks):
-        received = rows[: ranks * flat.size].reshape(ranks, flat.size)
-        exchange(comm, [as_bytes(flat)] * ranks, [as_bytes(row) for row in received], operation)
-        total[...] = received[0]
-        for row in received[1:]:
-            total += row
+        _begin_one_round(comm, flat, total, rows, operation)()
         return
     cuts = even_cuts(flat.size, ranks)
     parts = [cut_up(cut, GROUP // flat.itemsize) for cut in cuts]
@@ -76,6 +73,21 @@ def two_shot_sum(comm: Comm, flat: Array, total: Array, rows: Array, operation: 
         for requests in shares[peer]:
             wait(comm, requests, f"{operation}, stage 2")
     wait(comm, sends, operation)
+
+
+def _begin_one_round(comm: Comm, flat: Array, total: Array, rows: Array, operation: str) -> Callable[[], None]:
+    """Begin `two_shot_sum` of a small array, and return what ends it; until then `flat` must stay untouched."""
+    received = rows[: comm.size * flat.size].reshape(comm.size, flat.size)
+    requests = begin_exchange(comm, [as_bytes(flat)] * comm.size, [as_bytes(row) for row in received])
+
+    @np.errstate(over="ignore", invalid="ignore")  # as above
+    def end() -> None:
+        wait(comm, requests, operation)
+        total[...] = received[0]
+        for row in received[1:]:
+            np.add(total, row, out=total)
+
+    return end
 
 
 def _length(cut: slice) -> int:
@@ -144,13 +156,11 @@ class Dense(Remembering, Spec):
             return Cost(math.ceil(2 * nbytes * (ranks - 1) / ranks), mpi=(nbytes,))
         return (ring_cost if algorithm == "ring" else two_shot_cost)(nbytes, itemsize, ranks, me)
 
-    @np.errstate(over="ignore", invalid="ignore")  # IEEE, as above
     def reduce(self, comm: Comm, x: Array, state: State, out: Array | None = None) -> tuple[Reduction, State]:
         """See Reducer. With feedback, `poisoned` says whether the total is not finite."""
         out = np.empty_like(x) if out is None else out
-        layout = state.layout
         comm.next_call()
-        nbytes, itemsize = layout.size * x.itemsize, x.itemsize
+        nbytes, itemsize = state.layout.size * x.itemsize, x.itemsize
         algorithm = self._algorithm(nbytes, comm.topology)
         flat, total, in_place = self._buffers(x, state, out, apart=algorithm != "ring")
         divided = finite = False
@@ -166,13 +176,27 @@ class Dense(Remembering, Spec):
             with on_host(flat, total) as (given, summed):
                 two_shot_sum(comm, given, summed, rows, str(self))
         if not in_place:
-            layout.spread(total, out)
-        if state.spare is None:
-            return Reduction(out, divided=divided, finite=finite), state.advanced()
-        if not finite and nonfinite(out, None, layout):
-            return Reduction(out, poisoned=True, divided=divided), state
-        state.spare[...] = 0
-        return Reduction(out, divided=divided, finite=True), state.advanced()
+            state.layout.spread(total, out)
+        return _result(state, out, divided, finite)
+
+    def begin(self, comm: Comm, x: Array, state: State, out: Array) -> Callable[[], tuple[Reduction, State]]:
+        """Begin `reduce`, and return what ends it, beside which others may run: what is small leaves at once."""
+        nbytes = state.layout.size * x.itemsize
+        if self._algorithm(nbytes, comm.topology) != "two_shot" or not _in_one_round(nbytes, comm.size) or on_device(x):
+            result = self.reduce(comm, x, state, out)
+            return lambda: result
+        comm.next_call()
+        flat, total, in_place = self._buffers(x, state, out, apart=True)
+        rows = state.buffer("rows", two_shot_rows(nbytes, x.itemsize, comm.size))
+        summed = _begin_one_round(comm, flat, total, rows, str(self))
+
+        def end() -> tuple[Reduction, State]:
+            summed()
+            if not in_place:
+                state.layout.spread(total, out)
+            return _result(state, out)
+
+        return end
 
     def _buffers(self, x: Array, state: State, out: Array, apart: bool) -> tuple[Array, Array, bool]:
         """Return what is summed and where to, both (size,), apart or one array, and whether that is in `out` itself."""
@@ -188,5 +212,16 @@ class Dense(Remembering, Spec):
         if state.residual is not None:
             debt = state.buffer("debt", layout.size)
             layout.collect(state.residual, debt)
-            flat += debt
+            with np.errstate(over="ignore", invalid="ignore"):  # IEEE, as above
+                flat += debt
         return (flat, out[where], True) if where is not None else (flat, state.buffer("total", layout.size), False)
+
+
+def _result(state: State, out: Array, divided: bool = False, finite: bool = False) -> tuple[Reduction, State]:
+    """What a reduction returns when `out` has the total."""
+    if state.spare is None:
+        return Reduction(out, divided=divided, finite=finite), state.advanced()
+    if not finite and nonfinite(out, None, state.layout):
+        return Reduction(out, poisoned=True, divided=divided), state
+    state.spare[...] = 0
+    return Reduction(out, divided=divided, finite=True), state.advanced()

@@ -5,7 +5,7 @@ Another order is a ValueError that prints the right one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
@@ -245,18 +245,22 @@ class Partition(Explained, Spec):
         return State(layout, dtype, seed, step, 0, inner=inner)
 
     def reduce(self, comm: Comm, x: Array, state: State, out: Array | None = None) -> tuple[Reduction, State]:
-        """See Reducer. A branch without units sends nothing."""
+        """See Reducer. What is small travels beside what is large; a branch without units sends nothing."""
         out = np.empty_like(x) if out is None else out
+        small, large = (inner.towards(state.divisor) for inner in state.inner)
+        end = _begun(self.small, comm, x, small, out)
+        try:
+            of_large = _begun(self.large, comm, x, large, out)()
+        finally:  # where ranks have parted ways, too: nothing may stay under way
+            of_small = end()
         poisoned, finite, states = False, True, []
-        for reducer, inner in zip((self.small, self.large), state.inner, strict=True):
-            after = inner
-            if inner.layout.units:
-                reduction, after = reducer.reduce(comm, x, inner.towards(state.divisor), out)
-                poisoned |= reduction.poisoned
-                finite = finite and reduction.finite
-                if state.divisor > 1:  # here, since one branch may have divided and the other not
-                    finite = mean_of(reduction, inner.layout, state.divisor)
-                    poisoned |= not finite
+        for reduction, after in (of_small, of_large):
+            sound = reduction.finite
+            poisoned |= reduction.poisoned
+            if state.divisor > 1:  # here, since one branch may have divided and the other not
+                sound = mean_of(reduction, after.layout, state.divisor)
+                poisoned |= not sound
+            finite &= sound
             states.append(after)
         after = replace(state, step=state.step + 1, inner=tuple(states))
         return Reduction(out, poisoned, divided=state.divisor > 1, finite=finite), after
@@ -280,3 +284,14 @@ class Partition(Explained, Spec):
         """See Reducer."""
         for reducer, inner in zip((self.small, self.large), state.inner, strict=True):
             reducer.absorb(comm, dropped, inner)
+
+
+def _begun(reducer: Reducer, comm: Comm, x: Array, state: State, out: Array) -> Callable[[], tuple[Reduction, State]]:
+    """Begin a branch of a partition, and return what ends it: all is done here by reducers that have no `begin`."""
+    if not state.layout.units:
+        return lambda: (Reduction(out, divided=True, finite=True), state)
+    begin: Callable[..., Callable[[], tuple[Reduction, State]]] | None = getattr(reducer, "begin", None)
+    if begin is not None:
+        return begin(comm, x, state, out)
+    result = reducer.reduce(comm, x, state, out)
+    return lambda: result

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 from reducers.members import LAYOUT, MEMBERS, check_bytes, inputs, member, run
 from team import Team
 
+from mpicomp.arrays import Array
 from mpicomp.collectives import Comm
 from mpicomp.reducers import After, Dense, ErrorFeedback, Gather, Partition, SharedSupport, TwoStage, parse
-from mpicomp.transport import Topology
+from mpicomp.reducers.layout import Layout, Unit
+from mpicomp.transport import Request, Topology
 
 INNER = [
     "error_feedback(gather(topk(density=0.1)))",
@@ -56,6 +60,28 @@ def test_a_partition_is_its_branches_side_by_side(small: str, large: str) -> Non
         for unit in part.units:
             assert whole.totals[..., unit.where].tobytes() == alone.totals[..., unit.where].tobytes()
             assert whole.residuals[..., unit.where].tobytes() == alone.residuals[..., unit.where].tobytes()
+
+
+def test_what_is_large_leaves_while_what_is_small_is_under_way() -> None:
+    layout, left = Layout((Unit("weight", (64, 64), 0), Unit("bias", (8,), 4096))), threading.Event()
+
+    def f(comm: Comm) -> bytes:
+        reducer = Partition(Dense("two_shot"), member("two_stage(uniform(bits=4, block=32))"))
+        state, send = reducer.init(layout, "float32"), comm.transport.send
+
+        def watched(data: Array, peer: int, tag: int) -> Request:
+            if data.size > 32:
+                left.set()
+            return send(data, peer, tag)
+
+        if comm.rank == 0:
+            comm.transport.send = watched  # type: ignore[method-assign]
+        if comm.rank == 1:
+            assert left.wait(20), "rank 0 waits for the small tensors of a rank that is late"
+        x = np.full(layout.extent, 1.0 + comm.rank, np.float32)
+        return reducer.reduce(comm, x, state)[0].total.tobytes()
+
+    assert Team(3).run(f) == [np.full(layout.extent, 6, np.float32).tobytes()] * 3
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from team import Team
 from mpicomp.arrays import Array
 from mpicomp.collectives import Comm
 from mpicomp.errors import ConfigMismatch
-from mpicomp.reducers import Layout, Reducer, Reduction, State, Units, rescale
+from mpicomp.reducers import Layout, Reducer, Reduction, State, Unit, Units, rescale
 
 POISONABLE = COMPRESSING
 """Those whose whole total is NaN when some input is not finite; dense parts follow IEEE element by element."""
@@ -349,16 +349,22 @@ def test_a_unit_that_was_not_exported_starts_at_zero(spec: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", ["gather(topk(density=0.1))", "two_stage(topk(density=0.1))", "two_stage(uniform(bits=4, block=32))"]
+    "spec",
+    [
+        "gather(topk(density=0.1))",
+        "two_stage(topk(density=0.1))",
+        "two_stage(uniform(bits=4, block=32))",
+        "partition(dense(algorithm=two_shot), two_stage(topk(density=0.1)))",
+    ],
 )
 @pytest.mark.parametrize("difference", ["seed", "calls"])
 def test_a_message_of_another_configuration_is_refused_by_all(spec: str, difference: str) -> None:
     def f(comm: Comm) -> tuple[Reduction, State]:
-        reducer, layout = member(spec), Layout.single((64, 3))
+        reducer, layout = member(spec), Layout((Unit("weight", (64, 30), 0), Unit("bias", (64,), 1920)))
         if comm.rank == 1 and difference == "calls":
             comm.next_call()
         state = reducer.init(layout, "float32", seed=int(comm.rank == 1 and difference == "seed"))
-        return reducer.reduce(comm, np.ones(192, np.float32), state)
+        return reducer.reduce(comm, np.ones(layout.extent, np.float32), state)
 
     for error in Team(3).attempt(f):
         assert isinstance(error, ConfigMismatch)
