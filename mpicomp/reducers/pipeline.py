@@ -74,6 +74,7 @@ class Burst:
         self.outgoing, self.incoming = outgoing, incoming
         self.sends: list[Request] = []
         self.arrivals: list[list[list[Request]]] = [[] for _ in incoming]
+        self.awaited = 0  # requests of arrivals
         self.fixed = all(message.fixed for messages in (*outgoing, *incoming) for message in messages)
         if self.fixed:
             self._post()
@@ -84,6 +85,7 @@ class Burst:
             for message in self.incoming[peer]:
                 message.settle()
                 self.arrivals[peer].append(begin_receive(self.comm, message.travelling, peer))
+                self.awaited += len(self.arrivals[peer][-1])
 
     def send(self, peer: int, group: int) -> None:
         """Send a message that has just been written."""
@@ -118,7 +120,10 @@ class Burst:
         """
         if peer == self.comm.rank:
             return False
-        wait(self.comm, self.arrivals[peer][group], self.operation)
+        requests = self.arrivals[peer][group]
+        self.awaited -= len(requests)
+        wait(self.comm, requests, self.operation, calm=self.awaited > 0)
+        requests.clear()
         self.incoming[peer][group].look()
         try:
             return says_poison(self.incoming[peer][group].host, peer, sequence, state)
