@@ -56,7 +56,7 @@ def checked(x: Any, what: str = "x", device: bool = False) -> Array:
 
 def on_device(x: Any) -> bool:
     """Whether x is an array of CuPy."""
-    return type(x).__module__.partition(".")[0] == "cupy"
+    return type(x) is not np.ndarray and type(x).__module__.partition(".")[0] == "cupy"
 
 
 def check_gpu(what: str) -> None:

@@ -233,7 +233,7 @@ def allgather(comm: Comm, message: Array, incoming: Sequence[Array], operation: 
 
 
 def allreduce(comm: Comm, x: Array, total: Array, op: str = "sum") -> None:
-    """MPI's own allreduce of a contiguous array into `total`; op "sum", "max", "min", "prod", "band", "bor", "bxor".
+    """MPI's own allreduce of a contiguous array into `total`; `op` is one of `transport.OPS`.
 
     From a GPU it goes through copies on the host, unless MPI takes GPU memory. Its bytes are modelled, not counted:
     2 * nbytes * (P-1) / P, the least any algorithm sends.

@@ -12,6 +12,8 @@ import numpy as np
 
 from mpicomp.arrays import Array
 
+OPS = ("sum", "max", "min", "prod", "band", "bor", "bxor")
+
 
 class Request(Protocol):
     """An operation under way."""
@@ -80,7 +82,7 @@ class Transport(Protocol):
         ...
 
     def allreduce(self, x: Array, total: Array, op: str) -> Request:
-        """Begin MPI's own allreduce of a numeric array; op is a name such as "sum"."""
+        """Begin MPI's own allreduce of a numeric array; `op` is one of OPS."""
         ...
 
     def broadcast(self, data: Array, root: int) -> Request:
@@ -112,9 +114,12 @@ class MPITransport:
     """A duplicate of an mpi4py communicator, so that the library's messages never meet the user's."""
 
     def __init__(self, mpi: Any) -> None:
+        from mpi4py import MPI
+
         self.mpi = mpi
         self.rank: int = mpi.Get_rank()
         self.size: int = mpi.Get_size()
+        self._ops = {op: getattr(MPI, op.upper()) for op in OPS}
 
     def send(self, data: Array, peer: int, tag: int) -> Request:
         """See Transport."""
@@ -128,9 +133,7 @@ class MPITransport:
 
     def allreduce(self, x: Array, total: Array, op: str) -> Request:
         """See Transport."""
-        from mpi4py import MPI
-
-        request: Request = self.mpi.Iallreduce(x, total, op=getattr(MPI, op.upper()))
+        request: Request = self.mpi.Iallreduce(x, total, self._ops[op])
         return request
 
     def broadcast(self, data: Array, root: int) -> Request:
