@@ -20,8 +20,11 @@ from mpicomp.transport import Request, Topology
 
 ALGORITHMS = ("best", "mpi", "two_shot", "ring")
 GROUP = 1 << 21  # bytes in a message at most: few, and yet sums hide behind the network
-OURS_FROM = 1 << 20  # bytes of an array; of 256 KiB MPICH's own takes 8 to 20 % less (bench/results)
-RING_FROM = 1 << 19  # bytes of a rank's share of it: with less the two rounds of the two-shot are as fast
+# Which is "best" where every rank has its own node: measured at 1 and 10 Gb/s on 2, 4 and 8 hosts (bench/results).
+RING_FROM = 1 << 22  # bytes of an array
+RING_SHARE = 1 << 19  # bytes of a rank's share of it: with less the two rounds of the two-shot are as fast
+TWO_SHOT_FROM = 1 << 20  # bytes of an array
+FEW = 4  # ranks for which MPI's own does as well as the two-shot
 ONE_ROUND = 1 << 15  # bytes that a rank sends
 
 
@@ -127,8 +130,8 @@ class Dense(Remembering, Spec):
 
     `algorithm` "mpi" is MPI's own allreduce, which promises the same bits on all ranks but not the same for an
     element at another place; neither does "ring", see there; "two_shot" adds in rank order whatever the place. "best"
-    is one of ours from OURS_FROM bytes on where every rank has a node of its own, else MPI's: from nodes of several
-    ranks ours send more than need be; for these there is `hierarchical`.
+    is one of ours for large arrays where every rank has a node of its own, else MPI's: from nodes of several ranks ours
+    send more than need be; for these there is `hierarchical`.
     """
 
     spec_name: ClassVar[str] = "dense"
@@ -143,9 +146,12 @@ class Dense(Remembering, Spec):
         """Which algorithm sums an array of so many bytes: decided by what all ranks know, so alike in every run."""
         if self.algorithm != "best":
             return self.algorithm
-        if nbytes < OURS_FROM or not 1 < topology.size == len(topology.nodes):
+        ranks = topology.size
+        if not 1 < ranks == len(topology.nodes):
             return "mpi"
-        return "ring" if nbytes >= topology.size * RING_FROM else "two_shot"
+        if nbytes >= max(RING_FROM, ranks * RING_SHARE):
+            return "ring"
+        return "two_shot" if nbytes >= TWO_SHOT_FROM and ranks > FEW else "mpi"
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
         """See Reducer."""

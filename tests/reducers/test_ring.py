@@ -82,7 +82,10 @@ def test_a_sum_is_not_looked_at() -> None:
 
 @pytest.mark.parametrize(
     ("ranks", "mib", "chosen"),
-    [(4, 0.5, "mpi"), (4, 1, "two_shot"), (4, 2, "ring"), (8, 3, "two_shot"), (8, 4, "ring"), (2, 1, "ring")],
+    [
+        *[(2, 3.9, "mpi"), (2, 4, "ring"), (4, 3.9, "mpi"), (4, 4, "ring")],
+        *[(8, 0.9, "mpi"), (8, 1, "two_shot"), (8, 3.9, "two_shot"), (8, 4, "ring"), (16, 4, "two_shot")],
+    ],
 )
 def test_the_best_is_the_ring_where_chunks_are_large(ranks: int, mib: float, chosen: str) -> None:
     shape, topology = (int(mib * 2**18),), Topology.flat(ranks)
