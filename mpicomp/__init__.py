@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpicomp.exits import end_job_on_uncaught_errors
 
-__version__ = "0.5.0"
+__version__ = "0.5.1"
 __all__ = [
     "allreduce",
     "reduce_scatter",
