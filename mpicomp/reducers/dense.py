@@ -164,12 +164,16 @@ class Dense(Remembering, Spec):
 
     def reduce(self, comm: Comm, x: Array, state: State, out: Array | None = None) -> tuple[Reduction, State]:
         """See Reducer. With feedback, `poisoned` says whether the total is not finite."""
-        out = np.empty_like(x) if out is None else out
+        return self.begin(comm, x, state, np.empty_like(x) if out is None else out)()
+
+    def begin(self, comm: Comm, x: Array, state: State, out: Array) -> Callable[[], tuple[Reduction, State]]:
+        """Begin `reduce`, and return what ends it: until then what takes one round is under way, all else is done."""
         comm.next_call()
-        nbytes, itemsize = state.layout.size * x.itemsize, x.itemsize
+        layout, itemsize = state.layout, x.itemsize
+        nbytes = layout.size * itemsize
         algorithm = self._algorithm(nbytes, comm.topology)
         flat, total, in_place = self._buffers(x, state, out, apart=algorithm != "ring")
-        divided = finite = False
+        arrive, divided, finite = None, False, False
         if algorithm == "mpi":
             allreduce(comm, flat, total)
         elif algorithm == "ring":
@@ -179,28 +183,23 @@ class Dense(Remembering, Spec):
             divided = comm.size > 1 < state.divisor
         else:
             rows = state.buffer("rows", two_shot_rows(nbytes, itemsize, comm.size), host=True)
-            with on_host(flat, total) as (given, summed):
-                two_shot_sum(comm, given, summed, rows, str(self))
-        if not in_place:
-            state.layout.spread(total, out)
-        return _result(state, out, divided, finite)
-
-    def begin(self, comm: Comm, x: Array, state: State, out: Array) -> Callable[[], tuple[Reduction, State]]:
-        """Begin `reduce`, and return what ends it, beside which others may run: what is small leaves at once."""
-        nbytes = state.layout.size * x.itemsize
-        if self._algorithm(nbytes, comm.topology) != "two_shot" or not _in_one_round(nbytes, comm.size) or on_device(x):
-            result = self.reduce(comm, x, state, out)
-            return lambda: result
-        comm.next_call()
-        flat, total, in_place = self._buffers(x, state, out, apart=True)
-        rows = state.buffer("rows", two_shot_rows(nbytes, x.itemsize, comm.size))
-        summed = _begin_one_round(comm, flat, total, rows, str(self))
+            if _in_one_round(nbytes, comm.size) and not on_device(x):
+                arrive = _begin_one_round(comm, flat, total, rows, str(self))
+            else:
+                with on_host(flat, total) as (given, summed):
+                    two_shot_sum(comm, given, summed, rows, str(self))
 
         def end() -> tuple[Reduction, State]:
-            summed()
+            if arrive is not None:
+                arrive()
             if not in_place:
-                state.layout.spread(total, out)
-            return _result(state, out)
+                layout.spread(total, out)
+            if state.spare is None:
+                return Reduction(out, divided=divided, finite=finite), state.advanced()
+            if not finite and nonfinite(out, None, layout):
+                return Reduction(out, poisoned=True, divided=divided), state
+            state.spare[...] = 0
+            return Reduction(out, divided=divided, finite=True), state.advanced()
 
         return end
 
@@ -221,13 +220,3 @@ class Dense(Remembering, Spec):
             with np.errstate(over="ignore", invalid="ignore"):  # IEEE, as above
                 flat += debt
         return (flat, out[where], True) if where is not None else (flat, state.buffer("total", layout.size), False)
-
-
-def _result(state: State, out: Array, divided: bool = False, finite: bool = False) -> tuple[Reduction, State]:
-    """What a reduction returns when `out` has the total."""
-    if state.spare is None:
-        return Reduction(out, divided=divided, finite=finite), state.advanced()
-    if not finite and nonfinite(out, None, state.layout):
-        return Reduction(out, poisoned=True, divided=divided), state
-    state.spare[...] = 0
-    return Reduction(out, divided=divided, finite=True), state.advanced()
