@@ -31,7 +31,7 @@ from mpicomp.planner.cache import known
 from mpicomp.reducers.allowance import allowances
 from mpicomp.reducers.apply import OPS
 from mpicomp.reducers.auto import Auto
-from mpicomp.reducers.base import Explained, Reducer
+from mpicomp.reducers.base import Explained, Reducer, State
 from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.policies import ErrorFeedback
 from mpicomp.reducers.resolve import Method, describe
@@ -56,7 +56,7 @@ class Plan(Generic[Arrays]):
         if dtypes[0].kind in "iu":
             self._sum, self._buffer = partial(sum_integers, comm), fresh
         else:
-            self._sum, self._buffer = partial(state.reduce, comm, op), state.begun().buffer
+            self._sum, self._buffer = partial(state.reduce, comm, op), state.work.buffer
 
     def __call__(self, x: Arrays, out: Arrays | None = None) -> Arrays:
         """Return the sum or mean over ranks of arrays like those planned for: `out`, or new arrays. Collective.
@@ -111,7 +111,12 @@ class Plan(Generic[Arrays]):
         while isinstance(running, ErrorFeedback):
             running = running.reducer
         assert running is not None
-        return running.running(self.state.begun()) if isinstance(running, Auto) else running
+        return running.running(self._state) if isinstance(running, Auto) else running
+
+    @property
+    def _state(self) -> State:
+        assert self.state.state is not None
+        return self.state.state
 
     @property
     def residual(self) -> Array | list[Array] | None:
@@ -172,10 +177,11 @@ def _plan(comm: Comm, like: Any, method: Method, op: str, memory: bool, seed: in
     if integers:
         check_integers(form, op)
     state = Memory(member, form, seed, feedback=memory)
-    reducer = state.prepare(comm.size, op)
+    found = state.prepare(comm, op)
 
     def make() -> Plan[Any]:
+        state.begin(comm, found)
         _ = comm.topology  # collective where nobody asked before
         return Plan(comm, form, dtypes, state, op)
 
-    return Operation(lambda: "plan of " + describe(reducer, form.layout, form.dtype, op, seed, 0), make)
+    return Operation(lambda: "plan of " + describe(found.divided, form.layout, form.dtype, op, seed, 0), make)

@@ -27,6 +27,7 @@ from mpicomp.reducers.base import Reduction, Remembering, State, coding, poisone
 from mpicomp.reducers.layout import Layout, Piece, shards
 from mpicomp.reducers.messages import Envelope
 from mpicomp.reducers.pipeline import Burst, groups, in_turn, ring
+from mpicomp.reducers.workspace import Workspace
 from mpicomp.specs import Spec
 from mpicomp.transport import Topology
 from mpicomp.wire import Field, MessageLayout
@@ -108,15 +109,16 @@ class Integer(Remembering, Spec):
             mpi=(maxima,),
         )
 
-    def reduce(self, comm: Comm, x: Array, state: State, out: Array | None = None) -> tuple[Reduction, State]:
+    def reduce(
+        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
+    ) -> tuple[Reduction, State]:
         """See Reducer; poisoned also where the sum of finite inputs is not finite."""
         out = np.empty_like(x) if out is None else out
         sequence = comm.next_call()
         if not state.layout.size:
             return Reduction(out), state.advanced()
-        if "buffers" not in state.work:
-            state.work["buffers"] = _Buffers(self, state, comm.size, comm.rank)
-        buffers: _Buffers = state.work["buffers"]
+        work = work or Workspace()
+        buffers = work.made("buffers", lambda: _Buffers(self, state, comm.size, comm.rank))
         self._find_tops(x, state, buffers)
         word = f"uint{8 * x.itemsize}"
         allreduce(comm, buffers.tops.view(word), buffers.scales.view(word), "max")

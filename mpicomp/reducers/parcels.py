@@ -15,6 +15,7 @@ from mpicomp.reducers.base import State
 from mpicomp.reducers.entries import Coding
 from mpicomp.reducers.messages import exchange_lengths, says_poison
 from mpicomp.reducers.regions import Region
+from mpicomp.reducers.workspace import Workspace
 from mpicomp.transport import Request
 from mpicomp.wire import HEADER, POISON, Field, Header, MessageLayout, Payload, write_header
 
@@ -59,8 +60,11 @@ class Post:
 class Wire:
     """How a rank writes and reads parcels in one step; `whole` encodes a region all of whose elements are sent."""
 
-    def __init__(self, comm: Comm, state: State, coding: Coding, whole: Codec | None, operation: str) -> None:
-        self.comm, self.state, self.coding, self.whole, self.operation = comm, state, coding, whole, operation
+    def __init__(
+        self, comm: Comm, state: State, work: Workspace, coding: Coding, whole: Codec | None, operation: str
+    ) -> None:
+        self.comm, self.state, self.work = comm, state, work
+        self.coding, self.whole, self.operation = coding, whole, operation
         self.sequence = comm.next_call()
 
     def _fields(self, region: Region, count: int) -> tuple[Field, ...]:
@@ -113,9 +117,7 @@ class Wire:
     def cut(self, name: str, sizes: Sequence[int]) -> list[Array]:
         """Cut a buffer into parts of so many bytes; it is kept from step to step, and grows where it must."""
         ends = np.cumsum(sizes).tolist()
-        known: Array | None = self.state.work.get(name)
-        if known is None or known.size < ends[-1]:
-            known = self.state.work[name] = empty(ends[-1] + ends[-1] // 8, "uint8")
+        known = self.work.roomy(name, ends[-1], lambda size: empty(size, "uint8"))
         return [known[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
     def post(self, outgoing: Sequence[Array], expected: Sequence[bool], name: str) -> Post:
