@@ -7,11 +7,12 @@ import numpy as np
 from mpicomp.arrays import Array, on_device
 from mpicomp.collectives import Comm
 from mpicomp.kernels import kernels_for
-from mpicomp.reducers.base import Reducer, Reduction, State, complete, nonfinite, rescale
-from mpicomp.reducers.layout import Layout
+from mpicomp.reducers.base import Reducer, Reduction, State, complete, nonfinite, rescale, scaled
+from mpicomp.reducers.layout import Layout, Unit
 from mpicomp.reducers.workspace import Workspace
 
 OPS = ("sum", "mean")
+MATRICES = 2.0**-64  # times an input: then a sum over the rows and columns of a matrix of any size is finite
 
 
 def apply(
@@ -31,8 +32,11 @@ def apply(
 
     x, out: (extent,) float32 or float64, or uint16 bits where dtype is "float16" or "bfloat16". `op` is "sum" or
     "mean". The given state stays valid until the next call: going on with it means that this step never happened.
-    What rounding to a half type drops is added to the residual of the element's owner; where there is none, what is
-    beyond the largest number becomes infinite, as it does in NumPy. Collective.
+
+    A sum of bfloat16, whose range is that of float32, may overflow where the mean does not: then it is formed once
+    more, of inputs small enough, and if need be again, of some small enough for products of matrices. All ranks see
+    the same total, so all do. What rounding to a half type drops is added to the residual of the element's owner; where
+    there is none, what is beyond the largest number becomes infinite, as it does in NumPy. Collective.
     """
     divisor = comm.size if op == "mean" else 1
     work.belong(comm, (reducer, state.layout, dtype), on_device(x), divisor)
@@ -48,21 +52,25 @@ def apply(
     reduction, after = reducer.reduce(comm, wide, state, total, work)
     sound = _finished(reduction, state.layout, divisor, watched or half)
     if not sound and divisor > 1 and dtype == "bfloat16":
-        # bfloat16 has the range of float32, in which a sum may overflow although the mean does not: once more, with
-        # inputs small enough. All ranks see the same total, and so all do this.
-        shrink = 0.5 ** (divisor - 1).bit_length()
-        wide *= np.float32(shrink)
-        rescale(shrink, state)
-        reduction, after = reducer.reduce(comm, wide, state, total, work)
-        sound = _finished(reduction, state.layout, divisor, True)
-        total *= np.float32(1 / shrink)
-        rescale(1 / shrink, state, after)
+        for shrink in (0.5 ** (divisor - 1).bit_length(), MATRICES):
+            kernels.widen(x, wide, dtype)
+            wide *= np.float32(shrink)
+            reduction, after = reducer.reduce(comm, wide, scaled(state, shrink), total, work)
+            sound = _finished(reduction, state.layout, divisor, True)
+            if sound:
+                total *= np.float32(1 / shrink)
+                rescale(after, 1 / shrink)
+                break
+        else:
+            after = state
     if not half:
         return after, not sound
 
-    _round(reducer, total, out, dtype, after)
+    kept = reducer.absorbing(after)
+    _round(total, out, dtype, after.layout, kept)
     if sound:
         kernels.widen(out, wide, dtype)  # its input is spent
+        sound = len(kept) == len(after.layout.units) or not nonfinite(wide, None, after.layout)
         np.subtract(total, wide, out=total)
         total *= divisor
         reducer.absorb(comm, total, after)
@@ -78,13 +86,11 @@ def _finished(reduction: Reduction, layout: Layout, divisor: int, watched: bool)
     return not (reduction.poisoned or nonfinite(reduction.total, None, layout))
 
 
-def _round(reducer: Reducer, total: Array, out: Array, dtype: str, state: State) -> None:
-    """Set `out` to the bits of a total: beyond the range they saturate where a residual takes the rest."""
-    kernels, absorbing = kernels_for(total), reducer.absorbing(state)
-    kernels.narrow(total, out, dtype, saturate=bool(absorbing))
-    if not absorbing:
-        return
-    names = {unit.name for unit in absorbing}
-    for unit in state.layout.units:
+def _round(total: Array, out: Array, dtype: str, layout: Layout, kept: tuple[Unit, ...]) -> None:
+    """Set `out` to the bits of a total: beyond the range those of the units `kept` saturate, others are infinite."""
+    kernels = kernels_for(total)
+    kernels.narrow(total, out, dtype, saturate=bool(kept))
+    names = {unit.name for unit in kept}
+    for unit in layout.units if kept else ():
         if unit.name not in names:
             kernels.narrow(total[unit.where], out[unit.where], dtype, saturate=False)

@@ -135,7 +135,7 @@ class Auto(Explained, Spec):
         if watched and course.note(time.perf_counter() - began):
             course.agree(comm)
         if reduction.poisoned:
-            return reduction, before
+            return reduction, chosen
         rest = chosen.inner[1:] if chosen.number != course.best else ()
         return reduction, replace(chosen, step=state.step + 1, inner=(after, *rest), left=chosen.left if rest else None)
 

@@ -150,9 +150,17 @@ class Reducer(Protocol):
         """The units whose rounding `absorb` remembers: those with a residual on some rank."""
         ...
 
+    def rehearse(self, x: Array, total: Array) -> list[Array]:
+        """Return what the kernels of a step, beside those of codecs, make of x, (n,) float32; `total` is room."""
+        ...
+
 
 class Explained:
-    """Says of a reducer what `cost` says, in words."""
+    """What all reducers share: they say in words what `cost` says, and have no kernels of their own unless they do."""
+
+    def rehearse(self, x: Array, total: Array) -> list[Array]:
+        """See Reducer."""
+        return []
 
     def explain(
         self,
@@ -239,18 +247,18 @@ def check_codec(reducer: object, codec: object) -> Codec:
     return cast(Codec, codec)
 
 
-def rescale(factor: float, *states: State) -> None:
-    """Multiply all residuals of some states, each once: they were measured in another unit, say another loss scale.
+def rescale(state: State, factor: float) -> None:
+    """Multiply all residuals in place: they were measured in another unit, say another loss scale."""
+    if state.residual is not None:
+        np.multiply(state.residual, factor, out=state.residual)
+    for inner in state.inner:
+        rescale(inner, factor)
 
-    In place. States of two generations may share arrays.
-    """
-    for residual in {id(each): each for state in states for each in _residuals(state)}.values():
-        np.multiply(residual, factor, out=residual)
 
-
-def _residuals(state: State) -> list[Array]:
-    found = [] if state.residual is None else [state.residual]
-    return found + [residual for inner in state.inner for residual in _residuals(inner)]
+def scaled(state: State, factor: float) -> State:
+    """Return a state whose residuals are multiplied, in arrays of their own."""
+    residual = None if state.residual is None else state.residual * state.residual.dtype.type(factor)
+    return replace(state, residual=residual, inner=tuple(scaled(inner, factor) for inner in state.inner))
 
 
 def nonfinite(x: Array, old: Array | None, layout: Layout) -> bool:

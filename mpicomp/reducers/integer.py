@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import numpy as np
 
@@ -153,7 +153,7 @@ class Integer(Remembering, Spec):
         return (Reduction(out), state.advanced()) if finite else (poisoned_total(out, state.layout), state)
 
     def rehearse(self, x: Array, total: Array) -> list[Array]:
-        """Reduce x, (n,), into `total` without anyone else; return all that the kernels make of it."""
+        """See Reducer."""
         state = self.init(Layout.single(x.shape), x.dtype.name, feedback=True)
         buffers = _Buffers(self, state, 1, 0)
         self._find_tops(x, state, buffers)
@@ -162,7 +162,11 @@ class Integer(Remembering, Spec):
             self._encode(x, state, buffers, message, 0)
             self._add(share, [message], buffers)
             self._decode(share, buffers, total)
-        return [total, *(message.buffer for message in (*buffers.outgoing[0], *buffers.share))]
+        return [
+            total,
+            cast(Array, state.spare),
+            *(message.buffer for message in (*buffers.outgoing[0], *buffers.share)),
+        ]
 
     def _find_tops(self, x: Array, state: State, buffers: _Buffers) -> None:
         """Find the largest magnitude of every block on this rank."""

@@ -160,6 +160,19 @@ class Split(Remembering, Spec):
         step.share(step.scatter(), out)
         return (poisoned_total(out, state.layout), state) if step.poisoned else (Reduction(out), state.advanced())
 
+    def rehearse(self, x: Array, total: Array) -> list[Array]:
+        """See Reducer: entries are added up and collected."""
+        kernels, size = kernels_for(x), x.size
+        marks, places = np.zeros(-(-size // 64), np.uint64), np.arange(0, size, 3, dtype=np.uint32)
+        total[...] = 0
+        kernels.add_marked(places, x[: places.size], total, marks)
+        kernels.add_marked(places, x[-places.size :], total, marks)
+        kernels.mark_first(marks, 7)
+        found = np.zeros(kernels.count_marks(marks), x.dtype)
+        numbers = np.zeros(found.size, np.uint32)
+        kernels.collect(marks, total, found, numbers)
+        return [found, numbers]
+
 
 class _Step:
     """One reduction: what a rank knows in its course."""

@@ -121,6 +121,16 @@ class Tree(Remembering, Spec):
             wait(comm, sends, f"{self}, to ranks {below}")
         return (poisoned_total(out, state.layout), state) if poisoned else (Reduction(out), state.advanced())
 
+    def rehearse(self, x: Array, total: Array) -> list[Array]:
+        """See Reducer: two sparse vectors are merged and cut."""
+        kernels, k = kernels_for(x), x.size // 4
+        places = np.arange(k, dtype=np.uint32)
+        merged, values = np.zeros(2 * k, np.uint32), np.zeros(2 * k, x.dtype)
+        count = kernels.merge(2 * places, x[:k], 3 * places, x[k : 2 * k], merged, values)
+        kept, numbers, rest = np.zeros(k, x.dtype), np.zeros(k, np.uint32), np.zeros(count, x.dtype)
+        kernels.select_top(values[:count], None, rest, k).write(kept, numbers, zero=True)
+        return [merged[:count], kept, numbers, rest]
+
     def _messages(self, state: State, shrinks: list[float]) -> list[Message]:
         """A message for each of these."""
         return [Message(self.codec, state.layout.whole(), state.dtype, shrink=shrink) for shrink in shrinks]

@@ -152,7 +152,7 @@ class Hook:
         if factor == 1.0:
             return
         for entry in self._entries.values():
-            rescale(factor, entry.state)
+            rescale(entry.state, factor)
         for kept in self._saved.values():
             if "residual" in kept:
                 kept["residual"] = kept["residual"] * factor
