@@ -120,7 +120,8 @@ def _tell(comm: Comm, mine: Said) -> list[Said]:
     said = []
     for each in found:
         data = each.tobytes()
-        said.append(Said(*_HEAD.unpack_from(data), data[_HEAD.size :].rstrip(b"\0").decode(errors="replace")))
+        digest, number, mode = _HEAD.unpack_from(data)
+        said.append(Said(digest, number, mode, data[_HEAD.size :].rstrip(b"\0").decode(errors="replace")))
     return said
 
 
