@@ -13,17 +13,19 @@ import os
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NoReturn
+from typing import Any, Protocol
 
 import numpy as np
 
+from mpicomp import notices
 from mpicomp.arrays import Array, Copied, on_device, on_host
 from mpicomp.device import gpu_aware
+from mpicomp.errors import CommunicatorError
 from mpicomp.transport import MPITransport, Request, Topology, Transport, Window
+from mpicomp.watch import STOPPED, answered, attend, give_up
 
 PR_SET_TIMERSLACK = 29  # of linux/prctl.h
 CHUNK = 1 << 30  # bytes in one MPI message
@@ -34,6 +36,7 @@ CALM_SHARE = 0.2  # the same where more than the next message is under way
 WORK = 3e-6  # seconds; a test that takes longer has copied something
 LONGEST_SLEEP = 1e-3  # seconds
 SHORTEST_SPIN = 3e-6  # seconds
+LOOK = 0.1  # seconds between two looks for notices
 
 
 @dataclass
@@ -64,8 +67,10 @@ class Comm:
     environment's MPICOMP_TIMEOUT, or 600.
     """
 
-    def __init__(self, transport: Transport, timeout: float | None = None) -> None:
-        self.transport = transport
+    def __init__(self, transport: Transport, timeout: float | None = None, opening: Request | None = None) -> None:
+        self._transport = transport
+        self._opening = opening  # what completes when all ranks have begun to make the transport
+        self.over_mpi = isinstance(transport, MPITransport)
         self.rank = transport.rank
         self.size = transport.size
         self.timeout = float(os.environ.get("MPICOMP_TIMEOUT", "600")) if timeout is None else timeout
@@ -73,12 +78,22 @@ class Comm:
         self.calls = 0
         self.spin = SPIN  # shorter while polling is in vain: where ranks share cores it takes time from who has work
         self.doing = ""  # what the watchdog will say this rank was at: operation and unit
+        self.met = 0  # collectives begun, those of MPI and agreements included; alike on all ranks
+        self.left: dict[int, notices.Notice] = {}  # what peers said that have ended
+        self.answers: dict[int, notices.Notice] = {}  # where peers said that they wait
+        self.whole: Comm = self  # the communicator whose group this is: notices go there
+        self.turns: Turns | None = None  # see `background`
+        self.closed = False
         self._groups: dict[tuple[int, ...], Comm] = {}
         self._windows: dict[str, Window] = {}
+        self._topology: Topology | None = None
 
     @classmethod
     def of(cls, mpi: Any) -> Comm:
-        """Return the library's duplicate of an mpi4py communicator, made at the first, collective, call."""
+        """Return the library's duplicate of an mpi4py communicator; collective at the first call, but waits for nobody.
+
+        The duplicate is begun here, and complete when it is first used. It is closed when the user frees his.
+        """
         if isinstance(mpi, cls):
             return mpi
         from mpi4py import MPI
@@ -86,19 +101,34 @@ class Comm:
         if not isinstance(mpi, MPI.Intracomm):
             raise TypeError(f"comm must be an mpi4py.MPI.Intracomm, got {type(mpi).__name__}")
         global _keyval
-        if _keyval is None:
-            _keyval = MPI.Comm.Create_keyval()
-        known = mpi.Get_attr(_keyval)
-        if isinstance(known, cls):
-            return known
-        comm = cls(MPITransport(mpi.Dup()))
-        mpi.Set_attr(_keyval, comm)
+        with _making:  # nothing in here waits for another rank
+            if _keyval is None:
+                _keyval = MPI.Comm.Create_keyval(delete_fn=_freed)
+            known = mpi.Get_attr(_keyval)
+            if isinstance(known, cls) and not known.closed:
+                return known
+            transport, opening = MPITransport.duplicate(mpi)
+            comm = cls(transport, opening=opening)
+            mpi.Set_attr(_keyval, comm)
         return comm
 
     @classmethod
     def among(cls, mpi: Any, ranks: Sequence[int]) -> Comm:
         """Return a new communicator of some ranks of `mpi`; only they call this."""
-        return cls(MPITransport(mpi.Create_group(mpi.Get_group().Incl(list(ranks)))))
+        everyone = cls(MPITransport(mpi))
+        with guarded(everyone, f"making a communicator of {len(ranks)} ranks"):
+            return cls(everyone.transport.among(ranks))
+
+    @property
+    def transport(self) -> Transport:
+        """How it communicates; where all ranks have yet to meet for the first time, they do so now."""
+        if self._opening is not None:
+            opening, self._opening = self._opening, None
+            wait(self, [opening], "the first call on this communicator")
+            self._transport.ready = True
+        if self.closed:
+            raise CommunicatorError("this communicator was freed: nothing can be done with it any more")
+        return self._transport
 
     def group(self, ranks: Sequence[int]) -> Comm:
         """Return the communicator of some ranks of this one, in this order; only they call this, at first together.
@@ -107,8 +137,10 @@ class Comm:
         """
         known = self._groups.get(tuple(ranks))
         if known is None:
-            known = self._groups[tuple(ranks)] = Comm(self.transport.among(ranks))
+            with guarded(self, f"making a communicator of {len(ranks)} ranks"):
+                known = self._groups[tuple(ranks)] = Comm(self.transport.among(ranks))
         known.traffic, known.timeout, known.doing = self.traffic, self.timeout, self.doing
+        known.whole = self.whole
         return known
 
     def window(self, name: str, nbytes: int) -> Window:
@@ -119,39 +151,121 @@ class Comm:
         """
         known = self._windows.get(name)
         if known is None or known.parts[self.rank].size < nbytes:
-            if known is not None:
-                known.free()
-            known = self._windows[name] = self.transport.window(nbytes)
+            with guarded(self, "making memory that the ranks of a node share"):
+                if known is not None:
+                    known.free()
+                known = self._windows[name] = self.transport.window(nbytes)
         return known
 
-    @cached_property
+    @property
     def topology(self) -> Topology:
         """Which ranks share a node; collective when it is first asked for."""
-        return self.transport.topology()
+        if self._topology is None:
+            with guarded(self, "finding out which ranks share a node"):
+                self._topology = self.transport.topology()
+        return self._topology
+
+    @topology.setter
+    def topology(self, topology: Topology) -> None:
+        self._topology = topology
+
+    def close(self) -> None:
+        """Finish what was begun, end the thread, and give back all that MPI has given, in the order in which it came.
+
+        Collective; may be called again. Nothing can be done with this communicator afterwards.
+        """
+        if self.closed:
+            return
+        if self.turns is not None:
+            self.turns.close()
+        transport = self.transport  # meets all ranks where nothing was ever done
+        self.closed = True
+        with guarded(self, "freeing a communicator"):
+            for group in self._groups.values():
+                group.close()
+            for window in self._windows.values():
+                window.free()
+            transport.free()
+        self._groups.clear()
+        self._windows.clear()
 
     def next_call(self) -> int:
         """Number of the collective operation that begins now."""
         self.calls += 1
+        self.met += 1
         return self.calls
 
 
+class Turns(Protocol):
+    """What runs the operations of a communicator one after the other; see `background`."""
+
+    def close(self) -> None:
+        """Finish what was begun, and take nothing more."""
+        ...
+
+
 _keyval: int | None = None  # where MPI keeps the Comm of a communicator
+_making = threading.Lock()
 
 
-def wait(comm: Comm, requests: Sequence[Request], operation: str, calm: bool = False) -> None:
+def _freed(mpi: Any, keyval: int, comm: Comm) -> None:
+    """Close what belongs to a communicator that is being freed; MPI calls this on all ranks."""
+    from mpi4py import MPI
+
+    if mpi not in (MPI.COMM_WORLD, MPI.COMM_SELF):
+        comm.close()
+    elif comm.turns is not None:  # MPI is being finalised, and frees everything
+        comm.turns.close()
+
+
+@contextmanager
+def guarded(comm: Comm, operation: str) -> Iterator[None]:
+    """Watch over calls of MPI that have no non-blocking form: where they take too long, another thread ends the job."""
+
+    def end() -> None:
+        answered(comm, [_Never()], operation, None)
+        give_up(comm, operation, 1, comm.timeout, None)
+
+    timer = threading.Timer(comm.timeout, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+class _Never:
+    """The request of a call that blocks."""
+
+    def Test(self) -> bool:
+        return False
+
+
+def wait(comm: Comm, requests: Sequence[Request], operation: str, calm: bool = False, peer: int | None = None) -> None:
     """Complete requests; abort the job with a report if that takes longer than the communicator's timeout.
 
     They are tested one after the other: any test moves all that is under way, on MPI. A test that took its time has
     moved something, and a rank has waited in vain since the last of these only. With `calm` it sleeps while something
     moves, too: where messages queue up behind those awaited, to be late is to find more of them.
+
+    Raises CommunicatorError where a peer says that it has failed. Ends the job where a peer has ended that this waits
+    for: the rank `peer`, or of a collective any that did not begin it.
     """
     share = CALM_SHARE if calm else SLEEP_SHARE
     now = began = active = time.perf_counter()
+    limit = began + comm.timeout
+    alarm = min(limit, began + LOOK)
     for place, request in enumerate(requests):
         while not request.Test():
             before, now = now, time.perf_counter()
-            if now - began > comm.timeout:
-                _give_up(comm, operation, sum(not each.Test() for each in requests[place:]), now - began)
+            if now > alarm:
+                limit += now - alarm if now - alarm > STOPPED else 0
+                attend(comm, operation, peer)
+                if now > limit and not answered(comm, requests[place:], operation, peer):
+                    pending = sum(not each.Test() for each in requests[place:])
+                    give_up(comm, operation, pending, now - began, peer)
+                alarm = time.perf_counter() + LOOK
             if now - before > WORK and not calm:
                 active = now
             elif now - active > YIELD:
@@ -177,19 +291,6 @@ def _sleep(seconds: float) -> None:
     time.sleep(seconds)
 
 
-def _give_up(comm: Comm, operation: str, pending: int, waited: float) -> NoReturn:
-    message = (
-        f"mpicomp: rank {comm.rank} of {comm.size} waited {waited:.0f} s in {operation}"
-        f"{f' for {comm.doing}' if comm.doing else ''} (collective number {comm.calls}), {pending} messages "
-        f"outstanding: a peer is late, gone, or at another operation. The job ends here; MPICOMP_TIMEOUT sets the "
-        f"limit in seconds."
-    )
-    print(message, file=sys.stderr, flush=True)
-    traceback.print_stack()
-    comm.transport.abort(1)
-    raise TimeoutError(message)
-
-
 def _chunks(data: Array) -> list[Array]:
     """Cut (n,) uint8 into messages that any MPI takes; nothing for nothing."""
     if 0 < data.size <= CHUNK:
@@ -207,6 +308,7 @@ def exchange(comm: Comm, outgoing: Sequence[Array], incoming: Sequence[Array], o
 
     A rank's message to itself is copied.
     """
+    comm.met += 1
     wait(comm, begin_exchange(comm, outgoing, incoming), operation)
 
 
@@ -244,6 +346,7 @@ def allreduce(comm: Comm, x: Array, total: Array, op: str = "sum") -> None:
                 allreduce(comm, given, result, op)
             return
         Copied().wait()  # what writes x has come to its end
+    comm.met += 1
     flat, sums = x.reshape(-1), total.reshape(-1)
     step = CHUNK // x.itemsize
     for start in range(0, flat.size, step):
@@ -254,6 +357,7 @@ def allreduce(comm: Comm, x: Array, total: Array, op: str = "sum") -> None:
 
 def broadcast(comm: Comm, data: Array, root: int) -> None:
     """MPI's own broadcast of (n,) uint8 in place; the root's bytes are modelled as n * (P-1) / P sent by each rank."""
+    comm.met += 1
     for part in _chunks(data):
         wait(comm, [comm.transport.broadcast(part, root)], "broadcast")
     comm.traffic.modelled += math.ceil(data.size * (comm.size - 1) / comm.size)
@@ -274,12 +378,12 @@ def begin_receive(comm: Comm, data: Array, peer: int, tag: int = 0) -> list[Requ
 
 def send(comm: Comm, data: Array, peer: int, tag: int = 0) -> None:
     """Send (n,) uint8 to one rank."""
-    wait(comm, begin_send(comm, data, peer, tag), f"send to {peer}")
+    wait(comm, begin_send(comm, data, peer, tag), f"send to {peer}", peer=peer)
 
 
 def receive(comm: Comm, data: Array, peer: int, tag: int = 0) -> None:
     """Receive (n,) uint8 from one rank."""
-    wait(comm, begin_receive(comm, data, peer, tag), f"receive from {peer}")
+    wait(comm, begin_receive(comm, data, peer, tag), f"receive from {peer}", peer=peer)
 
 
 def barrier(comm: Comm) -> None:

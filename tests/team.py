@@ -192,11 +192,15 @@ class Group:
         self.sends: Mailboxes = defaultdict(deque)
         self.receives: Mailboxes = defaultdict(deque)
         self.meetings: dict[object, Meeting] = {}
+        self.notices: dict[int, deque[tuple[int, Array]]] = defaultdict(deque)  # by receiver: sender, what it says
+        self.renewal: Group | None = None  # what takes its place
         self.ranks = [Rank(team, self, thread, rank) for rank, thread in enumerate(threads)]
 
 
 class Rank:
     """One thread's end of a group: a Transport."""
+
+    ready = True
 
     def __init__(self, team: Team, group: Group, thread: Thread, rank: int) -> None:
         self.team, self.group, self.thread = team, group, thread
@@ -260,6 +264,20 @@ class Rank:
     def progress(self) -> None:
         pass
 
+    def notify(self, data: Array, peer: int) -> None:
+        with self.team.lock:
+            self.group.notices[peer].append((self.rank, data.copy()))
+
+    def notice(self, nbytes: int) -> tuple[int, Array] | None:
+        with self.team.lock:
+            waiting = self.group.notices[self.rank]
+            if not waiting:
+                return None
+            sender, data = waiting.popleft()
+        if data.size != nbytes:
+            raise Misuse(f"a notice of {data.size} bytes, taken as one of {nbytes}")
+        return sender, data
+
     def topology(self) -> Topology:
         everywhere = self.team.topology
         place = {thread_end.thread.rank: thread_end.rank for thread_end in self.group.ranks}
@@ -291,6 +309,35 @@ class Rank:
         while not operation.Test():
             pass
         return operation.made
+
+    def renewed(self) -> tuple[Rank, Operation]:
+        with self.team.lock:
+            if self.group.renewal is None:
+                self.group.renewal = Group(self.team, [end.thread for end in self.group.ranks])
+                self.team.groups.append(self.group.renewal)
+        made = self.group.renewal.ranks[self.rank]
+        operation = Operation(made, None, None)
+        made._join(operation, ("renewed",), 0)
+        return made, operation
+
+    def abandon(self) -> list[Operation]:
+        """Give up what is under way in this group, as MPI cannot: tests see what the library does afterwards."""
+        with self.team.lock:
+            for operation in [each for each in self.thread.under_way if each.rank is self]:
+                self.thread.under_way.remove(operation)
+                self.thread.ready -= operation.ready
+                operation.finished = True
+            for boxes in (self.group.sends, self.group.receives):
+                for box in boxes.values():
+                    for operation in [each for each in box if each.rank is self]:
+                        box.remove(operation)
+            for number, meeting in list(self.group.meetings.items()):
+                if self.rank in meeting.operations:
+                    self.group.meetings.pop(number)
+        return []
+
+    def free(self) -> None:
+        self._together(("free", self.size))
 
     def abort(self, code: int) -> None:
         with self.team.lock:
@@ -383,7 +430,7 @@ class Meeting(NamedTuple):
             first.team.groups.append(made)
         elif self.what[0] == "window":
             made = [np.full(self.what[1], POISON, np.uint8) for _ in self.expected]
-        elif self.what[0] == "free":
+        elif self.what[0] in ("free", "renewed"):
             pass
         elif self.what[0] == "broadcast":
             result = posted[self.what[1]]

@@ -162,11 +162,8 @@ class Integer(Remembering, Spec):
             self._encode(x, state, buffers, message, 0)
             self._add(share, [message], buffers)
             self._decode(share, buffers, total)
-        return [
-            total,
-            cast(Array, state.spare),
-            *(message.buffer for message in (*buffers.outgoing[0], *buffers.share)),
-        ]
+        messages = (*buffers.outgoing[0], *buffers.share)
+        return [total, cast(Array, state.spare), *(message.buffer for message in messages)]
 
     def _find_tops(self, x: Array, state: State, buffers: _Buffers) -> None:
         """Find the largest magnitude of every block on this rank."""
