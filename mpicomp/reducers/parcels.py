@@ -11,6 +11,7 @@ from mpicomp.arrays import Array, empty
 from mpicomp.codecs.base import Codec
 from mpicomp.codecs.sparse import Values
 from mpicomp.collectives import Comm, begin_receive, begin_send, wait
+from mpicomp.errors import WireFormatError
 from mpicomp.reducers.base import State
 from mpicomp.reducers.entries import Coding
 from mpicomp.reducers.messages import exchange_lengths, says_poison
@@ -76,11 +77,16 @@ class Wire:
         return MessageLayout([(Field((len(regions),), "<u4"),), *fields] if told else fields)
 
     def view(self, data: Array, regions: Sequence[Region], counts: Sequence[int] | None = None) -> Parcel:
-        """View a message that came for these regions; `counts`, unless it tells them itself."""
+        """View a message that came for these regions; `counts`, unless it tells them itself. WireFormatError."""
         told = counts is None
         if not regions:
             return Parcel(data, [], [])
+        if told and data.size < HEADER + 4 * len(regions):
+            raise WireFormatError(f"a message of {data.size} bytes does not tell the counts of {len(regions)} regions")
         found = data[HEADER : HEADER + 4 * len(regions)].view("<u4").tolist() if counts is None else counts
+        for region, count in zip(regions, found, strict=True):
+            if count > region.piece.size and count != WHOLE:
+                raise WireFormatError(f"a message has {count} entries of a region of {region.piece.size} elements")
         return Parcel(data, found, self._layout(regions, found, told).views(data)[int(told) :])
 
     def parcels(
