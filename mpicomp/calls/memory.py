@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mpicomp.arrays import Array, work_dtype
-from mpicomp.calls.arguments import Arrays, Form, checked_arrays, member_of
+from mpicomp.calls.arguments import Arrays, Form, check_elementwise, checked_arrays, member_of, number
 from mpicomp.codecs.base import Codec
 from mpicomp.collectives import Comm
 from mpicomp.reducers.allowance import divided
@@ -35,6 +35,9 @@ class Memory:
     running: Reducer | None = None
     state: State | None = None
 
+    def __post_init__(self) -> None:
+        check_elementwise(self.method, self.form)
+
     @property
     def residual(self) -> Array | list[Array] | None:
         """A copy of this rank's debt, in the work dtype and the arrays' shapes; None before a step or without one."""
@@ -45,10 +48,10 @@ class Memory:
         if all(debt is None for debt in found):
             return None
         debts = [
-            np.zeros(unit.shape, self.state.dtype) if debt is None else debt.reshape(unit.shape)
+            np.zeros(unit.size, self.state.dtype) if debt is None else debt
             for debt, unit in zip(found, self.form.layout.units, strict=True)
         ]
-        return debts if self.form.listed else debts[0]
+        return self.form.shaped(debts)
 
     def check(self, form: Form, method: Codec | Reducer) -> None:
         """Raise ValueError where this was made for something else."""
@@ -95,6 +98,7 @@ def state(method: Method, x: Arrays, seed: int = 0) -> Memory:
     A bare codec means error feedback over the default reducer. Raises SpecError, TypeError or ValueError for a
     method or an array that `allreduce` would refuse.
     """
+    x = number(x)
     checked_arrays(x, device=True)
     form = Form.of(x)
     _ = form.dtype  # one for all
