@@ -49,6 +49,20 @@ def on_device(x: Any) -> bool:
     return type(x) is not np.ndarray and type(x).__module__.partition(".")[0] == "cupy"
 
 
+def check_gpu(what: str) -> None:
+    """Raise ValueError where CuPy cannot use a GPU."""
+    try:
+        import cupy
+
+        found = cupy.cuda.runtime.getDeviceCount()
+    except ImportError as error:
+        raise ValueError(f"{what} is a CuPy array, and CuPy cannot be imported: {error}") from error
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise ValueError(f"{what} is a CuPy array, and there is no GPU to be used here: {error}") from error
+    if not found:
+        raise ValueError(f"{what} is a CuPy array, and CUDA shows no GPU here")
+
+
 def bound(call: Callable[[], Result], x: Any) -> Callable[[], Result]:
     """Return `call` as it runs on the stream and device that are current now, whatever thread it will run on."""
     if not on_device(x):

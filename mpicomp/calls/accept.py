@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from mpicomp.arrays import COMPLEX, DTYPES, Array, dtype_name, on_device
+from mpicomp.arrays import COMPLEX, DTYPES, Array, check_gpu, dtype_name, on_device
 
 _ORDINARY = frozenset(map(np.dtype, ("float32", "float64", "float16", *COMPLEX)))  # in this machine's byte order
 
@@ -118,20 +118,6 @@ def described(x: Any) -> str:
     if on_device(x):
         return f"{x.dtype}{list(x.shape)} on a GPU"
     return f"a list of {len(x)}" if isinstance(x, (list, tuple)) else type(x).__name__
-
-
-def check_gpu(what: str) -> None:
-    """Raise ValueError where CuPy cannot use a GPU."""
-    try:
-        import cupy
-
-        found = cupy.cuda.runtime.getDeviceCount()
-    except ImportError as error:
-        raise ValueError(f"{what} is a CuPy array, and CuPy cannot be imported: {error}") from error
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        raise ValueError(f"{what} is a CuPy array, and there is no GPU to be used here: {error}") from error
-    if not found:
-        raise ValueError(f"{what} is a CuPy array, and CUDA shows no GPU here")
 
 
 def check_contiguous(x: Array, what: str) -> None:

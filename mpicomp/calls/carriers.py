@@ -63,11 +63,11 @@ class Raw:
     def broadcast(self, comm: Comm, flats: Flats, results: Flats, root: int) -> None:
         """See Carrier."""
         message = _joined(flats) if comm.rank == root else _room(results)
-        broadcast(comm, message, root)
-        if comm.rank == root:
+        if comm.rank == root:  # first: what is sent may be gone then
             for flat, result in zip(flats, results, strict=True):
                 result[...] = flat
-        else:
+        broadcast(comm, message, root)
+        if comm.rank != root:
             _cut(message, results)
 
     @np.errstate(over="ignore", invalid="ignore")  # IEEE, and integers wrap around

@@ -35,8 +35,8 @@ def allgather(comm: Any, x: Arrays, codec: Method, out: Arrays | None = None) ->
     """Return every rank's x, stacked: (ranks, *x.shape), the same bits on all ranks. Collective.
 
     x: float32, float16, bfloat16, float64, complex64 or complex128, any shape and strides; a list of arrays of one
-    dtype shares its messages, and a list comes back. `codec` is a spec or a codec, which sees real and imaginary parts as
-    elements of their own, or "dense" for arrays as they are, of any dtype without objects, several in a list. The
+    dtype shares its messages, and a list comes back. `codec` is a spec or a codec, for which real and imaginary parts
+    are elements of their own, or "dense" for arrays as they are, of any dtype without objects, several in a list. The
     result is new and contiguous, or `out`, which may be strided and shares no memory with x. Raises ConfigMismatch on
     all ranks where they disagree, and SpecError, TypeError or ValueError for bad arguments; the other ranks then raise
     ConfigMismatch.

@@ -14,10 +14,10 @@ from mpicomp.calls.reductions import prepared
 from mpicomp.collectives import Comm
 from mpicomp.reducers.resolve import Method
 from mpicomp.torch.streams import bound, device_of
-from mpicomp.torch.tensors import COMPLEX, NAMES, bits_of, check_local, flat, span, whole
+from mpicomp.torch.tensors import COMPLEX, NAMES, bits_of, check_local, span, whole
 
 DTYPES = {**NAMES, **COMPLEX}
-PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = (torch.Tensor, torch.nn.Parameter)  # other subclasses mean more than their elements
 
 
 def state(method: Method, tensor: torch.Tensor, seed: int = 0) -> Memory:
@@ -51,19 +51,14 @@ def _allreduce(comm: Comm, tensor: Any, method: Method, op: str, memory: Memory 
     if out is not None:
         _check_out(out, tensor)
 
+    def fresh() -> torch.Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
     def run(memory: Memory) -> torch.Tensor:
-        room = (
-            out
-            if out is not None and whole(out)
-            else torch.empty_like(tensor, memory_format=torch.contiguous_format, requires_grad=False)
-        )
-        source = tensor.detach() if whole(tensor) else flat(tensor).clone()
+        source = tensor if whole(tensor) else fresh().copy_(tensor)
+        room: torch.Tensor = out if out is not None and whole(out) else fresh()
         memory.reduce(comm, op, bits_of(source), bits_of(room))
-        if out is None:
-            return room
-        if out is not room:
-            out.copy_(room)
-        return out
+        return room if out is None or out is room else out.copy_(room)
 
     operation = prepared(comm, _form(tensor), member_of(method), op, memory, run)
     return operation._replace(run=bound(operation.run, device_of([tensor])))
