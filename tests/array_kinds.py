@@ -247,7 +247,10 @@ def check(case: Case, got: Array, expected: Array, ranks: int) -> None:
     """Assert that a result is as close to the exact one as its method says."""
     assert (got.shape, got.dtype) == (expected.shape, DTYPES[case.dtype])
     events = ranks if case.call in ("allreduce", "iallreduce", "mean", "plan", "reduce_scatter") else 1
-    near = METHODS[case.method] * events * (2 if events > 1 else 1) + 1e-2 * (case.call == "mean")
+    near = METHODS[case.method] * events * (2 if events > 1 else 1)
+    if METHODS[case.method] or case.call == "mean":  # rounded to the dtype
+        eps = float(ml_dtypes.finfo(np.array(got).real.dtype).eps)
+        near += 2 * eps * np.abs(expected).max(initial=1) + 1e-6
     difference = wide(np.array(got)) - expected
     for part in (difference.real, difference.imag):
         assert np.abs(part).max(initial=0) <= near, (got, expected)

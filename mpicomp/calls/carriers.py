@@ -63,11 +63,13 @@ class Raw:
     def broadcast(self, comm: Comm, flats: Flats, results: Flats, root: int) -> None:
         """See Carrier."""
         message = _joined(flats) if comm.rank == root else _room(results)
-        if comm.rank == root:  # first: what is sent may be gone then
+        if comm.rank == root:
+            message.flags.writeable = False  # a result may be the array that is sent
+        broadcast(comm, message, root)
+        if comm.rank == root:
             for flat, result in zip(flats, results, strict=True):
                 result[...] = flat
-        broadcast(comm, message, root)
-        if comm.rank != root:
+        else:
             _cut(message, results)
 
     @np.errstate(over="ignore", invalid="ignore")  # IEEE, and integers wrap around
