@@ -53,7 +53,7 @@ CUPY: Any = type("ndarray", (), {"__module__": "cupy"})
 
 
 def test_a_cupy_array_is_refused_where_only_numpy_arrays_are_taken() -> None:
-    with pytest.raises(TypeError, match=r"total is a CuPy array.*pass total\.get\(\)"):
+    with pytest.raises(TypeError, match=r"total is a CuPy array.*pass the NumPy array total\.get\(\)"):
         checked(CUPY(), "total")
 
 

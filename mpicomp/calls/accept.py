@@ -30,7 +30,9 @@ def checked(x: Any, what: str = "x", device: bool = False, exact: bool = False) 
         return x
     if on_device(x):
         if not device:
-            raise TypeError(f"{what} is a CuPy array, which only allreduce and its plans take; pass {what}.get()")
+            raise TypeError(
+                f"{what} is a CuPy array, which only allreduce and its plans take; pass the NumPy array {what}.get()"
+            )
         check_gpu(what)
         check_contiguous(x, what)
         array: Array = x

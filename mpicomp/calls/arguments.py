@@ -118,6 +118,8 @@ def number(x: Any) -> Any:
 
     Python's are int64, float64 and complex128; ValueError for an integer beyond that.
     """
+    if type(x) is np.ndarray:
+        return x
     if isinstance(x, np.generic):
         return np.asarray(x)
     if not isinstance(x, (int, float, complex)) or isinstance(x, bool):
