@@ -95,6 +95,7 @@ REFUSED: dict[str, Callable[[Array], Any]] = {
     "text": lambda x: str(x),
     "nothing": lambda x: None,
 }
+BAD_OUTS = ("read-only", "stretched", "shared", "other")
 ROOT = 0
 IN_PLACE = ("allreduce", "mean", "bcast", "iallreduce", "plan")
 
@@ -175,9 +176,10 @@ class Case:
 
     def refused(self, rank: int) -> bool:
         """Whether a rank's arguments must be refused."""
+        bad_out = self.outs[rank] in BAD_OUTS
         if self.call == "scatter" and rank != ROOT and self.kinds[rank] == "nothing" and not self.listed:
-            return True  # neither x nor like
-        return self.kinds[rank] in REFUSED or self.outs[rank] in ("read-only", "stretched", "shared", "other")
+            return bad_out or self.outs[rank] == "none"  # which tells the form as `like` does
+        return bad_out or self.kinds[rank] in REFUSED
 
     def outputs(self, me: int, ranks: int, given: list[Any]) -> list[Any] | None:
         """The outputs that a rank passes."""
@@ -272,7 +274,7 @@ def cases(draw: Any, ranks: int, bad: bool) -> Case:
         rank = draw(st.integers(0, ranks - 1))
         wrong_out = draw(st.booleans()) and not (call == "gather" and rank != ROOT)
         if wrong_out:
-            outs[rank] = draw(st.sampled_from(["read-only", "stretched", "shared", "other"]))
+            outs[rank] = draw(st.sampled_from(BAD_OUTS))
         else:
             kinds[rank] = draw(st.sampled_from([*REFUSED]))
     if call == "gather":
