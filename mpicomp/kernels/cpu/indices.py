@@ -143,6 +143,15 @@ def add_at(places: Any, first: int, count: int, values: Any, out: Any, scale: An
         out[places[i]] += scale * values[first + i]
 
 
+@inline
+def outside(places: Any, start: int, stop: int, upper: Any, size: Any) -> bool:
+    """Tell whether the largest upper part, or one of places[start:stop], is not below size."""
+    wrong = upper >= size
+    for i in range(start, stop):
+        wrong |= np.uint64(places[i]) >= size
+    return wrong
+
+
 @kernel("const u1[], i8, u4[]")
 def _decode(data: Any, width: int, out: Any) -> int:
     """Return how many indices were found; none is written beyond `out`."""
@@ -172,14 +181,17 @@ def _add(data: Any, width: int, values: Any, out: Any, scale: Any) -> int:
     """Return how many indices were found, -1 where one is not below out.size; nothing is read or written outside."""
     # In steps: indices first, with their elements asked for, then the sums, which so wait for memory together.
     places = np.empty(STEP + 64, np.uint32)
-    j, done, largest = 0, 0, np.int64(0)
+    j, done, place, size = 0, 0, np.int64(0), np.uint64(out.size)
     high, mask, shift = data[(values.size * max(width, 0) + 7) // 8 :], ZERO, ZERO
     if width >= 0:
         mask, shift = (ONE << np.uint64(width)) - ONE, np.uint64(width)
     for at in range(0, high.size, 8):
         word = read(high, at)
-        if j + ones(word) > values.size:
-            return j + ones(word)
+        if word == ZERO:
+            continue
+        first = j
+        if first + ones(word) > values.size:
+            return first + ones(word)
         while word != ZERO:
             place = np.int64(8 * at + lowest(word))
             word &= word - ONE
@@ -188,16 +200,14 @@ def _add(data: Any, width: int, values: Any, out: Any, scale: Any) -> int:
                 low = (read(data, bit >> 3) >> (np.uint64(bit) & LOW3)) & mask
                 place = np.int64((np.uint64(place - j) << shift) | low)
             prefetch(out, place)
-            largest = max(largest, place)
             places[j - done] = place
             j += 1
+        # Upper parts ascend, so the last one tells of the whole word, but where lower parts make the difference.
+        if np.uint64(place) | mask >= size and outside(places, first - done, j - done, np.uint64(place) & ~mask, size):
+            return -1
         if j - done >= STEP:
-            if largest >= out.size:
-                return -1
             add_at(places, done, j - done, values, out, scale)
             done = j
-    if largest >= out.size:
-        return -1
     add_at(places, done, j - done, values, out, scale)
     return j
 
