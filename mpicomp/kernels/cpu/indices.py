@@ -144,12 +144,17 @@ def add_at(places: Any, first: int, count: int, values: Any, out: Any, scale: An
 
 
 @inline
-def outside(places: Any, start: int, stop: int, upper: Any, size: Any) -> bool:
-    """Tell whether the largest upper part, or one of places[start:stop], is not below size."""
-    wrong = upper >= size
-    for i in range(start, stop):
+def outside(places: Any, count: int, last: Any, mask: Any, size: Any) -> bool:
+    """Tell whether one of `count` places, the last of which is `last`, is not below size; `mask` is of lower parts.
+
+    Upper parts ascend, so the last place tells of all, but where lower parts make the difference.
+    """
+    if last | mask < size or count == 0:
+        return False
+    wrong = last & ~mask >= size
+    for i in range(count):
         wrong |= np.uint64(places[i]) >= size
-    return wrong
+    return bool(wrong)
 
 
 @kernel("const u1[], i8, u4[]")
@@ -187,11 +192,6 @@ def _add(data: Any, width: int, values: Any, out: Any, scale: Any) -> int:
         mask, shift = (ONE << np.uint64(width)) - ONE, np.uint64(width)
     for at in range(0, high.size, 8):
         word = read(high, at)
-        if word == ZERO:
-            continue
-        first = j
-        if first + ones(word) > values.size:
-            return first + ones(word)
         while word != ZERO:
             place = np.int64(8 * at + lowest(word))
             word &= word - ONE
@@ -202,12 +202,13 @@ def _add(data: Any, width: int, values: Any, out: Any, scale: Any) -> int:
             prefetch(out, place)
             places[j - done] = place
             j += 1
-        # Upper parts ascend, so the last one tells of the whole word, but where lower parts make the difference.
-        if np.uint64(place) | mask >= size and outside(places, first - done, j - done, np.uint64(place) & ~mask, size):
-            return -1
         if j - done >= STEP:
+            if j > values.size or outside(places, j - done, np.uint64(place), mask, size):
+                return j if j > values.size else -1
             add_at(places, done, j - done, values, out, scale)
             done = j
+    if j > values.size or outside(places, j - done, np.uint64(place), mask, size):
+        return j if j > values.size else -1
     add_at(places, done, j - done, values, out, scale)
     return j
 
