@@ -10,7 +10,7 @@ off, a bucket that was not finite, and with `scaler` a whole step that GradScale
 # No `from __future__ import annotations` here: DDP compares the annotations of the hook with types.
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from mpicomp.reducers import (
     State,
     Unit,
     Units,
+    Workspace,
     apply,
     describe,
     rescale,
@@ -46,6 +47,7 @@ class Entry:
     names: tuple[str, ...]
     dtype: str
     state: State
+    work: Workspace
     after: State | None = None
     poisoned: bool = False
 
@@ -131,9 +133,11 @@ class Hook:
 
     def _reduce(self, entry: Entry, buffer: torch.Tensor) -> None:
         bits = bits_of(buffer)
-        state = _at_step(entry.state, self._step)
+        state = entry.state.at(self._step)
         self._comm.doing = f"the bucket of {entry.names[0]}"
-        entry.after, entry.poisoned = apply(self._comm, self.reducer, bits, entry.dtype, "mean", state, bits)
+        entry.after, entry.poisoned = apply(
+            self._comm, self.reducer, bits, entry.dtype, "mean", state, bits, entry.work
+        )
         self._comm.doing = ""
 
     def _begin_step(self, scale: float | None) -> None:
@@ -178,7 +182,7 @@ class Hook:
         names = tuple(unit.name for unit in layout.units)
         state = self.reducer.init(layout, work_dtype(dtype), seed=self._seed, step=self._step)
         saved = {name: self._saved.pop(name) for name in names if name in self._saved}
-        self._entries[index] = Entry(names, dtype, self.reducer.restore(state, saved))
+        self._entries[index] = Entry(names, dtype, self.reducer.restore(state, saved), Workspace())
 
 
 def _units(names: Sequence[str], gradients: Sequence[torch.Tensor], buffer: torch.Tensor) -> tuple[Unit, ...]:
@@ -188,13 +192,6 @@ def _units(names: Sequence[str], gradients: Sequence[torch.Tensor], buffer: torc
         Unit(name, tuple(gradient.shape), int(gradient.storage_offset() - start))
         for name, gradient in zip(names, gradients, strict=True)
     )
-
-
-def _at_step(state: State, step: int) -> State:
-    """Return a state that counts with the hook: one that sat out a step has fallen behind."""
-    if state.step == step:
-        return state
-    return replace(state, step=step, inner=tuple(_at_step(inner, step) for inner in state.inner))
 
 
 def reduce_bucket(state: Hook, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
