@@ -20,9 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from mpicomp import notices
+from mpicomp import exits, notices
 from mpicomp.arrays import Array, Copied, on_device, on_host
 from mpicomp.device import gpu_aware
+from mpicomp.settings import setting
 from mpicomp.transport import MPITransport, Request, Topology, Transport, Window
 from mpicomp.watch import STOPPED, answered, attend, give_up
 
@@ -70,7 +71,7 @@ class Comm:
         self.transport = transport
         self.rank = transport.rank
         self.size = transport.size
-        self.timeout = float(os.environ.get("MPICOMP_TIMEOUT", "600")) if timeout is None else timeout
+        self.timeout: float = setting("MPICOMP_TIMEOUT") if timeout is None else timeout
         self.traffic = Traffic()
         self.calls = 0
         self.spin = SPIN  # shorter while polling is in vain: where ranks share cores it takes time from who has work
@@ -97,14 +98,19 @@ class Comm:
         known = mpi.Get_attr(_keyval)
         if isinstance(known, cls):
             return known
+        exits.begin()
         comm = cls(MPITransport(mpi.Dup()))
+        notices.join(comm)
         mpi.Set_attr(_keyval, comm)
         return comm
 
     @classmethod
     def among(cls, mpi: Any, ranks: Sequence[int]) -> Comm:
         """Return a new communicator of some ranks of `mpi`; only they call this."""
-        return cls(MPITransport(mpi.Create_group(mpi.Get_group().Incl(list(ranks)))))
+        exits.begin()
+        comm = cls(MPITransport(mpi.Create_group(mpi.Get_group().Incl(list(ranks)))))
+        notices.join(comm)
+        return comm
 
     def group(self, ranks: Sequence[int]) -> Comm:
         """Return the communicator of some ranks of this one, in this order; only they call this, at first together.

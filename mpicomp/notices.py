@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
+from weakref import WeakSet
 
 import numpy as np
 
+from mpicomp import children
 from mpicomp.transport import Transport
 
 FAILED = 1
@@ -33,10 +35,7 @@ _HEAD = struct.Struct("<Bqi")  # kind, number, status; then text
 class Talks(Protocol):
     """What is needed of a communicator here."""
 
-    @property
-    def transport(self) -> Transport:
-        """How it communicates."""
-        ...
+    transport: Transport
 
 
 class Notice(NamedTuple):
@@ -72,3 +71,59 @@ def look(comm: Talks) -> Notice | None:
     kind, number, status = _HEAD.unpack_from(raw)
     text = raw[_HEAD.size :].rstrip(b"\0").decode(errors="ignore")
     return Notice(rank, kind, text, number, status)
+
+
+class Member(Talks, Protocol):
+    """A communicator whose peers are told of this rank's end."""
+
+    met: int
+    left: dict[int, Notice]
+
+
+_members: WeakSet[Member] = WeakSet()
+
+
+def join(comm: Member) -> None:
+    """From now on tell this communicator's peers when this rank ends."""
+    _members.add(comm)
+
+
+def leave(text: str, status: int) -> None:
+    """Tell all peers that this rank has ended."""
+    for comm in list(_members):
+        send(comm, LEFT, f"{text}, after {comm.met} collectives", number=comm.met, status=status)
+        _read(comm)
+
+
+def all_left() -> bool:
+    """Whether the peers of all communicators have ended, too."""
+    members = list(_members)
+    for comm in members:
+        _read(comm)
+    return all(len(comm.left) >= comm.transport.size - 1 for comm in members)
+
+
+def last_number() -> int:
+    """Return how many collectives this rank has begun, on the communicator with the most."""
+    return max((comm.met for comm in list(_members)), default=0)
+
+
+def forget() -> None:
+    """Take every communicator from a process that was forked: its parent uses them."""
+    for comm in list(_members):
+        comm.transport = cast(Any, Nowhere())
+    _members.clear()
+
+
+class Nowhere:
+    """The transport of a forked child: whatever is asked of it, it refuses."""
+
+    def __getattr__(self, name: str) -> Any:
+        children.refuse()
+
+
+def _read(comm: Member) -> None:
+    """Note who has ended; nothing else matters any more."""
+    while (notice := look(comm)) is not None:
+        if notice.kind == LEFT:
+            comm.left[notice.rank] = notice
