@@ -32,6 +32,11 @@ def is_child() -> bool:
     return _forked or _spawned()
 
 
+def is_worker() -> bool:
+    """Whether this process runs a part of a rank's program, by fork or by the module multiprocessing."""
+    return is_child() and (_forked or multiprocessing.parent_process() is not None)
+
+
 def refuse() -> None:
     """Raise RuntimeError in the child of a rank."""
     if is_child():

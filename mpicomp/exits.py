@@ -150,10 +150,16 @@ def _at_end() -> None:
     world = _world()
     if world is None:
         return
-    status = notices.UNKNOWN if _status is None else _status
-    text = "it came to the end of its program" if _status is None else f"it called sys.exit, status {_status}"
-    notices.leave(text, status)
-    if status <= 0:
+    status = _status
+    failed = getattr(sys, "last_value", None)  # an exception that nobody caught, where the hook was switched off
+    if status is not None:
+        text = f"it called sys.exit, status {status}"
+    elif failed is not None:
+        status, text = 1, f"it failed: {type(failed).__name__}: {failed}"
+    else:
+        text = "it came to the end of its program"
+    notices.leave(text, notices.UNKNOWN if status is None else status)
+    if not status or not setting("MPICOMP_ABORT"):
         return
     end = time.monotonic() + PATIENCE
     while not notices.all_left():
@@ -173,6 +179,7 @@ def _in_child() -> None:
     """Make a forked child leave MPI alone."""
     global _status
     _status = None
+    sys.__dict__.pop("last_value", None)
     children.forked()
     notices.forget()
 
@@ -183,7 +190,8 @@ def _end_child() -> NoReturn:
         if isinstance(thing, io.IOBase):
             with contextlib.suppress(Exception):
                 thing.flush()
-    os._exit(_status or 0)
+    failed = getattr(sys, "last_value", None) is not None
+    os._exit(_status if _status is not None else int(failed))
 
 
 class _Symbol(ctypes.Structure):

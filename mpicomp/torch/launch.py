@@ -41,12 +41,12 @@ def device() -> torch.device:
 def fill_environment() -> None:
     """Set what torch's rendezvous reads, where it is absent; under a launcher this initialises MPI.
 
-    Nothing is done in the child of a rank, which starts no MPI.
+    The child of a rank starts no MPI. A worker keeps what its parent was told, another program is alone.
     """
-    if children.is_child():  # what its parent filled in is true of the parent, and the child of a rank starts no MPI
+    if children.is_worker():
         return
     _forget_inherited()
-    if any(name in os.environ for name in LAUNCHERS):
+    if any(name in os.environ for name in LAUNCHERS) and not children.is_child():
         values = _values_from_mpi()
     elif "RANK" in os.environ or "WORLD_SIZE" in os.environ:
         return
