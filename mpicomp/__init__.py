@@ -26,6 +26,7 @@ __all__ = [
     "ialltoall",
     "plan",
     "state",
+    "reset",
 ]
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
         iscatter,
         plan,
         reduce_scatter,
+        reset,
         scatter,
         state,
     )

@@ -109,7 +109,7 @@ def _abort(error: BaseException) -> None:
             file=sys.stderr,
         )
     drain()
-    abort(world, 130 if isinstance(error, KeyboardInterrupt) else 1)
+    abort(130 if isinstance(error, KeyboardInterrupt) else 1)
 
 
 def _world() -> Any:
@@ -171,7 +171,7 @@ def _at_end() -> None:
                 file=sys.stderr,
             )
             drain()
-            abort(world, status)
+            abort(status)
         time.sleep(0.01)
 
 

@@ -35,7 +35,10 @@ _HEAD = struct.Struct("<Bqi")  # kind, number, status; then text
 class Talks(Protocol):
     """What is needed of a communicator here."""
 
-    transport: Transport
+    @property
+    def transport(self) -> Transport:
+        """How it communicates."""
+        ...
 
 
 class Notice(NamedTuple):
@@ -73,11 +76,25 @@ def look(comm: Talks) -> Notice | None:
     return Notice(rank, kind, text, number, status)
 
 
-class Member(Talks, Protocol):
-    """A communicator whose peers are told of this rank's end."""
+class Member(Protocol):
+    """A communicator whose peers are told of this rank's end; `collectives.Comm` says what it means."""
 
     met: int
     left: dict[int, Notice]
+
+    def reachable(self) -> Transport | None:
+        """How its peers are told; None where it is no more."""
+        ...
+
+    def forget(self, transport: Transport) -> None:
+        """Communicate in another way from now on."""
+        ...
+
+
+class Board(NamedTuple):
+    """Where notices are sent and found."""
+
+    transport: Transport
 
 
 _members: WeakSet[Member] = WeakSet()
@@ -91,16 +108,24 @@ def join(comm: Member) -> None:
 def leave(text: str, status: int) -> None:
     """Tell all peers that this rank has ended."""
     for comm in list(_members):
-        send(comm, LEFT, f"{text}, after {comm.met} collectives", number=comm.met, status=status)
-        _read(comm)
+        transport = comm.reachable()
+        if transport is not None:
+            said = f"{text}, after {comm.met} collectives"
+            send(Board(transport), LEFT, said, number=comm.met, status=status)
 
 
 def all_left() -> bool:
     """Whether the peers of all communicators have ended, too."""
-    members = list(_members)
-    for comm in members:
-        _read(comm)
-    return all(len(comm.left) >= comm.transport.size - 1 for comm in members)
+    everyone = True
+    for comm in list(_members):
+        transport = comm.reachable()
+        if transport is None:
+            continue
+        while (notice := look(Board(transport))) is not None:
+            if notice.kind == LEFT:
+                comm.left[notice.rank] = notice
+        everyone = everyone and len(comm.left) >= transport.size - 1
+    return everyone
 
 
 def last_number() -> int:
@@ -111,7 +136,7 @@ def last_number() -> int:
 def forget() -> None:
     """Take every communicator from a process that was forked: its parent uses them."""
     for comm in list(_members):
-        comm.transport = cast(Any, Nowhere())
+        comm.forget(cast(Transport, Nowhere()))
     _members.clear()
 
 
@@ -120,10 +145,3 @@ class Nowhere:
 
     def __getattr__(self, name: str) -> Any:
         children.refuse()
-
-
-def _read(comm: Member) -> None:
-    """Note who has ended; nothing else matters any more."""
-    while (notice := look(comm)) is not None:
-        if notice.kind == LEFT:
-            comm.left[notice.rank] = notice

@@ -39,6 +39,7 @@ def test_exception_between_collectives(tmp_path: Path, ranks: int) -> None:
 
 @needs_mpirun
 def test_exception_before_the_first_collective(tmp_path: Path) -> None:
+    """That rank has not begun, so nothing of its end is changed: the others give it up."""
     job = start(
         tmp_path,
         3,
@@ -47,10 +48,12 @@ def test_exception_before_the_first_collective(tmp_path: Path) -> None:
             raise ZeroDivisionError("rank one never began")
         mpicomp.allreduce(comm, x, "dense")
         """,
+        MPICOMP_TIMEOUT="2",
     )
     output = finish(job)
     assert job.returncode != 0
     assert "ZeroDivisionError: rank one never began" in output
+    assert re.search(r"rank [02] of 3 waited [2-4] s in the first call.* rank 1 do(es)? not answer", output)
 
 
 @needs_mpirun

@@ -1,4 +1,4 @@
-"""The plain calls: arrays, one collective, agreed on by all ranks every time; and plans, which agree once.
+"""The plain calls: arrays, one collective, agreed on by all ranks every time; and plans.
 
 Names and order of arguments are those of MPI where it has them; what begins with i returns a request.
 """
@@ -17,6 +17,7 @@ from mpicomp.calls.copies import (
     scatter,
 )
 from mpicomp.calls.memory import Memory, state
+from mpicomp.calls.operation import reset
 from mpicomp.calls.plans import Plan, plan
 from mpicomp.calls.reductions import allreduce, iallreduce, ireduce_scatter, reduce_scatter
 
@@ -38,6 +39,7 @@ __all__ = [
     "iscatter",
     "plan",
     "reduce_scatter",
+    "reset",
     "scatter",
     "state",
 ]
