@@ -8,8 +8,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-from mpicomp.exits import end_job_on_uncaught_errors
-
 __version__ = "0.5.1"
 __all__ = [
     "allreduce",
@@ -28,6 +26,7 @@ __all__ = [
     "ialltoall",
     "plan",
     "state",
+    "reset",
 ]
 
 if TYPE_CHECKING:
@@ -46,6 +45,7 @@ if TYPE_CHECKING:
         iscatter,
         plan,
         reduce_scatter,
+        reset,
         scatter,
         state,
     )
@@ -58,6 +58,3 @@ def __getattr__(name: str) -> Any:
     from mpicomp import calls
 
     return getattr(calls, name)
-
-
-end_job_on_uncaught_errors()

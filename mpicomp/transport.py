@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,6 +14,7 @@ import numpy as np
 from mpicomp.arrays import Array
 
 OPS = ("sum", "max", "min", "prod", "band", "bor", "bxor")
+LAST = 10  # seconds that MPI may take to end a job
 KEPT = 64  # requests
 NOTICE = (1 << 14) + 1  # the tag of notices, which nothing else uses
 
@@ -118,6 +121,10 @@ class Transport(Protocol):
 
     def renewed(self) -> tuple[Transport, Request]:
         """Begin to make another transport of the same ranks, to be used when the request is complete; collective."""
+        ...
+
+    def remember(self, key: int | None, comm: object) -> None:
+        """Let whoever looks for the library's communicator find this one."""
         ...
 
     def abandon(self) -> list[Request]:
@@ -248,6 +255,11 @@ class MPITransport:
             raise RuntimeError("this communicator is a process group's: destroy the group and make a new one")
         return self.duplicate(self._source)
 
+    def remember(self, key: int | None, comm: object) -> None:
+        """See Transport."""
+        if key is not None:
+            self._source.Set_attr(key, comm)
+
     def abandon(self) -> list[Request]:
         """See Transport. MPI gives up receives that have not begun, and nothing else: the rest stays as it is."""
         for request in self._receives:
@@ -261,9 +273,17 @@ class MPITransport:
 
     def abort(self, code: int) -> None:
         """See Transport."""
-        from mpi4py import MPI
+        abort(code)
 
-        MPI.COMM_WORLD.Abort(code)
+
+def abort(code: int) -> None:
+    """End all ranks of the job; this process at least, where MPI hangs over it, as it may without memory."""
+    from mpi4py import MPI
+
+    libc = ctypes.CDLL(None)
+    libc.signal(signal.SIGALRM, 0)
+    libc.alarm(LAST)
+    MPI.COMM_WORLD.Abort(code)
 
 
 class MPIWindow:

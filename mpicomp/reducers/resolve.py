@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 
 from mpicomp import __version__
-from mpicomp.agreement import digest_of
+from mpicomp.agreement import digest_of, float_mode
 from mpicomp.arrays import Array, work_dtype
 from mpicomp.codecs import CODECS
 from mpicomp.codecs.base import Codec
@@ -127,12 +127,17 @@ def leaves(member: Reducer) -> list[Reducer]:
     return [member]
 
 
-@functools.cache
 def arithmetic(member: Any) -> str:
     """A digest of what this machine makes of a golden array: ranks that round differently must not work together.
 
-    Runs the kernels that `member` will need, and no others: a cold start is long enough.
+    Runs the kernels that `member` will need, and no others, once for each floating-point mode: a cold start is long
+    enough.
     """
+    return _arithmetic(member, float_mode())
+
+
+@functools.cache
+def _arithmetic(member: Any, mode: bytes) -> str:
     n = 600
     x = np.ldexp(np.sin(np.arange(n) * 1.7).astype(np.float32), np.arange(n, dtype=np.int32) % 40 - 20)
     layout = Layout((Unit("golden", (n,), 0),))
