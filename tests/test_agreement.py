@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import platform
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from hypothesis import given
@@ -11,7 +15,7 @@ from hypothesis import strategies as st
 from team import Team
 
 from mpicomp import agreement
-from mpicomp.agreement import REFUSAL, agree, digest_of
+from mpicomp.agreement import REFUSAL, agree, confirm, digest_of, float_mode, mixed, mode_text
 from mpicomp.collectives import Comm
 from mpicomp.errors import ConfigMismatch
 
@@ -111,3 +115,93 @@ def test_a_rank_alone_agrees_and_refuses_at_no_cost() -> None:
 def test_no_digest_is_that_of_a_refusal(text: str) -> None:
     assert 0 <= digest_of(text) < REFUSAL
     assert digest_of(text) == digest_of(text)
+
+
+@given(st.integers(0, REFUSAL - 1), st.integers(0, 2**40), st.integers(0, 2**40))
+def test_a_mixed_digest_is_none_of_a_refusal_and_depends_on_every_number(digest: int, step: int, number: int) -> None:
+    assert 0 <= mixed(digest, step, number) < REFUSAL
+    assert len({mixed(digest, step, number + more) for more in range(100)}) == 100
+    assert len({mixed(digest, step + more, number) for more in range(100)}) == 100
+
+
+def test_a_description_is_asked_for_only_where_ranks_disagree() -> None:
+    def never() -> str:
+        raise AssertionError("nobody wants to know")
+
+    Team(3).run(lambda comm: confirm(comm, 7, never))
+    errors = Team(3).attempt(lambda comm: confirm(comm, 7 + comm.rank // 2, lambda: f"plan {comm.rank // 2}"))
+    for error in errors:
+        assert isinstance(error, ConfigMismatch)
+        assert "ranks 0, 1: plan 0" in str(error)
+        assert "rank 2: plan 1" in str(error)
+
+
+def test_ranks_at_different_operations_hear_of_it() -> None:
+    def f(comm: Comm) -> None:
+        if comm.rank == 1:
+            comm.next_call()
+        confirm(comm, 7, lambda: "dense")
+
+    for error in Team(3).attempt(f):
+        assert "ranks 0, 2: dense (operation 1)" in str(error)
+        assert "rank 1: dense (operation 2)" in str(error)
+
+
+ROUNDING = {"upward": 0x800, "downward": 0x400, "toward zero": 0xC00}  # as in fenv.h of x86
+
+
+@contextmanager
+def rounding(direction: str | None) -> Iterator[None]:
+    """Set this thread's rounding."""
+    libm = ctypes.CDLL("libm.so.6")
+    assert libm.fesetround(0 if direction is None else ROUNDING[direction]) == 0
+    try:
+        yield
+    finally:
+        libm.fesetround(0)
+
+
+needs_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="constants of another processor")
+
+
+@needs_x86
+@pytest.mark.parametrize("direction", ROUNDING)
+def test_another_rounding_on_one_rank_is_found_at_the_call(direction: str) -> None:
+    def f(comm: Comm) -> None:
+        agree(comm, "dense")
+        with rounding(direction if comm.rank == 1 else None):
+            agree(comm, "dense")
+
+    for error in Team(3).attempt(f):
+        assert isinstance(error, ConfigMismatch)
+        off = "flush-to-zero off, denormals-are-zero off, rounding"
+        assert f"rank 1: dense ({off} {direction})" in str(error)
+        assert f"ranks 0, 2: dense ({off} to nearest)" in str(error)
+
+
+@needs_x86
+def test_the_same_rounding_on_all_ranks_is_no_mismatch() -> None:
+    def f(comm: Comm) -> str:
+        with rounding("upward"):
+            agree(comm, "dense")
+            return mode_text(float_mode())
+
+    assert Team(2).run(f) == ["flush-to-zero off, denormals-are-zero off, rounding upward"] * 2
+
+
+def test_flush_to_zero_on_one_rank_is_found_at_the_call() -> None:
+    torch = pytest.importorskip("torch")
+
+    def f(comm: Comm) -> None:
+        agree(comm, "dense")
+        torch.set_flush_denormal(comm.rank == 1)
+        try:
+            with pytest.raises(ConfigMismatch) as caught:
+                agree(comm, "dense")
+        finally:
+            torch.set_flush_denormal(False)
+        assert "rank 1: dense (flush-to-zero on, denormals-are-zero on, rounding to nearest)" in str(caught.value)
+        assert "torch.set_flush_denormal" in str(caught.value)
+        agree(comm, "dense")
+
+    Team(3).run(f)

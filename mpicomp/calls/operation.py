@@ -11,18 +11,20 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from mpicomp.agreement import agree
+from mpicomp.agreement import agree, confirm
 from mpicomp.background import Request, begin, in_turn
 from mpicomp.collectives import Comm
 
 
 class Operation(NamedTuple):
-    """A collective whose arguments were found good. Both functions are called when its turn has come."""
+    """A collective whose arguments were found good. The functions are called when its turn has come."""
 
     describe: Callable[[], str]
     """Say all that must be the same on every rank."""
     run: Callable[[], Any]
     """Communicate, and return the result."""
+    digest: Callable[[], int] | None = None
+    """A digest of the description, where it is known without making one."""
 
 
 Prepare = Callable[..., Operation]
@@ -52,7 +54,10 @@ def start(comm: Any, prepare: Prepare, *args: Any) -> Request[Any]:
 
 
 def _run(comm: Comm, operation: Operation) -> Any:
-    agree(comm, operation.describe())
+    if operation.digest is None:
+        agree(comm, operation.describe())
+    else:
+        confirm(comm, operation.digest(), operation.describe)
     return operation.run()
 
 

@@ -1,4 +1,4 @@
-"""A reduction that is planned once and done many times: agreed on, with its own workspaces and its own memory."""
+"""A reduction that is planned once and done many times, with its own workspaces and its own memory."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any, Generic, cast
 
 import numpy as np
 
+from mpicomp.agreement import digest_of, mixed
 from mpicomp.arrays import DTYPES, Array, bound, work_dtype
-from mpicomp.background import Request, begin, in_turn
+from mpicomp.background import Request
 from mpicomp.calls.arguments import (
     Arrays,
     Form,
@@ -23,7 +24,7 @@ from mpicomp.calls.arguments import (
     writable,
 )
 from mpicomp.calls.memory import Memory
-from mpicomp.calls.operation import Operation, call
+from mpicomp.calls.operation import Operation, call, start
 from mpicomp.calls.reductions import check_integers, fresh, has_integers, packed, sum_integers
 from mpicomp.collectives import Comm, Traffic
 from mpicomp.planner import Cost, Machine
@@ -40,16 +41,20 @@ from mpicomp.reducers.resolve import Method, describe
 class Plan(Generic[Arrays]):
     """An allreduce of arrays of one form, by one method; made by `mpicomp.plan`.
 
-    Calls of a plan do not agree again: all ranks must make them in the same order. Messages carry the number of the
-    operation and a digest of its configuration, so ranks that have parted ways raise ConfigMismatch.
+    All ranks make its calls in the same order. They agree on each by a digest that was computed once, so ranks that
+    call different plans, or are at different steps, raise ConfigMismatch, and the next call works.
     """
 
-    def __init__(self, comm: Comm, form: Form, dtypes: list[np.dtype[Any]], state: Memory, op: str) -> None:
+    def __init__(
+        self, comm: Comm, form: Form, dtypes: list[np.dtype[Any]], state: Memory, op: str, description: str
+    ) -> None:
         self.state = state
         """What is remembered from call to call; belongs to the plan."""
         self.op = op
         self._comm = comm
         self._form = form
+        self._description = description
+        self._digest = digest_of(description)
         self._kinds = list(zip(form.shapes, dtypes, strict=True))
         self._sum: Callable[[Array, Array], None]
         self._buffer: Callable[[str, int, str], Array]
@@ -61,19 +66,31 @@ class Plan(Generic[Arrays]):
     def __call__(self, x: Arrays, out: Arrays | None = None) -> Arrays:
         """Return the sum or mean over ranks of arrays like those planned for: `out`, or new arrays. Collective.
 
-        Raises ValueError on this rank alone for x or `out` of another form, before anything is sent: the others wait
-        for this rank unless that ends the job, as exceptions do that nobody catches.
+        Raises ValueError for x or `out` of another form, and ConfigMismatch on the other ranks then, or on all where
+        they disagree on the call.
         """
-        xs, outs = self._checked(x, out)
-        return in_turn(self._comm, bound(partial(self._run, xs, outs), xs[0]))
+        result: Arrays = call(self._comm, self._prepare, x, out)
+        return result
 
     def start(self, x: Arrays, out: Arrays | None = None) -> Request[Arrays]:
         """Begin what a call does, in the background; x and `out` must stay untouched until the request is complete."""
-        xs, outs = self._checked(x, out)
-        return begin(self._comm, bound(partial(self._run, xs, outs), xs[0]))
+        return start(self._comm, self._prepare, x, out)
 
-    def _run(self, xs: list[Array], outs: list[Array] | None) -> Any:
-        return packed(self._form, xs, outs, self._sum, self._buffer)
+    def _prepare(self, comm: Comm, x: Any, out: Any) -> Operation:
+        xs, outs = self._checked(x, out)
+        run = partial(packed, self._form, xs, outs, self._sum, self._buffer)
+        return Operation(self._described, bound(run, xs[0]), self._next_digest)
+
+    @property
+    def _step(self) -> int:
+        """The step that comes next; integers have none."""
+        return 0 if self.state.state is None else self.state.state.step
+
+    def _next_digest(self) -> int:
+        return mixed(self._digest, self._step)
+
+    def _described(self) -> str:
+        return f"step {self._step} of the {self._description}"
 
     def _checked(self, x: Any, out: Any) -> tuple[list[Array], list[Array] | None]:
         xs = self._fitting(x, "x")
@@ -155,8 +172,8 @@ def plan(
 ) -> Plan[Arrays]:
     """Return a plan to reduce arrays like these, of which only shapes and dtypes matter. Collective.
 
-    `plan(x, out=None)` is then what `allreduce(comm, x, method, op)` is, without its agreement and with workspaces that
-    last. A method that names error feedback has it, the memory being the plan's; a bare codec has it with `memory`.
+    `plan(x, out=None)` is then what `allreduce(comm, x, method, op)` is, with workspaces that last and a digest that is
+    known. A method that names error feedback has it, the memory being the plan's; a bare codec has it with `memory`.
     `like`, `method` and `op` as for `allreduce`; raises as that does.
     """
     made: Plan[Arrays] = call(comm, _plan, like, method, op, memory, seed)
@@ -174,8 +191,11 @@ def _plan(comm: Comm, like: Any, method: Method, op: str, memory: bool, seed: in
     state = Memory(member, form, seed, feedback=memory)
     reducer = state.prepare(comm.size, op)
 
+    def said() -> str:
+        return "plan of " + describe(reducer, form.layout, form.dtype, op, seed, 0)
+
     def make() -> Plan[Any]:
         _ = comm.topology  # collective where nobody asked before
-        return Plan(comm, form, dtypes, state, op)
+        return Plan(comm, form, dtypes, state, op, said())
 
-    return Operation(lambda: "plan of " + describe(reducer, form.layout, form.dtype, op, seed, 0), make)
+    return Operation(said, make)
