@@ -99,7 +99,9 @@ class Worker:
 
     def __init__(self, comm: Comm) -> None:
         self.comm = comm
-        self._thread = Background("mpicomp", told=_told)
+        # Where ranks disagree all of them raise it, before anything was sent: what comes next is not affected.
+        self._thread = Background("mpicomp", mild=(ConfigMismatch,), told=_told)
+        self._open = True
 
     def submit(self, call: Callable[[], Any], tensors: Sequence[torch.Tensor] = ()) -> Work:
         """Run `call` after all that was submitted before; at once, if this is the communication thread.
@@ -112,8 +114,14 @@ class Worker:
         self._thread.enqueue(work.request, call if side is None else partial(side.run, call))
         return work
 
+    def check_open(self) -> None:
+        """Raise RuntimeError where the process group was destroyed."""
+        if not self._open:
+            raise RuntimeError(f"rank {self.comm.rank}: this process group was destroyed; make one with dist.new_group")
+
     def close(self) -> None:
         """Finish what was submitted and end the thread; may be called again."""
+        self._open = False
         self._thread.close()
 
 
