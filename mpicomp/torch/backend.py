@@ -279,12 +279,18 @@ class MPIProcessGroup(_ProcessGroup):
     # -------------------------------------------------------------------------------------- between two ranks
 
     def send(self, tensors: list[Tensor], peer: int, tag: int = 0) -> dist.Work:
-        """Send tensors to one rank."""
-        check_local(tensors)
+        """Send tensors to one rank, which hears of it if this one cannot."""
+        self.worker.check_open()
+        try:
+            check_local(tensors)
+        except ValueError as error:
+            self.point.refuse(peer, tag, error)
+            raise
         return self.point.send(tensors, peer, tag)
 
     def recv(self, tensors: list[Tensor], peer: int, tag: int = 0) -> dist.Work:
         """Receive tensors from one rank."""
+        self.worker.check_open()
         check_local(tensors)
         return self.point.receive(tensors, peer, tag)
 
