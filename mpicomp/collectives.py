@@ -13,17 +13,18 @@ import os
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
+from mpicomp import notices
 from mpicomp.arrays import Array, Copied, on_device, on_host
 from mpicomp.device import gpu_aware
 from mpicomp.transport import MPITransport, Request, Topology, Transport, Window
+from mpicomp.watch import STOPPED, answered, attend, give_up
 
 PR_SET_TIMERSLACK = 29  # of linux/prctl.h
 CHUNK = 1 << 30  # bytes in one MPI message
@@ -34,6 +35,7 @@ CALM_SHARE = 0.2  # the same where more than the next message is under way
 WORK = 3e-6  # seconds; a test that takes longer has copied something
 LONGEST_SLEEP = 1e-3  # seconds
 SHORTEST_SPIN = 3e-6  # seconds
+LOOK = 0.1  # seconds between two looks for notices
 
 
 @dataclass
@@ -73,6 +75,10 @@ class Comm:
         self.calls = 0
         self.spin = SPIN  # shorter while polling is in vain: where ranks share cores it takes time from who has work
         self.doing = ""  # what the watchdog will say this rank was at: operation and unit
+        self.met = 0  # collectives begun, those of MPI and agreements included; alike on all ranks
+        self.left: dict[int, notices.Notice] = {}  # what peers said that have ended
+        self.answers: dict[int, notices.Notice] = {}  # where peers said that they wait
+        self.whole: Comm = self  # the communicator whose group this is: notices go there
         self._groups: dict[tuple[int, ...], Comm] = {}
         self._windows: dict[str, Window] = {}
 
@@ -109,6 +115,7 @@ class Comm:
         if known is None:
             known = self._groups[tuple(ranks)] = Comm(self.transport.among(ranks))
         known.traffic, known.timeout, known.doing = self.traffic, self.timeout, self.doing
+        known.whole = self.whole
         return known
 
     def window(self, name: str, nbytes: int) -> Window:
@@ -132,26 +139,37 @@ class Comm:
     def next_call(self) -> int:
         """Number of the collective operation that begins now."""
         self.calls += 1
+        self.met += 1
         return self.calls
 
 
 _keyval: int | None = None  # where MPI keeps the Comm of a communicator
 
 
-def wait(comm: Comm, requests: Sequence[Request], operation: str, calm: bool = False) -> None:
+def wait(comm: Comm, requests: Sequence[Request], operation: str, calm: bool = False, peer: int | None = None) -> None:
     """Complete requests; abort the job with a report if that takes longer than the communicator's timeout.
 
     They are tested one after the other: any test moves all that is under way, on MPI. A test that took its time has
     moved something, and a rank has waited in vain since the last of these only. With `calm` it sleeps while something
     moves, too: where messages queue up behind those awaited, to be late is to find more of them.
+
+    Raises CommunicatorError where a peer says that it has failed. Ends the job where a peer has ended that this waits
+    for: the rank `peer`, or of a collective any that did not begin it.
     """
     share = CALM_SHARE if calm else SLEEP_SHARE
     now = began = active = time.perf_counter()
+    limit = began + comm.timeout
+    alarm = min(limit, began + LOOK)
     for place, request in enumerate(requests):
         while not request.Test():
             before, now = now, time.perf_counter()
-            if now - began > comm.timeout:
-                _give_up(comm, operation, sum(not each.Test() for each in requests[place:]), now - began)
+            if now > alarm:
+                limit += now - alarm if now - alarm > STOPPED else 0
+                attend(comm, operation, peer)
+                if now > limit and not answered(comm, requests[place:], operation, peer):
+                    pending = sum(not each.Test() for each in requests[place:])
+                    give_up(comm, operation, pending, now - began, peer)
+                alarm = time.perf_counter() + LOOK
             if now - before > WORK and not calm:
                 active = now
             elif now - active > YIELD:
@@ -177,19 +195,6 @@ def _sleep(seconds: float) -> None:
     time.sleep(seconds)
 
 
-def _give_up(comm: Comm, operation: str, pending: int, waited: float) -> NoReturn:
-    message = (
-        f"mpicomp: rank {comm.rank} of {comm.size} waited {waited:.0f} s in {operation}"
-        f"{f' for {comm.doing}' if comm.doing else ''} (collective number {comm.calls}), {pending} messages "
-        f"outstanding: a peer is late, gone, or at another operation. The job ends here; MPICOMP_TIMEOUT sets the "
-        f"limit in seconds."
-    )
-    print(message, file=sys.stderr, flush=True)
-    traceback.print_stack()
-    comm.transport.abort(1)
-    raise TimeoutError(message)
-
-
 def _chunks(data: Array) -> list[Array]:
     """Cut (n,) uint8 into messages that any MPI takes; nothing for nothing."""
     if 0 < data.size <= CHUNK:
@@ -207,6 +212,7 @@ def exchange(comm: Comm, outgoing: Sequence[Array], incoming: Sequence[Array], o
 
     A rank's message to itself is copied.
     """
+    comm.met += 1
     wait(comm, begin_exchange(comm, outgoing, incoming), operation)
 
 
@@ -244,6 +250,7 @@ def allreduce(comm: Comm, x: Array, total: Array, op: str = "sum") -> None:
                 allreduce(comm, given, result, op)
             return
         Copied().wait()  # what writes x has come to its end
+    comm.met += 1
     flat, sums = x.reshape(-1), total.reshape(-1)
     step = CHUNK // x.itemsize
     for start in range(0, flat.size, step):
@@ -254,6 +261,7 @@ def allreduce(comm: Comm, x: Array, total: Array, op: str = "sum") -> None:
 
 def broadcast(comm: Comm, data: Array, root: int) -> None:
     """MPI's own broadcast of (n,) uint8 in place; the root's bytes are modelled as n * (P-1) / P sent by each rank."""
+    comm.met += 1
     for part in _chunks(data):
         wait(comm, [comm.transport.broadcast(part, root)], "broadcast")
     comm.traffic.modelled += math.ceil(data.size * (comm.size - 1) / comm.size)
@@ -274,12 +282,12 @@ def begin_receive(comm: Comm, data: Array, peer: int, tag: int = 0) -> list[Requ
 
 def send(comm: Comm, data: Array, peer: int, tag: int = 0) -> None:
     """Send (n,) uint8 to one rank."""
-    wait(comm, begin_send(comm, data, peer, tag), f"send to {peer}")
+    wait(comm, begin_send(comm, data, peer, tag), f"send to {peer}", peer=peer)
 
 
 def receive(comm: Comm, data: Array, peer: int, tag: int = 0) -> None:
     """Receive (n,) uint8 from one rank."""
-    wait(comm, begin_receive(comm, data, peer, tag), f"receive from {peer}")
+    wait(comm, begin_receive(comm, data, peer, tag), f"receive from {peer}", peer=peer)
 
 
 def barrier(comm: Comm) -> None:

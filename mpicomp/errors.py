@@ -5,5 +5,9 @@ class ConfigMismatch(RuntimeError):
     """The ranks of a communicator disagree on what they are about to do; raised on all of them."""
 
 
+class CommunicatorError(RuntimeError):
+    """An error on one rank has broken a communicator: what was under way on it cannot be completed on any rank."""
+
+
 class WireFormatError(ValueError):
     """Bytes from outside the job are not a message of this library; nothing was decoded."""

@@ -6,10 +6,20 @@ import contextlib
 import sys
 import threading
 import time
+import traceback
 from types import TracebackType
 from typing import Any
 
 DRAIN = 0.5  # seconds for mpirun to forward what was written: what it has not read when the job ends is lost
+
+
+def report(reason: str) -> None:
+    """Say why this rank ends the job, and where it stands; then the caller ends it."""
+    print(f"mpicomp: {reason}. The job ends here.", file=sys.stderr)
+    traceback.print_stack()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    time.sleep(DRAIN)
 
 
 def end_job_on_uncaught_errors() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from mpicomp.arrays import Array
 
 OPS = ("sum", "max", "min", "prod", "band", "bor", "bxor")
+NOTICE = (1 << 14) + 1  # the tag of notices, which nothing else uses
 
 
 class Request(Protocol):
@@ -97,6 +98,14 @@ class Transport(Protocol):
         """Let what is under way move: MPI moves nothing outside its own calls."""
         ...
 
+    def notify(self, data: Array, peer: int) -> None:
+        """Send (n,) uint8, which nobody changes any more, to a peer that need not wait for it; see `notice`."""
+        ...
+
+    def notice(self, nbytes: int) -> tuple[int, Array] | None:
+        """Take the next notice that has come, (nbytes,) uint8, with its sender; None where none has."""
+        ...
+
     def topology(self) -> Topology:
         """Find out which ranks share a node; collective."""
         ...
@@ -132,6 +141,7 @@ class MPITransport:
         self.rank: int = mpi.Get_rank()
         self.size: int = mpi.Get_size()
         self._ops = {op: getattr(MPI, op.upper()) for op in OPS}
+        self._notices: list[tuple[Any, Array]] = []  # under way: a request, and what it sends
 
     def send(self, data: Array, peer: int, tag: int) -> Request:
         """See Transport."""
@@ -156,6 +166,23 @@ class MPITransport:
     def progress(self) -> None:
         """See Transport."""
         self.mpi.Iprobe()
+
+    def notify(self, data: Array, peer: int) -> None:
+        """See Transport."""
+        self._notices = [(request, kept) for request, kept in self._notices if not request.Test()]
+        self._notices.append((self.mpi.Isend(data, dest=peer, tag=NOTICE), data))
+
+    def notice(self, nbytes: int) -> tuple[int, Array] | None:
+        """See Transport."""
+        from mpi4py import MPI
+
+        status = MPI.Status()
+        message = self.mpi.Improbe(MPI.ANY_SOURCE, NOTICE, status)  # two threads never take the same one
+        if message is None:
+            return None
+        data = np.empty(nbytes, np.uint8)
+        message.Recv(data)
+        return status.Get_source(), data
 
     def topology(self) -> Topology:
         """See Transport."""

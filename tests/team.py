@@ -195,6 +195,7 @@ class Group:
         self.sends: Mailboxes = defaultdict(deque)
         self.receives: Mailboxes = defaultdict(deque)
         self.meetings: dict[object, Meeting] = {}
+        self.notices: dict[int, deque[tuple[int, Array]]] = defaultdict(deque)  # by receiver: sender, what it says
         self.ranks = [Rank(team, self, thread, rank) for rank, thread in enumerate(threads)]
 
 
@@ -262,6 +263,20 @@ class Rank:
 
     def progress(self) -> None:
         pass
+
+    def notify(self, data: Array, peer: int) -> None:
+        with self.team.lock:
+            self.group.notices[peer].append((self.rank, data.copy()))
+
+    def notice(self, nbytes: int) -> tuple[int, Array] | None:
+        with self.team.lock:
+            waiting = self.group.notices[self.rank]
+            if not waiting:
+                return None
+            sender, data = waiting.popleft()
+        if data.size != nbytes:
+            raise Misuse(f"a notice of {data.size} bytes, taken as one of {nbytes}")
+        return sender, data
 
     def topology(self) -> Topology:
         everywhere = self.team.topology

@@ -25,10 +25,13 @@ LAYERS = [
     {"planner"},
     {"agreement", "background"},
     {"codecs", "collectives"},
+    {"watch"},
+    {"exits"},
+    {"notices"},
     {"device", "environment", "transport"},
     {"wire", "kernels"},
     {"specs", "arrays"},
-    {"errors", "exits"},
+    {"errors"},
 ]
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
 
