@@ -40,9 +40,9 @@ _abandoned: list[Any] = []  # memory in which MPI may still read and write
 class PointWork(dist.Work):
     """A message under way."""
 
-    def __init__(self, point: PointToPoint, steps: Steps, operation: str) -> None:
+    def __init__(self, point: PointToPoint, steps: Steps, operation: str, peer: int) -> None:
         super().__init__()
-        self._point, self._operation = point, operation
+        self._point, self._operation, self._peer = point, operation, peer
         self._steps: Steps | None = steps
         self._error: Exception | None = None
         self._requests = next(steps)
@@ -50,7 +50,7 @@ class PointWork(dist.Work):
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Return when the message has left or arrived, or raise what is wrong with it."""
         while self._steps is not None:
-            collectives.wait(self._point.comm, self._requests, self._operation)
+            collectives.wait(self._point.comm, self._requests, self._operation, peer=self._peer)
             self._advance()
         if self._error is not None:
             raise self._error
@@ -113,18 +113,18 @@ class PointToPoint:
     def send(self, tensors: Sequence[Tensor], peer: int, tag: int) -> PointWork:
         """Begin to send tensors to a rank."""
         self._check_tag(tag)
-        return self._begin(self._sending([on_cpu(tensor) for tensor in tensors], peer, tag), f"send to {peer}")
+        return self._begin(self._sending([on_cpu(tensor) for tensor in tensors], peer, tag), "send to", peer)
 
     def receive(self, tensors: Sequence[Tensor], peer: int, tag: int) -> PointWork:
         """Begin to receive tensors from a rank; its Work raises RuntimeError where that sends another size or dtype."""
         self._check_tag(tag)
-        return self._begin(self._receiving(tensors, peer, tag), f"receive from {peer}")
+        return self._begin(self._receiving(tensors, peer, tag), "receive from", peer)
 
     def refuse(self, peer: int, tag: int, error: Exception) -> None:
         """Tell a rank that the message for which it waits will not come."""
         self._sent[peer, tag] += 1
         head = _head(-1, str(error))
-        self._begin(iter([self._send_head(head, peer, tag)]), f"send to {peer}")
+        self._begin(iter([self._send_head(head, peer, tag)]), "send to", peer)
 
     def close(self) -> None:
         """Complete what can be completed at once, and give up what is still under way; the communicator goes next."""
@@ -132,8 +132,8 @@ class PointToPoint:
             if not work.is_completed():
                 work.abandon(RuntimeError(f"the process group was destroyed during a {work._operation}; wait for it"))
 
-    def _begin(self, steps: Steps, operation: str) -> PointWork:
-        work = PointWork(self, steps, operation)
+    def _begin(self, steps: Steps, operation: str, peer: int) -> PointWork:
+        work = PointWork(self, steps, f"{operation} {peer}", peer)
         self.under_way.add(work)
         if len(self.under_way) >= self._full:
             for each in list(self.under_way):
