@@ -1,4 +1,4 @@
-"""Communication in the background: a thread that runs what was begun on a communicator, in that order.
+"""What is done on a communicator is done one after the other, in the order in which it was begun, by any thread.
 
 MPI makes no progress by itself; a thread that waits in it does, and lets go of the interpreter meanwhile. There is
 one thread a communicator, so that its collectives run in the same order on all ranks. Where nothing is under way
@@ -12,12 +12,10 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
-from weakref import WeakKeyDictionary
+from typing import Any, Generic, TypeVar, cast
 
 from mpicomp.collectives import Comm, world
 from mpicomp.errors import ConfigMismatch
-from mpicomp.transport import MPITransport
 
 T = TypeVar("T")
 
@@ -93,12 +91,13 @@ class Request(Generic[T]):
 
 
 class Background:
-    """One thread that runs what is submitted, in that order.
+    """Runs calls one after the other: on the caller's own thread where nothing is under way, else on one of its own.
 
     After a failure nothing more is communicated until the user has been told: peers are at another operation by then,
     and a message that arrives out of turn would hide the first error behind a second. Errors of the types `mild` are
     raised by all ranks alike, and what comes next is not affected. `told` says whether the user knows of a failure, and
-    nothing is still running that will tell him; an *epoch* ends when he was told.
+    nothing is still running that will tell him; an *epoch* ends when he was told. `check` raises where there may be no
+    thread.
     """
 
     def __init__(
@@ -106,27 +105,26 @@ class Background:
         name: str,
         mild: tuple[type[BaseException], ...] = (),
         told: Callable[[Failure], bool] = lambda failure: failure.raised,
+        check: Callable[[], object] = lambda: None,
     ) -> None:
-        self._mild, self._told = mild, told
+        self._name, self._mild, self._told, self._check = name, mild, told, check
         self._jobs: queue.SimpleQueue[tuple[Request[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._pending = 0
+        self._turn = threading.Condition(threading.Lock())  # held for moments only, never while something runs
+        self._pending = 0  # calls that run or wait for their turn
+        self._inline: int | None = None  # the thread that runs a call of its own
         self._failure: Failure | None = None  # the last one
         self._epoch = 0
         self._failed_epoch = -1
         self._open = True
-        self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
-        self._thread.start()
-        # MPI is finalised after Python's own exit functions, and a thread in MPI at that moment hangs the exit.
-        atexit.register(self.close)
+        self._thread: threading.Thread | None = None  # begun when it is first needed
 
     def is_current(self) -> bool:
-        """Whether the caller is this thread."""
-        return threading.current_thread() is self._thread
+        """Whether the caller is the thread whose turn it is."""
+        return threading.current_thread() is self._thread or threading.get_ident() == self._inline
 
     def is_alive(self) -> bool:
         """Whether the thread runs."""
-        return self._thread.is_alive()
+        return self._thread is not None and self._thread.is_alive()
 
     def submit(self, call: Callable[[], T]) -> Request[T]:
         """Run `call` after all that was submitted before; at once, if this is the caller's thread."""
@@ -142,32 +140,57 @@ class Background:
                 raise RuntimeError("this communication thread has ended: what it belonged to was destroyed")
             self._forgive()
         request.epoch = self._epoch
-        with self._lock:
+        with self._turn:
+            if not inline:
+                self._begin_thread()
+                self._jobs.put((request, call))
             self._pending += 1
         if inline:
             self._run(request, call)
-        else:
-            self._jobs.put((request, call))
 
     def call(self, call: Callable[[], T]) -> T:
         """Return what `call` does, at once where nothing is under way, else in its turn."""
         if self.is_current():
             return call()
         self._forgive()
-        if self._pending or self._epoch == self._failed_epoch:
+        with self._turn:
+            free = not self._pending and self._epoch != self._failed_epoch
+            if free:
+                self._pending, self._inline = 1, threading.get_ident()
+        if not free:
             return self.submit(call).wait()
-        return call()
+        try:
+            return call()
+        finally:
+            with self._turn:
+                self._pending, self._inline = self._pending - 1, None
+                self._turn.notify()
 
     def close(self) -> None:
         """Finish what was submitted and end the thread; may be called again."""
-        if self._open:
-            self._open = False
+        with self._turn:
+            was_open, self._open = self._open, False
+        if was_open and self._thread is not None:
             atexit.unregister(self.close)
             self._jobs.put(None)
-            if not self.is_current():
+            if threading.current_thread() is not self._thread:
                 self._thread.join()
         if self._failure is not None:
             self._failure.report()
+
+    def forget(self) -> None:
+        """Go on after a failure: the user knows of it."""
+        if self._failure is not None:
+            self._failure.raised = True
+        self._forgive()
+
+    def _begin_thread(self) -> None:
+        if self._thread is None:
+            self._check()
+            self._thread = threading.Thread(target=self._loop, name=self._name, daemon=True)
+            self._thread.start()
+            # MPI is finalised after Python's own exit functions, and a thread in MPI at that moment hangs the exit.
+            atexit.register(self.close)
 
     def _forgive(self) -> None:
         """Go on after a failure once the user was told."""
@@ -176,6 +199,8 @@ class Background:
 
     def _loop(self) -> None:
         while (job := self._jobs.get()) is not None:
+            with self._turn:
+                self._turn.wait_for(lambda: self._inline is None)
             self._run(*job)
             del job  # or the last request, and its arrays, would live until the next
 
@@ -186,7 +211,7 @@ class Background:
             self._failure = failure
             if not isinstance(failure.error, self._mild):
                 self._failed_epoch = request.epoch
-        with self._lock:
+        with self._turn:
             self._pending -= 1
         request.complete(outcome, failure)
         del request  # the traceback of a failure keeps this frame; a request that nobody holds must go, and say so
@@ -200,13 +225,25 @@ class Background:
 
 # ------------------------------------------------------------------------------------------------ of communicators
 
-_threads: WeakKeyDictionary[Comm, Background] = WeakKeyDictionary()
+
+def turns(comm: Comm) -> Background:
+    """Return what runs the operations of a communicator."""
+    if isinstance(comm.turns, Background):
+        return comm.turns
+    made = Background(f"mpicomp-{comm.rank}", mild=(ConfigMismatch,), check=world if comm.over_mpi else lambda: None)
+    with _making:  # two threads may come here first
+        if comm.turns is None:
+            comm.turns = made
+            weakref.finalize(comm, made.close)  # jobs hold the communicator, the idle thread does not
+    return cast(Background, comm.turns)
+
+
+_making = threading.Lock()
 
 
 def in_turn(comm: Comm, call: Callable[[], T]) -> T:
-    """Return what `call` does with a communicator, after all that was begun on it."""
-    thread = _threads.get(comm)
-    return call() if thread is None else thread.call(call)
+    """Return what `call` does with a communicator, after all that was begun on it, by whatever thread."""
+    return turns(comm).call(call)
 
 
 def begin(comm: Comm, call: Callable[[], T]) -> Request[T]:
@@ -214,10 +251,4 @@ def begin(comm: Comm, call: Callable[[], T]) -> Request[T]:
 
     Raises RuntimeError where MPI was initialised without MPI_THREAD_MULTIPLE.
     """
-    thread = _threads.get(comm)
-    if thread is None:
-        if isinstance(comm.transport, MPITransport):
-            world()
-        thread = _threads[comm] = Background(f"mpicomp-{comm.rank}", mild=(ConfigMismatch,))
-        weakref.finalize(comm, thread.close)  # jobs hold the communicator, the idle thread does not
-    return thread.submit(call)
+    return turns(comm).submit(call)

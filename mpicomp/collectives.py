@@ -13,16 +13,17 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from mpicomp import notices
 from mpicomp.arrays import Array, Copied, on_device, on_host
 from mpicomp.device import gpu_aware
+from mpicomp.errors import CommunicatorError
 from mpicomp.transport import MPITransport, Request, Topology, Transport, Window
 from mpicomp.watch import STOPPED, answered, attend, give_up
 
@@ -66,8 +67,10 @@ class Comm:
     environment's MPICOMP_TIMEOUT, or 600.
     """
 
-    def __init__(self, transport: Transport, timeout: float | None = None) -> None:
-        self.transport = transport
+    def __init__(self, transport: Transport, timeout: float | None = None, opening: Request | None = None) -> None:
+        self._transport = transport
+        self._opening = opening  # what completes when all ranks have begun to make the transport
+        self.over_mpi = isinstance(transport, MPITransport)
         self.rank = transport.rank
         self.size = transport.size
         self.timeout = float(os.environ.get("MPICOMP_TIMEOUT", "600")) if timeout is None else timeout
@@ -79,12 +82,18 @@ class Comm:
         self.left: dict[int, notices.Notice] = {}  # what peers said that have ended
         self.answers: dict[int, notices.Notice] = {}  # where peers said that they wait
         self.whole: Comm = self  # the communicator whose group this is: notices go there
+        self.turns: Turns | None = None  # see `background`
+        self.closed = False
         self._groups: dict[tuple[int, ...], Comm] = {}
         self._windows: dict[str, Window] = {}
+        self._topology: Topology | None = None
 
     @classmethod
     def of(cls, mpi: Any) -> Comm:
-        """Return the library's duplicate of an mpi4py communicator, made at the first, collective, call."""
+        """Return the library's duplicate of an mpi4py communicator; collective at the first call, but waits for nobody.
+
+        The duplicate is begun here, and complete when it is first used. It is closed when the user frees his.
+        """
         if isinstance(mpi, cls):
             return mpi
         from mpi4py import MPI
@@ -92,19 +101,34 @@ class Comm:
         if not isinstance(mpi, MPI.Intracomm):
             raise TypeError(f"comm must be an mpi4py.MPI.Intracomm, got {type(mpi).__name__}")
         global _keyval
-        if _keyval is None:
-            _keyval = MPI.Comm.Create_keyval()
-        known = mpi.Get_attr(_keyval)
-        if isinstance(known, cls):
-            return known
-        comm = cls(MPITransport(mpi.Dup()))
-        mpi.Set_attr(_keyval, comm)
+        with _making:  # nothing in here waits for another rank
+            if _keyval is None:
+                _keyval = MPI.Comm.Create_keyval(delete_fn=_freed)
+            known = mpi.Get_attr(_keyval)
+            if isinstance(known, cls) and not known.closed:
+                return known
+            transport, opening = MPITransport.duplicate(mpi)
+            comm = cls(transport, opening=opening)
+            mpi.Set_attr(_keyval, comm)
         return comm
 
     @classmethod
     def among(cls, mpi: Any, ranks: Sequence[int]) -> Comm:
         """Return a new communicator of some ranks of `mpi`; only they call this."""
-        return cls(MPITransport(mpi.Create_group(mpi.Get_group().Incl(list(ranks)))))
+        everyone = cls(MPITransport(mpi))
+        with guarded(everyone, f"making a communicator of {len(ranks)} ranks"):
+            return cls(everyone.transport.among(ranks))
+
+    @property
+    def transport(self) -> Transport:
+        """How it communicates; where all ranks have yet to meet for the first time, they do so now."""
+        if self._opening is not None:
+            opening, self._opening = self._opening, None
+            wait(self, [opening], "the first call on this communicator")
+            self._transport.ready = True
+        if self.closed:
+            raise CommunicatorError("this communicator was freed: nothing can be done with it any more")
+        return self._transport
 
     def group(self, ranks: Sequence[int]) -> Comm:
         """Return the communicator of some ranks of this one, in this order; only they call this, at first together.
@@ -113,7 +137,8 @@ class Comm:
         """
         known = self._groups.get(tuple(ranks))
         if known is None:
-            known = self._groups[tuple(ranks)] = Comm(self.transport.among(ranks))
+            with guarded(self, f"making a communicator of {len(ranks)} ranks"):
+                known = self._groups[tuple(ranks)] = Comm(self.transport.among(ranks))
         known.traffic, known.timeout, known.doing = self.traffic, self.timeout, self.doing
         known.whole = self.whole
         return known
@@ -126,15 +151,43 @@ class Comm:
         """
         known = self._windows.get(name)
         if known is None or known.parts[self.rank].size < nbytes:
-            if known is not None:
-                known.free()
-            known = self._windows[name] = self.transport.window(nbytes)
+            with guarded(self, "making memory that the ranks of a node share"):
+                if known is not None:
+                    known.free()
+                known = self._windows[name] = self.transport.window(nbytes)
         return known
 
-    @cached_property
+    @property
     def topology(self) -> Topology:
         """Which ranks share a node; collective when it is first asked for."""
-        return self.transport.topology()
+        if self._topology is None:
+            with guarded(self, "finding out which ranks share a node"):
+                self._topology = self.transport.topology()
+        return self._topology
+
+    @topology.setter
+    def topology(self, topology: Topology) -> None:
+        self._topology = topology
+
+    def close(self) -> None:
+        """Finish what was begun, end the thread, and give back all that MPI has given, in the order in which it came.
+
+        Collective; may be called again. Nothing can be done with this communicator afterwards.
+        """
+        if self.closed:
+            return
+        if self.turns is not None:
+            self.turns.close()
+        transport = self.transport  # meets all ranks where nothing was ever done
+        self.closed = True
+        with guarded(self, "freeing a communicator"):
+            for group in self._groups.values():
+                group.close()
+            for window in self._windows.values():
+                window.free()
+            transport.free()
+        self._groups.clear()
+        self._windows.clear()
 
     def next_call(self) -> int:
         """Number of the collective operation that begins now."""
@@ -143,7 +196,50 @@ class Comm:
         return self.calls
 
 
+class Turns(Protocol):
+    """What runs the operations of a communicator one after the other; see `background`."""
+
+    def close(self) -> None:
+        """Finish what was begun, and take nothing more."""
+        ...
+
+
 _keyval: int | None = None  # where MPI keeps the Comm of a communicator
+_making = threading.Lock()
+
+
+def _freed(mpi: Any, keyval: int, comm: Comm) -> None:
+    """Close what belongs to a communicator that is being freed; MPI calls this on all ranks."""
+    from mpi4py import MPI
+
+    if mpi not in (MPI.COMM_WORLD, MPI.COMM_SELF):
+        comm.close()
+    elif comm.turns is not None:  # MPI is being finalised, and frees everything
+        comm.turns.close()
+
+
+@contextmanager
+def guarded(comm: Comm, operation: str) -> Iterator[None]:
+    """Watch over calls of MPI that have no non-blocking form: where they take too long, another thread ends the job."""
+
+    def end() -> None:
+        answered(comm, [_Never()], operation, None)
+        give_up(comm, operation, 1, comm.timeout, None)
+
+    timer = threading.Timer(comm.timeout, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+class _Never:
+    """The request of a call that blocks."""
+
+    def Test(self) -> bool:
+        return False
 
 
 def wait(comm: Comm, requests: Sequence[Request], operation: str, calm: bool = False, peer: int | None = None) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +12,7 @@ import numpy as np
 from mpicomp.arrays import Array
 
 OPS = ("sum", "max", "min", "prod", "band", "bor", "bxor")
+KEPT = 64  # requests
 NOTICE = (1 << 14) + 1  # the tag of notices, which nothing else uses
 
 
@@ -56,7 +56,7 @@ class Topology:
         """Every rank on a node of its own."""
         return cls(tuple((rank,) for rank in range(ranks)))
 
-    @cached_property
+    @property
     def size(self) -> int:
         """Number of ranks."""
         return sum(map(len, self.nodes))
@@ -77,6 +77,8 @@ class Transport(Protocol):
 
     rank: int
     size: int
+    ready: bool
+    """Whether all ranks have begun to make it; before that only `notify` and `notice` may be called."""
 
     def send(self, data: Array, peer: int, tag: int) -> Request:
         """Begin to send (n,) uint8 to a peer."""
@@ -118,6 +120,18 @@ class Transport(Protocol):
         """Make memory that all ranks share, `nbytes` of it owned by this one; collective, on one node only."""
         ...
 
+    def renewed(self) -> tuple[Transport, Request]:
+        """Begin to make another transport of the same ranks, to be used when the request is complete; collective."""
+        ...
+
+    def abandon(self) -> list[Request]:
+        """Give up what is under way; return the receives that have begun and cannot be given up any more."""
+        ...
+
+    def free(self) -> None:
+        """Give back what this is made of; collective, and nothing may be under way."""
+        ...
+
     def abort(self, code: int) -> None:
         """End all ranks of the job."""
         ...
@@ -132,36 +146,49 @@ def last_tag() -> int:
 
 
 class MPITransport:
-    """A duplicate of an mpi4py communicator, so that the library's messages never meet the user's."""
+    """A duplicate of an mpi4py communicator, so that the library's messages never meet the user's.
 
-    def __init__(self, mpi: Any) -> None:
+    `source` is the communicator of which it was made, if it was by `duplicate`. Buffers of what is under way are kept
+    alive here.
+    """
+
+    def __init__(self, mpi: Any, source: Any = None) -> None:
         from mpi4py import MPI
 
-        self.mpi = mpi
-        self.rank: int = mpi.Get_rank()
-        self.size: int = mpi.Get_size()
+        self.mpi, self._source = mpi, source
+        self.rank: int = (source or mpi).Get_rank()
+        self.size: int = (source or mpi).Get_size()
+        self.ready = source is None  # whether all ranks have begun to make it
         self._ops = {op: getattr(MPI, op.upper()) for op in OPS}
+        self._receives: list[Any] = []
+        self._others: list[Any] = []
+        self._many = KEPT
         self._notices: list[tuple[Any, Array]] = []  # under way: a request, and what it sends
 
     def send(self, data: Array, peer: int, tag: int) -> Request:
         """See Transport."""
-        request: Request = self.mpi.Isend(data, dest=peer, tag=tag)
-        return request
+        return self._begun(self._others, self.mpi.Isend(data, dest=peer, tag=tag))
 
     def receive(self, data: Array, peer: int, tag: int) -> Request:
         """See Transport."""
-        request: Request = self.mpi.Irecv(data, source=peer, tag=tag)
-        return request
+        return self._begun(self._receives, self.mpi.Irecv(data, source=peer, tag=tag))
 
     def allreduce(self, x: Array, total: Array, op: str) -> Request:
         """See Transport."""
-        request: Request = self.mpi.Iallreduce(x, total, self._ops[op])
-        return request
+        return self._begun(self._others, self.mpi.Iallreduce(x, total, self._ops[op]))
 
     def broadcast(self, data: Array, root: int) -> Request:
         """See Transport."""
-        request: Request = self.mpi.Ibcast(data, root=root)
-        return request
+        return self._begun(self._others, self.mpi.Ibcast(data, root=root))
+
+    def _begun(self, kept: list[Any], request: Any) -> Request:
+        """Keep a request, and so its buffer; those that are complete hold none, and are dropped now and then."""
+        kept.append(request)
+        if len(kept) > self._many:
+            kept[:] = [each for each in kept if each]
+            self._many = max(KEPT, 2 * len(kept))
+        begun: Request = request
+        return begun
 
     def progress(self) -> None:
         """See Transport."""
@@ -170,19 +197,30 @@ class MPITransport:
     def notify(self, data: Array, peer: int) -> None:
         """See Transport."""
         self._notices = [(request, kept) for request, kept in self._notices if not request.Test()]
-        self._notices.append((self.mpi.Isend(data, dest=peer, tag=NOTICE), data))
+        mpi, tag = self._notice_board()
+        self._notices.append((mpi.Isend(data, dest=peer, tag=tag), data))
 
     def notice(self, nbytes: int) -> tuple[int, Array] | None:
         """See Transport."""
         from mpi4py import MPI
 
+        mpi, tag = self._notice_board()
         status = MPI.Status()
-        message = self.mpi.Improbe(MPI.ANY_SOURCE, NOTICE, status)  # two threads never take the same one
+        message = mpi.Improbe(MPI.ANY_SOURCE, tag, status)  # two threads never take the same one
         if message is None:
             return None
         data = np.empty(nbytes, np.uint8)
         message.Recv(data)
         return status.Get_source(), data
+
+    def _notice_board(self) -> tuple[Any, int]:
+        """Where notices travel: on the user's communicator while ours is being made, under a tag that nobody uses."""
+        if self.ready:
+            return self.mpi, NOTICE
+        from mpi4py import MPI
+
+        largest: Any = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB)
+        return self._source, int(largest)
 
     def topology(self) -> Topology:
         """See Transport."""
@@ -200,18 +238,44 @@ class MPITransport:
         """See Transport."""
         everyone = self.mpi.Get_group()
         some = everyone.Incl(list(ranks))
-        made = MPITransport(self.mpi.Create_group(some))
-        some.Free()
-        everyone.Free()
-        return made
+        try:
+            return MPITransport(self.mpi.Create_group(some))
+        finally:
+            some.Free()
+            everyone.Free()
 
     def window(self, nbytes: int) -> MPIWindow:
         """See Transport."""
         return MPIWindow(self.mpi, nbytes)
 
+    @classmethod
+    def duplicate(cls, mpi: Any) -> tuple[MPITransport, Request]:
+        """Begin to make the transport of an mpi4py communicator, to be used when the request is complete."""
+        made, request = mpi.Idup()
+        return cls(made, mpi), request
+
+    def renewed(self) -> tuple[MPITransport, Request]:
+        """See Transport. RuntimeError where the communicator of which this was made is not known."""
+        if self._source is None:
+            raise RuntimeError("this communicator is a process group's: destroy the group and make a new one")
+        return self.duplicate(self._source)
+
+    def abandon(self) -> list[Request]:
+        """See Transport. MPI gives up receives that have not begun, and nothing else: the rest stays as it is."""
+        for request in self._receives:
+            if request:
+                request.Cancel()
+        return [request for request in self._receives if request and not request.Test()]
+
+    def free(self) -> None:
+        """See Transport."""
+        self.mpi.Free()
+
     def abort(self, code: int) -> None:
         """See Transport."""
-        self.mpi.Abort(code)
+        from mpi4py import MPI
+
+        MPI.COMM_WORLD.Abort(code)
 
 
 class MPIWindow:

@@ -24,12 +24,16 @@ class Watched(Protocol):
 
     rank: int
     size: int
-    transport: Transport
     doing: str
     calls: int
     met: int
     left: dict[int, notices.Notice]
     answers: dict[int, notices.Notice]
+
+    @property
+    def transport(self) -> Transport:
+        """How it communicates."""
+        ...
 
     @property
     def whole(self) -> Watched:

@@ -196,11 +196,14 @@ class Group:
         self.receives: Mailboxes = defaultdict(deque)
         self.meetings: dict[object, Meeting] = {}
         self.notices: dict[int, deque[tuple[int, Array]]] = defaultdict(deque)  # by receiver: sender, what it says
+        self.renewal: Group | None = None  # what takes its place
         self.ranks = [Rank(team, self, thread, rank) for rank, thread in enumerate(threads)]
 
 
 class Rank:
     """One thread's end of a group: a Transport."""
+
+    ready = True
 
     def __init__(self, team: Team, group: Group, thread: Thread, rank: int) -> None:
         self.team, self.group, self.thread = team, group, thread
@@ -310,6 +313,35 @@ class Rank:
             pass
         return operation.made
 
+    def renewed(self) -> tuple[Rank, Operation]:
+        with self.team.lock:
+            if self.group.renewal is None:
+                self.group.renewal = Group(self.team, [end.thread for end in self.group.ranks])
+                self.team.groups.append(self.group.renewal)
+        made = self.group.renewal.ranks[self.rank]
+        operation = Operation(made, None, None)
+        made._join(operation, ("renewed",), 0)
+        return made, operation
+
+    def abandon(self) -> list[Operation]:
+        """Give up what is under way in this group, as MPI cannot: tests see what the library does afterwards."""
+        with self.team.lock:
+            for operation in [each for each in self.thread.under_way if each.rank is self]:
+                self.thread.under_way.remove(operation)
+                self.thread.ready -= operation.ready
+                operation.finished = True
+            for boxes in (self.group.sends, self.group.receives):
+                for box in boxes.values():
+                    for operation in [each for each in box if each.rank is self]:
+                        box.remove(operation)
+            for number, meeting in list(self.group.meetings.items()):
+                if self.rank in meeting.operations:
+                    self.group.meetings.pop(number)
+        return []
+
+    def free(self) -> None:
+        self._together(("free", self.size))
+
     def abort(self, code: int) -> None:
         with self.team.lock:
             self.team.aborted = self.team.aborted or (self.rank, code)
@@ -401,7 +433,7 @@ class Meeting(NamedTuple):
             first.team.groups.append(made)
         elif self.what[0] == "window":
             made = [np.full(self.what[1], POISON, np.uint8) for _ in self.expected]
-        elif self.what[0] == "free":
+        elif self.what[0] in ("free", "renewed"):
             pass
         elif self.what[0] == "broadcast":
             result = posted[self.what[1]]

@@ -205,7 +205,7 @@ def until_another_waits(comm: Comm) -> Callable[[], None]:
     """A job that lasts until another one is queued behind it."""
 
     def job() -> None:
-        while background._threads[comm]._pending < 2:
+        while background.turns(comm)._pending < 2:
             pass
 
     return job
