@@ -8,7 +8,6 @@ some operations; both are here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +17,6 @@ from mpicomp.collectives import Comm
 from mpicomp.torch import exact
 from mpicomp.torch.collective import Collective, collective, confirm_routes, forms, size, sizes
 from mpicomp.torch.exact import Tensor, op_name
-from mpicomp.torch.launch import group_comm
 from mpicomp.torch.point import PointToPoint
 from mpicomp.torch.tensors import check_local
 from mpicomp.torch.worker import Work, Worker
@@ -40,8 +38,9 @@ else:
 class MPIProcessGroup(_ProcessGroup):
     """A process group whose collectives run in order on one communication thread."""
 
-    def __init__(self, comm: Comm, point_comm: Comm) -> None:
+    def __init__(self, comm: Comm, point_comm: Comm, at_end: Callable[[], None] = lambda: None) -> None:
         super().__init__(comm.rank, comm.size)
+        self._at_end = at_end
         self.comm = comm
         self.worker = Worker(comm)
         self.point = PointToPoint(point_comm)
@@ -78,8 +77,18 @@ class MPIProcessGroup(_ProcessGroup):
         return self.comm.size
 
     def shutdown(self) -> None:
-        """Finish what was submitted and end the communication thread."""
+        """Finish what was submitted, end the communication thread and free the communicators; may be called again.
+
+        `destroy_process_group` calls this, on all ranks in the order of the groups' names. Messages between two ranks
+        that are still under way are given up. A group that was never destroyed keeps its communicators until the
+        process ends: freeing them is collective, and no garbage collector is.
+        """
         self.worker.close()
+        self.point.close()
+        self.comm.close()
+        self.point.comm.close()
+        at_end, self._at_end = self._at_end, lambda: None
+        at_end()
 
     def abort(self) -> None:
         """End all ranks of the job."""
@@ -308,21 +317,6 @@ class MPIProcessGroup(_ProcessGroup):
 
 def _one_text(tensors: Iterable[Tensor | None]) -> str:
     return ", ".join(size(tensor) for tensor in tensors)
-
-
-def create(options: Any, _: Any = None) -> MPIProcessGroup:
-    """Make the process group that torch asks for; only its members are asked."""
-    comm = group_comm(list(options.global_ranks_in_group), options.group_rank, options.group_size)
-    point_comm = group_comm(list(options.global_ranks_in_group), options.group_rank, options.group_size)
-    if options.timeout != dist.constants.default_pg_timeout and isinstance(options.timeout, timedelta):
-        comm.timeout = point_comm.timeout = options.timeout.total_seconds()
-    return MPIProcessGroup(comm, point_comm)
-
-
-def register() -> None:
-    """Tell torch of the backend, once."""
-    if NAME not in dist.Backend.backend_list:
-        dist.Backend.register_backend(NAME, create, extended_api=True, devices=["cpu", "cuda"])
 
 
 def tensor_group(group: Any) -> MPIProcessGroup:
