@@ -23,10 +23,6 @@ class Request(Protocol):
         """Whether it is complete; makes progress."""
         ...
 
-    def Cancel(self) -> None:
-        """Give up a receive that nothing has met; it is completed afterwards as any other."""
-        ...
-
 
 class Window(Protocol):
     """Memory that the ranks of one node share: `parts[r]`, (nbytes,) uint8, is written by rank r alone, read by all.
@@ -141,8 +137,8 @@ def last_tag() -> int:
     """Return the largest tag that MPI takes."""
     from mpi4py import MPI
 
-    tag: int = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB)
-    return tag
+    tag: Any = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB)
+    return int(tag)
 
 
 class MPITransport:

@@ -115,9 +115,6 @@ class Operation:
                 raise Misuse("a buffer overlaps another one in use, and one of the two is written to")
         self.buffers.append(mine)
 
-    def Cancel(self) -> None:
-        raise Misuse("a team cancels nothing")
-
     def Test(self) -> bool:
         if self.finished:
             return True

@@ -90,7 +90,7 @@ def test_messages_that_nobody_waited_for_are_given_up() -> None:
     for work in works:
         assert work.is_completed()
         assert not work.is_success()
-        with pytest.raises(RuntimeError, match="process group was destroyed during a (send|receive)"):
+        with pytest.raises(RuntimeError, match=r"process group was destroyed during a (send|receive)"):
             work.wait()
     dist.barrier()
 

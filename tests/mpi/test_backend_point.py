@@ -50,7 +50,9 @@ def test_a_message_of_another_size_is_an_error_with_both(sent: int, expected: in
         dist.send(torch.ones(sent), 1)
     if me() == 1:
         guard = torch.full((expected + 1000,), 7.0)  # nothing is written behind what is received
-        words = rf"rank 1 receives {expected} elements of torch.float32, {4 * expected} bytes, from rank 0 .* sent {sent} "
+        words = (
+            rf"rank 1 receives {expected} elements of torch.float32, {4 * expected} bytes, from rank 0 .* sent {sent} "
+        )
         with pytest.raises(RuntimeError, match=words):
             dist.recv(guard[:expected], 0)
         assert (guard[expected:] == 7).all()
@@ -77,11 +79,11 @@ def test_crossed_messages_each_name_their_own() -> None:
         works = [dist.irecv(x, 0) for x in (a, b, c)]
         works[2].wait()
         assert (c == 3).all()
-        with pytest.raises(RuntimeError, match="8 elements.* sent 4 elements"):
+        with pytest.raises(RuntimeError, match=r"8 elements.* sent 4 elements"):
             works[0].wait()
         while not works[1].is_completed():
             pass
-        with pytest.raises(RuntimeError, match="4 elements.* sent 8 elements"):
+        with pytest.raises(RuntimeError, match=r"4 elements.* sent 8 elements"):
             works[1].wait()
     right()
 

@@ -97,4 +97,6 @@ if __name__ == "__main__":
     print(f"rank {MPI.COMM_WORLD.Get_rank()}: {before} {after}\n", end="", flush=True)
     for what in ("communicators", "threads", "files"):
         assert after[what] <= before[what], f"{what}: {before[what]} before, {after[what]} after"
-    assert after["kilobytes"] < before["kilobytes"] + 4096, f"{before['kilobytes']} KiB before, {after['kilobytes']} after"
+    assert after["kilobytes"] < before["kilobytes"] + 4096, (
+        f"{before['kilobytes']} KiB before, {after['kilobytes']} after"
+    )

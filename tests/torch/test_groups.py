@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 def test_groups_leave_nothing_behind(what: str, count: int, ranks: int) -> None:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     result = subprocess.run(
-        ["mpirun", "-n", str(ranks), sys.executable, str(PROGRAM), what, str(count if ranks > 1 else count // 5)],
+        ["mpirun", "-n", str(ranks), sys.executable, str(PROGRAM), what, str(count if ranks > 1 else 15)],
         env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
