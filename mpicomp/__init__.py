@@ -28,6 +28,7 @@ __all__ = [
     "ialltoall",
     "plan",
     "state",
+    "reset",
 ]
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
         iscatter,
         plan,
         reduce_scatter,
+        reset,
         scatter,
         state,
     )

@@ -15,6 +15,7 @@ from mpicomp.errors import ConfigMismatch
 
 DESCRIPTION = 2048  # bytes of text a rank may say of itself when ranks disagree
 REFUSAL = 2**64 - 1  # the digest of a rank that refuses its own arguments
+REFUSED = "refused its arguments"
 
 _pack = struct.Struct("<4d").pack
 _tiny, _denormal, _half, _large = 2.0**-1022, 2.0**-1050, 2.0**-1, 2.0**1000
@@ -60,6 +61,15 @@ def mode_text(mode: bytes) -> str:
     return f"flush-to-zero {flush}, denormals-are-zero {zero}, rounding {rounding}"
 
 
+class Said(NamedTuple):
+    """What a rank says of itself when ranks disagree."""
+
+    digest: int
+    number: int
+    mode: bytes
+    text: str
+
+
 def agree(comm: Comm, description: str, refusal: Exception | None = None) -> None:
     """Make sure that all ranks describe what comes next alike; see `confirm`.
 
@@ -69,9 +79,9 @@ def agree(comm: Comm, description: str, refusal: Exception | None = None) -> Non
     if refusal is None:
         confirm(comm, digest_of(description), lambda: description)
         return
+    comm.check()
     if comm.size > 1:
-        _meet(comm, REFUSAL, REFUSAL)
-        _tell(comm, Said(REFUSAL, comm.calls, float_mode(), f"refused its arguments: {refusal}"))
+        _settle(comm, REFUSAL, REFUSAL, lambda: Said(REFUSAL, comm.calls, float_mode(), f"{REFUSED}: {refusal}"))
     raise refusal
 
 
@@ -80,15 +90,25 @@ def confirm(comm: Comm, digest: int, describe: Callable[[], str]) -> None:
 
     The number of the operation and the floating-point mode of the calling thread must be the same too. Where they are
     not, all ranks raise ConfigMismatch, nothing else was sent, and the communicator is as good as before. `describe`
-    is called then, and says what the digest stands for.
+    is called then, and says what the digest stands for. Raises CommunicatorError where the communicator is broken.
     """
+    comm.check()
     if comm.size == 1:
         return
     mode = float_mode()
     value = mixed(digest, comm.calls, _hashed(mode))
-    if _meet(comm, value, value ^ REFUSAL):
-        return
-    raise ConfigMismatch(_disagreement(_tell(comm, Said(digest, comm.calls, mode, describe()))))
+    said = _settle(comm, value, value ^ REFUSAL, lambda: Said(digest, comm.calls, mode, describe()))
+    if said:
+        raise ConfigMismatch(_disagreement(said))
+
+
+def _settle(comm: Comm, value: int, complement: int, say: Callable[[], Said]) -> list[Said]:
+    """Return what all ranks say of themselves where they disagree, else nothing. What goes wrong here breaks `comm`."""
+    try:
+        return [] if _meet(comm, value, complement) else _tell(comm, say())
+    except BaseException as error:
+        comm.breaks(error, "agreement")
+        raise
 
 
 def _meet(comm: Comm, value: int, complement: int) -> bool:
@@ -97,15 +117,6 @@ def _meet(comm: Comm, value: int, complement: int) -> bool:
     most = np.empty_like(mine)
     allreduce(comm, mine, most, "max")
     return int(most[0]) ^ REFUSAL == int(most[1])
-
-
-class Said(NamedTuple):
-    """What a rank says of itself when ranks disagree."""
-
-    digest: int
-    number: int
-    mode: bytes
-    text: str
 
 
 _HEAD = struct.Struct("<Qq32s")

@@ -19,6 +19,8 @@ from mpicomp.errors import ConfigMismatch
 
 T = TypeVar("T")
 
+ALWAYS = -2  # the epoch of what runs whatever went wrong before
+
 
 class Failure:
     """An exception of a communication thread, on its way to somebody who waits for it."""
@@ -116,6 +118,7 @@ class Background:
         self._epoch = 0
         self._failed_epoch = -1
         self._open = True
+        self._then: Callable[[], object] | None = None  # what is left for the end
         self._thread: threading.Thread | None = None  # begun when it is first needed
 
     def is_current(self) -> bool:
@@ -126,20 +129,23 @@ class Background:
         """Whether the thread runs."""
         return self._thread is not None and self._thread.is_alive()
 
-    def submit(self, call: Callable[[], T]) -> Request[T]:
-        """Run `call` after all that was submitted before; at once, if this is the caller's thread."""
+    def submit(self, call: Callable[[], T], regardless: bool = False) -> Request[T]:
+        """Run `call` after all that was submitted before; at once, if this is the caller's thread.
+
+        With `regardless` it runs after a failure too, of which the user then counts as told.
+        """
         request: Request[T] = Request(self)
-        self.enqueue(request, call)
+        self.enqueue(request, call, regardless)
         return request
 
-    def enqueue(self, request: Request[T], call: Callable[[], T]) -> None:
+    def enqueue(self, request: Request[T], call: Callable[[], T], regardless: bool = False) -> None:
         """Do as `submit` does, for a request that was made before."""
         inline = self.is_current()
         if not inline:
             if not self._open:
                 raise RuntimeError("this communication thread has ended: what it belonged to was destroyed")
             self._forgive()
-        request.epoch = self._epoch
+        request.epoch = ALWAYS if regardless else self._epoch
         with self._turn:
             if not inline:
                 self._begin_thread()
@@ -165,24 +171,36 @@ class Background:
             with self._turn:
                 self._pending, self._inline = self._pending - 1, None
                 self._turn.notify()
+            if self._thread is None:
+                self._end()
 
-    def close(self) -> None:
-        """Finish what was submitted and end the thread; may be called again."""
+    def close(self, then: Callable[[], object] = lambda: None) -> None:
+        """Finish what was submitted, end the thread, and call `then`; only `then` if that was done before.
+
+        Where this is called by what runs at the moment, it returns at once, and all that is done afterwards.
+        """
         with self._turn:
             was_open, self._open = self._open, False
-        if was_open and self._thread is not None:
-            atexit.unregister(self.close)
+        if not was_open:
+            then()
+            return
+        atexit.unregister(self.close)
+        if self._thread is not None:
             self._jobs.put(None)
-            if threading.current_thread() is not self._thread:
-                self._thread.join()
+        if self.is_current():
+            self._then = then
+            return
+        if self._thread is not None:
+            self._thread.join()
+        then()
         if self._failure is not None:
             self._failure.report()
 
-    def forget(self) -> None:
-        """Go on after a failure: the user knows of it."""
-        if self._failure is not None:
-            self._failure.raised = True
-        self._forgive()
+    def _end(self) -> None:
+        """Do what was left for the end by something that ran, and has come to its own."""
+        then, self._then = self._then, None
+        if then is not None:
+            then()
 
     def _begin_thread(self) -> None:
         if self._thread is None:
@@ -203,8 +221,11 @@ class Background:
                 self._turn.wait_for(lambda: self._inline is None)
             self._run(*job)
             del job  # or the last request, and its arrays, would live until the next
+        self._end()
 
     def _run(self, request: Request[Any], call: Callable[[], Any]) -> None:
+        if request.epoch == ALWAYS and self._failure is not None:
+            self._failure.raised = True
         refused = request.epoch == self._failed_epoch
         outcome, failure = (None, self._failure) if refused else self._attempt(call)
         if failure is not None:

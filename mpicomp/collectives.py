@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,7 +23,7 @@ import numpy as np
 from mpicomp import notices
 from mpicomp.arrays import Array, Copied, on_device, on_host
 from mpicomp.device import gpu_aware
-from mpicomp.errors import CommunicatorError
+from mpicomp.errors import REPAIR, CommunicatorError
 from mpicomp.transport import MPITransport, Request, Topology, Transport, Window
 from mpicomp.watch import STOPPED, answered, attend, give_up
 
@@ -36,6 +36,7 @@ CALM_SHARE = 0.2  # the same where more than the next message is under way
 WORK = 3e-6  # seconds; a test that takes longer has copied something
 LONGEST_SLEEP = 1e-3  # seconds
 SHORTEST_SPIN = 3e-6  # seconds
+SAID = 160  # characters of an operation or an error that other ranks are told
 LOOK = 0.1  # seconds between two looks for notices
 
 
@@ -83,7 +84,9 @@ class Comm:
         self.answers: dict[int, notices.Notice] = {}  # where peers said that they wait
         self.whole: Comm = self  # the communicator whose group this is: notices go there
         self.turns: Turns | None = None  # see `background`
-        self.closed = False
+        self.closed = self._closing = False
+        self.broken: CommunicatorError | None = None  # what refuses further calls
+        self.successor: Comm | None = None  # what took its place
         self._groups: dict[tuple[int, ...], Comm] = {}
         self._windows: dict[str, Window] = {}
         self._topology: Topology | None = None
@@ -94,8 +97,8 @@ class Comm:
 
         The duplicate is begun here, and complete when it is first used. It is closed when the user frees his.
         """
-        if isinstance(mpi, cls):
-            return mpi
+        if isinstance(mpi, Comm):
+            return mpi if mpi.successor is None else cls.of(mpi.successor)
         from mpi4py import MPI
 
         if not isinstance(mpi, MPI.Intracomm):
@@ -109,7 +112,7 @@ class Comm:
                 return known
             transport, opening = MPITransport.duplicate(mpi)
             comm = cls(transport, opening=opening)
-            mpi.Set_attr(_keyval, comm)
+            mpi.Set_attr(_keyval, comm)  # what was there is closed
         return comm
 
     @classmethod
@@ -127,7 +130,7 @@ class Comm:
             wait(self, [opening], "the first call on this communicator")
             self._transport.ready = True
         if self.closed:
-            raise CommunicatorError("this communicator was freed: nothing can be done with it any more")
+            self.check()
         return self._transport
 
     def group(self, ranks: Sequence[int]) -> Comm:
@@ -172,12 +175,23 @@ class Comm:
     def close(self) -> None:
         """Finish what was begun, end the thread, and give back all that MPI has given, in the order in which it came.
 
-        Collective; may be called again. Nothing can be done with this communicator afterwards.
+        Collective, and may be called again. Called by what runs on this communicator it has its effect afterwards.
+        Nothing can be done with this communicator then. One that is broken is given up as it is: MPI may still be at
+        an operation of it.
         """
-        if self.closed:
+        if self._closing:
             return
-        if self.turns is not None:
-            self.turns.close()
+        self._closing = True
+        if self.turns is None:
+            self._release()
+        else:
+            self.turns.close(self._release)
+
+    def _release(self) -> None:
+        if self.broken is not None:
+            self.closed = True
+            _given_up.extend(each._transport for each in (self, *self._groups.values()))
+            return
         transport = self.transport  # meets all ranks where nothing was ever done
         self.closed = True
         with guarded(self, "freeing a communicator"):
@@ -189,6 +203,46 @@ class Comm:
         self._groups.clear()
         self._windows.clear()
 
+    def check(self) -> None:
+        """Raise CommunicatorError where this was freed, or broken by an error."""
+        if self.closed:
+            raise CommunicatorError("this communicator was freed: nothing can be done with it any more")
+        if self.broken is not None:
+            raise CommunicatorError(str(self.broken))
+
+    def breaks(self, error: BaseException, operation: str) -> None:
+        """Refuse further calls after an error in an operation, and tell the other ranks, unless one of them told us."""
+        if self.size == 1 or self.broken is not None or self.closed:
+            return
+        if isinstance(error, CommunicatorError):
+            self.broken = CommunicatorError(str(error))
+            return
+        said = f"{operation[:SAID]} (collective number {self.calls}), {type(error).__name__}: {str(error)[:SAID]}"
+        self.broken = CommunicatorError(f"rank {self.rank} of {self.size} failed: {said}. {REPAIR}")
+        if self._transport.ready:
+            notices.send(self, notices.FAILED, said)
+
+    def renew(self) -> Comm:
+        """Give up what is under way, and return a communicator of the same ranks that takes this one's place.
+
+        Collective. What is given up is not freed: MPI may still be at it.
+        """
+        groups = [self, *self._groups.values()]
+        pending = [request for each in groups for request in each._transport.abandon()]
+        _given_up.extend(each._transport for each in groups)
+        transport, opening = self._transport.renewed()
+        made = Comm(transport, self.timeout, opening)
+        made.traffic, made._topology = self.traffic, self._topology
+        self.closed = self._closing = True
+        self.successor = made
+        transport.remember(_keyval, made)
+        _ = made.transport
+        wait(made, pending, "reset")
+        calls = np.array([self.calls], np.int64)
+        wait(made, [made.transport.allreduce(calls, most := np.empty_like(calls), "max")], "reset")
+        made.calls = int(most[0])
+        return made
+
     def next_call(self) -> int:
         """Number of the collective operation that begins now."""
         self.calls += 1
@@ -199,13 +253,14 @@ class Comm:
 class Turns(Protocol):
     """What runs the operations of a communicator one after the other; see `background`."""
 
-    def close(self) -> None:
-        """Finish what was begun, and take nothing more."""
+    def close(self, then: Callable[[], object] = ...) -> None:
+        """Finish what was begun, take nothing more, and call `then`."""
         ...
 
 
 _keyval: int | None = None  # where MPI keeps the Comm of a communicator
 _making = threading.Lock()
+_given_up: list[Transport] = []  # with requests that may never be complete, and the memory in which these write
 
 
 def _freed(mpi: Any, keyval: int, comm: Comm) -> None:
@@ -233,6 +288,7 @@ def guarded(comm: Comm, operation: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+        timer.join()
 
 
 class _Never:

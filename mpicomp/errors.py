@@ -5,6 +5,9 @@ class ConfigMismatch(RuntimeError):
     """The ranks of a communicator disagree on what they are about to do; raised on all of them."""
 
 
+REPAIR = "Until mpicomp.reset(comm) was called on all ranks, this communicator refuses all calls"
+
+
 class CommunicatorError(RuntimeError):
     """An error on one rank has broken a communicator: what was under way on it cannot be completed on any rank."""
 

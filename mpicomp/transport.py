@@ -120,6 +120,10 @@ class Transport(Protocol):
         """Begin to make another transport of the same ranks, to be used when the request is complete; collective."""
         ...
 
+    def remember(self, key: int | None, comm: object) -> None:
+        """Let whoever looks for the library's communicator find this one."""
+        ...
+
     def abandon(self) -> list[Request]:
         """Give up what is under way; return the receives that have begun and cannot be given up any more."""
         ...
@@ -255,6 +259,11 @@ class MPITransport:
         if self._source is None:
             raise RuntimeError("this communicator is a process group's: destroy the group and make a new one")
         return self.duplicate(self._source)
+
+    def remember(self, key: int | None, comm: object) -> None:
+        """See Transport."""
+        if key is not None:
+            self._source.Set_attr(key, comm)
 
     def abandon(self) -> list[Request]:
         """See Transport. MPI gives up receives that have not begun, and nothing else: the rest stays as it is."""

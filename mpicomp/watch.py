@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
 from mpicomp import exits, notices
-from mpicomp.errors import CommunicatorError
+from mpicomp.errors import REPAIR, CommunicatorError
 from mpicomp.transport import Request, Transport
 
 STOPPED = 1.0  # seconds; a rank that comes so late to look was stopped itself, which does not count as waiting
@@ -52,7 +52,7 @@ def attend(comm: Watched, operation: str, peer: int | None = None) -> None:
         if notice.kind == notices.FAILED:
             raise CommunicatorError(
                 f"rank {notice.rank} of {whole.size} failed: {notice.text}. "
-                f"Rank {whole.rank} was {_place(comm, operation)}"
+                f"Rank {whole.rank} was {_place(comm, operation)}. {REPAIR}"
             )
         if notice.kind == notices.LEFT:
             whole.left[notice.rank] = notice

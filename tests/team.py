@@ -320,6 +320,9 @@ class Rank:
         made._join(operation, ("renewed",), 0)
         return made, operation
 
+    def remember(self, key: int | None, comm: object) -> None:
+        pass
+
     def abandon(self) -> list[Operation]:
         """Give up what is under way in this group, as MPI cannot: tests see what the library does afterwards."""
         with self.team.lock:

@@ -547,7 +547,7 @@ def test_the_communicator_is_checked_first() -> None:
 
 def test_only_the_collectives_are_at_the_top() -> None:
     moves = ["allreduce", "reduce_scatter", "allgather", "bcast", "gather", "scatter", "alltoall"]
-    assert mpicomp.__all__ == [*moves, *(f"i{name}" for name in moves), "plan", "state"]
+    assert mpicomp.__all__ == [*moves, *(f"i{name}" for name in moves), "plan", "state", "reset"]
     with pytest.raises(AttributeError, match="no attribute 'barrier'"):
         mpicomp.barrier  # noqa: B018
 

@@ -17,6 +17,7 @@ from mpicomp.calls.copies import (
     scatter,
 )
 from mpicomp.calls.memory import Memory, state
+from mpicomp.calls.operation import reset
 from mpicomp.calls.plans import Plan, plan
 from mpicomp.calls.reductions import allreduce, iallreduce, ireduce_scatter, reduce_scatter
 
@@ -38,6 +39,7 @@ __all__ = [
     "iscatter",
     "plan",
     "reduce_scatter",
+    "reset",
     "scatter",
     "state",
 ]

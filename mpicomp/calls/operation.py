@@ -11,8 +11,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from mpicomp.agreement import agree, confirm
-from mpicomp.background import Request, begin, in_turn
+from mpicomp.agreement import agree, confirm, digest_of
+from mpicomp.background import Request, begin, in_turn, turns
 from mpicomp.collectives import Comm
 
 
@@ -54,13 +54,36 @@ def start(comm: Any, prepare: Prepare, *args: Any) -> Request[Any]:
 
 
 def _run(comm: Comm, operation: Operation) -> Any:
-    if operation.digest is None:
-        agree(comm, operation.describe())
-    else:
-        confirm(comm, operation.digest(), operation.describe)
-    return operation.run()
+    comm.check()
+    try:
+        description = "" if operation.digest else operation.describe()
+        digest = operation.digest() if operation.digest else digest_of(description)
+    except BaseException as error:
+        comm.breaks(error, "the description of an operation")
+        raise
+    confirm(comm, digest, lambda: description or operation.describe())
+    try:
+        return operation.run()
+    except BaseException as error:  # ConfigMismatch too: something was sent
+        comm.breaks(error, description or operation.describe())
+        raise
 
 
 def _refuse(comm: Comm, refusal: Exception) -> None:
     with contextlib.suppress(type(refusal)):  # the caller raises it
         agree(comm, "", refusal)
+
+
+def reset(comm: Any) -> None:
+    """Make a communicator usable again after an error; all ranks of it call this, whether or not they saw the error.
+
+    What was begun on it is given up. A plan or a memory whose step counts on some ranks alone is refused by the next
+    call with ConfigMismatch, which names the steps: make a new one, or go on from a copy of all ranks. Does nothing
+    else: arrays in which a given-up operation wrote hold anything, and may change for as long as the process lasts.
+    """
+    comm = Comm.of(comm)
+    if comm.size == 1:
+        return
+    runs = turns(comm)
+    runs.submit(comm.renew, regardless=True).wait()
+    runs.close()

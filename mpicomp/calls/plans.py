@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Generic, cast
 
@@ -51,17 +50,12 @@ class Plan(Generic[Arrays]):
         self.state = state
         """What is remembered from call to call; belongs to the plan."""
         self.op = op
-        self._comm = comm
+        self._planned = comm
         self._form = form
         self._description = description
         self._digest = digest_of(description)
         self._kinds = list(zip(form.shapes, dtypes, strict=True))
-        self._sum: Callable[[Array, Array], None]
-        self._buffer: Callable[[str, int, str], Array]
-        if dtypes[0].kind in "iu":
-            self._sum, self._buffer = partial(sum_integers, comm), fresh
-        else:
-            self._sum, self._buffer = partial(state.reduce, comm, op), state.begun().buffer
+        self._exact = dtypes[0].kind in "iu"
 
     def __call__(self, x: Arrays, out: Arrays | None = None) -> Arrays:
         """Return the sum or mean over ranks of arrays like those planned for: `out`, or new arrays. Collective.
@@ -78,8 +72,15 @@ class Plan(Generic[Arrays]):
 
     def _prepare(self, comm: Comm, x: Any, out: Any) -> Operation:
         xs, outs = self._checked(x, out)
-        run = partial(packed, self._form, xs, outs, self._sum, self._buffer)
+        sums = partial(sum_integers, comm) if self._exact else partial(self.state.reduce, comm, self.op)
+        buffer = fresh if self._exact else self.state.begun().buffer
+        run = partial(packed, self._form, xs, outs, sums, buffer)
         return Operation(self._described, bound(run, xs[0]), self._next_digest)
+
+    @property
+    def _comm(self) -> Comm:
+        """The communicator, or what took its place."""
+        return Comm.of(self._planned)
 
     @property
     def _step(self) -> int:
