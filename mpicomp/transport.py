@@ -140,6 +140,14 @@ class Transport(Protocol):
         ...
 
 
+def last_tag() -> int:
+    """Return the largest tag that MPI takes."""
+    from mpi4py import MPI
+
+    tag: Any = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB)
+    return int(tag)
+
+
 class MPITransport:
     """A duplicate of an mpi4py communicator, so that the library's messages never meet the user's.
 

@@ -8,8 +8,8 @@
 Importing this under a launcher initialises MPI and tells torch of its ranks.
 """
 
-from mpicomp.torch.backend import register
 from mpicomp.torch.calls import allreduce, state
+from mpicomp.torch.creation import register
 from mpicomp.torch.hook import Hook, compress
 from mpicomp.torch.launch import device, fill_environment
 

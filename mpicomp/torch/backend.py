@@ -7,23 +7,24 @@ some operations; both are here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from datetime import timedelta
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from mpicomp import collectives
 from mpicomp.collectives import Comm
 from mpicomp.torch import exact
+from mpicomp.torch.collective import Collective, collective, confirm_routes, forms, size, sizes
 from mpicomp.torch.exact import Tensor, op_name
-from mpicomp.torch.launch import group_comm
 from mpicomp.torch.point import PointToPoint
 from mpicomp.torch.tensors import check_local
 from mpicomp.torch.worker import Work, Worker
 
 NAME = "mpicomp"
+
+Routes = tuple[Sequence[Tensor | None], Sequence[Tensor | None]]
+"""What this rank sends to each rank, and what it receives from each; None is nothing."""
 
 if TYPE_CHECKING:  # torch's stubs have overloads that nothing calls in Python, and lack the constructor for subclasses
 
@@ -37,8 +38,9 @@ else:
 class MPIProcessGroup(_ProcessGroup):
     """A process group whose collectives run in order on one communication thread."""
 
-    def __init__(self, comm: Comm, point_comm: Comm) -> None:
+    def __init__(self, comm: Comm, point_comm: Comm, at_end: Callable[[], None] = lambda: None) -> None:
         super().__init__(comm.rank, comm.size)
+        self._at_end = at_end
         self.comm = comm
         self.worker = Worker(comm)
         self.point = PointToPoint(point_comm)
@@ -75,25 +77,27 @@ class MPIProcessGroup(_ProcessGroup):
         return self.comm.size
 
     def shutdown(self) -> None:
-        """Finish what was submitted and end the communication thread."""
+        """Finish what was submitted, end the communication thread and free the communicators; may be called again.
+
+        `destroy_process_group` calls this, on all ranks in the order of the groups' names. Messages between two ranks
+        that are still under way are given up. A group that was never destroyed keeps its communicators until the
+        process ends: freeing them is collective, and no garbage collector is.
+        """
         self.worker.close()
+        self.point.close()
+        self.comm.close()
+        self.point.comm.close()
+        at_end, self._at_end = self._at_end, lambda: None
+        at_end()
 
     def abort(self) -> None:
         """End all ranks of the job."""
         self.comm.transport.abort(1)
 
-    def _submit(self, tensors: Sequence[Tensor], result: Any, call: Callable[[], None]) -> Work:
-        check_local(tensors)
-
-        def run() -> Any:
-            call()
-            return result
-
-        return self.worker.submit(run, tensors)
-
     # ------------------------------------------------------------------------------------------------ reductions
 
-    def allreduce(self, tensors: list[Tensor], opts: Any = None) -> Work:
+    @collective
+    def allreduce(self, tensors: list[Tensor], opts: Any = None) -> Collective:
         """Reduce each tensor in place."""
         op = op_name(getattr(opts, "reduceOp", dist.ReduceOp.SUM), tensors)
 
@@ -101,13 +105,12 @@ class MPIProcessGroup(_ProcessGroup):
             for tensor in tensors:
                 exact.allreduce(self.comm, tensor, op, self._scratch)
 
-        return self._submit(tensors, tensors, call)
+        return Collective(f"all_reduce({op}) of {forms(tensors)}", tensors, tensors, call)
 
-    def allreduce_coalesced(self, tensors: list[Tensor], opts: Any = None) -> Work:
-        """Reduce each tensor in place."""
-        return self.allreduce(tensors, opts)
+    allreduce_coalesced = allreduce
 
-    def reduce(self, tensors: list[Tensor], opts: Any) -> Work:
+    @collective
+    def reduce(self, tensors: list[Tensor], opts: Any) -> Collective:
         """Reduce each tensor at the root."""
         op = op_name(opts.reduceOp, tensors)
 
@@ -115,36 +118,45 @@ class MPIProcessGroup(_ProcessGroup):
             for tensor in tensors:
                 exact.allreduce(self.comm, tensor, op, self._scratch, keep=self.comm.rank == opts.rootRank)
 
-        return self._submit(tensors, tensors, call)
+        return Collective(f"reduce({op}) to {opts.rootRank} of {forms(tensors)}", tensors, tensors, call)
 
-    def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> Work:
+    @collective
+    def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> Collective:
         """Reduce inputs[i][r] into rank r's outputs[i]."""
+        return self._reduce_scatter(outputs, inputs, opts)
+
+    def _reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> Collective:
         op = op_name(getattr(opts, "reduceOp", dist.ReduceOp.SUM), outputs)
         for output, parts in zip(outputs, inputs, strict=True):
             exact.check_parts(parts, self.comm.size)
             exact.check_same(output, parts[self.comm.rank])
+        everything = [part for parts in inputs for part in parts]
 
         def call() -> None:
             for output, parts in zip(outputs, inputs, strict=True):
                 exact.reduce_scatter(self.comm, output, parts, op)
 
-        return self._submit([*outputs, *(part for parts in inputs for part in parts)], outputs, call)
+        return Collective(f"reduce_scatter({op}) of {forms(everything)}", [*outputs, *everything], outputs, call)
 
-    def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Work:
-        """Reduce one tensor and leave each rank its part."""
-        return self.reduce_scatter_single_coalesced([output], [input], opts)
-
-    def reduce_scatter_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Work:
+    @collective
+    def reduce_scatter_single_coalesced(
+        self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None
+    ) -> Collective:
         """Reduce each tensor and leave each rank its part."""
         parts = [
             list(exact.whole_of(whole, part, self.comm.size).view(self.comm.size, *part.shape))
             for part, whole in zip(outputs, inputs, strict=True)
         ]
-        return self.reduce_scatter(outputs, parts, opts)
+        return self._reduce_scatter(outputs, parts, opts)
+
+    def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Work:
+        """Reduce one tensor and leave each rank its part."""
+        return self.reduce_scatter_single_coalesced([output], [input], opts)
 
     # ---------------------------------------------------------------------------------------------------- copies
 
-    def broadcast(self, tensors: list[Tensor], opts: Any = None) -> Work:
+    @collective
+    def broadcast(self, tensors: list[Tensor], opts: Any = None) -> Collective:
         """Copy the root's tensors to all ranks."""
         root = getattr(opts, "rootRank", 0)
 
@@ -152,106 +164,142 @@ class MPIProcessGroup(_ProcessGroup):
             for tensor in tensors:
                 exact.broadcast(self.comm, tensor, root)
 
-        return self._submit(tensors, tensors, call)
+        return Collective(f"broadcast from {root} of {forms(tensors)}", tensors, tensors, call)
 
-    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Work:
+    @collective
+    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Collective:
         """Copy rank r's inputs[i] to outputs[i][r] of all ranks; sizes may differ between ranks."""
+        return self._allgather(outputs, inputs)
+
+    def _allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor]) -> Collective:
         for parts, tensor in zip(outputs, inputs, strict=True):
             exact.check_parts(parts, self.comm.size)
             exact.check_same(tensor, parts[self.comm.rank])
+        everything = [part for parts in outputs for part in parts]
 
         def call() -> None:
             for parts, tensor in zip(outputs, inputs, strict=True):
                 exact.exchange(self.comm, [tensor] * self.comm.size, parts, "allgather")
 
-        return self._submit([*inputs, *(part for parts in outputs for part in parts)], outputs, call)
+        return Collective(f"all_gather of {sizes(everything)}", [*inputs, *everything], outputs, call)
 
-    def allgather_coalesced(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Work:
+    @collective
+    def allgather_coalesced(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Collective:
         """Copy rank r's inputs[i] to outputs[r][i] of all ranks."""
         exact.check_parts(outputs, self.comm.size)
-        return self.allgather([list(parts) for parts in zip(*outputs, strict=True)], inputs, opts)
+        return self._allgather([list(parts) for parts in zip(*outputs, strict=True)], inputs)
 
-    def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Work:
-        """Concatenate all ranks' tensors."""
-        return self.all_gather_single_coalesced([output], [input], opts)
-
-    def all_gather_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Work:
+    @collective
+    def all_gather_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Collective:
         """Concatenate all ranks' tensors, for each tensor."""
         wholes = [exact.whole_of(whole, part, self.comm.size) for whole, part in zip(outputs, inputs, strict=True)]
-        check_local([*outputs, *inputs])
 
-        def run() -> list[Tensor]:
+        def call() -> None:
             for output, whole, part in zip(outputs, wholes, inputs, strict=True):
                 parts = list(whole.view(self.comm.size, -1))
                 exact.exchange(self.comm, [part] * self.comm.size, parts, "allgather")
                 if whole.data_ptr() != output.data_ptr():
                     output.detach().copy_(whole.view(output.shape))
-            return outputs
 
-        return self.worker.submit(run, [*outputs, *inputs])
+        return Collective(f"all_gather of one {sizes(inputs)} a rank", [*outputs, *inputs], outputs, call)
 
-    def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any) -> Work:
-        """Copy rank r's inputs[i] to the root's outputs[i][r]."""
+    def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Work:
+        """Concatenate all ranks' tensors."""
+        return self.all_gather_single_coalesced([output], [input], opts)
+
+    @collective
+    def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any) -> Collective:
+        """Copy rank r's inputs[i] to the root's outputs[i][r]; sizes may differ between ranks."""
         at_root = self.comm.rank == opts.rootRank
-        for parts in outputs if at_root else []:
+        for parts, tensor in zip(outputs, inputs, strict=True) if at_root else []:
             exact.check_parts(parts, self.comm.size)
+            exact.check_same(tensor, parts[self.comm.rank])
 
-        def call() -> None:
-            for i, tensor in enumerate(inputs):
-                outgoing: list[Tensor | None] = [None] * self.comm.size
-                outgoing[opts.rootRank] = tensor
-                incoming = outputs[i] if at_root else [None] * self.comm.size
-                exact.exchange(self.comm, outgoing, incoming, "gather")
+        def routes(i: int) -> Routes:
+            outgoing: list[Tensor | None] = [None] * self.comm.size
+            outgoing[opts.rootRank] = inputs[i]
+            return outgoing, list(outputs[i]) if at_root else [None] * self.comm.size
 
-        return self._submit([*inputs, *(part for parts in outputs for part in parts)], outputs, call)
+        tensors = [*inputs, *(part for parts in outputs for part in parts)]
+        return self._exchanged("gather", f"gather to {opts.rootRank}", len(inputs), routes, tensors, outputs)
 
-    def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> Work:
-        """Copy the root's inputs[i][r] to rank r's outputs[i]."""
+    @collective
+    def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> Collective:
+        """Copy the root's inputs[i][r] to rank r's outputs[i]; sizes may differ between ranks."""
         at_root = self.comm.rank == opts.rootRank
-        for parts in inputs if at_root else []:
+        for parts, tensor in zip(inputs, outputs, strict=True) if at_root else []:
             exact.check_parts(parts, self.comm.size)
+            exact.check_same(tensor, parts[self.comm.rank])
 
-        def call() -> None:
-            for i, tensor in enumerate(outputs):
-                incoming: list[Tensor | None] = [None] * self.comm.size
-                incoming[opts.rootRank] = tensor
-                outgoing = inputs[i] if at_root else [None] * self.comm.size
-                exact.exchange(self.comm, outgoing, incoming, "scatter")
+        def routes(i: int) -> Routes:
+            incoming: list[Tensor | None] = [None] * self.comm.size
+            incoming[opts.rootRank] = outputs[i]
+            return list(inputs[i]) if at_root else [None] * self.comm.size, incoming
 
-        return self._submit([*outputs, *(part for parts in inputs for part in parts)], outputs, call)
+        tensors = [*outputs, *(part for parts in inputs for part in parts)]
+        return self._exchanged("scatter", f"scatter from {opts.rootRank}", len(outputs), routes, tensors, outputs)
 
-    def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Work:
-        """Copy rank s's inputs[r] to rank r's outputs[s]."""
+    @collective
+    def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Collective:
+        """Copy rank s's inputs[r] to rank r's outputs[s]; sizes may differ."""
+        return self._alltoall(outputs, inputs)
+
+    def _alltoall(self, outputs: list[Tensor], inputs: list[Tensor]) -> Collective:
         exact.check_parts(outputs, self.comm.size)
         exact.check_parts(inputs, self.comm.size)
         exact.check_same(outputs[self.comm.rank], inputs[self.comm.rank])
+        return self._exchanged("alltoall", "all_to_all", 1, lambda _: (inputs, outputs), [*outputs, *inputs], outputs)
 
-        def call() -> None:
-            exact.exchange(self.comm, inputs, outputs, "alltoall")
-
-        return self._submit([*outputs, *inputs], outputs, call)
-
+    @collective
     def all_to_all_single(
         self, output: Tensor, input: Tensor, output_splits: list[int], input_splits: list[int], opts: Any = None
-    ) -> Work:
+    ) -> Collective:
         """Exchange rows: splits say how many go to and come from each rank, none means equal parts."""
         incoming = exact.rows_of(output, output_splits, self.comm.size)
         outgoing = exact.rows_of(input, input_splits, self.comm.size)
-        return self.alltoall(incoming, outgoing, opts)
+        return self._alltoall(incoming, outgoing)
 
-    def barrier(self, opts: Any = None) -> Work:
-        """Complete when all ranks are here."""
-        return self._submit([], [], lambda: collectives.barrier(self.comm))
+    def _exchanged(
+        self,
+        operation: str,
+        description: str,
+        count: int,
+        routes: Callable[[int], Routes],
+        tensors: list[Tensor],
+        result: Any,
+    ) -> Collective:
+        """A collective of `count` exchanges, for each of which `routes` says what goes where."""
+
+        def call() -> None:
+            exchanges = [routes(i) for i in range(count)]
+            sent = [_one_text(outgoing[rank] for outgoing, _ in exchanges) for rank in range(self.comm.size)]
+            received = [_one_text(incoming[rank] for _, incoming in exchanges) for rank in range(self.comm.size)]
+            confirm_routes(self.comm, description, sent, received)
+            for outgoing, incoming in exchanges:
+                exact.exchange(self.comm, outgoing, incoming, operation)
+
+        return Collective(f"{description} of {count} tensors a rank", tensors, result, call)
+
+    @collective
+    def barrier(self, opts: Any = None) -> Collective:
+        """Complete when all ranks are here: the agreement is all that it takes."""
+        return Collective("barrier", [], [], lambda: None)
 
     # -------------------------------------------------------------------------------------- between two ranks
 
     def send(self, tensors: list[Tensor], peer: int, tag: int = 0) -> dist.Work:
-        """Send tensors to one rank."""
-        check_local(tensors)
+        """Send tensors to one rank, which hears of it if this one cannot."""
+        self.worker.check_open()
+        try:
+            check_local(tensors)
+        except ValueError as error:
+            self.point.refuse(peer, tag, error)
+            raise
         return self.point.send(tensors, peer, tag)
 
     def recv(self, tensors: list[Tensor], peer: int, tag: int = 0) -> dist.Work:
         """Receive tensors from one rank."""
+        self.worker.check_open()
         check_local(tensors)
         return self.point.receive(tensors, peer, tag)
 
@@ -267,19 +315,8 @@ class MPIProcessGroup(_ProcessGroup):
     alltoall_base = all_to_all_single
 
 
-def create(options: Any, _: Any = None) -> MPIProcessGroup:
-    """Make the process group that torch asks for; only its members are asked."""
-    comm = group_comm(list(options.global_ranks_in_group), options.group_rank, options.group_size)
-    point_comm = group_comm(list(options.global_ranks_in_group), options.group_rank, options.group_size)
-    if options.timeout != dist.constants.default_pg_timeout and isinstance(options.timeout, timedelta):
-        comm.timeout = point_comm.timeout = options.timeout.total_seconds()
-    return MPIProcessGroup(comm, point_comm)
-
-
-def register() -> None:
-    """Tell torch of the backend, once."""
-    if NAME not in dist.Backend.backend_list:
-        dist.Backend.register_backend(NAME, create, extended_api=True, devices=["cpu", "cuda"])
+def _one_text(tensors: Iterable[Tensor | None]) -> str:
+    return ", ".join(size(tensor) for tensor in tensors)
 
 
 def tensor_group(group: Any) -> MPIProcessGroup:

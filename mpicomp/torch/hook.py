@@ -17,7 +17,7 @@ import torch
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
-from mpicomp.agreement import agree
+from mpicomp.agreement import agree, confirm, digest_of, mixed
 from mpicomp.arrays import work_dtype
 from mpicomp.codecs.base import Codec
 from mpicomp.collectives import Traffic
@@ -46,6 +46,7 @@ class Entry:
 
     names: tuple[str, ...]
     dtype: str
+    digest: int
     state: State
     work: Workspace
     after: State | None = None
@@ -69,7 +70,8 @@ class Hook:
         self._seed, self._scaler = seed, scaler
         self._scale: float | None = None  # loss scale in which the residuals are measured
         self._step = 0
-        self._finished = False  # the last bucket of this step has been reduced
+        self._finished = False  # the last bucket of this step has been reduced, and none went wrong
+        self._whole = True  # no bucket of this step went wrong so far
         self._entries: dict[int, Entry] = {}
         self._saved: Units = {}  # of parameters whose bucket is not known yet
 
@@ -123,22 +125,35 @@ class Hook:
         def run() -> torch.Tensor:
             if index == 0:
                 self._begin_step(scale)
-            self._reduce(self._entries[index], buffer)
-            self._finished = last
+                self._whole = True
+            try:
+                self._reduce(index, buffer)
+            except BaseException:
+                self._whole = False
+                raise
+            self._finished = last and self._whole
             return buffer
 
         return self._group.worker.submit(run, [buffer]).get_future()
 
     # ------------------------------------------------------------------------- on the communication thread
 
-    def _reduce(self, entry: Entry, buffer: torch.Tensor) -> None:
+    def _reduce(self, index: int, buffer: torch.Tensor) -> None:
+        entry = self._entries[index]
         bits = bits_of(buffer)
         state = entry.state.at(self._step)
         self._comm.doing = f"the bucket of {entry.names[0]}"
+        confirm(self._comm, mixed(entry.digest, self._step), lambda: self._said(index))
         entry.after, entry.poisoned = apply(
             self._comm, self.reducer, bits, entry.dtype, "mean", state, bits, entry.work
         )
         self._comm.doing = ""
+
+    def _said(self, index: int) -> str:
+        """Describe a bucket for ranks that disagree on it."""
+        entry = self._entries[index]
+        units = ", ".join(f"{unit.name} {unit.shape}" for unit in entry.state.layout.units)
+        return f"bucket {index} of DDP at step {self._step}, {entry.dtype} by {self.reducer}, of {units}"
 
     def _begin_step(self, scale: float | None) -> None:
         """Make the last step's states current, and measure them in this step's loss scale."""
@@ -175,14 +190,13 @@ class Hook:
         self._commit()
         for other in [other for other in self._entries if other >= index]:
             self._saved |= self.reducer.export(self._entries.pop(other).state)
-        agree(
-            self._comm,
-            f"bucket {index} of DDP, " + describe(self.reducer, layout, dtype, "mean", self._seed, self._step),
-        )
+        description = f"bucket {index} of DDP, " + describe(self.reducer, layout, dtype, "mean", self._seed, self._step)
+        agree(self._comm, description)
         names = tuple(unit.name for unit in layout.units)
         state = self.reducer.init(layout, work_dtype(dtype), seed=self._seed, step=self._step)
         saved = {name: self._saved.pop(name) for name in names if name in self._saved}
-        self._entries[index] = Entry(names, dtype, self.reducer.restore(state, saved), Workspace())
+        restored = self.reducer.restore(state, saved)
+        self._entries[index] = Entry(names, dtype, digest_of(description), restored, Workspace())
 
 
 def _units(names: Sequence[str], gradients: Sequence[torch.Tensor], buffer: torch.Tensor) -> tuple[Unit, ...]:

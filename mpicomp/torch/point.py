@@ -2,50 +2,76 @@
 
 Two ranks that first send to each other and then receive would wait for ever if one thread did one thing after the
 other. So a message is begun by the caller, on a communicator of its own, and completed by whoever waits for it.
+
+**No message meets a receive of another size**: Open MPI 5 writes beyond the end of a receive that is too small. A
+header goes before each message, and the message itself has a tag into which its number and size enter. So what the
+receiver has posted stays empty if the header names another size, is cancelled, and the message is taken and dropped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import struct
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from mpicomp import collectives
+from mpicomp.arrays import Array
 from mpicomp.collectives import Comm
 from mpicomp.torch.exact import Tensor
 from mpicomp.torch.tensors import bytes_of, on_cpu
-from mpicomp.transport import Request
+from mpicomp.transport import Request, last_tag
+
+FIRST_TAG = 1 << 15  # lower ones have other uses on a communicator
+USER_TAGS = 1 << 15
+HEAD = struct.Struct("<q56s")  # bytes of the message, -1 for none to come; what it is, or why there is none
+
+Steps = Iterator[list[Request]]
+"""What is to be completed first, what then, and so on."""
+
+_abandoned: list[Any] = []  # memory in which MPI may still read and write
 
 
 class PointWork(dist.Work):
     """A message under way."""
 
-    def __init__(self, comm: Comm, requests: list[Request], operation: str, finish: Callable[[], None]) -> None:
+    def __init__(self, point: PointToPoint, steps: Steps, operation: str, peer: int) -> None:
         super().__init__()
-        self.comm, self.requests, self.operation = comm, requests, operation
-        self.finish: Callable[[], None] | None = finish
+        self._point, self._operation, self._peer = point, operation, peer
+        self._steps: Steps | None = steps
+        self._error: Exception | None = None
+        self._requests = next(steps)
 
     def wait(self, timeout: timedelta | None = None) -> bool:
-        """Return when the message has left or arrived."""
-        if self.finish is not None:
-            collectives.wait(self.comm, self.requests, self.operation)
-            self.finish()
-            self.finish = None
+        """Return when the message has left or arrived, or raise what is wrong with it."""
+        while self._steps is not None:
+            collectives.wait(self._point.comm, self._requests, self._operation, peer=self._peer)
+            self._advance()
+        if self._error is not None:
+            raise self._error
         return True
 
     def is_completed(self) -> bool:
-        """Whether the message has left or arrived; makes progress."""
-        self.requests = [request for request in self.requests if not request.Test()]
-        if self.requests:
-            return False
-        return self.wait()
+        """Whether the message has left or arrived, or never will; makes progress."""
+        while self._steps is not None:
+            self._requests = [request for request in self._requests if not request.Test()]
+            if self._requests:
+                return False
+            self._advance()
+        return True
 
     def is_success(self) -> bool:
         """Whether the message has left or arrived."""
-        return self.is_completed()
+        return self.is_completed() and self._error is None
+
+    def exception(self) -> BaseException | None:
+        """What went wrong, if anything did."""
+        return self._error
 
     def get_future(self) -> torch.futures.Future[Any]:
         """Wait, and return a completed future."""
@@ -54,29 +80,129 @@ class PointWork(dist.Work):
         future.set_result([])
         return future
 
+    def abandon(self, error: Exception) -> None:
+        """Give up a message; what MPI may still touch is kept."""
+        _abandoned.append((self._requests, self._steps))
+        self._end(error)
+
+    def _advance(self) -> None:
+        assert self._steps is not None
+        try:
+            self._requests = next(self._steps)
+        except StopIteration:
+            self._end(None)
+        except RuntimeError as error:
+            self._end(error)
+
+    def _end(self, error: Exception | None) -> None:
+        self._error, self._steps, self._requests = error, None, []
+        self._point.under_way.discard(self)
+
 
 class PointToPoint:
     """Sends and receives over a communicator."""
 
     def __init__(self, comm: Comm) -> None:
         self.comm = comm
+        self.under_way: set[PointWork] = set()  # also those that nobody holds: MPI reads and writes their memory
+        self._full = 64
+        self._sent: dict[tuple[int, int], int] = defaultdict(int)  # messages so far, by peer and tag
+        self._received: dict[tuple[int, int], int] = defaultdict(int)
+        self._room = (last_tag() - FIRST_TAG) // USER_TAGS
 
     def send(self, tensors: Sequence[Tensor], peer: int, tag: int) -> PointWork:
         """Begin to send tensors to a rank."""
-        messages = [bytes_of(on_cpu(tensor)) for tensor in tensors]
-        requests = [r for message in messages for r in collectives.begin_send(self.comm, message, peer, tag)]
-        return PointWork(self.comm, requests, f"send to {peer}", messages.clear)
+        self._check_tag(tag)
+        return self._begin(self._sending([on_cpu(tensor) for tensor in tensors], peer, tag), "send to", peer)
 
     def receive(self, tensors: Sequence[Tensor], peer: int, tag: int) -> PointWork:
-        """Begin to receive tensors from a rank."""
+        """Begin to receive tensors from a rank; its Work raises RuntimeError where that sends another size or dtype."""
+        self._check_tag(tag)
+        return self._begin(self._receiving(tensors, peer, tag), "receive from", peer)
+
+    def refuse(self, peer: int, tag: int, error: Exception) -> None:
+        """Tell a rank that the message for which it waits will not come."""
+        self._sent[peer, tag] += 1
+        head = _head(-1, str(error))
+        self._begin(iter([self._send_head(head, peer, tag)]), "send to", peer)
+
+    def close(self) -> None:
+        """Complete what can be completed at once, and give up what is still under way; the communicator goes next."""
+        for work in list(self.under_way):
+            if not work.is_completed():
+                work.abandon(RuntimeError(f"the process group was destroyed during a {work._operation}; wait for it"))
+
+    def _begin(self, steps: Steps, operation: str, peer: int) -> PointWork:
+        work = PointWork(self, steps, f"{operation} {peer}", peer)
+        self.under_way.add(work)
+        if len(self.under_way) >= self._full:
+            for each in list(self.under_way):
+                each.is_completed()
+            self._full = 2 * len(self.under_way) + 64
+        return work
+
+    def _sending(self, elements: Sequence[Tensor], peer: int, tag: int) -> Steps:
+        requests = []
+        for tensor in elements:
+            message = bytes_of(tensor)
+            number = self._sent[peer, tag]
+            self._sent[peer, tag] += 1
+            requests += self._send_head(_head(message.size, _form(tensor)), peer, tag)
+            requests += collectives.begin_send(self.comm, message, peer, self._tag(tag, number, message.size))
+        yield requests
+
+    def _receiving(self, tensors: Sequence[Tensor], peer: int, tag: int) -> Steps:
         elements = [on_cpu(tensor) for tensor in tensors]
-        messages = [bytes_of(each) for each in elements]
-        requests = [r for message in messages for r in collectives.begin_receive(self.comm, message, peer, tag)]
+        heads, numbers, requests = [], [], []
+        for received in elements:
+            heads.append(np.empty(HEAD.size, np.uint8))
+            numbers.append(self._received[peer, tag])
+            self._received[peer, tag] += 1
+            message = bytes_of(received)
+            announced = collectives.begin_receive(self.comm, heads[-1], peer, FIRST_TAG + tag * self._room)
+            payload = collectives.begin_receive(self.comm, message, peer, self._tag(tag, numbers[-1], message.size))
+            requests.append((announced, payload))
+        complaints = []
+        for received, head, number, (announced, payload) in zip(elements, heads, numbers, requests, strict=True):
+            yield announced
+            nbytes, raw = HEAD.unpack(head.tobytes())
+            theirs, mine = raw.rstrip(b"\0").decode(errors="replace"), _form(received)
+            if nbytes == bytes_of(received).size and theirs.split()[-1] == mine.split()[-1]:
+                yield payload
+                continue
+            if nbytes != bytes_of(received).size:
+                for request in payload:
+                    cast(Any, request).Cancel()  # which of all requests MPI's receives alone have
+                yield payload
+                dropped = np.empty(max(nbytes, 0), np.uint8)
+                payload = collectives.begin_receive(self.comm, dropped, peer, self._tag(tag, number, nbytes))
+            yield payload
+            sent = f"sent {theirs}, {nbytes} bytes" if nbytes >= 0 else f"refused its arguments: {theirs}"
+            complaints.append(
+                f"rank {self.comm.rank} receives {mine}, {bytes_of(received).size} bytes, from rank {peer} with tag "
+                f"{tag}, which {sent}"
+            )
+        if complaints:
+            raise RuntimeError("\n".join(complaints))
+        for tensor, received in zip(tensors, elements, strict=True):
+            if received.data_ptr() != tensor.data_ptr():
+                tensor.detach().copy_(received.view(tensor.shape))
 
-        def finish() -> None:
-            for tensor, received in zip(tensors, elements, strict=True):
-                if received.data_ptr() != tensor.data_ptr():
-                    tensor.detach().copy_(received.view(tensor.shape))
-            messages.clear()
+    def _send_head(self, head: Array, peer: int, tag: int) -> list[Request]:
+        return collectives.begin_send(self.comm, head, peer, FIRST_TAG + tag * self._room)
 
-        return PointWork(self.comm, requests, f"receive from {peer}", finish)
+    def _tag(self, tag: int, number: int, nbytes: int) -> int:
+        """A tag of the message that both sides can tell; those of one user's tag and unlike ones hardly ever meet."""
+        return FIRST_TAG + tag * self._room + 1 + (nbytes + 7919 * number) % (self._room - 1)
+
+    def _check_tag(self, tag: int) -> None:
+        if not 0 <= tag < USER_TAGS:
+            raise ValueError(f"tag must be from 0 to {USER_TAGS - 1}, got {tag}")
+
+
+def _form(elements: Tensor) -> str:
+    return f"{elements.numel()} elements of {elements.dtype}"
+
+
+def _head(nbytes: int, text: str) -> Array:
+    return np.frombuffer(HEAD.pack(nbytes, text.encode()), np.uint8)

@@ -11,6 +11,7 @@ a future is completed with a `Failure`, and a callback raises it again for whoev
 from __future__ import annotations
 
 import traceback
+import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
@@ -99,21 +100,33 @@ class Worker:
 
     def __init__(self, comm: Comm) -> None:
         self.comm = comm
-        self._thread = Background("mpicomp", told=_told)
+        # Where ranks disagree all of them raise it, before anything was sent: what comes next is not affected.
+        self._thread = Background("mpicomp", mild=(ConfigMismatch,), told=_told)
+        self._open = True
+        weakref.finalize(self, self._thread.close).atexit = False  # every Work holds this, so nothing is under way then
 
     def submit(self, call: Callable[[], Any], tensors: Sequence[torch.Tensor] = ()) -> Work:
         """Run `call` after all that was submitted before; at once, if this is the communication thread.
 
         With CUDA tensors it runs on a stream of its own, after what the current stream has still to do.
         """
+        self.check_open()
         device = device_of(tensors)
         side = None if device is None else Side(device)
         work = Work(self, self._thread, side)
         self._thread.enqueue(work.request, call if side is None else partial(side.run, call))
         return work
 
+    def check_open(self) -> None:
+        """Raise RuntimeError where the process group was destroyed."""
+        if not self._open and not self._thread.is_current():  # callbacks on the last collectives may still communicate
+            raise RuntimeError(f"rank {self.comm.rank}: this process group was destroyed; make one with dist.new_group")
+
     def close(self) -> None:
         """Finish what was submitted and end the thread; may be called again."""
+        if self._thread.is_current():
+            raise RuntimeError("a callback on a collective cannot destroy the process group that runs it")
+        self._open = False
         self._thread.close()
 
 

@@ -401,6 +401,66 @@ def test_one_rank_with_a_bad_spec() -> None:
         mpicomp.torch.compress(DDP(model()), "tpk(density=0.1)" if me() == 1 else "topk(density=0.1)")
 
 
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("method", ["dense", "sign", "error_feedback(two_stage(uniform(bits=4)))", "integer"])
+def test_models_in_another_order(method: str) -> None:
+    """Rank 1 goes back through the second model first: an error on all ranks, and the next step counts."""
+    torch.manual_seed(0)
+    first, second = (DDP(nn.Sequential(nn.Linear(16, n), nn.Linear(n, 12))) for n in (40, 50))
+    hooks = [mpicomp.torch.compress(ddp, method) for ddp in (first, second)]
+    for step in range(2):
+        for ddp in (first, second):
+            loss(ddp, step, me()).backward()
+    losses = [loss(ddp, 2, me()) for ddp in (first, second)]
+    for place in (1, 0) if me() == 1 else (0, 1):
+        with pytest.raises(RuntimeError, match="ranks disagree") as caught:
+            losses[place].backward()
+        text = str(caught.value)
+        assert "rank 1: bucket 0 of DDP" in text
+        assert "0.weight (40, 16)" in text
+        assert "0.weight (50, 16)" in text
+    assert [hook.step for hook in hooks] == [2, 2]
+    for ddp in (first, second):
+        loss(ddp, 3, me()).backward()
+        assert same_everywhere(torch.cat([p.grad.reshape(-1) for p in ddp.module.parameters()]))
+    assert [hook.step for hook in hooks] == [3, 3]
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_rank_at_another_step_leaves_no_trace() -> None:
+    ddp = DDP(model(), bucket_cap_mb=0.001)
+    hook = mpicomp.torch.compress(ddp, "topk(density=0.05)")
+    for step in range(3):
+        loss(ddp, step, me()).backward()
+    before = hook.state_dict()
+    hook._step += me() == 1
+    with pytest.raises(RuntimeError, match="rank 1: bucket 0 of DDP at step 4"):
+        loss(ddp, 3, me()).backward()
+    hook._step = 3
+    assert equal_states(before, hook.state_dict())
+    loss(ddp, 3, me()).backward()
+    assert hook.step == 4
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_step_of_which_one_bucket_goes_wrong_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ranks disagree on the first bucket alone, and the others travel."""
+    ddp = DDP(model(), bucket_cap_mb=0.001)
+    hook = mpicomp.torch.compress(ddp, "topk(density=0.05)")
+    for step in range(3):
+        loss(ddp, step, me()).backward()
+    before = hook.state_dict()
+    entry = hook._entries[0]
+    entry.digest += me() == 1
+    with pytest.raises(RuntimeError, match="ranks disagree"):
+        loss(ddp, 3, me()).backward()
+    dist.barrier()
+    entry.digest -= me() == 1
+    assert equal_states(before, hook.state_dict())
+    loss(ddp, 4, me()).backward()
+    assert hook.step == 4
+
+
 def test_clear_errors() -> None:
     with pytest.raises(TypeError, match="takes a DistributedDataParallel model, got Sequential"):
         mpicomp.torch.compress(model(), "sign")

@@ -1,0 +1,122 @@
+"""What becomes of a process group that is destroyed or forgotten, and of what was under way in it."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import torch.distributed as dist  # noqa: E402
+from torch import nn  # noqa: E402
+
+import mpicomp.torch  # noqa: E402
+from mpicomp.torch.backend import MPIProcessGroup  # noqa: E402
+from mpicomp.torch.launch import group_comm  # noqa: E402
+
+pytestmark = pytest.mark.mpi
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _group():
+    if not dist.is_initialized():
+        dist.init_process_group("mpicomp")
+
+
+def me() -> int:
+    return dist.get_rank()
+
+
+def size() -> int:
+    return dist.get_world_size()
+
+
+def threads() -> int:
+    return sum(thread.name.startswith("mpicomp") for thread in threading.enumerate())
+
+
+def test_destroying_completes_what_was_begun() -> None:
+    dist.barrier()
+    before = threads()
+    group = dist.new_group()
+    x = torch.ones(1000)
+    works = [dist.all_reduce(x, group=group, async_op=True) for _ in range(5)]
+    dist.destroy_process_group(group)
+    assert all(work.is_completed() for work in works)
+    works[-1].wait()
+    assert x[0] == float(size()) ** 5
+    assert threads() == before
+
+
+def test_a_destroyed_group_says_so() -> None:
+    group = dist.new_group()
+    ddp = nn.parallel.DistributedDataParallel(nn.Linear(30, 30), process_group=group)
+    mpicomp.torch.compress(ddp, "sign")
+    ddp(torch.ones(2, 30)).sum().backward()
+    dist.destroy_process_group(group)
+    group.shutdown()
+    for call in (
+        lambda: group.allreduce([torch.ones(3)]),
+        lambda: group.barrier(),
+        lambda: group.send([torch.ones(3)], 0, 0),
+        lambda: group.recv([torch.ones(3)], 0, 0),
+        lambda: ddp(torch.ones(2, 30)).sum().backward(),
+    ):
+        with pytest.raises(RuntimeError, match="this process group was destroyed"):
+            call()
+    dist.barrier()
+
+
+@pytest.mark.mpi(min_size=2)
+def test_messages_that_nobody_waited_for_are_given_up() -> None:
+    """One that has not left, and one that never comes."""
+    group = dist.new_group()
+    works = []
+    if me() == 0:
+        works = [
+            dist.irecv(torch.empty(4), group=group, group_src=1),
+            dist.isend(torch.ones(1_000_000), group=group, group_dst=1),
+        ]
+    if me() == 1:  # has arrived by the time of the barrier
+        dist.isend(torch.ones(4), group=group, group_dst=0).wait()
+        works = [dist.irecv(torch.empty(5), group=group, group_src=0, tag=3)]
+    dist.barrier()
+    dist.destroy_process_group(group)
+    if me() == 0:
+        works.pop(0).wait()
+    for work in works:
+        assert work.is_completed()
+        assert not work.is_success()
+        with pytest.raises(RuntimeError, match=r"process group was destroyed during a (send|receive)"):
+            work.wait()
+    dist.barrier()
+
+
+def test_a_callback_cannot_destroy_its_own_group() -> None:
+    group = dist.new_group()
+    gate = threading.Event()
+    future = group.worker.submit(lambda: gate.wait(60)).get_future().then(lambda _: group.shutdown())
+    gate.set()
+    with pytest.raises(RuntimeError, match="callback on a collective cannot destroy"):
+        future.wait()
+    dist.all_reduce(torch.ones(3), group=group)
+    dist.destroy_process_group(group)
+
+
+def test_a_group_that_is_forgotten_ends_its_thread() -> None:
+    dist.barrier()
+    before = threads()
+    ranks = list(range(size()))
+    group = MPIProcessGroup(group_comm(ranks, me(), size()), group_comm(ranks, me(), size()))
+    work = group.allreduce([torch.ones(3)])
+    gone = weakref.ref(group)
+    del group
+    work.wait()
+    del work
+    gc.collect()
+    assert gone() is None
+    assert threads() == before
+    dist.barrier()
