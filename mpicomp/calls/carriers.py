@@ -36,10 +36,11 @@ class Carrier(Protocol):
         """Put the root's arrays into the results of all ranks."""
         ...
 
-    def add(self, comm: Comm, outgoing: Sequence[Flats], total: Array, operation: str) -> None:
+    def add(self, comm: Comm, outgoing: Sequence[Flats], total: Array, operation: str, shrink: float = 1.0) -> None:
         """Send outgoing[r] to every rank r, and set `total`, (extent,) of the work dtype, to the sum of what came.
 
-        Summed in rank order; NaN where some rank's part cannot be encoded because it is not finite.
+        Summed in rank order; NaN where some rank's part cannot be encoded because it is not finite. What came is
+        multiplied by `shrink`, a power of two, before it is added; integers, float32 and float64 by `Raw` are not.
         """
         ...
 
@@ -73,7 +74,7 @@ class Raw:
             _cut(message, results)
 
     @np.errstate(over="ignore", invalid="ignore")  # IEEE, and integers wrap around
-    def add(self, comm: Comm, outgoing: Sequence[Flats], total: Array, operation: str) -> None:
+    def add(self, comm: Comm, outgoing: Sequence[Flats], total: Array, operation: str, shrink: float = 1.0) -> None:
         """See Carrier."""
         parts = [[np.empty_like(flat) for flat in outgoing[0]] for _ in range(comm.size)]
         self.exchange(comm, outgoing, parts, operation)
@@ -81,7 +82,7 @@ class Raw:
         for flats in parts:
             for unit, flat in zip(self._form.layout.units, flats, strict=True):
                 if self._form.dtype in HALF:
-                    kernels_for(flat).widen_add(flat, total[unit.where], 1.0, self._form.dtype)
+                    kernels_for(flat).widen_add(flat, total[unit.where], shrink, self._form.dtype)
                 else:
                     total[unit.where] += flat
 
@@ -142,7 +143,7 @@ class Coded:
         if comm.rank != root:
             self._read(message, results, root)
 
-    def add(self, comm: Comm, outgoing: Sequence[Flats], total: Array, operation: str) -> None:
+    def add(self, comm: Comm, outgoing: Sequence[Flats], total: Array, operation: str, shrink: float = 1.0) -> None:
         """See Carrier."""
         rooms = self._exchanged(comm, outgoing, [True] * comm.size, operation)
         total[...] = 0
@@ -151,7 +152,7 @@ class Coded:
             total[...] = np.nan
             return
         for source, room in self._sent(rooms):
-            room.decode_add(total, self._state, 0, source)
+            room.decode_add(total, self._state, 0, source, shrink)
 
     def _sent(self, rooms: Sequence[Message]) -> list[tuple[int, Message]]:
         """Messages by source; none of arrays without elements."""
@@ -203,6 +204,6 @@ def spread(wide: Array, flats: Flats, layout: Layout, dtype: str) -> None:
     """Cut an array, (extent,) of the work dtype, into arrays of `dtype`, half types as bits."""
     for unit, flat in zip(layout.units, flats, strict=True):
         if dtype in HALF:
-            kernels_for(flat).narrow(wide[unit.where], flat, dtype)
+            kernels_for(flat).narrow(wide[unit.where], flat, dtype, saturate=False)  # nothing takes the rest
         else:
             flat[...] = wide[unit.where]

@@ -125,9 +125,11 @@ def _reduce_scatter(comm: Comm, x: Any, method: Method, op: str, out: Any) -> Op
         dtype = form.dtype if integers else work_dtype(form.dtype)
         direct = not form.listed and form.dtype not in HALF
         total = flats[0] if direct else empty(form.layout.size, dtype)
-        carrier(comm, member, form).add(comm, rows(xs, comm.size), total, f"reduce_scatter by {member}")
+        # bfloat16 has the range of float32, in which a sum may overflow although the mean does not.
+        shrink = 0.5 ** (comm.size - 1).bit_length() if op == "mean" and form.dtype == "bfloat16" else 1.0
+        carrier(comm, member, form).add(comm, rows(xs, comm.size), total, f"reduce_scatter by {member}", shrink)
         if op == "mean":
-            kernels_for(total).divide(total, comm.size)
+            kernels_for(total).divide(total, comm.size * shrink)
         if not direct:
             spread(total, flats, form.layout, form.dtype)
         return form.returned(results, outs)

@@ -74,6 +74,14 @@ def _widened(tensor: Tensor, op: str) -> tuple[Tensor, str]:
     return elements, op
 
 
+def _shrink(tensor: Tensor, op: str, ranks: int) -> float:
+    """What elements are multiplied by before they are averaged, a power of two; bfloat16 has the range of float32.
+
+    A sum of it may overflow where the mean does not.
+    """
+    return 0.5 ** (ranks - 1).bit_length() if op == "avg" and tensor.dtype == torch.bfloat16 else 1.0
+
+
 def _store(tensor: Tensor, elements: Tensor) -> None:
     """Copy reduced elements, as `_widened` returned them, to where they belong."""
     if tensor.is_complex():
@@ -100,11 +108,14 @@ def allreduce(comm: Comm, tensor: Tensor, op: str, scratch: Scratch, keep: bool 
     elements, mpi_op = _widened(tensor, op)
     if elements.numel() == 0:
         return
+    shrink = _shrink(tensor, op, comm.size)
+    if shrink != 1.0:
+        elements *= shrink  # a copy, in float32
     total = scratch.like(elements)
     collectives.allreduce(comm, elements.numpy(), total.numpy(), "sum" if mpi_op == "avg" else mpi_op)
     if keep:
         if op == "avg":
-            total /= comm.size
+            total /= comm.size * shrink
         _store(tensor, total)
 
 
@@ -132,11 +143,14 @@ def reduce_scatter(comm: Comm, output: Tensor, inputs: Sequence[Tensor], op: str
     parts = [torch.empty_like(output, device="cpu", memory_format=torch.contiguous_format) for _ in range(comm.size)]
     exchange(comm, inputs, parts, "reduce_scatter")
     total, pairwise_op = _widened(parts[0], op)
-    pairwise = _PAIRWISE[pairwise_op]
+    pairwise, shrink = _PAIRWISE[pairwise_op], _shrink(output, op, comm.size)
+    if shrink != 1.0:
+        total *= shrink  # a copy, in float32
     for part in parts[1:]:
-        pairwise(total, _widened(part, op)[0])
+        elements = _widened(part, op)[0]
+        pairwise(total, elements if shrink == 1.0 else elements * shrink)
     if op == "avg":
-        total /= comm.size
+        total /= comm.size * shrink
     _store(output, total)
 
 

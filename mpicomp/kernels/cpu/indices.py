@@ -158,7 +158,7 @@ def outside(places: Any, count: int, last: Any, mask: Any, size: Any) -> bool:
 
 
 @kernel("const u1[], i8, u4[]")
-def _decode(data: Any, width: int, out: Any) -> int:
+def _decode(data: Any, width: int, out: Any) -> Any:
     """Return how many indices were found; none is written beyond `out`."""
     j = 0
     high, mask, shift = data[(out.size * max(width, 0) + 7) // 8 :], ZERO, ZERO
