@@ -21,7 +21,7 @@ A message from outside the job is *framed*; all numbers are unsigned and little-
     12   dtype          u32       of the work array: 4 is float32, 8 is float64
     16   length         u64       of the whole frame in bytes
     24   size           u64       of the array in elements
-    32   key            6 x u64   seed, step, stream, stage, rank, start, modulo 2^64
+    32   key            6 x u64   seed, step, stream, stage, rank, start, modulo 2^64; start is below 2^62
     80   spec length    u32       in bytes
     84   fields         u32       how many
     88   field lengths  u64 each  in bytes
@@ -52,6 +52,7 @@ FRAME = struct.Struct("<8sIIQQ6QII")  # what a frame begins with
 CHECKSUM = 16  # bytes
 FRAME_DTYPES = {"float32": 4, "float64": 8}
 MAX_SPEC = 10_000  # bytes of a spec in a frame
+MAX_START = 1 << 62  # of a key: positions are 64-bit integers with a sign, to which an array's size is added
 
 
 class Field(NamedTuple):
@@ -177,7 +178,10 @@ def frame(codec: Framable, payload: Payload, size: int, dtype: str, key: Sequenc
     """Return a payload as a message for outside the job; the payload of a variable codec ends where its bytes do.
 
     `dtype` is the work dtype, "float32" or "float64"; `key` is the six numbers of the key it was encoded with.
+    ValueError where its start is not in 0 .. 2^62 - 1.
     """
+    if not 0 <= key[-1] < MAX_START:
+        raise ValueError(f"the start of a key must be in 0..2^62 - 1, got {key[-1]}")
     spec = str(codec).encode()
     parts = [spec, *(field.tobytes() for field in payload)]
     body = b"".join(part + bytes(-len(part) % ALIGN) for part in parts)
@@ -217,6 +221,8 @@ def unframe(data: bytes | bytearray | memoryview, codec: Framable, max_size: int
         raise WireFormatError(f"dtype {width} is unknown")
     if size > max_size:
         raise WireFormatError(f"the frame has {size} elements, at most {max_size} are allowed")
+    if key[-1] >= MAX_START:
+        raise WireFormatError(f"the key starts at element {key[-1]}, which must be below 2^62")
     try:
         fields = codec.fields(size, dtype)
     except ValueError as error:

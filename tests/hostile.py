@@ -82,7 +82,8 @@ class Target:
             struct.pack_into("<Q", data, 16, len(data)) if len(data) >= FRAME.size else None
             return data
         if kind == 4:  # a number of the header
-            at, width = ((12, 4), (24, 8), (80, 4), (84, 4), (88, 8))[self.random(5)]
+            places = ((12, 4), (24, 8), (80, 4), (84, 4), (88, 8), *[(32 + 8 * number, 8) for number in range(6)])
+            at, width = places[self.random(len(places))]
             if at + width <= end:
                 word = WORDS[self.random(len(WORDS))] if self.random(2) else int(self.random(2000))
                 data[at : at + width] = (word & (1 << 8 * width) - 1).to_bytes(width, "little")

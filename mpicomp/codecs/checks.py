@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from fractions import Fraction
 from functools import lru_cache
 
@@ -16,8 +17,10 @@ MAX_SIZE = 1 << 32  # elements: indices are at most 32 bits wide
 
 
 def is_number(value: object) -> bool:
-    """Tell whether a setting is an int or a float; True and False are neither."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Tell whether a setting is a float or an int that a float can hold; True and False are neither."""
+    return isinstance(value, float) or (
+        isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    )
 
 
 def check_integer(name: str, value: object, least: int, most: int) -> None:
@@ -51,8 +54,8 @@ def kept(density: float, size: int) -> int:
 
 
 def sparse_block(density: float) -> int:
-    """Return the smallest sensible shard of a sparse codec: one element is kept of it."""
-    return max(64, math.ceil(1 / density))
+    """Return the smallest sensible shard of a sparse codec: one element is kept of it; at most the largest array."""
+    return max(64, math.ceil(min(1 / density, MAX_SIZE)))
 
 
 def check_fields(payload: Payload, fields: tuple[Field, ...]) -> None:
