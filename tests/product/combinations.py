@@ -1,0 +1,255 @@
+"""The factors, which combinations of them there are, and how they are drawn so that every pair is covered."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+from allpairspy import AllPairs
+from product import members
+
+import mpicomp
+from mpicomp.reducers import Layout
+
+NONE = "none"
+RANKS, SLOW_RANKS = (1, 2, 3, 5, 7), (8, 16)
+SHAPES: dict[str, tuple[list[tuple[int, ...]], bool]] = {
+    "odd": ([(97,)], False),
+    "one": ([(1,)], False),
+    "three": ([(3,)], False),
+    "255": ([(255,)], False),
+    "513": ([(513,)], False),
+    "matrix": ([(13, 11)], False),
+    "list": ([(5, 3), (), (300,), (0,), (40, 2)], True),
+    "blocks": ([(2500,)], False),
+    "empty": ([(0,)], False),
+    "groups": ([(2**19 + 4097,)], False),
+}
+"""Shapes by name, and whether they are a list; the simplest first. "groups" is drawn now and then."""
+NOW_AND_THEN = ("groups",)
+ENTRIES = ("plain", "memory", "plan", "plan with memory", "i plain", "i memory", "started plan", "hook")
+REMEMBERS = ("memory", "i memory", "plan with memory", "hook")
+BEFORE = (
+    "nothing",
+    "copy",
+    "pickle",
+    "export",
+    "another communicator",
+    "another size",
+    "another order",
+    "a refused call",
+    "another length",
+    "auto changes",
+)
+NEEDS_MEMORY = ("copy", "pickle", "export", "another size", "another order")
+DATA = ("normal", "zeros", "huge", "denormal", "nan", "inf", "near 16", "near 8", "near dtype")
+NODES = ("one", "each", "pairs")
+
+Combination = dict[str, Any]
+Pair = tuple[tuple[str, Any], tuple[str, Any]]
+
+
+@cache
+def dtypes() -> tuple[str, ...]:
+    """Those that a plain call takes."""
+    found = ["float32", "float64", "float16", "bfloat16", "complex64"]
+    try:
+        mpicomp.state("dense", np.zeros(1, np.complex64))
+    except TypeError:
+        found.remove("complex64")
+    return tuple(found)
+
+
+def factors(ranks: Sequence[int] = RANKS) -> dict[str, list[Any]]:
+    """The values of each factor, the simplest first."""
+    codecs, (templates, policies) = members.codec_specs(), members.templates()
+    codecs.sort(key=lambda spec: (spec != "sign", len(spec)))
+    return {
+        "codec": [NONE, *codecs],
+        "reducer": ["dense", *(each for each in templates if each != "dense")],
+        "outer": [NONE, *policies],
+        "inner": [NONE, *policies],
+        "op": ["sum", "mean"],
+        "ranks": sorted(ranks, key=lambda count: (count != 2, count)),
+        "dtype": list(dtypes()),
+        "shape": [name for name in SHAPES if name not in NOW_AND_THEN],
+        "entry": list(ENTRIES),
+        "before": list(BEFORE),
+        "data": list(DATA),
+        "nodes": list(NODES),
+    }
+
+
+def spec_of(some: Mapping[str, Any]) -> str:
+    """The method's spec; "" where a constructor refuses it."""
+    return _built(some)[0]
+
+
+def _built(some: Mapping[str, Any]) -> tuple[str, str]:
+    chain = tuple(each for each in (some["outer"], some["inner"]) if each != NONE)
+    return members.built(some["codec"], some["reducer"], chain)
+
+
+@dataclass
+class Refusals:
+    """What the library's constructors refused, by (method, where), and why."""
+
+    found: dict[tuple[Any, ...], str] = field(default_factory=dict)
+
+    def note(self, key: tuple[Any, ...], why: str) -> bool:
+        """Keep a refusal; return whether it is one."""
+        if why:
+            self.found[key] = why
+        return bool(why)
+
+
+refusals = Refusals()
+
+
+def valid(some: Mapping[str, Any]) -> bool:
+    """Whether there is a combination of these values, as far as they say; the other factors may be left out."""
+    get = some.get
+    codec, reducer, outer, inner = (get(name) for name in ("codec", "reducer", "outer", "inner"))
+    if codec and reducer and (codec == NONE) == (members.CODEC in reducer):
+        return False
+    if outer == NONE and inner not in (None, NONE):
+        return False
+    if codec and reducer and refusals.note((codec, reducer), members.built(codec, reducer, ())[1]):
+        return False
+    if not _calls(some):
+        return False
+    if not (codec and reducer and outer and inner):
+        return True
+    if refusals.note((codec, reducer, outer, inner), _built(some)[1]):
+        return False
+    spec = spec_of(some)
+    entry, ranks, shape, dtype = (get(name) for name in ("entry", "ranks", "shape", "dtype"))
+    if entry in ("plain", "i plain") and "error_feedback" in spec:
+        return False
+    if get("before") == "auto changes" and "auto" not in spec:
+        return False
+    if entry and ranks and shape and dtype:
+        sizes, real = SHAPES[shape][0], "float32" if dtype == "complex64" else dtype
+        work = "float64" if real == "float64" else "float32"
+        for size in sizes:
+            why = members.refused(spec, Layout.single(size), work, ranks, entry in REMEMBERS)
+            if refusals.note((spec, ranks, entry in REMEMBERS), why):
+                return False
+    return True
+
+
+def _calls(some: Mapping[str, Any]) -> bool:
+    """Whether the ways to call, and what happened before, go together."""
+    entry, before, ranks = (some.get(name) for name in ("entry", "before", "ranks"))
+    op, shape, dtype, nodes = (some.get(name) for name in ("op", "shape", "dtype", "nodes"))
+    if entry == "hook" and (
+        op == "sum" or shape in ("empty", *NOW_AND_THEN) or dtype == "complex64" or nodes not in (None, "one")
+    ):
+        return False
+    if before in NEEDS_MEMORY and entry not in (None, "memory", "i memory", "hook"):
+        return False
+    if before in ("another size", "another order"):
+        if entry == "hook" or nodes not in (None, "one"):
+            return False
+    if before == "another communicator" and entry == "hook":
+        return False
+    if ranks == 1 and (before in ("another size", "another order", "a refused call") or nodes not in (None, "one")):
+        return False
+    return not (before == "auto changes" and shape in ("blocks", *NOW_AND_THEN))
+
+
+def pairs_of(combination: Combination) -> Iterator[Pair]:
+    """Every two values of a combination."""
+    yield from itertools.combinations(combination.items(), 2)
+
+
+@dataclass
+class Drawn:
+    """Combinations, and how many of all pairs of values they cover."""
+
+    combinations: list[Combination]
+    covered: int
+    possible: int
+    impossible: int
+
+
+def draw(seed: int, least: int, ranks: Sequence[int] = RANKS) -> Drawn:
+    """Draw at least so many combinations that cover every pair of values that can be covered."""
+    rng = random.Random(seed)
+    values = factors(ranks)
+    rng_values = {name: rng.sample(each, len(each)) for name, each in values.items()}
+    names = list(values)
+    rows = [
+        dict(zip(names, row, strict=True))
+        for row in AllPairs(list(rng_values.values()), filter_func=lambda row: valid(dict(zip(names, row, strict=False))))
+    ]
+    rows = [row for row in rows if valid(row)]
+    wanted = {
+        ((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in values[a] for y in values[b]
+    }
+    covered = {pair for row in rows for pair in pairs_of(row)}
+    impossible = 0
+    for pair in sorted(wanted - covered, key=str):  # AllPairs gives up where the filter leaves it no way
+        if pair in covered:
+            continue
+        found = completed(dict(pair), values, rng)
+        if found is None:
+            impossible += 1
+        else:
+            rows.append(found)
+            covered.update(pairs_of(found))
+    known = {str(row) for row in rows}
+    while len(rows) < least:
+        found = completed({"ranks": rng.choice(values["ranks"])}, values, rng)
+        if found is not None and str(found) not in known:
+            known.add(str(found))
+            rows.append(found)
+    _now_and_then(rows, rng)
+    rng.shuffle(rows)
+    return Drawn(rows, len(covered & wanted), len(wanted) - impossible, impossible)
+
+
+def _now_and_then(rows: list[Combination], rng: random.Random, most: int = 30) -> None:
+    """Make some copies with arrays that travel in several messages, few since they take long."""
+    fitting = [row for row in rows if row["ranks"] <= 3 and valid({**row, "shape": "groups"})]
+    rows += [{**row, "shape": "groups"} for row in rng.sample(fitting, min(most, len(fitting)))]
+
+
+ORDER = ("codec", "reducer", "outer", "inner", "entry", "before", "ranks", "op", "shape", "dtype", "nodes", "data")
+
+
+def completed(some: Combination, values: Mapping[str, list[Any]], rng: random.Random) -> Combination | None:
+    """A combination that holds these values; None where there is none."""
+    if not valid(some):
+        return None
+    missing = [name for name in ORDER if name not in some]
+    if not missing:
+        return {name: some[name] for name in values}
+    for value in rng.sample(values[missing[0]], len(values[missing[0]])):
+        found = completed({**some, missing[0]: value}, values, rng)
+        if found is not None:
+            return found
+    return None
+
+
+def simpler(combination: Combination, values: Mapping[str, list[Any]], most: int = 4) -> Iterator[Combination]:
+    """Combinations with one factor simpler, by its simplest values first; or two, where one does not go without."""
+    for name in ("before", "entry", "outer", "inner", "nodes", "data", "shape", "dtype", "op", "ranks", "codec"):
+        known = values[name]
+        place = known.index(combination[name]) if combination[name] in known else len(known)
+        for value in known[: min(place, most)]:
+            changed = {**combination, name: value}
+            if name == "outer" and combination["inner"] != NONE:
+                changed = {**changed, "outer": combination["inner"], "inner": NONE} if value == NONE else changed
+            if valid(changed):
+                yield changed
+    for template in values["reducer"][:most]:
+        for codec in (combination["codec"], NONE, "sign"):
+            changed = {**combination, "reducer": template, "codec": codec}
+            if template != combination["reducer"] and valid(changed):
+                yield changed
