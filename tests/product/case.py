@@ -123,7 +123,8 @@ class Case:
             x[size // 3] = min(most / (4 * comm.size), 1e30)
         elif self.data in BAD and size and last and step == 1:
             x[size // 2] = float(self.data)
-        x = x.astype(self.real)
+        with np.errstate(under="ignore"):
+            x = x.astype(self.real)
         return (x.view(self.dtype) if parts == 2 else x).reshape(shape)
 
     # --------------------------------------------------------------------------------------------------- judging
@@ -207,7 +208,9 @@ class Unit:
         debt = 0 if debts is None else np.abs(self.old).max(initial=0)
         self.law = 16 * size * (WIDE(work.eps) * (sizes + WIDE(debt)) + WIDE(work.smallest_subnormal))
         rounding = 0 if case.real.itemsize >= 4 else 1
-        self.rounding = rounding * (np.abs(self.total) * WIDE(float(info.eps)) + self.divisor * WIDE(float(info.smallest_subnormal)))
+        self.rounding = rounding * (
+            np.abs(self.total) * WIDE(float(info.eps)) + self.divisor * WIDE(float(info.smallest_subnormal))
+        )
         loss = unit_error(member, tops, xs.shape[1], size, self.divisor, case.work) if largest else 0.0
         self.bound = WIDE(loss) + self.law
         reach = np.abs(given).sum(0).max(initial=0) / self.divisor + self.bound / self.divisor
@@ -220,7 +223,9 @@ class Unit:
         if not self.finite.all() and not excused:
             place = _first(~self.finite)
             wanted = float(self.total[place] / self.divisor)
-            raise Wrong(f"not finite: element {place} is {float(self.result[place])}, the {self.case.op} is {wanted:.6g}")
+            raise Wrong(
+                f"not finite: element {place} is {float(self.result[place])}, the {self.case.op} is {wanted:.6g}"
+            )
         received = np.where(self.finite, self.result, 0) * self.divisor
         error = np.where(self.finite, np.abs(received - self.total), 0)
         self._raise_beyond("the bound", error, self.bound + self.rounding)

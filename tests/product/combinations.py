@@ -10,7 +10,6 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from allpairspy import AllPairs
 from product import members
 
 import mpicomp
@@ -49,6 +48,7 @@ BEFORE = (
 NEEDS_MEMORY = ("copy", "pickle", "export", "another size", "another order")
 DATA = ("normal", "zeros", "huge", "denormal", "nan", "inf", "near 16", "near 8", "near dtype")
 NODES = ("one", "each", "pairs")
+CHOICES = 3  # combinations that are made for a pair that is missing, of which the one with most new pairs is taken
 
 Combination = dict[str, Any]
 Pair = tuple[tuple[str, Any], tuple[str, Any]]
@@ -87,17 +87,29 @@ def factors(ranks: Sequence[int] = RANKS) -> dict[str, list[Any]]:
 
 def spec_of(some: Mapping[str, Any]) -> str:
     """The method's spec; "" where a constructor refuses it."""
-    return _built(some)[0]
+    return method(some["codec"], some["reducer"], some["outer"], some["inner"])
 
 
-def _built(some: Mapping[str, Any]) -> tuple[str, str]:
-    chain = tuple(each for each in (some["outer"], some["inner"]) if each != NONE)
-    return members.built(some["codec"], some["reducer"], chain)
+@cache
+def method(codec: str, reducer: str, outer: str, inner: str) -> str:
+    """The spec of a codec in a reducer in policies; "" where they do not go together, or a constructor refuses them."""
+    if (codec == NONE) == (members.CODEC in reducer) or (outer == NONE != inner):
+        return ""
+    chain = tuple(each for each in (outer, inner) if each != NONE)
+    spec, why = members.built(codec, reducer, chain)
+    return "" if refusals.note((codec, reducer, *chain), why) else spec
+
+
+@cache
+def begins(spec: str, shape: str, work: str, ranks: int, memory: bool) -> bool:
+    """Whether the library makes a state of a spec for such arrays."""
+    why = members.refused(spec, Layout.single(SHAPES[shape][0][0]), work, ranks, memory)
+    return not refusals.note((spec, memory), why)
 
 
 @dataclass
 class Refusals:
-    """What the library's constructors refused, by (method, where), and why."""
+    """The methods that the library's constructors refused, and why."""
 
     found: dict[tuple[Any, ...], str] = field(default_factory=dict)
 
@@ -113,34 +125,23 @@ refusals = Refusals()
 
 def valid(some: Mapping[str, Any]) -> bool:
     """Whether there is a combination of these values, as far as they say; the other factors may be left out."""
-    get = some.get
-    codec, reducer, outer, inner = (get(name) for name in ("codec", "reducer", "outer", "inner"))
-    if codec and reducer and (codec == NONE) == (members.CODEC in reducer):
+    if not _calls(some):
+        return False
+    codec, reducer, outer, inner = (some.get(name) for name in ("codec", "reducer", "outer", "inner"))
+    if codec and reducer and not method(codec, reducer, NONE, NONE):
         return False
     if outer == NONE and inner not in (None, NONE):
         return False
-    if codec and reducer and refusals.note((codec, reducer), members.built(codec, reducer, ())[1]):
-        return False
-    if not _calls(some):
-        return False
     if not (codec and reducer and outer and inner):
         return True
-    if refusals.note((codec, reducer, outer, inner), _built(some)[1]):
+    spec, entry, shape = method(codec, reducer, outer, inner), some.get("entry"), some.get("shape")
+    if not spec or (entry in ("plain", "i plain") and "error_feedback" in spec):
         return False
-    spec = spec_of(some)
-    entry, ranks, shape, dtype = (get(name) for name in ("entry", "ranks", "shape", "dtype"))
-    if entry in ("plain", "i plain") and "error_feedback" in spec:
+    if some.get("before") == "auto changes" and "auto" not in spec:
         return False
-    if get("before") == "auto changes" and "auto" not in spec:
-        return False
-    if entry and ranks and shape and dtype:
-        sizes, real = SHAPES[shape][0], "float32" if dtype == "complex64" else dtype
-        work = "float64" if real == "float64" else "float32"
-        for size in sizes:
-            why = members.refused(spec, Layout.single(size), work, ranks, entry in REMEMBERS)
-            if refusals.note((spec, ranks, entry in REMEMBERS), why):
-                return False
-    return True
+    ranks, dtype = some.get("ranks"), some.get("dtype")
+    work = "float64" if dtype == "float64" else "float32"
+    return not (entry and ranks and shape and dtype) or begins(spec, shape, work, ranks, entry in REMEMBERS)
 
 
 def _calls(some: Mapping[str, Any]) -> bool:
@@ -168,6 +169,12 @@ def pairs_of(combination: Combination) -> Iterator[Pair]:
     yield from itertools.combinations(combination.items(), 2)
 
 
+def pairs_wanted(values: Mapping[str, list[Any]]) -> set[Pair]:
+    """Every two values of different factors."""
+    several = itertools.combinations(values.items(), 2)
+    return {((a, x), (b, y)) for (a, xs), (b, ys) in several for x, y in itertools.product(xs, ys)}
+
+
 @dataclass
 class Drawn:
     """Combinations, and how many of all pairs of values they cover."""
@@ -178,46 +185,42 @@ class Drawn:
     impossible: int
 
 
-def draw(seed: int, least: int, ranks: Sequence[int] = RANKS) -> Drawn:
+def draw(seed: int, least: int, values: Mapping[str, list[Any]]) -> Drawn:
     """Draw at least so many combinations that cover every pair of values that can be covered."""
     rng = random.Random(seed)
-    values = factors(ranks)
-    rng_values = {name: rng.sample(each, len(each)) for name, each in values.items()}
-    names = list(values)
-    rows = [
-        dict(zip(names, row, strict=True))
-        for row in AllPairs(list(rng_values.values()), filter_func=lambda row: valid(dict(zip(names, row, strict=False))))
-    ]
-    rows = [row for row in rows if valid(row)]
-    wanted = {
-        ((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in values[a] for y in values[b]
-    }
-    covered = {pair for row in rows for pair in pairs_of(row)}
-    impossible = 0
-    for pair in sorted(wanted - covered, key=str):  # AllPairs gives up where the filter leaves it no way
+    wanted = pairs_wanted(values)
+    covered: set[Pair] = set()
+    impossible, rows = 0, []
+    missing = sorted(wanted, key=str)
+    rng.shuffle(missing)
+    for pair in missing:
         if pair in covered:
             continue
-        found = completed(dict(pair), values, rng)
-        if found is None:
+        first = completed(dict(pair), values, rng)
+        if first is None:
             impossible += 1
-        else:
-            rows.append(found)
-            covered.update(pairs_of(found))
+            continue
+        tried = [first, *(completed(dict(pair), values, rng) or first for _ in range(CHOICES - 1))]
+        rows.append(max(tried, key=lambda row: sum(each not in covered for each in pairs_of(row))))
+        covered.update(pairs_of(rows[-1]))
     known = {str(row) for row in rows}
-    while len(rows) < least:
+    for _ in range(10 * least):  # there may be fewer
+        if len(rows) >= least:
+            break
         found = completed({"ranks": rng.choice(values["ranks"])}, values, rng)
         if found is not None and str(found) not in known:
             known.add(str(found))
             rows.append(found)
-    _now_and_then(rows, rng)
     rng.shuffle(rows)
     return Drawn(rows, len(covered & wanted), len(wanted) - impossible, impossible)
 
 
-def _now_and_then(rows: list[Combination], rng: random.Random, most: int = 30) -> None:
-    """Make some copies with arrays that travel in several messages, few since they take long."""
+def with_long_arrays(rows: Sequence[Combination], seed: int, most: int = 30) -> list[Combination]:
+    """Add copies of some, with arrays that travel in several messages: few, since they take long."""
+    rng = random.Random(seed)
     fitting = [row for row in rows if row["ranks"] <= 3 and valid({**row, "shape": "groups"})]
-    rows += [{**row, "shape": "groups"} for row in rng.sample(fitting, min(most, len(fitting)))]
+    added = [{**row, "shape": "groups"} for row in rng.sample(fitting, min(most, len(fitting)))]
+    return rng.sample([*rows, *added], len(rows) + len(added))
 
 
 ORDER = ("codec", "reducer", "outer", "inner", "entry", "before", "ranks", "op", "shape", "dtype", "nodes", "data")

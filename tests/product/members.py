@@ -109,7 +109,7 @@ def _first(kind: type) -> str | None:
 
 
 def templates() -> tuple[list[str], list[str]]:
-    """Templates of reducers, and of the policies that wrap them."""
+    """Templates of reducers that some codec fits, and of the policies that wrap them."""
     leaves, wrappers = [BARE], []
     for name, kind in REDUCERS.items():
         slots = Slots.of(kind)
@@ -117,7 +117,9 @@ def templates() -> tuple[list[str], list[str]]:
             for members in _members(kind, slots):
                 text = _call(name, {**members, **settings})
                 (wrappers if REDUCER in text else leaves).append(text)
-    return list(dict.fromkeys(leaves)), list(dict.fromkeys(wrappers))
+    codecs = codec_specs()
+    taken = [text for text in dict.fromkeys(leaves) if any(built(codec, text, ())[0] for codec in codecs)]
+    return taken, list(dict.fromkeys(wrappers))
 
 
 def _settings(kind: type, slots: Slots) -> list[dict[str, Any]]:
@@ -176,11 +178,13 @@ def built(codec: str, template: str, chain: tuple[str, ...]) -> tuple[str, str]:
         return "", f"{type(error).__name__}: {error}"
 
 
-@cache
+read = cache(parse)
+
+
 def refused(spec: str, layout: Any, dtype: str, ranks: int, memory: bool) -> str:
     """Why no state can be made of a spec, "" where one can be."""
     try:
-        resolve(spec, layout, dtype, ranks, memory=memory).init(layout, dtype, memory)
+        resolve(read(spec), layout, dtype, ranks, memory=memory).init(layout, dtype, memory)
     except (TypeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return ""

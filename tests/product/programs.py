@@ -98,7 +98,9 @@ def _run(entry: str) -> list[str]:
 
 def _story(entry: str, before: str, nodes: str, seed: int, spec: str, long: bool) -> list[str]:
     """What happens."""
-    first, then = ("run(comm, range(1))", "run(comm, range(1, 2))") if long else ("run(comm, range(3))", "run(comm, range(3, 5))")
+    first, then = (
+        ("run(comm, range(1))", "run(comm, range(1, 2))") if long else ("run(comm, range(3))", "run(comm, range(3, 5))")
+    )
     if before == "nothing":
         return [first if long else "run(comm, range(4))"]
     if before == "auto changes":
@@ -107,19 +109,32 @@ def _story(entry: str, before: str, nodes: str, seed: int, spec: str, long: bool
         how = f"trainer = trainer.moved({before!r}, case.spec)" if entry == "hook" else MOVED[before]
         kind = "trainer" if entry == "hook" else "memory"
         again = [f"original = {kind}"]
-        twice = [] if "auto" in spec or long else [  # what `auto` chooses depends on times
-            "moved, case.steps, case.owed = case.steps, [], start",
-            f"{kind} = original",
-            then,
-            "assert moved == case.steps, 'it did not go on as the original does'",
-        ]
+        twice = (
+            []
+            if "auto" in spec or long
+            else [  # what `auto` chooses depends on times
+                "moved, case.steps, case.owed = case.steps, [], start",
+                f"{kind} = original",
+                then,
+                "assert moved == case.steps, 'it did not go on as the original does'",
+            ]
+        )
         return [first, *again, how, "start, case.steps = case.owed, []", then, *twice]
     if before == "another communicator":
         also = "original, plan = plan, mpicomp.plan(other, case.like, case.spec, op=case.op, memory={})"
         made = [also.format(entry == "plan with memory"), "case.owed = None"] if "plan" in entry else []
         back = ["plan, case.owed = original, owed"] if made else []
         topology = f"nodes(comm.Dup(), {nodes!r})" if nodes != "one" else "comm.Dup()"
-        return [first, "owed = case.owed", f"other = {topology}", *made, then.replace("comm", "other"), *back, "other.Free()", "run(comm, range(5, 6))"]
+        return [
+            first,
+            "owed = case.owed",
+            f"other = {topology}",
+            *made,
+            then.replace("comm", "other"),
+            *back,
+            "other.Free()",
+            "run(comm, range(5, 6))",
+        ]
     if before in ("another size", "another order"):
         split = "comm.Split(comm.rank % 2, comm.rank)" if before == "another size" else "comm.Split(0, -comm.rank)"
         return [

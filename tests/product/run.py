@@ -47,7 +47,8 @@ def environ(folder: Path) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
     yields = {"OMPI_MCA_mpi_yield_when_idle": "1", "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
     root = {f"{who}_ALLOW_RUN_AS_ROOT{more}": "1" for who in ("OMPI", "PRTE") for more in ("", "_CONFIRM")}
-    limits = {"MPICOMP_TIMEOUT": "15", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    timeout = 0.75 * float(os.environ.get("PRODUCT_DEADLINE", "120"))  # kernels are compiled within it
+    limits = {"MPICOMP_TIMEOUT": f"{timeout:g}", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     return {**kept, **yields, **root, **limits, "MPICOMP_CACHE_DIR": str(folder / "machines")}
 
 
@@ -84,7 +85,9 @@ def run(rows: list[combinations.Combination], ranks: int, folder: Path) -> list[
         if running.read_text() == "done" and job.returncode == 0:
             return broken + _read(results)
         if running.read_text() == "done":
-            broken.append({"number": len(rows) - 1, "message": f"the job ended with code {job.returncode}", "trace": tail[-3000:]})
+            broken.append(
+                {"number": len(rows) - 1, "message": f"the job ended with code {job.returncode}", "trace": tail[-3000:]}
+            )
             return broken + _read(results)
         number = int(running.read_text())
         said = next((line for line in tail.splitlines() if "mpicomp:" in line or "DEADLINE" in line), "")
@@ -103,13 +106,14 @@ def _read(path: Path) -> list[dict[str, Any]]:
 def main() -> int:
     given, began = arguments(), time.monotonic()
     ranks = combinations.SLOW_RANKS if given.slow else combinations.RANKS
-    drawn = combinations.draw(given.seed, given.count, ranks)
+    drawn = combinations.draw(given.seed, given.count, combinations.factors(ranks))
     refused = len(combinations.refusals.found)
-    rows = drawn.combinations[given.seed % 3 :: 3] if given.third else drawn.combinations
+    every = combinations.with_long_arrays(drawn.combinations, given.seed)
+    rows = every[given.seed % 3 :: 3] if given.third else every
     rows = [row for row in rows if not given.ranks or row["ranks"] in given.ranks][: given.most]
     covered = {pair for row in rows for pair in combinations.pairs_of(row)}
     print(
-        f"seed {given.seed}: {len(drawn.combinations)} combinations cover {drawn.covered} of {drawn.possible} pairs of values "
+        f"seed {given.seed}: {len(every)} combinations cover {drawn.covered} of {drawn.possible} pairs of values "
         f"({drawn.impossible} are no combination's, {refused} methods refused by constructors); drawn in "
         f"{time.monotonic() - began:.0f} s; {len(rows)} of them run here, with {len(covered)} pairs",
         flush=True,
@@ -150,12 +154,16 @@ def report(results: list[tuple[combinations.Combination, dict[str, Any]]], secon
             continue
         shown.add(kind)
         small = each.get("small") or row
-        print(f"\n--- {each['message']}\n{each['trace'][-1500:]}\n--- the program\n{programs.head(small)}{programs.program(small)}")
+        print(
+            f"\n--- {each['message']}\n{each['trace'][-1500:]}\n--- the program\n{programs.head(small)}{programs.program(small)}"
+        )
     for row, each in failed:
         print(f"FAILED {each['message'].splitlines()[0][:160]} <- {programs.said(row)}")
     for reason, count in skips.items():
         print(f"skipped {count}: {reason}")
-    print(f"{len(results) - len(failed) - sum(skips.values())} passed, {len(failed)} failed, {sum(skips.values())} skipped, in {seconds:.0f} s")
+    print(
+        f"{len(results) - len(failed) - sum(skips.values())} passed, {len(failed)} failed, {sum(skips.values())} skipped, in {seconds:.0f} s"
+    )
     return 1 if failed else 0
 
 
