@@ -6,6 +6,7 @@ two to spare: the law tells lost values better. Here is the one place that knows
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import math
@@ -70,10 +71,8 @@ def worst(codec: Any, top: float, size: int, dtype: str) -> float:
         return math.inf
     forms = [codec]
     if getattr(codec, "scaled", False) and not codec.contractive:  # error feedback takes the other form
-        try:
+        with contextlib.suppress(ValueError):
             forms.append(dataclasses.replace(codec, scaled=False))
-        except ValueError:
-            pass
     tops = {top, top / 2, top / 8, min(top, getattr(codec, "value", top) * 0.999)}
     return max(SPARE * _codec_error(form, each, size, dtype) for form in forms for each in tops)
 

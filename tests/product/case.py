@@ -207,10 +207,10 @@ class Unit:
         sizes = np.abs(np.where(np.isfinite(xs), xs, 0)).max(initial=0)
         debt = 0 if debts is None else np.abs(self.old).max(initial=0)
         self.law = 16 * size * (WIDE(work.eps) * (sizes + WIDE(debt)) + WIDE(work.smallest_subnormal))
-        rounding = 0 if case.real.itemsize >= 4 else 1
-        self.rounding = rounding * (
-            np.abs(self.total) * WIDE(float(info.eps)) + self.divisor * WIDE(float(info.smallest_subnormal))
-        )
+        self.rounding: Any = 0  # of a sum to its dtype
+        if case.real.itemsize < 4:
+            least = WIDE(float(info.smallest_subnormal))
+            self.rounding = np.abs(self.total) * WIDE(float(info.eps)) + self.divisor * least
         loss = unit_error(member, tops, xs.shape[1], size, self.divisor, case.work) if largest else 0.0
         self.bound = WIDE(loss) + self.law
         reach = np.abs(given).sum(0).max(initial=0) / self.divisor + self.bound / self.divisor
@@ -223,9 +223,8 @@ class Unit:
         if not self.finite.all() and not excused:
             place = _first(~self.finite)
             wanted = float(self.total[place] / self.divisor)
-            raise Wrong(
-                f"not finite: element {place} is {float(self.result[place])}, the {self.case.op} is {wanted:.6g}"
-            )
+            found = float(self.result[place])
+            raise Wrong(f"not finite: element {place} is {found}, the {self.case.op} is {wanted:.6g}")
         received = np.where(self.finite, self.result, 0) * self.divisor
         error = np.where(self.finite, np.abs(received - self.total), 0)
         self._raise_beyond("the bound", error, self.bound + self.rounding)

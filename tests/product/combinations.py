@@ -154,9 +154,8 @@ def _calls(some: Mapping[str, Any]) -> bool:
         return False
     if before in NEEDS_MEMORY and entry not in (None, "memory", "i memory", "hook"):
         return False
-    if before in ("another size", "another order"):
-        if entry == "hook" or nodes not in (None, "one"):
-            return False
+    if before in ("another size", "another order") and (entry == "hook" or nodes not in (None, "one")):
+        return False
     if before == "another communicator" and entry == "hook":
         return False
     if ranks == 1 and (before in ("another size", "another order", "a refused call") or nodes not in (None, "one")):

@@ -19,9 +19,9 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
 
-from mpi4py import MPI
-from product import combinations, programs
-from product.case import Skip
+from mpi4py import MPI  # noqa: E402
+from product import combinations, programs  # noqa: E402
+from product.case import Skip  # noqa: E402
 
 DEADLINE = float(os.environ.get("PRODUCT_DEADLINE", "120"))  # seconds for one combination
 SHRINKS = int(os.environ.get("PRODUCT_SHRINKS", "6"))  # failures that are made smaller, in a job

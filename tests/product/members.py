@@ -7,6 +7,7 @@ A reducer is written as a template, such as "split(CODEC, cut=True)", a policy a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import typing
@@ -101,10 +102,8 @@ def _first(kind: type) -> str | None:
         for name in required
     ]
     for values in itertools.product(*choices):
-        try:
+        with contextlib.suppress(TypeError, ValueError):
             return str(kind(**dict(zip(required, values, strict=True))))
-        except (TypeError, ValueError):
-            continue
     return None
 
 
@@ -155,15 +154,6 @@ def _members(kind: type, slots: Slots) -> list[dict[str, str]]:
 def _call(name: str, arguments: dict[str, Any]) -> str:
     inside = ", ".join(f"{key}={value}" for key, value in arguments.items())
     return f"{name}({inside})" if inside else name
-
-
-def chains(wrappers: list[str]) -> list[tuple[str, ...]]:
-    """No policy, one, and two, from the outside in: those that hold some reducer."""
-    found: list[tuple[str, ...]] = [()]
-    for chain in [*((one,) for one in wrappers), *itertools.product(wrappers, repeat=2)]:
-        if any(built("sign", inner, chain)[0] for inner in ("gather(CODEC)", BARE, "dense")):
-            found.append(chain)
-    return found
 
 
 @cache

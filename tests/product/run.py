@@ -85,10 +85,8 @@ def run(rows: list[combinations.Combination], ranks: int, folder: Path) -> list[
         if running.read_text() == "done" and job.returncode == 0:
             return broken + _read(results)
         if running.read_text() == "done":
-            broken.append(
-                {"number": len(rows) - 1, "message": f"the job ended with code {job.returncode}", "trace": tail[-3000:]}
-            )
-            return broken + _read(results)
+            message = f"the job ended with code {job.returncode}"
+            return [*broken, *_read(results), {"number": len(rows) - 1, "message": message, "trace": tail[-3000:]}]
         number = int(running.read_text())
         said = next((line for line in tail.splitlines() if "mpicomp:" in line or "DEADLINE" in line), "")
         broken.append({"number": number, "message": f"hangs or ends the job: {said[:300]}", "trace": tail[-6000:]})
@@ -111,7 +109,8 @@ def main() -> int:
     every = combinations.with_long_arrays(drawn.combinations, given.seed)
     rows = every[given.seed % 3 :: 3] if given.third else every
     rows = [row for row in rows if not given.ranks or row["ranks"] in given.ranks][: given.most]
-    covered = {pair for row in rows for pair in combinations.pairs_of(row)}
+    wanted = combinations.pairs_wanted(combinations.factors(ranks))
+    covered = wanted & {pair for row in rows for pair in combinations.pairs_of(row)}
     print(
         f"seed {given.seed}: {len(every)} combinations cover {drawn.covered} of {drawn.possible} pairs of values "
         f"({drawn.impossible} are no combination's, {refused} methods refused by constructors); drawn in "
@@ -154,16 +153,14 @@ def report(results: list[tuple[combinations.Combination, dict[str, Any]]], secon
             continue
         shown.add(kind)
         small = each.get("small") or row
-        print(
-            f"\n--- {each['message']}\n{each['trace'][-1500:]}\n--- the program\n{programs.head(small)}{programs.program(small)}"
-        )
+        print(f"\n--- {each['message']}\n{each['trace'][-1500:]}\n--- the program")
+        print(programs.head(small) + programs.program(small))
     for row, each in failed:
         print(f"FAILED {each['message'].splitlines()[0][:160]} <- {programs.said(row)}")
     for reason, count in skips.items():
         print(f"skipped {count}: {reason}")
-    print(
-        f"{len(results) - len(failed) - sum(skips.values())} passed, {len(failed)} failed, {sum(skips.values())} skipped, in {seconds:.0f} s"
-    )
+    passed, skipped = len(results) - len(failed) - sum(skips.values()), sum(skips.values())
+    print(f"{passed} passed, {len(failed)} failed, {skipped} skipped, in {seconds:.0f} s")
     return 1 if failed else 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import random
 import re
 import subprocess
 import sys
@@ -252,9 +253,7 @@ def test_every_program_can_be_read() -> None:
 
 def test_simpler_combinations_are_valid_and_differ() -> None:
     values = combinations.factors()
-    row = combinations.completed(
-        {"codec": "sign", "before": "pickle", "ranks": 3}, values, __import__("random").Random(1)
-    )
+    row = combinations.completed({"codec": "sign", "before": "pickle", "ranks": 3}, values, random.Random(1))
     assert row is not None
     simpler = list(combinations.simpler(row, values))
     assert simpler

@@ -76,9 +76,8 @@ class Trainer:
     def moved(self, how: str, spec: str) -> Trainer:
         """A trainer that goes on from this one's state: copied, pickled or as it was exported."""
         state = self.hook.state_dict()
-        state = (
-            copy.deepcopy(state) if how == "copy" else pickle.loads(pickle.dumps(state)) if how == "pickle" else state
-        )
+        if how != "export":
+            state = copy.deepcopy(state) if how == "copy" else pickle.loads(pickle.dumps(state))
         made = Trainer(self.arrays if self.listed else self.arrays[0], spec)
         made.hook.load_state_dict(state)
         return made
