@@ -33,7 +33,7 @@ SHOWN = 12  # programs
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=int(os.environ.get("PRODUCT_SEED", "1")))
-    parser.add_argument("--count", type=int, default=1500, help="combinations at least, before a share is taken")
+    parser.add_argument("--count", type=int, default=1500, help="combinations at least, of which a share may be run")
     parser.add_argument("--third", action="store_true", help="run one in three of them")
     parser.add_argument("--slow", action="store_true", help="8 and 16 ranks instead of 1, 2, 3, 5 and 7")
     parser.add_argument("--ranks", type=int, nargs="+", help="run those of these numbers of ranks only")
@@ -48,7 +48,7 @@ def environ(folder: Path) -> dict[str, str]:
     yields = {"OMPI_MCA_mpi_yield_when_idle": "1", "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
     root = {f"{who}_ALLOW_RUN_AS_ROOT{more}": "1" for who in ("OMPI", "PRTE") for more in ("", "_CONFIRM")}
     timeout = 0.75 * float(os.environ.get("PRODUCT_DEADLINE", "120"))  # kernels are compiled within it
-    limits = {"MPICOMP_TIMEOUT": f"{timeout:g}", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    limits = {"MPICOMP_TIMEOUT": f"{timeout:g}", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONSAFEPATH": "1"}
     return {**kept, **yields, **root, **limits, "MPICOMP_CACHE_DIR": str(folder / "machines")}
 
 

@@ -260,6 +260,7 @@ def test_simpler_combinations_are_valid_and_differ() -> None:
     assert all(combinations.valid(each) and each != row for each in simpler)
 
 
+@pytest.mark.product
 @pytest.mark.deadline(900)
 def test_a_few_dozen_on_three_ranks(tmp_path: Path) -> None:
     """What the whole suite does (tests/run.sh): a job of three ranks, with combinations of all kinds."""
