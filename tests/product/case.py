@@ -200,6 +200,7 @@ class Unit:
         self.bad = ~np.isfinite(given).all(0)
         given = np.where(np.isfinite(given), given, 0)
         self.total = given.sum(0)
+        self.debt = 0 if debts is None else self.old.astype(WIDE).sum(0)
         self.finite = np.isfinite(result)
         work, info = np.finfo(case.work), ml_dtypes.finfo(case.real)
         tops = [float(top) for top in np.abs(given).max(1, initial=0)]
@@ -226,7 +227,10 @@ class Unit:
             found = float(self.result[place])
             raise Wrong(f"not finite: element {place} is {found}, the {self.case.op} is {wanted:.6g}")
         received = np.where(self.finite, self.result, 0) * self.divisor
-        error = np.where(self.finite, np.abs(received - self.total), 0)
+        errors = [
+            np.abs(received - total) for total in (self.total, self.total - self.debt)
+        ]  # `after` waits with debts
+        error = np.where(self.finite, np.minimum(*errors), 0)
         self._raise_beyond("the bound", error, self.bound + self.rounding)
         if self.new is None:
             return

@@ -48,7 +48,12 @@ def environ(folder: Path) -> dict[str, str]:
     yields = {"OMPI_MCA_mpi_yield_when_idle": "1", "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
     root = {f"{who}_ALLOW_RUN_AS_ROOT{more}": "1" for who in ("OMPI", "PRTE") for more in ("", "_CONFIRM")}
     timeout = 0.75 * float(os.environ.get("PRODUCT_DEADLINE", "120"))  # kernels are compiled within it
-    limits = {"MPICOMP_TIMEOUT": f"{timeout:g}", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONSAFEPATH": "1"}
+    limits = {
+        "MPICOMP_TIMEOUT": f"{timeout:g}",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONSAFEPATH": "1",
+    }
     return {**kept, **yields, **root, **limits, "MPICOMP_CACHE_DIR": str(folder / "machines")}
 
 
