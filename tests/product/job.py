@@ -83,8 +83,8 @@ class Job:
             return f"{type(error).__name__}: {error}".strip(), said
         return None
 
-    def shrunk(self, combination: combinations.Combination) -> combinations.Combination:
-        """The simplest combination that still fails and that is found by changing one factor after the other."""
+    def shrunk(self, combination: combinations.Combination, kind: str) -> combinations.Combination:
+        """The simplest combination that fails in the same way, found by changing one factor after the other."""
         values, tries, again = combinations.factors(combinations.RANKS + combinations.SLOW_RANKS), 0, True
         while again:
             again = False
@@ -94,8 +94,7 @@ class Job:
                 if too_many or elsewhere or tries >= TRIES:
                     continue
                 tries += 1
-                failed = self.attempt(simpler)[0]
-                if failed not in ("", "skip"):
+                if kind_of(self.attempt(simpler)[0]) == kind:
                     combination, again = simpler, True
                     break
         return combination
@@ -126,7 +125,7 @@ def main() -> None:
             kind = kind_of(message)
             kinds[kind] = kinds.get(kind, 0) + 1
             if kinds[kind] <= 2 and sum(min(2, count) for count in kinds.values()) <= SHRINKS:
-                small = job.shrunk(combination)
+                small = job.shrunk(combination, kind)
         if results:
             line = {"number": number, "message": message, "trace": trace, "seconds": seconds, "small": small}
             results.write(json.dumps(line) + "\n")
