@@ -250,8 +250,9 @@ def simpler(combination: Combination, values: Mapping[str, list[Any]], most: int
                 changed = {**changed, "outer": combination["inner"], "inner": NONE} if value == NONE else changed
             if valid(changed):
                 yield changed
-    for template in values["reducer"][:most]:
+    place = values["reducer"].index(combination["reducer"])
+    for template in values["reducer"][: min(place, most)]:
         for codec in (combination["codec"], NONE, "sign"):
             changed = {**combination, "reducer": template, "codec": codec}
-            if template != combination["reducer"] and valid(changed):
+            if valid(changed):
                 yield changed

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -165,7 +166,11 @@ def report(results: list[tuple[combinations.Combination, dict[str, Any]]], secon
     for reason, count in skips.items():
         print(f"skipped {count}: {reason}")
     passed, skipped = len(results) - len(failed) - sum(skips.values()), sum(skips.values())
-    print(f"{passed} passed, {len(failed)} failed, {skipped} skipped, in {seconds:.0f} s")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    processor = used.ru_utime + used.ru_stime
+    print(
+        f"{passed} passed, {len(failed)} failed, {skipped} skipped, in {seconds:.0f} s ({processor:.0f} s of processors)"
+    )
     return 1 if failed else 0
 
 
