@@ -167,10 +167,8 @@ def report(results: list[tuple[combinations.Combination, dict[str, Any]]], secon
         print(f"skipped {count}: {reason}")
     passed, skipped = len(results) - len(failed) - sum(skips.values()), sum(skips.values())
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    processor = used.ru_utime + used.ru_stime
-    print(
-        f"{passed} passed, {len(failed)} failed, {skipped} skipped, in {seconds:.0f} s ({processor:.0f} s of processors)"
-    )
+    took = f"{seconds:.0f} s ({used.ru_utime + used.ru_stime:.0f} s of processors)"
+    print(f"{passed} passed, {len(failed)} failed, {skipped} skipped, in {took}")
     return 1 if failed else 0
 
 
