@@ -84,7 +84,9 @@ def _codec_error(codec: Any, top: float, size: int, dtype: str) -> float:
     bound = _contract()
     if bound is not None:
         try:
-            return float(np.max(bound(codec, np.full(share, top, dtype)))) * grown
+            with np.errstate(over="ignore", invalid="ignore"):
+                most = float(np.max(bound(codec, np.full(share, top, dtype)))) * grown
+            return math.inf if math.isnan(most) else most
         except (AttributeError, TypeError, NotImplementedError):  # one that the table does not know
             pass
     relative = getattr(codec, "relative_error", None)

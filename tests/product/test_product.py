@@ -238,6 +238,8 @@ def test_bounds_say_less_than_everything() -> None:
 @pytest.mark.parametrize("spec", members.codec_specs())
 def test_every_codec_has_a_bound(spec: str) -> None:
     assert 0 < worst(parse(spec), 3.0, 97, "float32") < 3000
+    assert worst(parse(spec), 3e38, 97, "float32") > 0  # without a warning
+    assert worst(parse(spec), 4e38, 97, "float32") == np.inf
 
 
 # ------------------------------------------------------------------------------------------------------ programs
