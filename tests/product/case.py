@@ -278,7 +278,11 @@ def bad_call(case: Case, comm: Any, kind: str) -> tuple[Arrays, str, str]:
     if kind == "spec":
         return x, "tpk(density=0.1)", case.op
     if kind == "dtype":
-        return case.returned([part.astype(np.int64) for part in (x if case.listed else [x])]), case.spec, case.op
+        return (
+            case.returned([np.zeros(part.shape, np.int64) for part in (x if case.listed else [x])]),
+            case.spec,
+            case.op,
+        )
     return case.returned([np.zeros(7, case.dtype) for _ in case.shapes]), case.spec, case.op  # another length
 
 
