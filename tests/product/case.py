@@ -277,13 +277,8 @@ def bad_call(case: Case, comm: Any, kind: str) -> tuple[Arrays, str, str]:
         return x, case.spec, "median"
     if kind == "spec":
         return x, "tpk(density=0.1)", case.op
-    if kind == "dtype":
-        return (
-            case.returned([np.zeros(part.shape, np.int64) for part in (x if case.listed else [x])]),
-            case.spec,
-            case.op,
-        )
-    return case.returned([np.zeros(7, case.dtype) for _ in case.shapes]), case.spec, case.op  # another length
+    shapes, dtype = (case.shapes, np.int64) if kind == "dtype" else ([(7,) for _ in case.shapes], case.dtype)
+    return case.returned([np.zeros(shape, dtype) for shape in shapes]), case.spec, case.op
 
 
 def refused(comm: Any, call: Callable[[], object]) -> None:
