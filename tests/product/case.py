@@ -139,14 +139,28 @@ class Case:
         mine = self._said(x, result, old, new)
         changed = self.given is not None and self.given[0] is x and [p.tobytes() for p in flats(x)] != self.given[1]
         lost = self.owed is not None and (mine.old is None or not _same(mine.old, self.owed))
-        everyone: list[tuple[Said, bool, bool]] = comm.allgather((mine, changed, lost))
+        everyone = comm.gather((mine, changed, lost), 0)
         self.owed = mine.new
         self.steps.append((b"".join(part.tobytes() for part in mine.result), _bytes(mine.new)))
+        verdict = comm.bcast(
+            self._verdict(everyone) if comm.rank == 0 else "", 0
+        )  # one judges, the others have no core
+        if verdict:
+            raise Wrong(verdict)
+
+    def _verdict(self, everyone: list[tuple[Said, bool, bool]]) -> str:
+        """What is wrong with what all ranks say; "" for nothing."""
         if any(changed for _, changed, _ in everyone):
-            raise Wrong("the input was changed")
+            return "the input was changed"
         if any(lost for *_, lost in everyone):
-            raise Wrong("the residual is not the one that the last step left")
-        self._judge([said for said, *_ in everyone], comm.size)
+            return "the residual is not the one that the last step left"
+        try:
+            self._judge([said for said, *_ in everyone], len(everyone))
+        except Wrong as wrong:
+            return str(wrong)
+        except Exception as error:  # the other ranks wait for a verdict
+            return f"the judge failed: {type(error).__name__}: {error}"
+        return ""
 
     def _said(self, x: Arrays, result: Arrays, old: Arrays | None, new: Arrays | None) -> Said:
         if isinstance(result, list) != self.listed or len(flats(result)) != len(self.shapes):

@@ -112,7 +112,7 @@ def main() -> None:
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", message="(?s).*measures this machine.*")
     job = Job()
-    results = path.with_suffix(".results").open("a") if job.world.rank == 0 else None
+    results = path.with_suffix(".results").open("a") if job.world.rank == 0 else None  # to the end of the job
     kinds: dict[str, int] = {}
     for number, combination in enumerate(rows[start:], start):
         if results:

@@ -52,6 +52,12 @@ class Ranks:
     def allgather(self, mine: Any) -> list[Any]:
         return [mine, *(other(mine) for other in self.others)]
 
+    def gather(self, mine: Any, root: int) -> list[Any]:
+        return self.allgather(mine)
+
+    def bcast(self, mine: Any, root: int) -> Any:
+        return mine
+
 
 # ----------------------------------------------------------------------------------------------------- generator
 
