@@ -112,7 +112,7 @@ def main() -> None:
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", message="(?s).*measures this machine.*")
     job = Job()
-    results = path.with_suffix(".results").open("a") if job.world.rank == 0 else None  # to the end of the job
+    results = path.with_suffix(".results").open("a") if job.world.rank == 0 else None
     kinds: dict[str, int] = {}
     for number, combination in enumerate(rows[start:], start):
         if results:
@@ -131,6 +131,7 @@ def main() -> None:
             results.write(json.dumps(line) + "\n")
             results.flush()
     if results:
+        results.close()
         path.with_suffix(".running").write_text("done")
     job.world.Barrier()
 
