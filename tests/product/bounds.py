@@ -1,0 +1,105 @@
+"""How far a reduction may be from the sum: from what each codec says of itself, at every place where something is lost.
+
+All is in units of the sum and holds for every element of a unit. Only what is easy to say is said, with a factor of
+two to spare: the law tells lost values better. Here is the one place that knows where a codec's bound is to be had.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpicomp.codecs import Bounded
+from mpicomp.reducers import Dense, Gather, TwoStage
+from mpicomp.reducers.resolve import CODECS
+
+SPARE = 2.0
+PROBED = 20_000  # elements at most
+
+
+def unit_error(member: Any, tops: list[float], size: int, ranks: int, divisor: int, dtype: str) -> float:
+    """The largest error of an element of a sum of units, by a reducer or a codec for which one is to be found.
+
+    `tops`: the largest magnitude of input and residual on each rank; `dtype`: the work dtype.
+    """
+    if not size or not max(tops):
+        return 0.0
+    found = [unit_error(each, tops, size, ranks, divisor, dtype) for each in _inside(member)]
+    if found:
+        return max(found)
+    if isinstance(member, Dense):
+        return 0.0
+    codec = member if type(member) in CODECS.values() else getattr(member, "codec", None)
+    if hasattr(member, "quantizer"):  # rounds to integers, with one scale for all ranks
+        return 1.01 * ranks * max(tops) / member.quantizer.levels
+    if codec is None:  # a projection, or something new
+        return SPARE * sum(tops) * math.sqrt(size)
+    whole = isinstance(member, (Gather, TwoStage)) and getattr(member, "second", None) is None
+    if isinstance(codec, Bounded) and codec.abs is not None and (whole or member is codec):
+        return codec.abs * divisor * (1 + 1e-6)  # it bounds the result
+    first = sum(worst(codec, top, size, dtype) for top in tops)
+    if isinstance(member, Gather) or codec.linear:
+        return first
+    scale = 2.0 ** math.ceil(math.log2(divisor))
+    rounds, again = max(1, math.ceil(math.log2(ranks))), getattr(member, "second", None) or codec
+    others = [other for other in (again, getattr(member, "dense", None)) if other is not None]
+    later = max(worst(other, (sum(tops) + first) / scale, size, dtype) * scale for other in others)
+    return first + rounds * later
+
+
+def _inside(member: Any) -> list[Any]:
+    """The reducers in a policy, and what `auto` may use."""
+    if type(member) in CODECS.values():
+        return []
+    values = [getattr(member, field.name) for field in dataclasses.fields(member)]
+    several = [each for value in values if isinstance(value, tuple) for each in value]
+    return [each for each in (*values, *several) if hasattr(each, "reduce") or each in several]
+
+
+@cache
+def worst(codec: Any, top: float, size: int, dtype: str) -> float:
+    """The largest error of an element of `size` of at most this magnitude, or of fewer; infinite past the dtype."""
+    most = float(np.finfo(dtype).max)
+    if not top <= most:
+        return math.inf
+    forms = [codec]
+    if getattr(codec, "scaled", False) and not codec.contractive:  # error feedback takes the other form
+        with contextlib.suppress(ValueError):
+            forms.append(dataclasses.replace(codec, scaled=False))
+    tops = {top, top / 2, top / 8, min(top, getattr(codec, "value", top) * 0.999)}
+    return max(SPARE * _codec_error(form, each, size, dtype) for form in forms for each in tops)
+
+
+def _codec_error(codec: Any, top: float, size: int, dtype: str) -> float:
+    """What one codec says of an array, all of whose elements have this magnitude."""
+    share = min(size, PROBED)
+    grown = math.sqrt(size / share)
+    bound = _contract()
+    if bound is not None:
+        try:
+            with np.errstate(over="ignore", invalid="ignore"):
+                most = float(np.max(bound(codec, np.full(share, top, dtype)))) * grown
+            return math.inf if math.isnan(most) else most
+        except (AttributeError, TypeError, NotImplementedError):  # one that the table does not know
+            pass
+    relative = getattr(codec, "relative_error", None)
+    return math.inf if relative is None else float(relative(size)) * top * math.sqrt(size)
+
+
+@cache
+def _contract() -> Any:
+    """The table of bounds of tests/codecs, None where there is none; by path, since `codecs` is Python's own too."""
+    path = Path(__file__).parents[1] / "codecs" / "test_contract.py"
+    spec = importlib.util.spec_from_file_location("contract_of_codecs", path)
+    if spec is None or spec.loader is None:
+        return None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, "bound", None)
