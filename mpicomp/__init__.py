@@ -57,4 +57,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'mpicomp' has no attribute {name!r}")
     from mpicomp import calls
 
-    return getattr(calls, name)
+    found = globals()[name] = getattr(calls, name)
+    return found

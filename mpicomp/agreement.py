@@ -15,9 +15,11 @@ from mpicomp.errors import ConfigMismatch
 
 DESCRIPTION = 2048  # bytes of text a rank may say of itself when ranks disagree
 REFUSAL = 2**64 - 1  # the digest of a rank that refuses its own arguments
+ODD = 0x9E3779B97F4A7C15  # 2^64 divided by the golden mean
 REFUSED = "refused its arguments"
 
 _pack = struct.Struct("<4d").pack
+_pair = struct.Struct("=QQ").pack
 _tiny, _denormal, _half, _large = 2.0**-1022, 2.0**-1050, 2.0**-1, 2.0**1000
 _one, _part = 1.0, 3 * 2.0**-54  # the second is 3/4 of the distance from 1 to the next number
 
@@ -35,7 +37,7 @@ def _hashed(data: bytes) -> int:
 def mixed(digest: int, *numbers: int) -> int:
     """A 64-bit digest that changes with each of the numbers, such as a step; never that of a refusal."""
     for number in numbers:
-        digest = (digest ^ number) * 0x9E3779B97F4A7C15 & REFUSAL
+        digest = (digest ^ number) * ODD & REFUSAL
         digest ^= digest >> 32
     return digest % REFUSAL
 
@@ -96,7 +98,7 @@ def confirm(comm: Comm, digest: int, describe: Callable[[], str]) -> None:
     if comm.size == 1:
         return
     mode = float_mode()
-    value = mixed(digest, comm.calls, _hashed(mode))
+    value = (digest + comm.calls * ODD + _hashed(mode)) % REFUSAL
     said = _settle(comm, value, value ^ REFUSAL, lambda: Said(digest, comm.calls, mode, describe()))
     if said:
         raise ConfigMismatch(_disagreement(said))
@@ -112,11 +114,11 @@ def _settle(comm: Comm, value: int, complement: int, say: Callable[[], Said]) ->
 
 
 def _meet(comm: Comm, value: int, complement: int) -> bool:
-    """Whether all ranks have the same value: the largest is then also the smallest."""
-    mine = np.array([value, complement], np.uint64)
-    most = np.empty_like(mine)
-    allreduce(comm, mine, most, "max")
-    return int(most[0]) ^ REFUSAL == int(most[1])
+    """Whether all ranks have this value: it is the largest then, and so is its complement."""
+    mine = _pair(value, complement)
+    most = np.empty(2, np.uint64)
+    allreduce(comm, np.frombuffer(mine, np.uint64), most, "max")
+    return value != complement and most.tobytes() == mine
 
 
 _HEAD = struct.Struct("<Qq32s")

@@ -110,7 +110,9 @@ class Background:
     ) -> None:
         self._name, self._mild, self._told, self._check = name, mild, told, check
         self._jobs: queue.SimpleQueue[tuple[Request[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
-        self._turn = threading.Condition(threading.Lock())  # held for moments only, never while something runs
+        self._turn = threading.Lock()  # held for moments only, never while something runs
+        self._free = threading.Condition(self._turn)  # no call runs on its caller's thread
+        self._waiting = False  # whether the thread waits for that
         self._pending = 0  # calls that run or wait for their turn
         self._inline: int | None = None  # the thread that runs a call of its own
         self._failure: Failure | None = None  # the last one
@@ -122,7 +124,8 @@ class Background:
 
     def is_current(self) -> bool:
         """Whether the caller is the thread whose turn it is."""
-        return threading.current_thread() is self._thread or threading.get_ident() == self._inline
+        me = threading.get_ident()
+        return me == self._inline or (self._thread is not None and me == self._thread.ident)
 
     def is_alive(self) -> bool:
         """Whether the thread runs."""
@@ -170,7 +173,8 @@ class Background:
         finally:
             with self._turn:
                 self._pending, self._inline = self._pending - 1, None
-                self._turn.notify()
+                if self._waiting:
+                    self._free.notify()
             if self._thread is None:
                 self._end()
 
@@ -218,7 +222,9 @@ class Background:
     def _loop(self) -> None:
         while (job := self._jobs.get()) is not None:
             with self._turn:
-                self._turn.wait_for(lambda: self._inline is None)
+                self._waiting = True
+                self._free.wait_for(lambda: self._inline is None)
+                self._waiting = False
             self._run(*job)
             del job  # or the last request, and its arrays, would live until the next
         self._end()

@@ -106,6 +106,8 @@ class Comm:
         if not isinstance(mpi, MPI.Intracomm):
             raise TypeError(f"comm must be an mpi4py.MPI.Intracomm, got {type(mpi).__name__}")
         global _keyval
+        if _keyval is not None and isinstance(known := mpi.Get_attr(_keyval), cls) and not known.closed:
+            return known
         with _making:  # nothing in here waits for another rank
             if _keyval is None:
                 _keyval = MPI.Comm.Create_keyval(delete_fn=_freed)

@@ -201,13 +201,16 @@ class MPITransport:
         """See Transport."""
         self._notices = [(request, kept) for request, kept in self._notices if not request.Test()]
         mpi, tag = self._notice_board()
-        self._notices.append((mpi.Isend(data, dest=peer, tag=tag), data))
+        if mpi:
+            self._notices.append((mpi.Isend(data, dest=peer, tag=tag), data))
 
     def notice(self, nbytes: int) -> tuple[int, Array] | None:
         """See Transport."""
         from mpi4py import MPI
 
         mpi, tag = self._notice_board()
+        if not mpi:
+            return None
         status = MPI.Status()
         message = mpi.Improbe(MPI.ANY_SOURCE, tag, status)  # two threads never take the same one
         if message is None:
@@ -217,7 +220,10 @@ class MPITransport:
         return status.Get_source(), data
 
     def _notice_board(self) -> tuple[Any, int]:
-        """Where notices travel: on the user's communicator while ours is being made, under a tag that nobody uses."""
+        """Where notices travel: on the user's communicator while ours is being made, under a tag that nobody uses.
+
+        That one may be freed by then.
+        """
         if self.ready:
             return self.mpi, NOTICE
         from mpi4py import MPI
