@@ -8,8 +8,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-from mpicomp.exits import end_job_on_uncaught_errors
-
 __version__ = "0.5.1"
 __all__ = [
     "allreduce",
@@ -60,6 +58,3 @@ def __getattr__(name: str) -> Any:
     from mpicomp import calls
 
     return getattr(calls, name)
-
-
-end_job_on_uncaught_errors()

@@ -14,8 +14,10 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar, cast
 
+from mpicomp import children
 from mpicomp.collectives import Comm, world
 from mpicomp.errors import ConfigMismatch
+from mpicomp.exits import end_job_from_thread
 
 T = TypeVar("T")
 
@@ -35,10 +37,7 @@ class Failure:
         if self.promised or self.raised:
             return
         self.raised = True
-        error = self.error
-        threading.excepthook(
-            threading.ExceptHookArgs((type(error), error, error.__traceback__, threading.current_thread()))
-        )
+        end_job_from_thread(self.error)
 
 
 class Request(Generic[T]):
@@ -142,6 +141,7 @@ class Background:
         """Do as `submit` does, for a request that was made before."""
         inline = self.is_current()
         if not inline:
+            children.refuse_forked()
             if not self._open:
                 raise RuntimeError("this communication thread has ended: what it belonged to was destroyed")
             self._forgive()

@@ -20,10 +20,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mpicomp import notices
+from mpicomp import children, exits, notices
 from mpicomp.arrays import Array, Copied, on_device, on_host
 from mpicomp.device import gpu_aware
 from mpicomp.errors import REPAIR, CommunicatorError
+from mpicomp.settings import setting
 from mpicomp.transport import MPITransport, Request, Topology, Transport, Window
 from mpicomp.watch import STOPPED, answered, attend, give_up
 
@@ -74,7 +75,7 @@ class Comm:
         self.over_mpi = isinstance(transport, MPITransport)
         self.rank = transport.rank
         self.size = transport.size
-        self.timeout = float(os.environ.get("MPICOMP_TIMEOUT", "600")) if timeout is None else timeout
+        self.timeout: float = setting("MPICOMP_TIMEOUT") if timeout is None else timeout
         self.traffic = Traffic()
         self.calls = 0
         self.spin = SPIN  # shorter while polling is in vain: where ranks share cores it takes time from who has work
@@ -97,6 +98,7 @@ class Comm:
 
         The duplicate is begun here, and complete when it is first used. It is closed when the user frees his.
         """
+        children.refuse_forked()
         if isinstance(mpi, Comm):
             return mpi if mpi.successor is None else cls.of(mpi.successor)
         from mpi4py import MPI
@@ -110,17 +112,22 @@ class Comm:
             known = mpi.Get_attr(_keyval)
             if isinstance(known, cls) and not known.closed:
                 return known
+            exits.begin()
             transport, opening = MPITransport.duplicate(mpi)
             comm = cls(transport, opening=opening)
+            notices.join(comm)
             mpi.Set_attr(_keyval, comm)  # what was there is closed
         return comm
 
     @classmethod
     def among(cls, mpi: Any, ranks: Sequence[int]) -> Comm:
         """Return a new communicator of some ranks of `mpi`; only they call this."""
+        exits.begin()
         everyone = cls(MPITransport(mpi))
         with guarded(everyone, f"making a communicator of {len(ranks)} ranks"):
-            return cls(everyone.transport.among(ranks))
+            comm = cls(everyone.transport.among(ranks))
+        notices.join(comm)
+        return comm
 
     @property
     def transport(self) -> Transport:
@@ -222,6 +229,16 @@ class Comm:
         if self._transport.ready:
             notices.send(self, notices.FAILED, said)
 
+    def reachable(self) -> Transport | None:
+        """How peers are told of this rank's end; None where this was closed."""
+        return None if self.closed else self._transport
+
+    def forget(self, transport: Transport) -> None:
+        """Communicate in another way from now on: a process forked from a rank must leave MPI alone."""
+        self._opening = None
+        for each in (self, *self._groups.values()):
+            each._transport = transport
+
     def renew(self) -> Comm:
         """Give up what is under way, and return a communicator of the same ranks that takes this one's place.
 
@@ -232,6 +249,7 @@ class Comm:
         _given_up.extend(each._transport for each in groups)
         transport, opening = self._transport.renewed()
         made = Comm(transport, self.timeout, opening)
+        notices.join(made)
         made.traffic, made._topology = self.traffic, self._topology
         self.closed = self._closing = True
         self.successor = made

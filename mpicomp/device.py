@@ -8,6 +8,8 @@ import subprocess
 import sys
 from collections.abc import Mapping
 
+from mpicomp.settings import setting
+
 LOCAL_RANKS = (
     *("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK"),
     "SLURM_LOCALID",  # last: an mpirun inside a step of SLURM inherits that of the step
@@ -51,10 +53,8 @@ def gpu_aware() -> bool:
     A child tries, with messages to itself: a wrong guess ends in a segmentation fault, and not every MPI can be asked.
     Raises ValueError for another value of the variable.
     """
-    said = os.environ.get(GPU_AWARE, "")
-    if said not in ("", "0", "1"):
-        raise ValueError(f"{GPU_AWARE} must be 0 or 1, got {said!r}")
-    return _tried() if not said else said == "1"
+    said: bool | None = setting(GPU_AWARE)
+    return _tried() if said is None else said
 
 
 @functools.cache

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
+from weakref import WeakSet
 
 import numpy as np
 
+from mpicomp import children
 from mpicomp.transport import Transport
 
 FAILED = 1
@@ -72,3 +74,74 @@ def look(comm: Talks) -> Notice | None:
     kind, number, status = _HEAD.unpack_from(raw)
     text = raw[_HEAD.size :].rstrip(b"\0").decode(errors="ignore")
     return Notice(rank, kind, text, number, status)
+
+
+class Member(Protocol):
+    """A communicator whose peers are told of this rank's end; `collectives.Comm` says what it means."""
+
+    met: int
+    left: dict[int, Notice]
+
+    def reachable(self) -> Transport | None:
+        """How its peers are told; None where it is no more."""
+        ...
+
+    def forget(self, transport: Transport) -> None:
+        """Communicate in another way from now on."""
+        ...
+
+
+class Board(NamedTuple):
+    """Where notices are sent and found."""
+
+    transport: Transport
+
+
+_members: WeakSet[Member] = WeakSet()
+
+
+def join(comm: Member) -> None:
+    """From now on tell this communicator's peers when this rank ends."""
+    _members.add(comm)
+
+
+def leave(text: str, status: int) -> None:
+    """Tell all peers that this rank has ended."""
+    for comm in list(_members):
+        transport = comm.reachable()
+        if transport is not None:
+            said = f"{text}, after {comm.met} collectives"
+            send(Board(transport), LEFT, said, number=comm.met, status=status)
+
+
+def all_left() -> bool:
+    """Whether the peers of all communicators have ended, too."""
+    everyone = True
+    for comm in list(_members):
+        transport = comm.reachable()
+        if transport is None:
+            continue
+        while (notice := look(Board(transport))) is not None:
+            if notice.kind == LEFT:
+                comm.left[notice.rank] = notice
+        everyone = everyone and len(comm.left) >= transport.size - 1
+    return everyone
+
+
+def last_number() -> int:
+    """Return how many collectives this rank has begun, on the communicator with the most."""
+    return max((comm.met for comm in list(_members)), default=0)
+
+
+def forget() -> None:
+    """Take every communicator from a process that was forked: its parent uses them."""
+    for comm in list(_members):
+        comm.forget(cast(Transport, Nowhere()))
+    _members.clear()
+
+
+class Nowhere:
+    """The transport of a forked child: whatever is asked of it, it refuses."""
+
+    def __getattr__(self, name: str) -> Any:
+        children.refuse()

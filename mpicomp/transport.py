@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,6 +14,7 @@ import numpy as np
 from mpicomp.arrays import Array
 
 OPS = ("sum", "max", "min", "prod", "band", "bor", "bxor")
+LAST = 10  # seconds that MPI may take to end a job
 KEPT = 64  # requests
 NOTICE = (1 << 14) + 1  # the tag of notices, which nothing else uses
 
@@ -278,9 +281,17 @@ class MPITransport:
 
     def abort(self, code: int) -> None:
         """See Transport."""
-        from mpi4py import MPI
+        abort(code)
 
-        MPI.COMM_WORLD.Abort(code)
+
+def abort(code: int) -> None:
+    """End all ranks of the job; this process at least, where MPI hangs over it, as it may without memory."""
+    from mpi4py import MPI
+
+    libc = ctypes.CDLL(None)
+    libc.signal(signal.SIGALRM, 0)
+    libc.alarm(LAST)
+    MPI.COMM_WORLD.Abort(code)
 
 
 class MPIWindow:

@@ -97,7 +97,9 @@ class MessageLayout:
         self.nbytes = end
 
     def views(self, message: Array) -> list[Payload]:
-        """View a message, (nbytes,) uint8, as the payload of each piece; no copy."""
+        """View a message, (nbytes,) uint8, as the payload of each piece; no copy. WireFormatError if it is shorter."""
+        if message.size < self.nbytes:
+            raise WireFormatError(f"a message has {message.size} bytes, expected {self.nbytes}")
         return [
             tuple(message[at : at + field.nbytes].view(field.dtype).reshape(field.shape) for at, field in piece)
             for piece in self.pieces
@@ -114,12 +116,18 @@ class MessageLayout:
     def cut(self, message: Array, told: Array) -> list[Payload]:
         """View a message that was closed up as the payload of each piece; no copy.
 
-        `told` is the same message where the host may read how long each is.
+        `told` is the same message where the host may read how long each is. WireFormatError where it tells lengths that
+        are none, or that `message` does not have.
         """
         payloads: list[Payload] = []
         end = HEADER
         for ((_, field),) in self.pieces:
-            used = int(told[end : end + ALIGN].view("<u8")[0]) if field.nbytes else 0
+            used = 0
+            if field.nbytes:
+                room = min(message.size - end, field.nbytes)
+                used = int(told[end : end + ALIGN].view("<u8")[0]) if room >= ALIGN else 0
+                if not ALIGN <= used <= room or used % ALIGN:
+                    raise WireFormatError(f"a piece of a message says it has {used} bytes, at most {room} are there")
             payloads.append((message[end : end + used],))
             end += used
         return payloads

@@ -16,8 +16,11 @@ from team import Team
 
 from mpicomp import agreement
 from mpicomp.agreement import REFUSAL, agree, confirm, digest_of, float_mode, mixed, mode_text
+from mpicomp.codecs import Sign
 from mpicomp.collectives import Comm
 from mpicomp.errors import ConfigMismatch
+from mpicomp.reducers import Gather
+from mpicomp.reducers.resolve import arithmetic
 
 SIZES = [*range(1, 10), 16, 17]
 
@@ -205,3 +208,14 @@ def test_flush_to_zero_on_one_rank_is_found_at_the_call() -> None:
         agree(comm, "dense")
 
     Team(3).run(f)
+
+
+def test_what_kernels_make_of_numbers_is_found_anew_in_another_mode() -> None:
+    """Or a rank that began with denormals flushed to zero would differ from others for good."""
+    torch = pytest.importorskip("torch")
+    torch.set_flush_denormal(True)
+    try:
+        flushed = arithmetic(Gather(Sign()))
+    finally:
+        torch.set_flush_denormal(False)
+    assert arithmetic(Gather(Sign())) != flushed

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,58 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-MPIRUN = shutil.which("mpirun", path=f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ.get('PATH', '')}")
-LAUNCHERS = ("PMI", "PMIX", "OMPI", "PRTE", "SLURM", "MPI_LOCAL", "HYDRA")
-ROOT = str(Path(__file__).parents[1])
-LIMIT = 60  # seconds for a job, kernels compiled on the way included
-
-needs_mpirun = pytest.mark.skipif(MPIRUN is None, reason="there is no mpirun")
-
-START = """
-import os, sys, threading, time
-import numpy as np
-import mpicomp
-from mpi4py import MPI
-comm = MPI.COMM_WORLD
-me = comm.Get_rank()
-x = np.ones(1000, np.float32)
-"""
-
-
-def environ(**more: str) -> dict[str, str]:
-    """Environment for a job as root, with more ranks than cores, that does not think it has a launcher already."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
-    kept |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMPI_MCA_mpi_yield_when_idle": "1"}
-    return kept | {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", "OMP_NUM_THREADS": "1"} | more
-
-
-def start(tmp_path: Path, ranks: int, body: str, **more: str) -> subprocess.Popen[str]:
-    script = tmp_path / "job.py"
-    script.write_text(START + textwrap.dedent(body))
-    return subprocess.Popen(
-        [str(MPIRUN), "-n", str(ranks), sys.executable, str(script)],
-        env=environ(**more),
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        # a shell's background job ignores SIGINT, and its children inherit that
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-
-
-def finish(job: subprocess.Popen[str]) -> str:
-    """Wait for a job and return what it printed; a job that hangs is killed, all of it."""
-    try:
-        output, _ = job.communicate(timeout=LIMIT)
-    except subprocess.TimeoutExpired:
-        os.killpg(job.pid, signal.SIGKILL)
-        output, _ = job.communicate()
-        pytest.fail(f"the job hangs after {LIMIT} s; it printed:\n{output}")
-    return output
+from jobs import LIMIT, ROOT, environ, finish, is_running, needs_mpirun, start
 
 
 @needs_mpirun
@@ -91,6 +39,7 @@ def test_exception_between_collectives(tmp_path: Path, ranks: int) -> None:
 
 @needs_mpirun
 def test_exception_before_the_first_collective(tmp_path: Path) -> None:
+    """That rank has not begun, so nothing of its end is changed: the others give it up."""
     job = start(
         tmp_path,
         3,
@@ -99,31 +48,12 @@ def test_exception_before_the_first_collective(tmp_path: Path) -> None:
             raise ZeroDivisionError("rank one never began")
         mpicomp.allreduce(comm, x, "dense")
         """,
+        MPICOMP_TIMEOUT="2",
     )
     output = finish(job)
     assert job.returncode != 0
     assert "ZeroDivisionError: rank one never began" in output
-
-
-@needs_mpirun
-def test_exception_in_a_thread(tmp_path: Path) -> None:
-    job = start(
-        tmp_path,
-        2,
-        """
-        mpicomp.allreduce(comm, x, "dense")
-        def work():
-            raise ZeroDivisionError("the thread of rank one")
-        if me == 1:
-            threading.Thread(target=work).start()
-            time.sleep(1000)
-        mpicomp.allreduce(comm, x, "dense")
-        """,
-    )
-    output = finish(job)
-    assert job.returncode != 0
-    assert "rank 1 of 2 failed" in output
-    assert "ZeroDivisionError: the thread of rank one" in output
+    assert re.search(r"rank [02] of 3 waited [2-4] s in the first call.* rank 1 do(es)? not answer", output)
 
 
 @needs_mpirun
@@ -200,13 +130,6 @@ def test_interrupt_ends_all_ranks(tmp_path: Path, call: str) -> None:
     assert time.monotonic() - began < 20
     time.sleep(0.5)
     assert [pid for pid in pids if Path(f"/proc/{pid}/cmdline").exists() and is_running(pid)] == []
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @needs_mpirun

@@ -31,12 +31,12 @@ LAYERS = [
     {"device", "environment", "transport"},
     {"wire", "kernels"},
     {"specs", "arrays"},
-    {"errors"},
+    {"errors", "children", "settings"},
 ]
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 PLACES = {
-    "mpi4py": {"transport", "collectives", "environment", "exits", "__main__"},
+    "mpi4py": {"transport", "collectives", "environment", "__main__"},
     "torch": {"torch"},
     "cupy": {"arrays", "kernels"},
     "numba": {"kernels"},

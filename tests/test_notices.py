@@ -55,7 +55,9 @@ def test_a_rank_that_waits_learns_that_a_peer_has_failed(grouped: bool) -> None:
         return str(caught.value)
 
     said = Team(3).run(f)[0]
-    assert said == ("rank 1 of 3 failed: topk: ValueError: too large. Rank 0 was in gather (collective number 0)")
+    assert said.startswith(
+        "rank 1 of 3 failed: topk: ValueError: too large. Rank 0 was in gather (collective number 0)"
+    )
 
 
 def test_a_rank_that_has_ended_ends_the_job_of_who_needs_it() -> None:

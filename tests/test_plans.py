@@ -143,7 +143,7 @@ def test_plans_called_crosswise_are_found_and_the_next_call_works(pair: Any) -> 
         odd = int(comm.rank == 2)
         for _ in range(2):
             with pytest.raises(
-                ConfigMismatch, match=r"(?s)rank 2: step 0 of the plan .*ranks 0, 1: |ranks 0, 1: .*rank 2"
+                ConfigMismatch, match=r"(?s)rank 2: step 0, seed [01], of the plan .*ranks 0, 1: |ranks 0, 1: .*rank 2"
             ):
                 plans[odd](xs[odd])
         with pytest.raises(ConfigMismatch):
@@ -170,8 +170,20 @@ def test_plans_at_different_steps_are_found() -> None:
         return str(caught.value)
 
     for said in Team(2).run(f):
-        assert "rank 0: step 2 of the plan of sum of float32 x[13, 7]" in said
-        assert "rank 1: step 1 of the plan of sum of float32 x[13, 7]" in said
+        assert "rank 0: step 2, seed 0, of the plan of sum of float32 x[13, 7]" in said
+        assert "rank 1: step 1, seed 0, of the plan of sum of float32 x[13, 7]" in said
+
+
+def test_a_plan_goes_on_from_its_beginning_where_its_memory_is_restored_to_that() -> None:
+    def f(comm: Comm) -> bool:
+        plan = mpicomp.plan(comm, array_of(0), "topk(density=0.1)", memory=True)
+        beginning = mpicomp.state("topk(density=0.1)", array_of(0)).export()
+        first = plan(array_of(comm.rank))
+        plan(array_of(comm.rank))
+        plan.state.restore(beginning)
+        return plan(array_of(comm.rank)).tobytes() == first.tobytes()
+
+    assert Team(2).run(f) == [True, True]
 
 
 def test_what_one_rank_refuses_all_hear_of() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import copy
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,15 +16,35 @@ from mpicomp.reducers.allowance import divided
 from mpicomp.reducers.apply import apply
 from mpicomp.reducers.base import Reducer, State, check_place
 from mpicomp.reducers.policies import After, ErrorFeedback, Partition
-from mpicomp.reducers.resolve import Method, resolve
+from mpicomp.reducers.resolve import Method, parse, resolve
+from mpicomp.reducers.workspace import Workspace
+
+
+class Place(NamedTuple):
+    """Whose memory it is: a rank among so many. What it holds means nothing to another one."""
+
+    rank: int
+    ranks: int
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} of {self.ranks}"
+
+
+class Running(NamedTuple):
+    """What a method means on a communicator."""
+
+    reducer: Reducer
+    """As it was resolved."""
+    divided: Reducer
+    """With the allowance of `bounded` divided among its lossy events (`mpicomp.reducers.allowance`): what runs."""
 
 
 @dataclass
 class Memory:
     """What a reduction remembers between steps; made by `mpicomp.state`, updated in place by `allreduce`.
 
-    `reducer` is resolved at the first call, when the number of ranks is known. `running` is that with the allowance
-    of `bounded` divided among its lossy events (`mpicomp.reducers.allowance`).
+    It is values, and may be copied, pickled, exported and restored between steps: the copy goes on, bit for bit, as the
+    original would. From its first step on it belongs to one rank of so many ranks, on any communicator of that size.
     """
 
     method: Codec | Reducer
@@ -31,16 +52,35 @@ class Memory:
     seed: int = 0
     feedback: bool = True
     """Whether a bare codec means error feedback."""
-    reducer: Reducer | None = None
-    running: Reducer | None = None
     state: State | None = None
+    """None until the first step."""
+    place: Place | None = None
+    resolved: Running | None = None
+    work: Workspace = field(default_factory=Workspace, repr=False, compare=False)
+    """Buffers, which are not part of what is remembered."""
+
+    def __post_init__(self) -> None:
+        self.work.device = self.form.device
+
+    def __copy__(self) -> Memory:
+        return copy.deepcopy(self)  # two memories that share arrays would overwrite each other's residuals
+
+    @property
+    def reducer(self) -> Reducer | None:
+        """The reducer that the method means; None until the first step shows the number of ranks."""
+        return None if self.resolved is None else self.resolved.reducer
+
+    @property
+    def running(self) -> Reducer | None:
+        """The reducer that runs."""
+        return None if self.resolved is None else self.resolved.divided
 
     @property
     def residual(self) -> Array | list[Array] | None:
         """A copy of this rank's debt, in the work dtype and the arrays' shapes; None before a step or without one."""
-        if self.state is None or self.running is None:
+        if self.state is None or self.resolved is None:
             return None
-        kept = self.running.export(self.state)
+        kept = self.resolved.divided.export(self.state)
         found = [kept[unit.name].get("residual") for unit in self.form.layout.units]
         if all(debt is None for debt in found):
             return None
@@ -58,35 +98,94 @@ class Memory:
         if self.method != method:
             raise ValueError(f"state was made for {self.method}, got method {method}")
 
-    def prepare(self, ranks: int, op: str) -> Reducer:
-        """Return the reducer that runs; ValueError where there is none, or another one ran before."""
-        if self.reducer is None:
-            self.reducer = resolve(self.method, self.form.layout, self.form.dtype, ranks, memory=self.feedback)
-        check_place(self.reducer, self.form.device)
-        running = divided(self.reducer, ranks, op)
-        if self.running is None:
-            self.running = running
-        elif self.running != running:
-            raise ValueError(
-                f"state was begun with {self.running}, and op {op!r} needs {running}; make a state for each"
-            )
-        return running
+    def prepare(self, comm: Comm, op: str) -> Running:
+        """Return what would run; nothing changes yet.
 
-    def begun(self, step: int = 0) -> State:
-        """Return the state to begin the next step with; a fresh one counts from `step`."""
+        ValueError where there is no reducer, where another one ran before, or where this is another rank's memory.
+        """
+        here = Place(comm.rank, comm.size)
+        if self.place not in (None, here):
+            raise ValueError(
+                f"state belongs to {self.place}, where its first step was, and this is {here}; make a state for each "
+                f"communicator of another size or order"
+            )
+        reducer = self.reducer or resolve(self.method, self.form.layout, self.form.dtype, comm.size, self.feedback)
+        check_place(reducer, self.form.device)
+        found = Running(reducer, divided(reducer, comm.size, op))
+        if self.running not in (None, found.divided):
+            raise ValueError(
+                f"state was begun with {self.running}, and op {op!r} needs {found.divided}; make a state for each"
+            )
+        return found
+
+    def at(self, step: int = 0) -> tuple[int, int]:
+        """Seed and step of the next call; a memory that is new counts from `step`."""
+        return (self.seed, step) if self.state is None else (self.state.seed, self.state.step)
+
+    def begin(self, comm: Comm, found: Running, step: int = 0) -> None:
+        """Settle what runs, on which rank, once all ranks have agreed on it; a new memory counts from `step`."""
         if self.state is None:
-            assert self.running is not None
-            fresh = self.running.init(self.form.layout, work_dtype(self.form.dtype), seed=self.seed, step=step)
+            fresh = found.divided.init(self.form.layout, work_dtype(self.form.dtype), seed=self.seed, step=step)
             self.state = fresh.placed(self.form.device)
-        return self.state
+        self.place, self.resolved = Place(comm.rank, comm.size), found
 
     def reduce(self, comm: Comm, op: str, x: Array, out: Array) -> None:
-        """Do a step with flat arrays, half types as bits, once all ranks have agreed on it. Collective."""
-        assert self.running is not None
-        self.state, _ = apply(comm, self.running, x, self.form.dtype, op, self.begun(), out, watched=False)
+        """Do a step with flat arrays, half types as bits, once this was begun. Collective."""
+        assert self.state is not None
+        assert self.resolved is not None
+        reducer, dtype = self.resolved.divided, self.form.dtype
+        self.state, _ = apply(comm, reducer, x, dtype, op, self.state, out, self.work, watched=False)
+
+    def export(self) -> dict[str, Any]:
+        """Return all that this rank needs to go on, as plain values: a copy; `restore` takes it.
+
+        {"step", "seed", "rank", "ranks", "method", "running": str, "units": arrays by name}; of a memory without a step
+        the method alone.
+        """
+        if self.state is None or self.resolved is None or self.place is None:
+            return {"method": str(self.method)}
+        reducer, running = self.resolved
+        return {
+            "method": str(self.method),
+            "reducer": str(reducer),
+            "running": str(running),
+            "rank": self.place.rank,
+            "ranks": self.place.ranks,
+            "seed": self.state.seed,
+            "step": self.state.step,
+            "units": running.export(self.state),
+        }
+
+    def restore(self, exported: dict[str, Any]) -> None:
+        """Go on from what `export` returned, on the same rank of as many ranks.
+
+        ValueError for what belongs to another method or to arrays of other shapes; this memory then stays as it was.
+        """
+        if exported.get("method") != str(self.method):
+            raise ValueError(f"this state is of {self.method}, and {exported.get('method')} was exported")
+        if "units" not in exported:
+            self.state, self.place, self.resolved = None, None, None
+            return
+        sizes = {unit.name: unit.size for unit in self.form.layout.units}
+        found = exported["units"]
+        wrong = sorted(sizes.keys() ^ found.keys()) or [
+            name for name, kept in found.items() if "residual" in kept and kept["residual"].size != sizes[name]
+        ]
+        if wrong:
+            raise ValueError(f"this state is of {self.form}, and what was exported differs in {', '.join(wrong)}")
+        resolved = Running(*(_reducer_of(exported[name]) for name in ("reducer", "running")))
+        dtype, seed, step = work_dtype(self.form.dtype), exported["seed"], exported["step"]
+        fresh = resolved.divided.init(self.form.layout, dtype, seed=seed, step=step)
+        self.state = resolved.divided.restore(fresh, found).placed(self.form.device)
+        self.seed, self.place, self.resolved = seed, Place(exported["rank"], exported["ranks"]), resolved
 
     def __str__(self) -> str:
         return str(self.method if self.reducer is None else self.reducer)
+
+
+def _reducer_of(spec: str) -> Reducer:
+    reducer: Any = parse(spec)
+    return reducer  # type: ignore[no-any-return]  # what `export` wrote
 
 
 def state(method: Method, x: Arrays, seed: int = 0) -> Memory:
@@ -97,8 +196,12 @@ def state(method: Method, x: Arrays, seed: int = 0) -> Memory:
     """
     checked_arrays(x, device=True)
     form = Form.of(x)
-    _ = form.dtype  # one for all
-    return Memory(member_of(method), form, seed)
+    made = Memory(member_of(method), form, seed)
+    for ranks in (1, 2, 64):  # whatever their number: what no reducer takes is refused here
+        reducer = resolve(made.method, form.layout, form.dtype, ranks)
+        check_place(reducer, form.device)
+        reducer.init(form.layout.select(lambda unit: False), work_dtype(form.dtype))
+    return made
 
 
 def remembers(method: Any) -> bool:

@@ -31,7 +31,7 @@ from mpicomp.planner.cache import known
 from mpicomp.reducers.allowance import allowances
 from mpicomp.reducers.apply import OPS
 from mpicomp.reducers.auto import Auto
-from mpicomp.reducers.base import Explained, Reducer
+from mpicomp.reducers.base import Explained, Reducer, State
 from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.policies import ErrorFeedback
 from mpicomp.reducers.resolve import Method, describe
@@ -72,8 +72,10 @@ class Plan(Generic[Arrays]):
 
     def _prepare(self, comm: Comm, x: Any, out: Any) -> Operation:
         xs, outs = self._checked(x, out)
+        if not self._exact and self.state.state is None:  # it was restored to its beginning
+            self.state.begin(comm, self.state.prepare(comm, self.op))
         sums = partial(sum_integers, comm) if self._exact else partial(self.state.reduce, comm, self.op)
-        buffer = fresh if self._exact else self.state.begun().buffer
+        buffer = fresh if self._exact else self.state.work.buffer
         run = partial(packed, self._form, xs, outs, sums, buffer)
         return Operation(self._described, bound(run, xs[0]), self._next_digest)
 
@@ -82,16 +84,12 @@ class Plan(Generic[Arrays]):
         """The communicator, or what took its place."""
         return Comm.of(self._planned)
 
-    @property
-    def _step(self) -> int:
-        """The step that comes next; integers have none."""
-        return 0 if self.state.state is None else self.state.state.step
-
     def _next_digest(self) -> int:
-        return mixed(self._digest, self._step)
+        return mixed(self._digest, *self.state.at())
 
     def _described(self) -> str:
-        return f"step {self._step} of the {self._description}"
+        seed, step = self.state.at()
+        return f"step {step}, seed {seed}, of the {self._description}"
 
     def _checked(self, x: Any, out: Any) -> tuple[list[Array], list[Array] | None]:
         xs = self._fitting(x, "x")
@@ -129,7 +127,12 @@ class Plan(Generic[Arrays]):
         while isinstance(running, ErrorFeedback):
             running = running.reducer
         assert running is not None
-        return running.running(self.state.begun()) if isinstance(running, Auto) else running
+        return running.running(self._state) if isinstance(running, Auto) else running
+
+    @property
+    def _state(self) -> State:
+        assert self.state.state is not None
+        return self.state.state
 
     @property
     def residual(self) -> Array | list[Array] | None:
@@ -190,12 +193,13 @@ def _plan(comm: Comm, like: Any, method: Method, op: str, memory: bool, seed: in
     if integers:
         check_integers(form, op)
     state = Memory(member, form, seed, feedback=memory)
-    reducer = state.prepare(comm.size, op)
+    found = state.prepare(comm, op)
 
     def said() -> str:
-        return "plan of " + describe(reducer, form.layout, form.dtype, op, seed, 0)
+        return "plan of " + describe(found.divided, form.layout, form.dtype, op, seed, 0)
 
     def make() -> Plan[Any]:
+        state.begin(comm, found)
         _ = comm.topology  # collective where nobody asked before
         return Plan(comm, form, dtypes, state, op, said())
 

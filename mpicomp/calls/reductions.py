@@ -79,7 +79,7 @@ def _allreduce(comm: Comm, x: Any, method: Method, op: str, memory: Memory | Non
         )
 
     def run(memory: Memory) -> Any:
-        return packed(form, xs, outs, partial(memory.reduce, comm, op), memory.begun().buffer)
+        return packed(form, xs, outs, partial(memory.reduce, comm, op), memory.work.buffer)
 
     operation = prepared(comm, form, member, op, memory, run)
     return operation._replace(run=bound(operation.run, xs[0]))
@@ -149,13 +149,17 @@ def prepared(
     else:
         memory.check(form, method)
         mine = memory
-    reducer = mine.prepare(comm.size, op)
+    found, fresh = mine.prepare(comm, op), memory is None
 
     def said() -> str:
-        state = mine.begun(comm.calls if memory is None else 0)
-        return describe(reducer, form.layout, form.dtype, op, state.seed, state.step)
+        seed, step = mine.at(comm.calls if fresh else 0)
+        return describe(found.divided, form.layout, form.dtype, op, seed, step)
 
-    return Operation(said, lambda: run(mine))
+    def go() -> Any:
+        mine.begin(comm, found, comm.calls if fresh else 0)
+        return run(mine)
+
+    return Operation(said, go)
 
 
 def results(xs: list[Array], form: Form, out: Any) -> list[Array] | None:

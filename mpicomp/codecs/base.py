@@ -84,6 +84,11 @@ class Codec(Protocol):
         ...
 
     @property
+    def ranged(self) -> bool:
+        """Values have an absolute largest number, on which larger ones saturate: there is no scale of their own."""
+        ...
+
+    @property
     def loud(self) -> bool:
         """What is not finite in an input shows in the first field of the payload: nobody need look for it before."""
         ...

@@ -51,6 +51,7 @@ class Blockwise(ABC):
     linear: ClassVar[bool] = False
     fixed: ClassVar[bool] = True
     blockwise: ClassVar[bool] = True
+    ranged: ClassVar[bool] = False
 
     @property
     def loud(self) -> bool:

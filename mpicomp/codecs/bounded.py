@@ -94,6 +94,7 @@ class Bounded(Spec):
     fixed: ClassVar[bool] = False
     blockwise: ClassVar[bool] = False
     loud: ClassVar[bool] = False
+    ranged: ClassVar[bool] = False
     block: ClassVar[int] = BLOCK
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:

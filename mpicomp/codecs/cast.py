@@ -43,6 +43,11 @@ class Cast(Spec):
     blockwise: ClassVar[bool] = True
     loud: ClassVar[bool] = False
 
+    @property
+    def ranged(self) -> bool:
+        """fp16 ends at 65504; bf16 ends where float32 does."""
+        return self.dtype == "fp16"
+
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
         """The payload of an array of `size` elements of work dtype `dtype`."""
         return (Field((size,), "<u2"),)

@@ -43,6 +43,11 @@ class SmallFloat:
     shared: ClassVar[bool] = True
 
     @property
+    def ranged(self) -> bool:
+        """Whether numbers have an absolute range: where no elements share a power of two."""
+        return not self.shared
+
+    @property
     def _bits(self) -> int:
         return 4 if self.format == "e2m1" else 8
 
@@ -147,6 +152,7 @@ class Natural(Unbiased, Spec):
     fixed: ClassVar[bool] = True
     blockwise: ClassVar[bool] = True
     loud: ClassVar[bool] = False
+    ranged: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_block(self.block)

@@ -81,7 +81,10 @@ def encode(indices: Array, size: int, coding: str, out: Array) -> None:
 
 
 def decode(data: Array, size: int, coding: str, out: Array) -> None:
-    """Set out, (k,) uint32, to the indices in `data`, which `check` let pass."""
+    """Set out, (k,) uint32, to the indices in `data`; WireFormatError where they are not k of them below size.
+
+    On a GPU the host does not look at them, and those not below size must meet kernels that leave them out.
+    """
     if out.size == 0:
         return
     if coding == "u32":
@@ -92,12 +95,16 @@ def decode(data: Array, size: int, coding: str, out: Array) -> None:
         if blocks:
             counts = _seen(data[: 4 * blocks].view("<u4")).astype(np.int64)
             last = out.size - int(counts.sum())
+            if last < 0:
+                raise WireFormatError(f"a message has {out.size - last} indices or more, expected {out.size}")
             high = np.repeat(np.arange(blocks + 1, dtype=np.uint32) << np.uint32(16), np.append(counts, last))
             out |= to_device(high) if on_device(out) else high
     elif coding == "bitmap":
         kernels_for(out).decode_bitmap(data, out)
     else:
         kernels_for(out).decode_elias_fano(data, width(size, out.size), out)
+    if not on_device(out) and int(out.max()) >= size:
+        raise WireFormatError(f"an index is {int(out.max())}, and must be below {size}")
 
 
 def _seen(x: Array) -> Array:
@@ -106,7 +113,7 @@ def _seen(x: Array) -> Array:
 
 
 def scatter_add(data: Array, coding: str, values: Array, out: Array, scale: float = 1.0) -> None:
-    """Add scale * values, (k,), to `out` at the indices in `data`."""
+    """Add scale * values, (k,), to `out` at the indices in `data`; see `decode`."""
     kernels = kernels_for(out)
     if coding == "bitmap":
         kernels.add_bitmap(data, values, out, scale)

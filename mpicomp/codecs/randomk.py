@@ -51,6 +51,11 @@ class RandomK(Spec):
     loud: ClassVar[bool] = False
 
     @property
+    def ranged(self) -> bool:
+        """Whether what encodes the values has an absolute range."""
+        return self.values is not None and self.values.ranged
+
+    @property
     def linear(self) -> bool:
         """Payloads may be summed element by element."""
         return self.values is None

@@ -73,6 +73,11 @@ class Rotated(Spec):
     loud: ClassVar[bool] = False
 
     @property
+    def ranged(self) -> bool:
+        """Whether the codec inside has an absolute range."""
+        return self.codec.ranged
+
+    @property
     def unbiased(self) -> bool:
         """The mean of decode(encode(x)) over keys is x."""
         return self.codec.unbiased and not self.scaled

@@ -48,6 +48,7 @@ class Sign(Spec):
     block: ClassVar[int] = BLOCK
     blockwise: ClassVar[bool] = False
     loud: ClassVar[bool] = False
+    ranged: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_bool(self, "two_means")
@@ -110,6 +111,7 @@ class Ternary(Spec):
     block: ClassVar[int] = BLOCK
     blockwise: ClassVar[bool] = False
     loud: ClassVar[bool] = False
+    ranged: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not is_number(self.clip) or not self.clip > 0:

@@ -117,9 +117,15 @@ def capacity(values: Values, size: int, dtype: str) -> tuple[Field, ...]:
 
 
 def variable_views(values: Values, message: Array, size: int, k: int, dtype: str) -> tuple[Payload, Array, int]:
-    """Return views of the values' fields and of the indices of a message of variable size, and the bytes used."""
+    """Return views of the values' fields and of the indices of a message of variable size, and the bytes used.
+
+    WireFormatError where the message is too short for k elements.
+    """
+    fields = (*values.fields(k, dtype), indices_field(size, k))
     found, at = [], HEAD
-    for field in (*values.fields(k, dtype), indices_field(size, k)):
+    if HEAD + sum(padded(field.nbytes) for field in fields) > message.size:
+        raise WireFormatError(f"a message of {message.size} bytes is too short for {k} elements of {size}")
+    for field in fields:
         found.append(message[at : at + field.nbytes].view(field.dtype).reshape(field.shape))
         at += padded(field.nbytes)
     return tuple(found[:-1]), found[-1], at

@@ -40,6 +40,11 @@ class Above(ABC):
     blockwise: ClassVar[bool] = False
     loud: ClassVar[bool] = False
 
+    @property
+    def ranged(self) -> bool:
+        """Whether what encodes the values has an absolute range."""
+        return self.values is not None and self.values.ranged
+
     @abstractmethod
     def kept(self, size: int) -> int:
         """Return how many of `size` elements are sent at most."""

@@ -45,6 +45,11 @@ class Largest(ABC):
         return self.values is None
 
     @property
+    def ranged(self) -> bool:
+        """Whether what encodes the values has an absolute range."""
+        return self.values is not None and self.values.ranged
+
+    @property
     def contractive(self) -> bool:
         """The error is smaller than x: what is left out is, and so is what `values` leaves out of the rest."""
         return contracts(self.values)

@@ -35,7 +35,7 @@ class Kernels(Protocol):
 
     def axpy(self, x: Array, out: Array, scale: float = 1.0) -> None: ...  # noqa: D102
 
-    def narrow(self, x: Array, out: Array, dtype: str) -> None: ...  # noqa: D102
+    def narrow(self, x: Array, out: Array, dtype: str, saturate: bool = True) -> None: ...  # noqa: D102
 
     def narrow_residual(self, x: Array, old: Array | None, new: Array, out: Array, dtype: str) -> None: ...  # noqa: D102
 

@@ -26,6 +26,7 @@ from mpicomp.planner.cost import Cost
 from mpicomp.planner.machine import Machine
 from mpicomp.planner.measure import measure, measure_passes
 from mpicomp.planner.share import shared
+from mpicomp.settings import setting
 
 FORMAT = 1
 
@@ -64,7 +65,7 @@ def know(comm: Comm, machine: Machine) -> None:
 
 def folder(environ: Mapping[str, str]) -> Path:
     """Where files are kept: MPICOMP_CACHE_DIR, or `mpicomp` in XDG_CACHE_HOME or in ~/.cache."""
-    if own := environ.get("MPICOMP_CACHE_DIR"):
+    if own := setting("MPICOMP_CACHE_DIR", environ):
         return Path(own)
     return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mpicomp")
 

@@ -15,6 +15,7 @@ from mpicomp.reducers.shared_support import SharedSupport
 from mpicomp.reducers.split import Split
 from mpicomp.reducers.tree import Tree
 from mpicomp.reducers.two_stage import TwoStage
+from mpicomp.reducers.workspace import Workspace
 
 __all__ = [
     "REDUCERS",
@@ -37,6 +38,7 @@ __all__ = [
     "TwoStage",
     "Unit",
     "Units",
+    "Workspace",
     "apply",
     "describe",
     "parse",

@@ -4,8 +4,8 @@ At the first step rank 0 predicts how long each would take (`planner`), and all 
 times of steps correct the choice (`planner.course`), at steps on which all ranks agree. Nothing is lost when another
 reducer takes over: it goes on with the residual that the last one left.
 
-A state of `auto` is a state of the reducer that runs, which `work` knows by a `Place`: a step costs no more than that
-reducer's.
+A state of `auto` holds the state of the reducer that runs, and, while another is tried, what the best one carries from
+step to step beside its residual. What was learnt belongs to the communicator: all arrays of a form share it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from functools import cache
 from math import inf
 from typing import ClassVar, cast
 from weakref import WeakKeyDictionary
+
+import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.codecs import Uniform
@@ -32,19 +34,20 @@ from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.gather import Gather
 from mpicomp.reducers.hierarchical import Hierarchical
 from mpicomp.reducers.integer import Integer
-from mpicomp.reducers.layout import Layout
+from mpicomp.reducers.layout import Layout, Unit
 from mpicomp.reducers.policies import After, ErrorFeedback, Partition, unscaled
 from mpicomp.reducers.shared_support import SharedSupport
 from mpicomp.reducers.split import Split
 from mpicomp.reducers.tree import Tree
 from mpicomp.reducers.two_stage import TwoStage
+from mpicomp.reducers.workspace import Workspace
 from mpicomp.specs import Spec
 from mpicomp.transport import Topology
 
 EXACT: tuple[Reducer, ...] = (Dense(), Dense("mpi"), Dense("two_shot"), Hierarchical(Dense()))
 """What `auto` may always use, the default first, which is the ring where that may pay: between nodes."""
 
-PLACE = "auto"  # of what `auto` knows in a state's `work`
+CHOICE = "auto"  # the name under which the number of the candidate is exported
 
 
 def fitting(codec: Codec) -> tuple[Reducer, ...]:
@@ -60,16 +63,15 @@ def fitting(codec: Codec) -> tuple[Reducer, ...]:
     return tuple(found)
 
 
-@dataclass
-class Place:
-    """Where a state stands: which candidate it belongs to, and what the best one left when another was tried."""
+@dataclass(frozen=True)
+class Chosen(State):
+    """A state of `auto`: `inner` is that of the candidate that runs, and what the best one left where another runs."""
 
-    number: int
-    reducer: Reducer
-    feedback: bool
-    course: Course | None = None
-    left: State | None = None
-    """Of the best candidate, without residual: its buffers, and what else it carries from step to step."""
+    number: int = 0
+    """Of the candidate that runs."""
+    left: int | None = None
+    """Of the candidate to which the second inner state belongs."""
+    feedback: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,29 +115,29 @@ class Auto(Explained, Spec):
 
     def init(self, layout: Layout, dtype: str, feedback: bool = False, seed: int = 0, step: int = 0) -> State:
         """See Reducer. Which candidate it will be shows at the first step."""
-        first = self.candidates(feedback)[0]
-        state = first.init(layout, dtype, feedback, seed, step)
-        state.work[PLACE] = Place(0, first, feedback)
-        return state
+        first = self.candidates(feedback)[0].init(layout, dtype, feedback, seed, step)
+        return Chosen(layout, dtype, seed, step, first.digest, inner=(first,), feedback=feedback)
 
-    def reduce(self, comm: Comm, x: Array, state: State, out: Array | None = None) -> tuple[Reduction, State]:
+    def reduce(
+        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
+    ) -> tuple[Reduction, State]:
         """See Reducer."""
-        place: Place = state.work[PLACE]
-        course = place.course
-        if course is None:
-            course = place.course = self.course(comm, state.layout, state.dtype, place.feedback)
-        if course.running != place.number:
-            state = self._moved(state, place, course)
-            place = state.work[PLACE]
-        if course.unwatched():
-            return place.reducer.reduce(comm, x, state, out)
+        before, work = cast(Chosen, state), work or Workspace(state.device)
+        course = work.made("course", lambda: self.course(comm, state.layout, state.dtype, before.feedback))
+        chosen = before
+        if course.running != before.number:
+            chosen = self._moved(before, course)
+            work.forget({str(chosen.number), str(chosen.left)})
+        reducer, inner, room = self.running(chosen), chosen.nested(), work.inner(str(chosen.number))
+        watched = not course.unwatched()
         began = time.perf_counter()
-        reduction, after = place.reducer.reduce(comm, x, state, out)
-        if course.note(time.perf_counter() - began):
+        reduction, after = reducer.reduce(comm, x, inner, out, room)
+        if watched and course.note(time.perf_counter() - began):
             course.agree(comm)
-            if place.number == course.best:
-                place.left = None
-        return reduction, after
+        if reduction.poisoned:
+            return reduction, chosen
+        rest = chosen.inner[1:] if chosen.number != course.best else ()
+        return reduction, replace(chosen, step=state.step + 1, inner=(after, *rest), left=chosen.left if rest else None)
 
     def course(self, comm: Comm, layout: Layout, dtype: str, feedback: bool) -> Course:
         """What has been learnt on this communicator about such arrays; where nothing was, predictions. Collective."""
@@ -164,21 +166,25 @@ class Auto(Explained, Spec):
         ranks = sorted({place * (topology.size - 1) // 3 for place in range(4)})
         return [reducer.cost(layout, dtype, topology, me, feedback) for me in ranks]
 
-    def _moved(self, state: State, place: Place, course: Course) -> State:
+    def _moved(self, state: Chosen, course: Course) -> Chosen:
         """Return a state of the candidate that is to run, which goes on where the last one stopped."""
-        reducer = self.candidates(place.feedback)[course.running]
-        back = course.running == course.best and place.left is not None
-        fresh = place.left if back else None
-        if fresh is None or fresh.inner or state.inner:
-            fresh = reducer.init(state.layout, state.dtype, place.feedback, state.seed, state.step)
-        if fresh.inner or state.inner:  # what is owed lies elsewhere
-            fresh = reducer.restore(fresh, place.reducer.export(state))
+        number, running, rest = course.running, state.nested(), state.inner[1:]
+        reducer = self.candidates(state.feedback)[number]
+        back = number == state.left and not running.inner and not rest[0].inner
+        if back:
+            fresh = rest[0]
         else:
-            fresh = replace(fresh, residual=state.residual, spare=state.spare)
-        left = place.left if place.number != course.best else replace(state, residual=None, spare=None)
-        place = Place(course.running, reducer, place.feedback, course, None if back else left)
-        fresh.work[PLACE] = place
-        return replace(fresh, step=state.step)
+            fresh = reducer.init(state.layout, state.dtype, state.feedback, state.seed, state.step).placed(state.device)
+        if fresh.inner or running.inner:  # the residual lies elsewhere
+            fresh = reducer.restore(fresh, self.running(state).export(running))
+        else:
+            fresh = replace(fresh, residual=running.residual, spare=running.spare)
+        left = state.left
+        if state.number == course.best:
+            left, rest = state.number, (replace(running, residual=None, spare=None),)
+        if number == left:
+            left, rest = None, ()
+        return replace(state, number=number, left=left, inner=(fresh.at(state.step), *rest))
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
         """See Reducer; of the first candidate, since the choice shows at the first step."""
@@ -205,23 +211,34 @@ class Auto(Explained, Spec):
         return "\n".join([f"{self}, the fastest of", *lines, f"at first {said}"])
 
     def running(self, state: State) -> Reducer:
-        """The reducer to which a state belongs."""
-        place: Place = state.work[PLACE]
-        return place.reducer
+        """The reducer that runs in a state."""
+        chosen = cast(Chosen, state)
+        return self.candidates(chosen.feedback)[chosen.number]
 
     def export(self, state: State) -> Units:
-        """See Reducer."""
-        return self.running(state).export(state)
+        """See Reducer. With the number of the candidate that runs."""
+        number = np.array(cast(Chosen, state).number)
+        units = self.running(state).export(state.nested())
+        return {name: {**kept, CHOICE: number} for name, kept in units.items()}
 
     def restore(self, state: State, units: Units) -> State:
-        """See Reducer. Warm starts of other candidates than the first are lost."""
-        restored = self.running(state).restore(state, units)
-        restored.work[PLACE] = state.work[PLACE]
-        return restored
+        """See Reducer. Goes on with the candidate that ran, whose warm start it is; others start anew."""
+        chosen = cast(Chosen, state)
+        found = [int(units[unit.name][CHOICE]) for unit in state.layout.units if CHOICE in units.get(unit.name, {})]
+        count = len(self.candidates(chosen.feedback))
+        if found and len(set(found)) == 1 and 0 <= found[0] < count and found[0] != chosen.number:
+            reducer = self.candidates(chosen.feedback)[found[0]]
+            inner = reducer.init(state.layout, state.dtype, chosen.feedback, state.seed, state.step)
+            chosen = replace(chosen, number=found[0], inner=(inner,), left=None)
+        return replace(chosen, inner=(self.running(chosen).restore(chosen.nested(), units), *chosen.inner[1:]))
 
     def absorb(self, comm: Comm, dropped: Array, state: State) -> None:
         """See Reducer."""
-        self.running(state).absorb(comm, dropped, state)
+        self.running(state).absorb(comm, dropped, state.inner[0])
+
+    def absorbing(self, state: State) -> tuple[Unit, ...]:
+        """See Reducer."""
+        return self.running(state).absorbing(state.inner[0])
 
 
 _courses: WeakKeyDictionary[Comm, dict[Hashable, Course]] = WeakKeyDictionary()

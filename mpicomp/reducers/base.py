@@ -5,10 +5,15 @@
     total + sum of new residuals == sum of (x + old residual)
 
 up to rounding, and `total` has the same bits on every rank. So error feedback is exact book-keeping whatever the
-method: what a step does not send, some rank still owes. Reducers compute sums; whoever wants a mean divides last.
+method: what a step does not send, some rank still owes.
+
+**Sums and means.** Reducers compute sums, and one place divides: `complete`. A reducer may fold the division into a
+pass that it makes anyway, and its `Reduction` says by what it has divided; what it has not done, `complete` does.
 
 **Two generations.** A step reads the old residual and writes the new one elsewhere. The state that a step was given
-stays valid until the next step: whoever decides that the step never happened goes on with it. Nothing is undone.
+stays valid until the next step: a caller who decides that the step never happened goes on with it. Nothing is undone.
+
+**A state is values.** It may be copied, stored and restored between any two steps. Buffers are in a `Workspace`.
 """
 
 from __future__ import annotations
@@ -20,13 +25,14 @@ from typing import Any, NamedTuple, Protocol, cast
 import numpy as np
 
 from mpicomp.agreement import digest_of
-from mpicomp.arrays import Array, empty, to_device, to_host
+from mpicomp.arrays import Array, to_device, to_host
 from mpicomp.codecs.base import Codec, Key, stream_of
 from mpicomp.collectives import Comm
 from mpicomp.kernels import kernels_for
 from mpicomp.planner import Cost, Machine, Work
 from mpicomp.planner.explain import explain
-from mpicomp.reducers.layout import Layout, Piece
+from mpicomp.reducers.layout import Layout, Piece, Unit
+from mpicomp.reducers.workspace import Workspace
 from mpicomp.transport import Topology
 
 Units = dict[str, dict[str, Array]]
@@ -40,8 +46,8 @@ class Reduction(NamedTuple):
     """(extent,) the sum over ranks, the same bits everywhere; other elements than the layout's are untouched."""
     poisoned: bool = False
     """Some rank's input was not finite: `total` is NaN, the state is the old one. The same on all ranks."""
-    divided: bool = False
-    """`total` is divided by the state's divisor already."""
+    divided: int = 1
+    """What `total` is divided by already: 1, or the workspace's divisor."""
     finite: bool = False
     """`total` is known to be finite, without a look at all of it."""
 
@@ -51,11 +57,8 @@ class State:
     """What a reducer remembers of one flat array; `reduce` takes one and returns the next.
 
     `residual` (extent,) is this rank's debt, None without feedback; `spare` is where the next one will be written.
-    `memory` holds what else a method carries from step to step, by name, and `work` its buffers, which have no meaning
-    between steps. `inner` holds the states of wrapped reducers.
-
-    `divisor` is what the total will be divided by. A reducer may do so itself where that costs no pass over memory, and
-    says so in the Reduction.
+    `memory` holds what else a method carries from step to step, by name. `inner` holds the states of wrapped reducers,
+    whose step and seed are those of the outermost one: see `nested`.
     """
 
     layout: Layout
@@ -66,9 +69,7 @@ class State:
     residual: Array | None = None
     spare: Array | None = None
     memory: Mapping[str, Array] = field(default_factory=dict)
-    work: dict[str, Any] = field(default_factory=dict)
     inner: tuple[State, ...] = ()
-    divisor: int = 1
     device: bool = False
     """Whether the arrays are CuPy's; they begin as NumPy's."""
 
@@ -79,21 +80,15 @@ class State:
         residual, spare = (None if debt is None else to_device(debt) for debt in (self.residual, self.spare))
         memory = {name: to_device(array) for name, array in self.memory.items()}
         inner = tuple(state.placed(device) for state in self.inner)
-        return replace(self, device=True, residual=residual, spare=spare, memory=memory, inner=inner, work={})
+        return replace(self, device=True, residual=residual, spare=spare, memory=memory, inner=inner)
 
-    @property
-    def exact(self) -> bool:
-        """Whether multiplying by `factor` is dividing by `divisor`, to the bit: powers of two."""
-        return self.divisor & (self.divisor - 1) == 0
+    def at(self, step: int) -> State:
+        """Return this state at another step: one that sat out some has fallen behind."""
+        return self if self.step == step else replace(self, step=step)
 
-    @property
-    def factor(self) -> float:
-        """What divides by `divisor` where that is exact, else 1."""
-        return 1.0 / self.divisor if self.exact else 1.0
-
-    def towards(self, divisor: int) -> State:
-        """Return this state for a total that is to be divided by so many."""
-        return self if divisor == self.divisor else replace(self, divisor=divisor)
+    def nested(self, number: int = 0) -> State:
+        """Return the state of a wrapped reducer, at this one's step: all of a tree count together."""
+        return self.inner[number].at(self.step)
 
     def advanced(self, **changes: Any) -> State:
         """The next step's state: the residual that was just written becomes current."""
@@ -105,13 +100,6 @@ class State:
         """Where an encoding of this step happens."""
         return Key(self.seed, self.step, stream_of(piece.unit.name), stage, rank, piece.start)
 
-    def buffer(self, name: str, size: int, dtype: str = "", host: bool = False) -> Array:
-        """A workspace of that name, kept from step to step: where the state's arrays are, with `host` on the host."""
-        known: Array | None = self.work.get(name)
-        if known is None or known.size != size:
-            known = self.work[name] = empty(size, dtype or self.dtype, self.device and not host)
-        return known
-
 
 class Reducer(Protocol):
     """Sums a flat array over the ranks of a communicator. Implementations are frozen dataclasses, printed as specs."""
@@ -120,10 +108,13 @@ class Reducer(Protocol):
         """Return the state of a fresh start; `dtype` is the work dtype, "float32" or "float64"."""
         ...
 
-    def reduce(self, comm: Comm, x: Array, state: State, out: Array | None = None) -> tuple[Reduction, State]:
+    def reduce(
+        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
+    ) -> tuple[Reduction, State]:
         """Sum x, (extent,) of the work dtype, over ranks into `out`, which may be x itself, or into a fresh array.
 
-        Consumes `state`, except that it stays valid until the next call (see the module). Collective.
+        Consumes `state`, except that it stays valid until the next call (see the module). `work` keeps buffers from
+        call to call, and says what the total will be divided by; without one both last for this call. Collective.
         """
         ...
 
@@ -155,9 +146,21 @@ class Reducer(Protocol):
         """Add what the final rounding dropped, (extent,), to the residual of each element's owner; in place."""
         ...
 
+    def absorbing(self, state: State) -> tuple[Unit, ...]:
+        """The units whose rounding `absorb` remembers: those with a residual on some rank."""
+        ...
+
+    def rehearse(self, x: Array, total: Array) -> list[Array]:
+        """Return what the kernels of a step, beside those of codecs, make of x, (n,) float32; `total` is room."""
+        ...
+
 
 class Explained:
-    """Says of a reducer what `cost` says, in words."""
+    """What all reducers share: they say in words what `cost` says, and have no kernels of their own unless they do."""
+
+    def rehearse(self, x: Array, total: Array) -> list[Array]:
+        """See Reducer."""
+        return []
 
     def explain(
         self,
@@ -223,6 +226,10 @@ class Remembering(Explained):
             for unit in state.layout.units:
                 state.residual[unit.where] += dropped[unit.where]
 
+    def absorbing(self, state: State) -> tuple[Unit, ...]:
+        """See Reducer."""
+        return () if state.residual is None else state.layout.units
+
 
 def check_place(reducer: Reducer, device: bool) -> None:
     """Raise TypeError for a reducer that cannot sum arrays on a GPU, where they are."""
@@ -241,11 +248,17 @@ def check_codec(reducer: object, codec: object) -> Codec:
 
 
 def rescale(state: State, factor: float) -> None:
-    """Multiply all residuals: what is owed was measured in another unit, say another loss scale; in place."""
+    """Multiply all residuals in place: they were measured in another unit, say another loss scale."""
     if state.residual is not None:
         np.multiply(state.residual, factor, out=state.residual)
     for inner in state.inner:
         rescale(inner, factor)
+
+
+def scaled(state: State, factor: float) -> State:
+    """Return a state whose residuals are multiplied, in arrays of their own."""
+    residual = None if state.residual is None else state.residual * state.residual.dtype.type(factor)
+    return replace(state, residual=residual, inner=tuple(scaled(inner, factor) for inner in state.inner))
 
 
 def nonfinite(x: Array, old: Array | None, layout: Layout) -> bool:
@@ -261,11 +274,15 @@ def coding(codec: Codec, elements: int, op: str = "encode", feedback: bool = Fal
     return Work("encode_residual" if feedback and op == "encode" else op, elements, str(codec))
 
 
-def mean_of(reduction: Reduction, layout: Layout, divisor: int) -> bool:
-    """Divide the units of a total in place, where that has not been done; return whether all is finite."""
+def complete(reduction: Reduction, layout: Layout, divisor: int) -> bool:
+    """Divide the units of a total by `divisor` in place, unless that has been done; return whether all is finite.
+
+    The only place that makes a mean of a sum.
+    """
     total, finite = reduction.total, not reduction.poisoned
-    if reduction.divided:
+    if reduction.divided == divisor:
         return finite and (reduction.finite or not nonfinite(total, None, layout))
+    assert reduction.divided == 1, f"divided by {reduction.divided}, and asked for {divisor}"
     for unit in layout.units:
         finite &= kernels_for(total).divide(total[unit.where], divisor)
     return finite

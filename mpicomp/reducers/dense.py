@@ -15,6 +15,7 @@ from mpicomp.planner import Cost, Work
 from mpicomp.reducers.base import Reduction, Remembering, State, nonfinite
 from mpicomp.reducers.layout import Layout, cut_up, even_cuts
 from mpicomp.reducers.ring import ring_cost, ring_slots, ring_sum
+from mpicomp.reducers.workspace import Workspace
 from mpicomp.specs import Spec
 from mpicomp.transport import Request, Topology
 
@@ -162,27 +163,32 @@ class Dense(Remembering, Spec):
             return Cost(math.ceil(2 * nbytes * (ranks - 1) / ranks), mpi=(nbytes,))
         return (ring_cost if algorithm == "ring" else two_shot_cost)(nbytes, itemsize, ranks, me)
 
-    def reduce(self, comm: Comm, x: Array, state: State, out: Array | None = None) -> tuple[Reduction, State]:
+    def reduce(
+        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
+    ) -> tuple[Reduction, State]:
         """See Reducer. With feedback, `poisoned` says whether the total is not finite."""
-        return self.begin(comm, x, state, np.empty_like(x) if out is None else out)()
+        return self.begin(comm, x, state, np.empty_like(x) if out is None else out, work)()
 
-    def begin(self, comm: Comm, x: Array, state: State, out: Array) -> Callable[[], tuple[Reduction, State]]:
+    def begin(
+        self, comm: Comm, x: Array, state: State, out: Array, work: Workspace | None = None
+    ) -> Callable[[], tuple[Reduction, State]]:
         """Begin `reduce`, and return what ends it: until then what takes one round is under way, all else is done."""
         comm.next_call()
+        work = work or Workspace(state.device)
         layout, itemsize = state.layout, x.itemsize
         nbytes = layout.size * itemsize
         algorithm = self._algorithm(nbytes, comm.topology)
-        flat, total, in_place = self._buffers(x, state, out, apart=algorithm != "ring")
-        arrive, divided, finite = None, False, False
+        flat, total, in_place = self._buffers(x, state, out, work, apart=algorithm != "ring")
+        arrive, divided, finite = None, 1, False
         if algorithm == "mpi":
             allreduce(comm, flat, total)
         elif algorithm == "ring":
-            slots = state.buffer("slots", ring_slots(nbytes, itemsize, comm.size), host=True)
+            slots = work.buffer("slots", ring_slots(nbytes, itemsize, comm.size), state.dtype, host=True)
             with on_host(flat, total) as (given, summed):
-                finite = ring_sum(comm, given, summed, slots, state.divisor, str(self))
-            divided = comm.size > 1 < state.divisor
+                finite = ring_sum(comm, given, summed, slots, work.divisor, str(self))
+            divided = work.divisor if comm.size > 1 else 1
         else:
-            rows = state.buffer("rows", two_shot_rows(nbytes, itemsize, comm.size), host=True)
+            rows = work.buffer("rows", two_shot_rows(nbytes, itemsize, comm.size), state.dtype, host=True)
             if _in_one_round(nbytes, comm.size) and not on_device(x):
                 arrive = _begin_one_round(comm, flat, total, rows, str(self))
             else:
@@ -203,7 +209,7 @@ class Dense(Remembering, Spec):
 
         return end
 
-    def _buffers(self, x: Array, state: State, out: Array, apart: bool) -> tuple[Array, Array, bool]:
+    def _buffers(self, x: Array, state: State, out: Array, work: Workspace, apart: bool) -> tuple[Array, Array, bool]:
         """Return what is summed and where to, both (size,), apart or one array, and whether that is in `out` itself."""
         layout, where = state.layout, state.layout.where
         if (
@@ -212,11 +218,13 @@ class Dense(Remembering, Spec):
             and (not np.may_share_memory(x, out) or (x is out and not apart))
         ):
             return x[where], out[where], True
-        flat = state.buffer("flat", layout.size)
+        flat = work.buffer("flat", layout.size, state.dtype)
         layout.collect(x, flat)
         if state.residual is not None:
-            debt = state.buffer("debt", layout.size)
+            debt = work.buffer("debt", layout.size, state.dtype)
             layout.collect(state.residual, debt)
             with np.errstate(over="ignore", invalid="ignore"):  # IEEE, as above
                 flat += debt
-        return (flat, out[where], True) if where is not None else (flat, state.buffer("total", layout.size), False)
+        if where is not None:
+            return flat, out[where], True
+        return flat, work.buffer("total", layout.size, state.dtype), False

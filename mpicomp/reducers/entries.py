@@ -18,6 +18,7 @@ from mpicomp.codecs import indices
 from mpicomp.codecs.base import Codec, Key
 from mpicomp.codecs.sparse import Values, indices_field, padded, write_indices
 from mpicomp.kernels import kernels_for
+from mpicomp.reducers.messages import encode
 from mpicomp.wire import Field, Payload
 
 
@@ -72,34 +73,44 @@ class Coding:
         """The fields of so many entries of a region of `size` elements."""
         return *Values(self.codec).fields(count, self.dtype), indices_field(size, count)
 
-    def write(self, entries: Entries, payload: Payload, size: int, key: Key, rest: Array | None = None) -> None:
-        """Encode entries of a region of `size` elements; `rest`, (k,), is set to what the code leaves out."""
+    def write(
+        self,
+        entries: Entries,
+        payload: Payload,
+        size: int,
+        key: Key,
+        rest: Array | None = None,
+        shrink: float = 1.0,
+    ) -> None:
+        """Encode entries of a region of `size` elements; `rest`, (k,), is set to what the code leaves out.
+
+        Values are multiplied by `shrink` before, as `messages.encode` says; without a codec they travel as they are.
+        """
         *coded, data = payload
         write_indices(entries.places, size, data)
         if self.codec is None:
             coded[0][:] = entries.values
             if rest is not None:
                 rest[:] = 0
-        elif rest is None:
-            self.codec.encode(entries.values, tuple(coded), key)
         else:
-            self.codec.encode_residual(entries.values, None, tuple(coded), rest, key)
+            encode(self.codec, entries.values, None, tuple(coded), rest, key, shrink)
 
-    def read(self, payload: Payload, size: int, count: int, key: Key) -> Entries:
+    def read(self, payload: Payload, size: int, count: int, key: Key, shrink: float = 1.0) -> Entries:
         """Decode so many entries; their values may be a view of the payload."""
         *coded, data = payload
         places = np.empty(count, np.uint32)
         indices.decode(data, size, indices.smallest(size, count), places)
-        return Entries(self._values(tuple(coded), count, key), places)
+        return Entries(self._values(tuple(coded), count, key, shrink), places)
 
-    def add(self, payload: Payload, count: int, out: Array, key: Key) -> None:
+    def add(self, payload: Payload, count: int, out: Array, key: Key, shrink: float = 1.0) -> None:
         """Add so many entries to `out`, a region."""
         *coded, data = payload
-        values = self._values(tuple(coded), count, key)
+        values = self._values(tuple(coded), count, key, shrink)
         indices.scatter_add(data, indices.smallest(out.size, count), values, out)
 
-    def _values(self, coded: Payload, count: int, key: Key) -> Array:
-        return Values(self.codec).decode(coded, count, np.empty(0, self.dtype), key)
+    def _values(self, coded: Payload, count: int, key: Key, shrink: float) -> Array:
+        values = Values(self.codec).decode(coded, count, np.empty(0, self.dtype), key)
+        return values if self.codec is None or shrink == 1.0 else values * values.dtype.type(1 / shrink)
 
     def most(self, size: int, count: int, parts: int = 1) -> int:
         """Return how many bytes so many entries of `size` elements take at most, padding included.

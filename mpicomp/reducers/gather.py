@@ -15,6 +15,7 @@ from mpicomp.reducers.base import Reduction, Remembering, State, check_codec, co
 from mpicomp.reducers.layout import Layout
 from mpicomp.reducers.messages import Message, encoded, message_nbytes
 from mpicomp.reducers.pipeline import Burst, groups, in_turn
+from mpicomp.reducers.workspace import Workspace
 from mpicomp.specs import Spec
 from mpicomp.transport import Topology
 
@@ -51,16 +52,14 @@ class Gather(Remembering, Spec):
             ),
         )
 
-    def reduce(self, comm: Comm, x: Array, state: State, out: Array | None = None) -> tuple[Reduction, State]:
+    def reduce(
+        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
+    ) -> tuple[Reduction, State]:
         """See Reducer."""
         out = np.empty_like(x) if out is None else out
-        if "messages" not in state.work:
-            parts = groups(state.layout.whole(), self.codec)
-            state.work["messages"] = [
-                [Message(self.codec, part, state.dtype, device=state.device) for part in parts]
-                for _ in range(comm.size + 1)
-            ]
-        mine, *received = state.work["messages"]
+        work = work or Workspace(state.device)
+        shrink = work.shrink(self.codec, 1)
+        mine, *received = work.made(("messages", shrink), lambda: self._messages(state, comm.size, shrink))
         sequence = comm.next_call()
 
         poisoned = False
@@ -80,8 +79,16 @@ class Gather(Remembering, Spec):
             poisoned |= burst.arrived(rank, number, sequence, state)
             if not poisoned:
                 finite = finite and message.tame
-                (message.decode_add if rank else message.decode)(out, state, 0, rank, state.factor)
+                (message.decode_add if rank else message.decode)(out, state, 0, rank, work.factor)
         burst.finish()
         if poisoned:
             return poisoned_total(out, state.layout), state
-        return Reduction(out, divided=state.exact, finite=finite), state.advanced()
+        return Reduction(out, divided=work.factored, finite=finite), state.advanced()
+
+    def _messages(self, state: State, ranks: int, shrink: float) -> list[list[Message]]:
+        """This rank's message, by group, and those of all ranks."""
+        parts = groups(state.layout.whole(), self.codec)
+        return [
+            [Message(self.codec, part, state.dtype, device=state.device, shrink=shrink) for part in parts]
+            for _ in range(ranks + 1)
+        ]

@@ -32,12 +32,23 @@ from mpicomp.arrays import Array
 from mpicomp.collectives import Comm, barrier
 from mpicomp.errors import ConfigMismatch
 from mpicomp.planner import Cost, Work
-from mpicomp.reducers.base import Explained, Reducer, Reduction, Remembering, State, Units, nonfinite, poisoned_total
+from mpicomp.reducers.base import (
+    Explained,
+    Reducer,
+    Reduction,
+    Remembering,
+    State,
+    Units,
+    complete,
+    nonfinite,
+    poisoned_total,
+)
 from mpicomp.reducers.dense import Dense
-from mpicomp.reducers.layout import Layout
+from mpicomp.reducers.layout import Layout, Unit
 from mpicomp.reducers.messages import says_poison
 from mpicomp.reducers.place import Place
 from mpicomp.reducers.policies import After, ErrorFeedback, Partition, check_reducer
+from mpicomp.reducers.workspace import Workspace
 from mpicomp.specs import Spec
 from mpicomp.transport import Topology, Window
 from mpicomp.wire import POISON, Header, read_header, write_header
@@ -100,31 +111,34 @@ class Hierarchical(Explained, Spec):
             cost += self.reducer.cost(place.inner, dtype, between, place.number, feedback)
         return cost
 
-    def reduce(self, comm: Comm, x: Array, state: State, out: Array | None = None) -> tuple[Reduction, State]:
+    def reduce(
+        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
+    ) -> tuple[Reduction, State]:
         """See Reducer. At its first call ranks form groups, and later ones keep windows as large as was ever needed."""
         out = np.empty_like(x) if out is None else out
         if _flat(comm.topology):
-            reduction, inner = self.reducer.reduce(
-                comm, x, replace(state.inner[0], step=state.step, divisor=state.divisor), out
-            )
+            reduction, inner = self.reducer.reduce(comm, x, state.nested(), out, work)
             return reduction, state if reduction.poisoned else replace(state, step=inner.step, inner=(inner,))
         sequence = comm.next_call()
         if not state.layout.size:
             return Reduction(out), state.advanced()
         placed, debt = self._placed(comm, state)
-        step = _Step(self.reducer, comm, placed, sequence)
+        work = work or Workspace()
+        step = _Step(self.reducer, comm, placed, work, sequence)
         if len(step.place.node) > 1:
             step.through_memory(x, debt, out)
         else:
             step.alone(x, debt, out)
         if step.poisoned:
             return poisoned_total(out, state.layout), state
-        return Reduction(out), replace(placed, step=state.step + 1, inner=(step.after,))
+        return Reduction(out, divided=work.divisor), replace(placed, step=state.step + 1, inner=(step.after,))
 
     def _placed(self, comm: Comm, state: State) -> tuple[Placed, Array | None]:
         """Return the state at its place, and what this rank owes of others' shards: (extent,), for its input."""
-        if isinstance(state, Placed):
-            return state, None
+        if isinstance(state, Placed) and state.place is not None:
+            if state.place.topology == comm.topology:
+                return state, None
+            state = self.restore(state, self.export(state))
         place, (whole,) = Place(state.layout, comm.topology, comm.rank), state.inner
         inner = self.reducer.init(place.inner, state.dtype, whole.residual is not None, state.seed, state.step)
         kept = self.reducer.export(whole)
@@ -165,6 +179,10 @@ class Hierarchical(Explained, Spec):
         fresh = self.init(state.layout, state.dtype, feedback, state.seed, state.step)
         return replace(fresh, inner=(self.reducer.restore(fresh.inner[0], units),))
 
+    def absorbing(self, state: State) -> tuple[Unit, ...]:
+        """See Reducer."""
+        return () if state.inner[0].residual is None else state.layout.units
+
     def absorb(self, comm: Comm, dropped: Array, state: State) -> None:
         """See Reducer."""
         (inner,) = state.inner
@@ -186,20 +204,21 @@ class Hierarchical(Explained, Spec):
 class _Step:
     """One reduction where some rank shares its node with another."""
 
-    def __init__(self, reducer: Reducer, comm: Comm, state: Placed, sequence: int) -> None:
-        self.reducer, self.comm, self.state, self.sequence = reducer, comm, state, sequence
+    def __init__(self, reducer: Reducer, comm: Comm, state: Placed, work: Workspace, sequence: int) -> None:
+        self.reducer, self.comm, self.state, self.work, self.sequence = reducer, comm, state, work, sequence
         self.place = cast(Place, state.place)
-        self.after = replace(state.inner[0], step=state.step)
+        self.after = state.nested()
         self.poisoned = False
         self.failure: ConfigMismatch | None = None
 
     def alone(self, x: Array, debt: Array | None, out: Array) -> None:
         """Reduce everything with the first ranks of the other nodes: who shares no memory owns the only shard."""
-        layout, total = self.state.layout, self.state.buffer("total", self.state.layout.size)
+        layout = self.state.layout
+        total = self.work.buffer("total", layout.size, self.state.dtype)
         if debt is None and layout.where is not None:
             sums = x[layout.where]
         else:
-            sums = self.state.buffer("sums", layout.size)
+            sums = self.work.buffer("sums", layout.size, self.state.dtype)
             self.place.copy_in(x, debt, sums)
         self._reduce(sums, total)
         if self.failure is not None:
@@ -238,29 +257,40 @@ class _Step:
         place = self.place
         where = place.ranges[place.local]
         rows = [self._values(inputs, rank, place.layout.size)[where] for rank in range(len(place.node))]
-        sums = self.state.buffer("sums", place.inner.size) if len(place.peers) > 1 else total
+        between = len(place.peers) > 1
+        sums = self.work.buffer("sums", place.inner.size, self.state.dtype) if between else total
         _add_up(rows, sums)
         self._reduce(sums, total)
 
-    @np.errstate(over="ignore", invalid="ignore")  # what is not finite is an input like others, no ground to warn
     def _reduce(self, sums: Array, total: Array) -> None:
-        """Reduce a shard between nodes; on one node it is `total` already, but for debts."""
+        """Reduce a shard between nodes, and divide it there, where it is one rank's."""
+        reduction = self._between(sums, total)
+        if self.work.divisor > 1 and not self.poisoned and self.failure is None:
+            complete(reduction, self.place.inner, self.work.divisor)
+
+    @np.errstate(over="ignore", invalid="ignore")  # IEEE 754
+    def _between(self, sums: Array, total: Array) -> Reduction:
+        """Sum a shard over nodes; on one node it is `total` already, but for debts."""
         place, inner = self.place, self.after
         if len(place.peers) > 1:
             try:
-                reduction, self.after = self.reducer.reduce(_between(self.comm, place), sums, inner, total)
+                # Inputs are sums over nodes of up to so many ranks.
+                work = self.work.inner("between", max(map(len, self.comm.topology.nodes)))
+                reduction, self.after = self.reducer.reduce(_between(self.comm, place), sums, inner, total, work)
                 self.poisoned = reduction.poisoned
+                return reduction
             except ConfigMismatch as error:
                 self.failure = error
-            return
+                return Reduction(total)
         if inner.residual is not None and inner.spare is not None:
             total += inner.residual
             inner.spare[...] = 0
         elif isinstance(self.reducer, Dense):
             self.after = inner.advanced()
-            return  # follows IEEE element by element, as it does between nodes
+            return Reduction(total)  # follows IEEE element by element, as it does between nodes
         self.poisoned = nonfinite(total, None, place.inner)
         self.after = inner.advanced()
+        return Reduction(total)
 
     def _values(self, window: Window, local: int, size: int) -> Array:
         """The numbers in a rank's part of a window, (size,)."""

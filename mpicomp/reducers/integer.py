@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from mpicomp.reducers.base import Reduction, Remembering, State, coding, poisone
 from mpicomp.reducers.layout import Layout, Piece, shards
 from mpicomp.reducers.messages import Envelope
 from mpicomp.reducers.pipeline import Burst, groups, in_turn, ring
+from mpicomp.reducers.workspace import Workspace
 from mpicomp.specs import Spec
 from mpicomp.transport import Topology
 from mpicomp.wire import Field, MessageLayout
@@ -108,15 +109,16 @@ class Integer(Remembering, Spec):
             mpi=(maxima,),
         )
 
-    def reduce(self, comm: Comm, x: Array, state: State, out: Array | None = None) -> tuple[Reduction, State]:
+    def reduce(
+        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
+    ) -> tuple[Reduction, State]:
         """See Reducer; poisoned also where the sum of finite inputs is not finite."""
         out = np.empty_like(x) if out is None else out
         sequence = comm.next_call()
         if not state.layout.size:
             return Reduction(out), state.advanced()
-        if "buffers" not in state.work:
-            state.work["buffers"] = _Buffers(self, state, comm.size, comm.rank)
-        buffers: _Buffers = state.work["buffers"]
+        work = work or Workspace()
+        buffers = work.made("buffers", lambda: _Buffers(self, state, comm.size, comm.rank))
         self._find_tops(x, state, buffers)
         word = f"uint{8 * x.itemsize}"
         allreduce(comm, buffers.tops.view(word), buffers.scales.view(word), "max")
@@ -151,7 +153,7 @@ class Integer(Remembering, Spec):
         return (Reduction(out), state.advanced()) if finite else (poisoned_total(out, state.layout), state)
 
     def rehearse(self, x: Array, total: Array) -> list[Array]:
-        """Reduce x, (n,), into `total` without anyone else; return all that the kernels make of it."""
+        """See Reducer."""
         state = self.init(Layout.single(x.shape), x.dtype.name, feedback=True)
         buffers = _Buffers(self, state, 1, 0)
         self._find_tops(x, state, buffers)
@@ -160,7 +162,8 @@ class Integer(Remembering, Spec):
             self._encode(x, state, buffers, message, 0)
             self._add(share, [message], buffers)
             self._decode(share, buffers, total)
-        return [total, *(message.buffer for message in (*buffers.outgoing[0], *buffers.share))]
+        messages = (*buffers.outgoing[0], *buffers.share)
+        return [total, cast(Array, state.spare), *(message.buffer for message in messages)]
 
     def _find_tops(self, x: Array, state: State, buffers: _Buffers) -> None:
         """Find the largest magnitude of every block on this rank."""

@@ -29,6 +29,7 @@ from mpicomp.reducers.base import Reduction, Remembering, State, Units, poisoned
 from mpicomp.reducers.factors import Factors, InTurn, magnitude, matrix_shape
 from mpicomp.reducers.layout import Layout, Unit
 from mpicomp.reducers.messages import TAME
+from mpicomp.reducers.workspace import Workspace
 from mpicomp.specs import Spec
 from mpicomp.transport import Topology
 
@@ -76,25 +77,28 @@ class LowRank(Remembering, Spec):
 
     def kept(self, state: State, unit: str) -> Mapping[str, Array]:
         """See Remembering: the warm start, (columns, rank)."""
-        matrix = self._factors(state).matrices.get(unit)
+        matrix = Factors(state.layout, self.rank).matrices.get(unit)
         return {} if matrix is None else {"q": state.memory["q"][matrix.q].reshape(-1, self.rank)}
 
     def restore(self, state: State, units: Units) -> State:
         """See Reducer."""
         state = super().restore(state, units)
-        for name, matrix in self._factors(state).matrices.items():
+        for name, matrix in Factors(state.layout, self.rank).matrices.items():
             if "q" in units.get(name, {}):
                 state.memory["q"][matrix.q] = units[name]["q"].reshape(-1)
         return state
 
     @np.errstate(over="ignore", invalid="ignore")  # what is not finite is an input like others, no ground to warn
-    def reduce(self, comm: Comm, x: Array, state: State, out: Array | None = None) -> tuple[Reduction, State]:
+    def reduce(
+        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
+    ) -> tuple[Reduction, State]:
         """See Reducer."""
         out = np.empty_like(x) if out is None else out
         comm.next_call()
-        factors = self._factors(state)
+        work = work or Workspace(state.device)
+        factors = work.made("factors", lambda: self._factors(state))
         (p, sum_p), (q, sum_q) = (
-            (state.buffer(name, size), state.buffer(f"sum {name}", size))
+            (work.buffer(name, size, state.dtype), work.buffer(f"sum {name}", size, state.dtype))
             for name, size in zip("pq", factors.sizes, strict=True)
         )
         warm, m = state.memory["q"], x if state.spare is None else state.spare
@@ -113,18 +117,22 @@ class LowRank(Remembering, Spec):
             top = max(top, top_q)
 
         warm = factors.normalised(sum_q, warm)
-        np.multiply(sum_q, state.factor, out=sum_q)
-        factors.expand(sum_p, sum_q, out, state.factor)
-        return Reduction(out, divided=state.exact, finite=top < TAME), state.advanced(memory={"q": warm})
+        np.multiply(sum_q, work.factor, out=sum_q)
+        factors.expand(sum_p, sum_q, out, work.factor)
+        return Reduction(out, divided=work.factored, finite=top < TAME), state.advanced(memory={"q": warm})
+
+    def rehearse(self, x: Array, total: Array) -> list[Array]:
+        """See Reducer."""
+        p, q, whole = x[:120].reshape(30, 4).copy(), x[120:200].reshape(20, 4).copy(), total[:600].reshape(30, 20)
+        kernels = kernels_for(p)
+        kernels.orthogonalise(p, Key().base())
+        kernels.outer(p, q, whole)
+        kernels.outer_add(p, q, whole, -0.5)
+        return [total, p]
 
     def _factors(self, state: State) -> InTurn | Batches:
-        known: InTurn | Batches | None = state.work.get("factors")
-        if known is None:
-            if state.device:
-                from mpicomp.reducers.batches import Batches  # and with it the kernels for a GPU
+        if not state.device:
+            return InTurn(state.layout, self.rank)
+        from mpicomp.reducers.batches import Batches  # and with it the kernels for a GPU
 
-                known = Batches(state.layout, self.rank)
-            else:
-                known = InTurn(state.layout, self.rank)
-            state.work["factors"] = known
-        return known
+        return Batches(state.layout, self.rank)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mpicomp.arrays import Array, Copied, empty, fetch, pinned, put
-from mpicomp.codecs.base import Codec
+from mpicomp.codecs.base import Codec, Key
 from mpicomp.collectives import Comm, as_bytes, exchange
 from mpicomp.device import gpu_aware
 from mpicomp.errors import ConfigMismatch
@@ -102,7 +102,11 @@ class Envelope:
 
 
 class Message(Envelope):
-    """The pieces as a codec encodes them; `extra` are fields behind theirs."""
+    """The pieces as a codec encodes them; `extra` are fields behind theirs.
+
+    What is encoded is multiplied by `shrink` before, a power of two, and what is decoded is divided by it; see
+    `Workspace.shrink`. Residuals are not: they are measured as x is.
+    """
 
     def __init__(
         self,
@@ -113,10 +117,11 @@ class Message(Envelope):
         extra: tuple[Field, ...] = (),
         of: Envelope | None = None,
         device: bool = False,
+        shrink: float = 1.0,
     ) -> None:
         fields = [codec.fields(piece.size, dtype) for piece in pieces]
         super().__init__(pieces, [*fields, extra] if extra else fields, codec.fixed, side_by_side, of, device)
-        self.codec = codec
+        self.codec, self.shrink = codec, shrink
         self._used: list[int] | None = None  # bytes of each piece; None: not all was finite
 
     def encode(self, x: Array, state: State, stage: int, rank: int, old: Array | None, new: Array | None) -> bool:
@@ -137,10 +142,8 @@ class Message(Envelope):
             rest = None if old is None else old[piece.where]
             if not codec.loud and kernels_for(x).nonfinite(x[place], rest):
                 return
-            if new is None:
-                used.append(codec.encode(x[place], payload, key))
-            else:
-                used.append(codec.encode_residual(x[place], rest, payload, new[piece.where], key))
+            left = None if new is None else new[piece.where]
+            used.append(encode(codec, x[place], rest, payload, left, key, self.shrink))
             if codec.loud and not self.apart and not np.isfinite(payload[0]).all():
                 return
         self._used = used
@@ -174,7 +177,7 @@ class Message(Envelope):
     ) -> None:
         """Add scale times the decoded pieces to `out`, to zeros if `fresh`."""
         for piece, place, payload in zip(self.pieces, self.places, self.received(), strict=False):
-            self.codec.decode_add(payload, out[place], state.key(piece, stage, rank), scale, fresh)
+            self.codec.decode_add(payload, out[place], state.key(piece, stage, rank), scale / self.shrink, fresh)
         if self.direct:
             self._copied = Copied()
 
@@ -184,6 +187,23 @@ class Message(Envelope):
             end = self.host.size if self.stays else self.length
             self._copied = put(self.host[:end], self.buffer[:end])
         return self.payloads if self.fixed or not self.pieces else self.layout.cut(self.buffer, self.host)
+
+
+def encode(
+    codec: Codec, x: Array, old: Array | None, payload: Payload, new: Array | None, key: Key, shrink: float
+) -> int:
+    """Encode shrink * (x + old), and set new = x + old - decode(payload) / shrink unless it is None; return the bytes.
+
+    `shrink` is a power of two, so that multiplying by it loses nothing.
+    """
+    if shrink != 1.0:
+        x, old = (x if old is None else x + old) * x.dtype.type(shrink), None
+    if new is None:
+        return codec.encode(x, payload, key)
+    nbytes = codec.encode_residual(x, old, payload, new, key)
+    if shrink != 1.0:
+        new *= new.dtype.type(1 / shrink)
+    return nbytes
 
 
 def message_nbytes(codec: Codec, pieces: Sequence[Piece], dtype: str) -> int:

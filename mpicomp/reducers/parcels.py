@@ -11,10 +11,12 @@ from mpicomp.arrays import Array, empty
 from mpicomp.codecs.base import Codec
 from mpicomp.codecs.sparse import Values
 from mpicomp.collectives import Comm, begin_receive, begin_send, wait
+from mpicomp.errors import WireFormatError
 from mpicomp.reducers.base import State
 from mpicomp.reducers.entries import Coding
 from mpicomp.reducers.messages import exchange_lengths, says_poison
 from mpicomp.reducers.regions import Region
+from mpicomp.reducers.workspace import Workspace
 from mpicomp.transport import Request
 from mpicomp.wire import HEADER, POISON, Field, Header, MessageLayout, Payload, write_header
 
@@ -59,8 +61,11 @@ class Post:
 class Wire:
     """How a rank writes and reads parcels in one step; `whole` encodes a region all of whose elements are sent."""
 
-    def __init__(self, comm: Comm, state: State, coding: Coding, whole: Codec | None, operation: str) -> None:
-        self.comm, self.state, self.coding, self.whole, self.operation = comm, state, coding, whole, operation
+    def __init__(
+        self, comm: Comm, state: State, work: Workspace, coding: Coding, whole: Codec | None, operation: str
+    ) -> None:
+        self.comm, self.state, self.work = comm, state, work
+        self.coding, self.whole, self.operation = coding, whole, operation
         self.sequence = comm.next_call()
 
     def _fields(self, region: Region, count: int) -> tuple[Field, ...]:
@@ -72,11 +77,16 @@ class Wire:
         return MessageLayout([(Field((len(regions),), "<u4"),), *fields] if told else fields)
 
     def view(self, data: Array, regions: Sequence[Region], counts: Sequence[int] | None = None) -> Parcel:
-        """View a message that came for these regions; `counts`, unless it tells them itself."""
+        """View a message that came for these regions; `counts`, unless it tells them itself. WireFormatError."""
         told = counts is None
         if not regions:
             return Parcel(data, [], [])
+        if told and data.size < HEADER + 4 * len(regions):
+            raise WireFormatError(f"a message of {data.size} bytes does not tell the counts of {len(regions)} regions")
         found = data[HEADER : HEADER + 4 * len(regions)].view("<u4").tolist() if counts is None else counts
+        for region, count in zip(regions, found, strict=True):
+            if count > region.piece.size and count != WHOLE:
+                raise WireFormatError(f"a message has {count} entries of a region of {region.piece.size} elements")
         return Parcel(data, found, self._layout(regions, found, told).views(data)[int(told) :])
 
     def parcels(
@@ -113,9 +123,7 @@ class Wire:
     def cut(self, name: str, sizes: Sequence[int]) -> list[Array]:
         """Cut a buffer into parts of so many bytes; it is kept from step to step, and grows where it must."""
         ends = np.cumsum(sizes).tolist()
-        known: Array | None = self.state.work.get(name)
-        if known is None or known.size < ends[-1]:
-            known = self.state.work[name] = empty(ends[-1] + ends[-1] // 8, "uint8")
+        known = self.work.roomy(name, ends[-1], lambda size: empty(size, "uint8"))
         return [known[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
     def post(self, outgoing: Sequence[Array], expected: Sequence[bool], name: str) -> Post:

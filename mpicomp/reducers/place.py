@@ -55,7 +55,7 @@ class Place:
     """Where a rank stands in a topology, and what that makes of a layout."""
 
     def __init__(self, layout: Layout, topology: Topology, me: int) -> None:
-        self.layout = layout
+        self.layout, self.topology = layout, topology
         self.number = topology.node_of(me)
         self.node = topology.nodes[self.number]
         self.local = self.node.index(me)

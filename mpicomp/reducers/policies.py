@@ -15,9 +15,10 @@ from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
 from mpicomp.collectives import Comm
 from mpicomp.planner import Cost, Machine
-from mpicomp.reducers.base import Explained, Reducer, Reduction, State, Units, mean_of
+from mpicomp.reducers.base import Explained, Reducer, Reduction, State, Units, complete
 from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.layout import Layout, Unit
+from mpicomp.reducers.workspace import Workspace
 from mpicomp.specs import Spec
 from mpicomp.transport import Topology
 
@@ -90,9 +91,11 @@ class ErrorFeedback(Explained, Spec):
         """See Reducer."""
         return self.reducer.init(layout, dtype, True, seed, step)
 
-    def reduce(self, comm: Comm, x: Array, state: State, out: Array | None = None) -> tuple[Reduction, State]:
+    def reduce(
+        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
+    ) -> tuple[Reduction, State]:
         """See Reducer."""
-        return self.reducer.reduce(comm, x, state, out)
+        return self.reducer.reduce(comm, x, state, out, work)
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
         """See Reducer."""
@@ -122,6 +125,10 @@ class ErrorFeedback(Explained, Spec):
     def absorb(self, comm: Comm, dropped: Array, state: State) -> None:
         """See Reducer."""
         self.reducer.absorb(comm, dropped, state)
+
+    def absorbing(self, state: State) -> tuple[Unit, ...]:
+        """See Reducer."""
+        return self.reducer.absorbing(state)
 
 
 def _fed(reducer: Reducer) -> Reducer:
@@ -182,13 +189,14 @@ class After(Explained, Spec):
         state = Dense("two_shot").init(layout, dtype, False, seed, step)
         return replace(state, inner=(self.reducer.init(layout, dtype, feedback, seed, step),))
 
-    def reduce(self, comm: Comm, x: Array, state: State, out: Array | None = None) -> tuple[Reduction, State]:
+    def reduce(
+        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
+    ) -> tuple[Reduction, State]:
         """See Reducer."""
-        (inner,) = state.inner
+        work = work or Workspace(state.device)
         if state.step < self.steps:
-            reduction, after = Dense("two_shot").reduce(comm, x, state, out)
-            return reduction, replace(after, inner=(replace(inner, step=after.step),))
-        reduction, inner = self.reducer.reduce(comm, x, inner.towards(state.divisor), out)
+            return Dense("two_shot").reduce(comm, x, state, out, work.inner("dense"))
+        reduction, inner = self.reducer.reduce(comm, x, state.nested(), out, work.inner("reducer"))
         return reduction, replace(state, step=inner.step, inner=(inner,))
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
@@ -206,6 +214,10 @@ class After(Explained, Spec):
     def absorb(self, comm: Comm, dropped: Array, state: State) -> None:
         """See Reducer. What the dense steps drop goes into the residual of the steps to come."""
         self.reducer.absorb(comm, dropped, state.inner[0])
+
+    def absorbing(self, state: State) -> tuple[Unit, ...]:
+        """See Reducer."""
+        return self.reducer.absorbing(state.inner[0])
 
 
 @dataclass(frozen=True)
@@ -244,26 +256,28 @@ class Partition(Explained, Spec):
         inner = tuple(reducer.init(part, dtype, feedback, seed, step) for reducer, part in self._branches(layout))
         return State(layout, dtype, seed, step, 0, inner=inner)
 
-    def reduce(self, comm: Comm, x: Array, state: State, out: Array | None = None) -> tuple[Reduction, State]:
+    def reduce(
+        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
+    ) -> tuple[Reduction, State]:
         """See Reducer. What is small travels beside what is large; a branch without units sends nothing."""
         out = np.empty_like(x) if out is None else out
-        small, large = (inner.towards(state.divisor) for inner in state.inner)
-        end = _begun(self.small, comm, x, small, out)
+        work = work or Workspace(state.device)
+        end = _begun(self.small, comm, x, state.nested(0), out, work.inner("small"))
         try:
-            of_large = _begun(self.large, comm, x, large, out)()
+            of_large = _begun(self.large, comm, x, state.nested(1), out, work.inner("large"))()
         finally:  # where ranks have parted ways, too: nothing may stay under way
             of_small = end()
         poisoned, finite, states = False, True, []
         for reduction, after in (of_small, of_large):
             sound = reduction.finite
             poisoned |= reduction.poisoned
-            if state.divisor > 1:  # here, since one branch may have divided and the other not
-                sound = mean_of(reduction, after.layout, state.divisor)
+            if work.divisor > 1:  # here, since one branch may have divided and the other not
+                sound = complete(reduction, after.layout, work.divisor)
                 poisoned |= not sound
             finite &= sound
             states.append(after)
         after = replace(state, step=state.step + 1, inner=tuple(states))
-        return Reduction(out, poisoned, divided=state.divisor > 1, finite=finite), after
+        return Reduction(out, poisoned, divided=work.divisor, finite=finite), after
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
         """See Reducer."""
@@ -285,13 +299,20 @@ class Partition(Explained, Spec):
         for reducer, inner in zip((self.small, self.large), state.inner, strict=True):
             reducer.absorb(comm, dropped, inner)
 
+    def absorbing(self, state: State) -> tuple[Unit, ...]:
+        """See Reducer."""
+        small, large = state.inner
+        return self.small.absorbing(small) + self.large.absorbing(large)
 
-def _begun(reducer: Reducer, comm: Comm, x: Array, state: State, out: Array) -> Callable[[], tuple[Reduction, State]]:
+
+def _begun(
+    reducer: Reducer, comm: Comm, x: Array, state: State, out: Array, work: Workspace
+) -> Callable[[], tuple[Reduction, State]]:
     """Begin a branch of a partition, and return what ends it: all is done here by reducers that have no `begin`."""
     if not state.layout.units:
-        return lambda: (Reduction(out, divided=True, finite=True), state)
+        return lambda: (Reduction(out, divided=work.divisor, finite=True), state)
     begin: Callable[..., Callable[[], tuple[Reduction, State]]] | None = getattr(reducer, "begin", None)
     if begin is not None:
-        return begin(comm, x, state, out)
-    result = reducer.reduce(comm, x, state, out)
+        return begin(comm, x, state, out, work)
+    result = reducer.reduce(comm, x, state, out, work)
     return lambda: result

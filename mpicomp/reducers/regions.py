@@ -19,6 +19,7 @@ import numpy as np
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import stream_of
 from mpicomp.collectives import Comm, allreduce
+from mpicomp.errors import WireFormatError
 from mpicomp.reducers.layout import Layout, Piece, Unit
 
 SHARE = 16  # entries a rank sends to an owner, or more: a part of fewer is mostly padding
@@ -79,6 +80,8 @@ class Division:
         """Where the parts begin and end, (parts + 1,), from the counts of all ranks together."""
         size, parts = self.unit.size, self.parts
         total = int(counts.sum())
+        if int(counts.max(initial=0)) > self.ranks * self.entries or total > self.ranks * self.entries:
+            raise WireFormatError(f"{self.ranks} ranks counted more than {self.entries} entries each")
         if parts == 1 or total == 0:
             return [part * size // parts for part in range(parts + 1)]
         sums = np.concatenate([[0], np.cumsum(counts.astype(np.int64))])

@@ -15,6 +15,7 @@ from mpicomp.reducers.base import Reduction, Remembering, State, check_codec, co
 from mpicomp.reducers.dense import two_shot_cost, two_shot_rows, two_shot_sum
 from mpicomp.reducers.layout import Layout
 from mpicomp.reducers.messages import Message, message_nbytes
+from mpicomp.reducers.workspace import Workspace
 from mpicomp.specs import Spec
 from mpicomp.transport import Topology
 from mpicomp.wire import ALIGN, HEADER, Field
@@ -44,25 +45,23 @@ class SharedSupport(Remembering, Spec):
         summed = two_shot_cost(values - HEADER + ALIGN, itemsize, topology.size, me)
         return summed + Cost(lossy=1, work=work)
 
-    def reduce(self, comm: Comm, x: Array, state: State, out: Array | None = None) -> tuple[Reduction, State]:
+    def reduce(
+        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
+    ) -> tuple[Reduction, State]:
         """See Reducer."""
         out = np.empty_like(x) if out is None else out
         comm.next_call()
         if not state.layout.size:
             return Reduction(out), state.advanced()
-        if "messages" not in state.work:
-            slot = (Field((1,), np.dtype(state.dtype).newbyteorder("<").str),)
-            state.work["messages"] = [
-                Message(self.codec, state.layout.whole(), state.dtype, extra=slot) for _ in range(2)
-            ]
-        mine, total = state.work["messages"]
+        work = work or Workspace()
+        mine, total = work.made("messages", lambda: self._messages(state))
         values, sums = (message.buffer[HEADER:].view(state.dtype) for message in (mine, total))
 
         poisoned = nonfinite(x, state.residual, state.layout)
         if not poisoned:
             mine.encode(x, state, 0, comm.rank, state.residual, state.spare)
         mine.payloads[-1][0][0] = np.nan if poisoned else 0.0
-        rows = state.buffer("rows", two_shot_rows(values.nbytes, values.itemsize, comm.size))
+        rows = work.buffer("rows", two_shot_rows(values.nbytes, values.itemsize, comm.size), state.dtype)
         two_shot_sum(comm, values, sums, rows, str(self))
         if not all(np.isfinite(part).all() for payload in total.payloads for part in payload):
             return poisoned_total(out, state.layout), state
@@ -70,3 +69,8 @@ class SharedSupport(Remembering, Spec):
         state.layout.fill(out, 0)
         total.decode_add(out, state, 0, 0)
         return Reduction(out), state.advanced()
+
+    def _messages(self, state: State) -> list[Message]:
+        """This rank's payloads and their sum, each with one more number."""
+        slot = (Field((1,), np.dtype(state.dtype).newbyteorder("<").str),)
+        return [Message(self.codec, state.layout.whole(), state.dtype, extra=slot) for _ in range(2)]

@@ -36,8 +36,10 @@ from mpicomp.planner import Cost, Work
 from mpicomp.reducers.base import Reduction, Remembering, State, check_codec, coding, poisoned_total
 from mpicomp.reducers.entries import Coding, Entries, Selecting, check_selecting, pick
 from mpicomp.reducers.layout import Layout
+from mpicomp.reducers.messages import encode
 from mpicomp.reducers.parcels import WHOLE, Parcel, Post, Wire
 from mpicomp.reducers.regions import Division, Region, divide, histogram_nbytes, owned_regions
+from mpicomp.reducers.workspace import Workspace
 from mpicomp.specs import Spec
 from mpicomp.transport import Topology
 from mpicomp.wire import ALIGN, HEADER, Payload
@@ -148,26 +150,41 @@ class Split(Remembering, Spec):
         whole = Coding(self.whole, how.dtype).most_values(min(size, int(taken / self.dense_after)))
         return max(how.most(size, min(taken, int(self.dense_after * size) + 1)), whole)
 
-    def reduce(self, comm: Comm, x: Array, state: State, out: Array | None = None) -> tuple[Reduction, State]:
+    def reduce(
+        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
+    ) -> tuple[Reduction, State]:
         """See Reducer."""
         out = np.empty_like(x) if out is None else out
-        step = _Step(self, comm, state)
+        step = _Step(self, comm, state, work or Workspace())
         step.select(x)
         step.share(step.scatter(), out)
         return (poisoned_total(out, state.layout), state) if step.poisoned else (Reduction(out), state.advanced())
+
+    def rehearse(self, x: Array, total: Array) -> list[Array]:
+        """See Reducer: entries are added up and collected."""
+        kernels, size = kernels_for(x), x.size
+        marks, places = np.zeros(-(-size // 64), np.uint64), np.arange(0, size, 3, dtype=np.uint32)
+        total[...] = 0
+        kernels.add_marked(places, x[: places.size], total, marks)
+        kernels.add_marked(places, x[-places.size :], total, marks)
+        kernels.mark_first(marks, 7)
+        found = np.zeros(kernels.count_marks(marks), x.dtype)
+        numbers = np.zeros(found.size, np.uint32)
+        kernels.collect(marks, total, found, numbers)
+        return [found, numbers]
 
 
 class _Step:
     """One reduction: what a rank knows in its course."""
 
-    def __init__(self, reducer: Split, comm: Comm, state: State) -> None:
-        self.reducer, self.comm, self.state = reducer, comm, state
+    def __init__(self, reducer: Split, comm: Comm, state: State, work: Workspace) -> None:
+        self.reducer, self.comm, self.state, self.work = reducer, comm, state, work
         self.coding = Coding(reducer.selecting.values, state.dtype)
-        self.wire = Wire(comm, state, self.coding, reducer.whole, str(reducer))
+        self.wire = Wire(comm, state, work, self.coding, reducer.whole, str(reducer))
+        self.first, self.second = (work.shrink(self.coding.codec, ranks) for ranks in (1, comm.size))
+        self.whole = work.shrink(reducer.whole, comm.size)
         self.poisoned = False
-        if "divisions" not in state.work:
-            state.work["divisions"] = reducer.divisions(state.layout, comm.size)
-        self.divisions: list[Division] = state.work["divisions"]
+        self.divisions = work.made("divisions", lambda: reducer.divisions(state.layout, comm.size))
         self.picked: dict[int, Entries] = {}
         self.owned: list[list[Region]] = []
 
@@ -194,7 +211,8 @@ class _Step:
         for regions, entries, parcel in zip(self.owned, parts, outgoing, strict=True):
             for region, part, payload in zip(regions, entries, parcel.payloads, strict=False):
                 rest = self._room(part.values)
-                self.coding.write(part, payload, region.piece.size, self.state.key(region.piece, 0, me), rest)
+                key = self.state.key(region.piece, 0, me)
+                self.coding.write(part, payload, region.piece.size, key, rest, self.first)
                 if rest is not None and self.state.spare is not None:
                     kernels_for(rest).put_at(part.places, rest, self.state.spare[region.piece.where])
         mine = self.owned[me]
@@ -246,7 +264,7 @@ class _Step:
         sums, marks = self._zeros("region", size, self.state.dtype), self._zeros("marks", -(-size // 64), "uint64")
         for rank, parcel in enumerate(incoming):
             key = self.state.key(region.piece, 0, rank)
-            values, places = self.coding.read(parcel.payloads[number], size, parcel.counts[number], key)
+            values, places = self.coding.read(parcel.payloads[number], size, parcel.counts[number], key, self.first)
             kernels.add_marked(places, values, sums, marks)
         count = kernels.count_marks(marks)
         if self.reducer.dense_after is not None and count > self.reducer.dense_after * size:
@@ -261,11 +279,8 @@ class _Step:
         return found, count
 
     def _zeros(self, name: str, size: int, dtype: str) -> Array:
-        """A workspace of zeros, which whoever writes to it leaves so."""
-        known: Array | None = self.state.work.get(name)
-        if known is None or known.size < size:
-            known = self.state.work[name] = np.zeros(size + size // 8, dtype)
-        return known[:size]
+        """Zeros from the workspace; the code that writes to them leaves zeros."""
+        return self.work.roomy(name, size, lambda room: np.zeros(room, dtype))
 
     def _encode(self, regions: Sequence[Region], found: Sequence[tuple[Entries, int]], parcel: Parcel) -> None:
         """Write the sums of this rank's regions; what is left out goes to its residual."""
@@ -279,7 +294,7 @@ class _Step:
                 continue
             kept = self._largest(sums, region.quota, owed) if self.reducer.cut else sums
             rest = self._room(kept.values)
-            self.coding.write(kept, payload, piece.size, key, rest)
+            self.coding.write(kept, payload, piece.size, key, rest, self.second)
             if rest is not None and owed is not None:
                 kernels_for(rest).scatter_add(kept.places, rest, owed)
 
@@ -287,11 +302,10 @@ class _Step:
         codec = self.reducer.whole
         if codec is None:
             payload[0][:] = values
-        elif owed is None:
-            codec.encode(values, payload, key)
-        else:
-            rest = np.empty_like(values)
-            codec.encode_residual(values, None, payload, rest, key)
+            return
+        rest = None if owed is None else np.empty_like(values)
+        encode(codec, values, None, payload, rest, key, self.whole)
+        if rest is not None and owed is not None:
             owed += rest
 
     def _largest(self, sums: Entries, quota: int, owed: Array | None) -> Entries:
@@ -315,6 +329,6 @@ class _Step:
                 continue
             target[...] = 0
             if count == WHOLE and codec is not None:
-                codec.decode_add(payload, target, key)
+                codec.decode_add(payload, target, key, 1 / self.whole)
             else:
-                self.coding.add(payload, count, target, key)
+                self.coding.add(payload, count, target, key, self.second)

@@ -22,6 +22,7 @@ from mpicomp.reducers.base import Reduction, Remembering, State, check_codec, co
 from mpicomp.reducers.entries import Coding, Entries, Selecting, check_selecting, pick
 from mpicomp.reducers.layout import Layout
 from mpicomp.reducers.messages import Message, message_nbytes, says_poison
+from mpicomp.reducers.workspace import Workspace
 from mpicomp.specs import Spec
 from mpicomp.transport import Topology
 
@@ -38,6 +39,11 @@ def children(rank: int, ranks: int) -> list[int]:
 def parent(rank: int) -> int:
     """The rank above one that is not the root."""
     return rank & (rank - 1)
+
+
+def beneath(rank: int, ranks: int) -> int:
+    """How many ranks a rank sums: itself and those below it."""
+    return ranks if rank == 0 else min(rank & -rank, ranks - rank)
 
 
 @dataclass(frozen=True)
@@ -76,17 +82,19 @@ class Tree(Remembering, Spec):
             ),
         )
 
-    def reduce(self, comm: Comm, x: Array, state: State, out: Array | None = None) -> tuple[Reduction, State]:
+    def reduce(
+        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
+    ) -> tuple[Reduction, State]:
         """See Reducer."""
         out = np.empty_like(x) if out is None else out
         sequence, below = comm.next_call(), children(comm.rank, comm.size)
         if not state.layout.size:
             return Reduction(out), state.advanced()
-        if "messages" not in state.work:
-            state.work["messages"] = [
-                Message(self.codec, state.layout.whole(), state.dtype) for _ in range(len(below) + 2)
-            ]
-        mine, total, *received = state.work["messages"]
+        work = work or Workspace()
+        # A rank's message is the sum over the ranks from it on, as far as its part of the tree goes.
+        whole, *parts = (work.shrink(self.codec, beneath(each, comm.size)) for each in (0, comm.rank, *below))
+        shrinks = [parts[0], whole, *parts[1:]]
+        mine, total, *received = work.made(("messages", whole), lambda: self._messages(state, shrinks))
         arrivals = [begin_receive(comm, m.buffer, child) for m, child in zip(received, below, strict=True)]
 
         entries, poisoned = self._select(x, state)
@@ -113,6 +121,20 @@ class Tree(Remembering, Spec):
             wait(comm, sends, f"{self}, to ranks {below}")
         return (poisoned_total(out, state.layout), state) if poisoned else (Reduction(out), state.advanced())
 
+    def rehearse(self, x: Array, total: Array) -> list[Array]:
+        """See Reducer: two sparse vectors are merged and cut."""
+        kernels, k = kernels_for(x), x.size // 4
+        places = np.arange(k, dtype=np.uint32)
+        merged, values = np.zeros(2 * k, np.uint32), np.zeros(2 * k, x.dtype)
+        count = kernels.merge(2 * places, x[:k], 3 * places, x[k : 2 * k], merged, values)
+        kept, numbers, rest = np.zeros(k, x.dtype), np.zeros(k, np.uint32), np.zeros(count, x.dtype)
+        kernels.select_top(values[:count], None, rest, k).write(kept, numbers, zero=True)
+        return [merged[:count], kept, numbers, rest]
+
+    def _messages(self, state: State, shrinks: list[float]) -> list[Message]:
+        """A message for each of these."""
+        return [Message(self.codec, state.layout.whole(), state.dtype, shrink=shrink) for shrink in shrinks]
+
     def _select(self, x: Array, state: State) -> tuple[list[Entries], bool]:
         """Select from all units; return the entries and whether an input was not finite."""
         found = []
@@ -130,7 +152,7 @@ class Tree(Remembering, Spec):
         how, found = Coding(self.selecting.values, state.dtype), []
         for mine, piece, payload in zip(entries, message.pieces, message.payloads, strict=True):
             k, kernels = mine.values.size, kernels_for(mine.values)
-            theirs = how.read(payload, piece.size, k, state.key(piece, 0, source))
+            theirs = how.read(payload, piece.size, k, state.key(piece, 0, source), message.shrink)
             values, places = np.empty(2 * k, state.dtype), np.empty(2 * k, np.uint32)
             count = kernels.merge(mine.places, mine.values, theirs.places, theirs.values, places, values)
             values, places = values[:count], places[:count]
@@ -150,7 +172,7 @@ class Tree(Remembering, Spec):
             if kernels.nonfinite(found.values):
                 return False
             rest = None if state.spare is None or how.codec is None else np.empty_like(found.values)
-            how.write(found, payload, piece.size, state.key(piece, 0, me), rest)
+            how.write(found, payload, piece.size, state.key(piece, 0, me), rest, message.shrink)
             if rest is not None and state.spare is not None:
                 kernels.scatter_add(found.places, rest, state.spare[piece.where])
         return True

@@ -21,6 +21,7 @@ from mpicomp.reducers.base import Reduction, Remembering, State, check_codec, co
 from mpicomp.reducers.layout import Layout, shards
 from mpicomp.reducers.messages import Message, encoded, message_nbytes
 from mpicomp.reducers.pipeline import Burst, groups, in_turn, ring
+from mpicomp.reducers.workspace import Workspace
 from mpicomp.specs import Spec
 from mpicomp.transport import Topology
 
@@ -79,12 +80,14 @@ class TwoStage(Remembering, Spec):
             chunks=max(1, len(sent)) if self.codec.fixed else 1,
         )
 
-    def reduce(self, comm: Comm, x: Array, state: State, out: Array | None = None) -> tuple[Reduction, State]:
+    def reduce(
+        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
+    ) -> tuple[Reduction, State]:
         """See Reducer."""
         out = np.empty_like(x) if out is None else out
-        if "buffers" not in state.work:
-            state.work["buffers"] = _Buffers(self, state, comm.size, comm.rank)
-        buffers: _Buffers = state.work["buffers"]
+        work = work or Workspace(state.device)
+        shrinks = work.shrink(self.codec, 1), work.shrink(self.recodec, comm.size)
+        buffers = work.made(("buffers", shrinks), lambda: _Buffers(self, state, comm.size, comm.rank, shrinks))
         sequence = comm.next_call()
 
         poisoned, finite = False, True
@@ -110,7 +113,7 @@ class TwoStage(Remembering, Spec):
                 second.send((comm.rank + distance) % comm.size, number)
             if not poisoned:
                 finite = finite and share.tame
-                buffers.shares[comm.rank][number].decode(out, state, 1, comm.rank, state.factor)
+                buffers.shares[comm.rank][number].decode(out, state, 1, comm.rank, work.factor)
         first.finish()
         second.send_all()
         for owner, number in in_turn(buffers.shares):
@@ -118,11 +121,11 @@ class TwoStage(Remembering, Spec):
             if not poisoned and owner != comm.rank:
                 message = buffers.shares[owner][number]
                 finite = finite and message.tame
-                message.decode(out, state, 1, owner, state.factor)
+                message.decode(out, state, 1, owner, work.factor)
         second.finish()
         if poisoned:
             return poisoned_total(out, state.layout), state
-        return Reduction(out, divided=state.exact, finite=finite), state.advanced()
+        return Reduction(out, divided=work.factored, finite=finite), state.advanced()
 
     def _fill(
         self, share: Message, x: Array, messages: dict[int, Message], state: State, workspace: Array, me: int
@@ -160,22 +163,27 @@ def _sum_payloads(messages: list[Message], total: Message) -> bool:
 class _Buffers:
     """The messages of one rank, by peer and group, and the sum of one group of its shard."""
 
-    def __init__(self, reducer: TwoStage, state: State, ranks: int, me: int) -> None:
+    def __init__(self, reducer: TwoStage, state: State, ranks: int, me: int, shrinks: tuple[float, float]) -> None:
         codec, recodec, dtype, device = reducer.codec, reducer.recodec, state.dtype, state.device
+        first, second = shrinks
         parts = [groups(pieces, codec) for pieces in shards(state.layout, codec.block, ranks)]
         self.outgoing = [
-            [Message(codec, part, dtype, device=device) for part in own] if rank != me or codec.linear else []
+            [Message(codec, part, dtype, device=device, shrink=first) for part in own]
+            if rank != me or codec.linear
+            else []
             for rank, own in enumerate(parts)
         ]
         # What a rank has for itself is summed where it was encoded, or not encoded at all.
         self.incoming = [
-            [Message(codec, part, dtype, side_by_side=True, device=device) for part in parts[me]]
+            [Message(codec, part, dtype, side_by_side=True, device=device, shrink=first) for part in parts[me]]
             if rank != me
             else [Message(codec, mine.pieces, dtype, side_by_side=True, of=mine) for mine in self.outgoing[me]]
             for rank in range(ranks)
         ]
-        self.share = [Message(recodec, part, dtype, side_by_side=True, device=device) for part in parts[me]]
-        self.shares = [[Message(recodec, part, dtype, device=device) for part in own] for own in parts]
-        self.shares[me] = [Message(recodec, share.pieces, dtype, of=share) for share in self.share]
+        self.share = [
+            Message(recodec, part, dtype, side_by_side=True, device=device, shrink=second) for part in parts[me]
+        ]
+        self.shares = [[Message(recodec, part, dtype, device=device, shrink=second) for part in own] for own in parts]
+        self.shares[me] = [Message(recodec, share.pieces, dtype, of=share, shrink=second) for share in self.share]
         size = max((sum(piece.size for piece in part) for part in parts[me]), default=0)
         self.total = empty(size, dtype, device)

@@ -10,7 +10,7 @@ off, a bucket that was not finite, and with `scaler` a whole step that GradScale
 # No `from __future__ import annotations` here: DDP compares the annotations of the hook with types.
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from mpicomp.reducers import (
     State,
     Unit,
     Units,
+    Workspace,
     apply,
     describe,
     rescale,
@@ -48,6 +49,7 @@ class Entry:
     dtype: str
     digest: int
     state: State
+    work: Workspace
     after: State | None = None
     poisoned: bool = False
 
@@ -144,11 +146,13 @@ class Hook:
     def _reduce(self, index: int, buffer: torch.Tensor) -> None:
         entry = self._entries[index]
         bits = bits_of(buffer)
-        state = _at_step(entry.state, self._step)
+        state = entry.state.at(self._step)
         self._comm.doing = f"the bucket of {entry.names[0]}"
         confirm(self._comm, mixed(entry.digest, self._step), lambda: self._said(index))
         with breaking(self._comm, f"bucket {index} of DDP"):
-            entry.after, entry.poisoned = apply(self._comm, self.reducer, bits, entry.dtype, "mean", state, bits)
+            entry.after, entry.poisoned = apply(
+                self._comm, self.reducer, bits, entry.dtype, "mean", state, bits, entry.work
+            )
         self._comm.doing = ""
 
     def _said(self, index: int) -> str:
@@ -198,7 +202,8 @@ class Hook:
         with breaking(self._comm, description):
             state = self.reducer.init(layout, work_dtype(dtype), seed=self._seed, step=self._step)
             saved = {name: self._saved.pop(name) for name in names if name in self._saved}
-            self._entries[index] = Entry(names, dtype, digest_of(description), self.reducer.restore(state, saved))
+            state = self.reducer.restore(state, saved)
+            self._entries[index] = Entry(names, dtype, digest_of(description), state, Workspace())
 
 
 def _units(names: Sequence[str], gradients: Sequence[torch.Tensor], buffer: torch.Tensor) -> tuple[Unit, ...]:
@@ -208,13 +213,6 @@ def _units(names: Sequence[str], gradients: Sequence[torch.Tensor], buffer: torc
         Unit(name, tuple(gradient.shape), int(gradient.storage_offset() - start))
         for name, gradient in zip(names, gradients, strict=True)
     )
-
-
-def _at_step(state: State, step: int) -> State:
-    """Return a state that counts with the hook: one that sat out a step has fallen behind."""
-    if state.step == step:
-        return state
-    return replace(state, step=step, inner=tuple(_at_step(inner, step) for inner in state.inner))
 
 
 def reduce_bucket(state: Hook, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpicomp import collectives
+from mpicomp import children, collectives
 from mpicomp.arrays import Array
 from mpicomp.collectives import Comm
 from mpicomp.device import device_number
@@ -39,9 +39,14 @@ def device() -> torch.device:
 
 
 def fill_environment() -> None:
-    """Set what torch's rendezvous reads, where it is absent; under a launcher this initialises MPI."""
+    """Set what torch's rendezvous reads, where it is absent; under a launcher this initialises MPI.
+
+    The child of a rank starts no MPI. A worker keeps what its parent was told, another program is alone.
+    """
+    if children.is_worker():
+        return
     _forget_inherited()
-    if any(name in os.environ for name in LAUNCHERS):
+    if any(name in os.environ for name in LAUNCHERS) and not children.is_child():
         values = _values_from_mpi()
     elif "RANK" in os.environ or "WORLD_SIZE" in os.environ:
         return
@@ -70,6 +75,7 @@ def group_comm(ranks: list[int], me: int, size: int) -> Comm:
 
 def _world() -> Any:
     """Return MPI's world, if torch can be run on it."""
+    children.refuse()
     world = collectives.world()
     complaint = launcher_mismatch(os.environ, world.Get_size())
     if complaint:

@@ -15,7 +15,7 @@ from mpicomp.arrays import to_device, to_host
 from mpicomp.collectives import Comm
 from mpicomp.kernels import gpu
 from mpicomp.kernels.gpu import low_rank
-from mpicomp.reducers import apply
+from mpicomp.reducers import Workspace, apply
 from mpicomp.reducers.batches import Batches
 from mpicomp.reducers.factors import InTurn
 
@@ -42,10 +42,10 @@ def run(spec: str, x: Any, there: list[bool], op: str = "mean") -> list[list[tup
     reducer, dtype = member(spec), x.dtype.name
 
     def f(comm: Comm) -> list[tuple[Any, bool, Any]]:
-        state, found = reducer.init(LAYOUT, dtype), []
+        state, found, work = reducer.init(LAYOUT, dtype), [], Workspace()
         for row in x[comm.rank]:
             given = to_device(row) if there[comm.rank] else row.copy()
-            state, bad = apply(comm, reducer, given, dtype, op, state, given)
+            state, bad = apply(comm, reducer, given, dtype, op, state, given, work)
             found.append((to_host(given), bad, reducer.export(state)))
         return found
 

@@ -14,7 +14,7 @@ import mpicomp
 from mpicomp import collectives
 from mpicomp.arrays import on_device, to_device, to_host
 from mpicomp.collectives import Comm
-from mpicomp.reducers import apply, messages
+from mpicomp.reducers import Workspace, apply, messages
 
 SPECS = [
     "error_feedback(gather(topk(density=0.1)))",
@@ -42,12 +42,12 @@ def run(spec: str, x: Any, there: list[bool], op: str = "mean", dtype: str = "fl
     def f(comm: Comm) -> tuple[Any, Any]:
         device = there[comm.rank]
         state = reducer.init(LAYOUT, "float32")
-        results, residuals = [], []
+        results, residuals, work = [], [], Workspace()
         for row in x[comm.rank]:
             given = to_device(row) if device else row.copy()
             out = np.empty_like(given)
             out[...] = 7
-            state, poisoned = apply(comm, reducer, given, dtype, op, state, out)
+            state, poisoned = apply(comm, reducer, given, dtype, op, state, out, work)
             assert on_device(out) == device
             results.append((to_host(out), poisoned))
             residuals.append(np.array(residual_of(reducer, state)))

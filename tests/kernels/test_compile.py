@@ -149,6 +149,86 @@ def test_a_changed_source_is_compiled_anew(tmp_path):
     assert result(start(changed, tmp_path)) == [0, 3]
 
 
+def damage(path, how):
+    """Damage a file of compiled code."""
+    data = bytearray(path.read_bytes())
+    if how == "cut":
+        data = data[: len(data) // 2]
+    elif how == "empty":
+        data = bytearray()
+    elif how == "random":
+        data = bytearray(np.random.default_rng(0).bytes(len(data)))
+    elif how == "unreadable":  # to root too
+        path.unlink()
+        path.mkdir()
+        return
+    elif how == "plain":  # as Numba writes it, without a checksum
+        data = data[32:]
+    else:  # one byte somewhere: in the head, the pickle, or the machine code
+        data[int(how * (len(data) - 1))] ^= 0x10
+    path.write_bytes(data)
+
+
+REPORT = FEW.replace(
+    "import json\n",
+    "import json, warnings\nwarnings.simplefilter('always')\nsaid = []\n"
+    "warnings.showwarning = lambda message, *_: said.append(str(message))\n",
+    1,
+).replace("print(json.dumps(counts()))", "print(json.dumps([*counts(), x.copy().tolist(), said]))")
+assert "said.append" in REPORT
+assert "said]" in REPORT
+
+
+@pytest.mark.parametrize(
+    ("suffix", "how"),
+    [
+        ("nbi", "cut"),
+        ("nbi", "empty"),
+        ("nbi", 0.9),
+        ("nbc", "random"),
+        ("nbc", "plain"),
+        *[("nbc", h) for h in (0.0, 0.5)],
+    ],
+)
+def test_a_damaged_file_is_compiled_anew_and_named(tmp_path, suffix, how):
+    assert result(start(FEW, tmp_path)) == [3, 0]
+    (path,) = tmp_path.rglob(f"sums._add-*.{suffix}")
+    damage(path, how)
+    processes = [start(REPORT, tmp_path) for _ in range(2)]
+    found = [result(process) for process in processes]
+    assert sum(compiled for compiled, *_ in found) == 1
+    assert all(compiled + loaded == 3 for compiled, loaded, *_ in found)
+    said = [message for *_, messages in found for message in messages]
+    assert said
+    assert all(str(path) in message and "damaged" in message for message in said)
+    assert result(start(FEW, tmp_path)) == [0, 3]
+
+
+@pytest.mark.parametrize("suffix", ["nbi", "nbc"])
+def test_a_file_that_can_be_neither_read_nor_replaced_stops_nothing(tmp_path, suffix):
+    assert result(start(FEW, tmp_path)) == [3, 0]
+    (path,) = tmp_path.rglob(f"sums._add-*.{suffix}")
+    damage(path, "unreadable")
+    for _ in range(2):
+        compiled, loaded, _, said = result(start(REPORT, tmp_path))
+        assert (compiled, loaded) == (1, 2)
+        assert any(path.name in message for message in said)
+
+
+def test_machine_code_of_another_kernel_or_processor_is_not_run(tmp_path):
+    assert result(start(FEW, tmp_path)) == [3, 0]
+    (add,) = tmp_path.rglob("sums._add-*.nbc")
+    (axpy,) = tmp_path.rglob("sums._axpy-*.nbc")
+    add.write_bytes(axpy.read_bytes())
+    compiled, _, _, said = result(start(REPORT, tmp_path))
+    assert compiled == 1
+    assert str(add) in said[0]
+    other = start(FEW, tmp_path, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="")
+    assert result(other) == [3, 0]
+    index = next(tmp_path.rglob("sums._add-*.nbi"))
+    assert len(list(index.parent.glob(f"{index.stem}.*.nbc"))) == 2
+
+
 NO_FOLDER = """
 import numba
 import numba.core.caching as caching

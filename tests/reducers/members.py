@@ -10,7 +10,7 @@ from team import Team
 
 from mpicomp.arrays import Array
 from mpicomp.collectives import Comm
-from mpicomp.reducers import Layout, Reducer, State, Unit, Units, parse
+from mpicomp.reducers import Layout, Reducer, State, Unit, Units, Workspace, parse
 
 SIZES = [*range(1, 10), 16, 17]
 
@@ -173,8 +173,9 @@ def steps(comm: Comm, reducer: Reducer, x: Array, state: State) -> tuple[Array, 
     totals, poisoned = np.empty_like(x), np.empty(len(x), bool)
     residuals = np.empty((len(x) + 1, x.shape[1]), x.dtype)
     residuals[0] = residual_of(reducer, state)
+    work = Workspace()
     for step, row in enumerate(x):
-        reduction, state = reducer.reduce(comm, row, state)
+        reduction, state = reducer.reduce(comm, row, state, work=work)
         totals[step], poisoned[step] = reduction.total, reduction.poisoned
         residuals[step + 1] = residual_of(reducer, state)
     return totals, residuals, poisoned, reducer.export(state)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -12,7 +12,7 @@ from team import Team
 
 from mpicomp.arrays import Array, work_dtype
 from mpicomp.collectives import Comm
-from mpicomp.reducers import apply
+from mpicomp.reducers import Workspace, apply
 
 DTYPES: dict[str, Any] = {
     "float16": np.float16,
@@ -36,11 +36,12 @@ def run(
 
     def f(comm: Comm) -> tuple[Array, Array, list[bool]]:
         state = reducer.init(LAYOUT, work_dtype(dtype))
+        work = Workspace()
         results, residuals, flags = [], [residual_of(reducer, state)], []
         for row in x[comm.rank]:
             source = row.copy() if in_place else row
             out = source if in_place else np.empty_like(row)
-            state, poisoned = apply(comm, reducer, bits(source), dtype, op, state, bits(out))
+            state, poisoned = apply(comm, reducer, bits(source), dtype, op, state, bits(out), work)
             results.append(out.copy())
             residuals.append(residual_of(reducer, state))
             flags.append(poisoned)
@@ -118,19 +119,131 @@ def test_poison_is_reported_by_all(spec: str, dtype: str) -> None:
     assert residuals[:, 2].tobytes() == residuals[:, 1].tobytes()
 
 
-@pytest.mark.parametrize("spec", [*REPRESENTATIVES[:7], *DENSE])
-def test_a_sum_that_float16_cannot_hold_saturates_and_is_owed(spec: str) -> None:
-    """Casts saturate: the largest float16 is 65504, and the remainder comes later."""
+@pytest.mark.parametrize("spec", REPRESENTATIVES[:7])
+def test_a_sum_that_float16_cannot_hold_saturates_and_the_rest_comes_later(spec: str) -> None:
+    """With feedback casts saturate: the largest float16 is 65504."""
     x = np.full((2, 3, LAYOUT.size), 60000, np.float16)
     x[:, 1:] = 0
     x.setflags(write=False)
     results, residuals, flags = run(spec, 2, x, "float16", "sum")
     assert np.isfinite(results.astype(float)).all()
     assert not np.any(flags)
-    if spec not in DENSE:
-        given = x.astype(float).sum(0).sum(0)
-        received = results[0].astype(float).sum(0) + residuals[:, -1].sum(0)
-        np.testing.assert_allclose(received, given, rtol=1e-5)
+    given = x.astype(float).sum(0).sum(0)
+    received = results[0].astype(float).sum(0) + residuals[:, -1].sum(0)
+    np.testing.assert_allclose(received, given, rtol=1e-5)
+
+
+@pytest.mark.parametrize("spec", [*DENSE, "gather(cast(dtype=bf16))", "two_stage(uniform(bits=8))", "integer"])
+def test_without_feedback_a_sum_that_float16_cannot_hold_is_infinite_as_in_numpy(spec: str) -> None:
+    """No residual takes the rest, so it must not vanish without a word; and all ranks say that it is not finite."""
+    x = np.full((2, 1, LAYOUT.size), 60000, np.float16)
+    x[:, :, 1::3] = -60000
+    x[:, :, 2::3] = 100
+    results, _, flags = run(spec, 2, x, "float16", "sum")
+    sign = np.array([np.inf, -np.inf, 200], np.float16)
+    np.testing.assert_allclose(results[0, 0].astype(float), np.resize(sign, LAYOUT.size).astype(float), rtol=2)
+    assert np.all(flags)
+    means, _, flags = run(spec, 2, x, "float16", "mean")
+    assert np.isfinite(means.astype(float)).all()
+    assert not np.any(flags)
+
+
+def test_a_small_unit_without_feedback_overflows_beside_a_large_one_that_saturates() -> None:
+    spec = "partition(dense(algorithm=two_shot), error_feedback(gather(cast(dtype=bf16))), min_size=30)"
+    x = np.full((2, 1, LAYOUT.size), 60000, np.float16)
+    results, residuals, flags = run(spec, 2, x, "float16", "sum")
+    reducer = cast(Any, member(spec))
+    for unit in LAYOUT.units:
+        found = results[:, 0, unit.where].astype(float)
+        assert np.isfinite(found).all() if reducer.is_large(unit) else np.isinf(found).all()
+    assert np.isfinite(residuals).all()
+    assert np.all(flags)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 5, 7])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "dense",
+        "dense(algorithm=ring)",
+        "gather({0})",
+        "two_stage({0})",
+        "error_feedback(gather({0}))",
+        "error_feedback(two_stage({0}))",
+        "error_feedback(split(topk(density=0.5, values={0})))",
+        "error_feedback(split(topk(density=0.5, values={0}), cut=True))",
+        "split(topk(density=0.9), dense_after=0.5, dense={0})",
+        "error_feedback(tree(topk(density=0.5, values={0})))",
+        "after(1, error_feedback(two_stage({0})))",
+    ],
+)
+@pytest.mark.parametrize(("codec", "value"), [("fp16", 30000.0), ("fp8(format=e4m3)", 300.0)])
+def test_the_range_of_a_mean_is_that_of_a_contribution(spec: str, codec: str, value: float, ranks: int) -> None:
+    """A sum on the way must not saturate where the mean does not, nor a residual grow for ever."""
+    rng = np.random.default_rng(ranks)
+    x = np.full((ranks, 6, LAYOUT.size), value, np.float32)
+    x *= rng.uniform(0.9, 1.1, x.shape).astype(np.float32)
+    x.setflags(write=False)
+    results, residuals, flags = run(spec.format(codec), ranks, x, "float32", "mean")
+    assert not np.any(flags)
+    assert np.isfinite(results).all()
+    if "topk" in spec:  # what is left out waits; what was sent and what waits make up what was given
+        received = results[0].astype(float).sum(0) * ranks + residuals[:, -1].astype(float).sum(0)
+        if "error_feedback" in spec:
+            np.testing.assert_allclose(received, x.astype(float).sum((0, 1)), rtol=1e-3)
+        assert np.abs(residuals).max() < 10 * ranks * value
+    else:
+        expected = x.astype(float).mean(0)
+        assert np.abs(results[0] - expected).max() < 0.16 * value
+        assert np.abs(residuals).max() < 0.2 * ranks * value
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 7])
+@pytest.mark.parametrize(
+    "spec", ["dense", "dense(algorithm=two_shot)", "two_stage(uniform(bits=8))", "integer", *REPRESENTATIVES[:7]]
+)
+def test_a_mean_of_bfloat16_has_the_range_of_bfloat16(spec: str, ranks: int) -> None:
+    """The sum overflows float32, the mean does not; and the law holds in this step, too."""
+    x = np.full((ranks, 3, LAYOUT.size), 3e38, np.float32).astype(ml_dtypes.bfloat16)
+    x[:, 1:] = 1.0
+    x.setflags(write=False)
+    results, residuals, flags = run(spec, ranks, x, "bfloat16", "mean")
+    assert not np.any(flags)
+    assert np.isfinite(results.astype(float)).all()
+    assert np.isfinite(residuals).all()
+    if "error_feedback" in spec:
+        received = results[0].astype(np.longdouble) * ranks + residuals[:, 1:].astype(np.longdouble).sum(0)
+        given = x.astype(np.longdouble).sum(0) + residuals[:, :-1].astype(np.longdouble).sum(0)
+        assert (np.abs(received - given) <= 1e-5 * np.abs(x.astype(float)).max()).all()
+    else:
+        np.testing.assert_allclose(results[:, 0].astype(float), 3e38, rtol=0.01)
+
+
+def test_who_swaps_reducers_cannot_forget_to_divide() -> None:
+    """`auto` makes a fresh state where it changes its candidate: the mean is one place, whatever runs."""
+    spec = "error_feedback(auto(allow=(uniform(bits=8), low_rank(rank=2), topk(density=0.5))))"
+    auto = cast(Any, member(spec)).reducer
+    x = np.ones((3, 1, LAYOUT.size), np.float32)
+    x.setflags(write=False)
+
+    def f(comm: Comm) -> tuple[list[Array], list[Array]]:
+        state, work, found, kept = auto.init(LAYOUT, "float32", True), Workspace(), [], []
+        course = auto.course(comm, LAYOUT, "float32", True)
+        ways = range(len(auto.candidates(True)))
+        for way in (*ways, *reversed(ways), 0, 5, 0, 5):
+            course.running, out = way, np.empty(LAYOUT.size, np.float32)
+            state, poisoned = apply(comm, auto, x[comm.rank, 0], "float32", "mean", state, out, work)
+            assert not poisoned
+            found.append(out)
+            kept.append(residual_of(auto, state))
+        return found, kept
+
+    results = Team(3).run(f)
+    before = np.zeros(LAYOUT.size)
+    for step, mean in enumerate(results[0][0]):
+        after = sum(kept[step].astype(float) for _, kept in results)
+        np.testing.assert_allclose(mean * 3.0 + after, 3.0 + before, atol=1e-4)
+        before = after
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])

@@ -25,7 +25,7 @@ from mpicomp.reducers import (
     resolve_partitioned,
 )
 from mpicomp.reducers.allowance import allowances, divided
-from mpicomp.reducers.auto import EXACT, PLACE, Place
+from mpicomp.reducers.auto import EXACT
 from mpicomp.transport import Topology
 
 SPEC = "auto(allow=(topk(density=0.1), two_stage(uniform(block=32)), low_rank(rank=2)))"
@@ -146,9 +146,7 @@ def forced(auto: Auto, comm: Comm, x: Array, ways: list[int], poison: int = -1) 
     state: State = auto.init(LAYOUT, "float32", feedback=True)
     totals, residuals = [], [residual_of(cast(Any, auto), state)]
     for step, way in enumerate(ways):
-        course = auto.course(comm, LAYOUT, "float32", True)
-        place: Place = state.work[PLACE]
-        place.course, course.running = course, way
+        auto.course(comm, LAYOUT, "float32", True).running = way
         row = x[step]
         if step == poison:
             row = row.copy()
@@ -262,7 +260,7 @@ def test_what_one_array_taught_serves_the_next() -> None:
         for _ in range(2):
             state = auto.init(LAYOUT, "float32")
             _, state = auto.reduce(comm, x[comm.rank, 0], state)
-            courses.append(state.work[PLACE].course)
+            courses.append(auto.course(comm, LAYOUT, "float32", False))
         return courses[0] is courses[1] and courses[0].note(1.0) is False
 
     assert all(team_on(FAST, auto, 2, feedback=False).run(f))

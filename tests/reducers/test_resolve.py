@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 from reducers.members import CONTRACTIONS, LAYOUT, MEMBERS, UNBIASED, layout_of, member
 
-from mpicomp.reducers import Layout, describe, parse, resolve, resolve_partitioned
+from mpicomp.kernels import cpu
+from mpicomp.reducers import REDUCERS, Layout, describe, parse, resolve, resolve_partitioned
+from mpicomp.reducers.resolve import arithmetic
 
 BIG = Layout.single((300, 100))
 SMALL = Layout.single((40, 10))
@@ -120,3 +123,56 @@ def test_every_difference_shows_in_the_description() -> None:
     text = describe(*base)
     for part in ("sum of float32", "matrix[13, 11]", "gather(sign)", "endian", "mpicomp "):
         assert part in text
+
+
+@pytest.mark.parametrize("name", sorted(REDUCERS))
+def test_the_agreement_covers_the_kernels_of_every_reducer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank whose kernels compute otherwise has another digest: every kernel that a step runs is rehearsed."""
+    specs = {
+        "gather": "gather(uniform(bits=4))",
+        "two_stage": "two_stage(topk(density=0.1), topk(density=0.1, values=bf16))",
+        "shared_support": "shared_support(randomk(density=0.1))",
+        "split": "split(topk(density=0.3), dense_after=0.5, dense=uniform(bits=8))",
+        "tree": "tree(topk(density=0.2))",
+        "auto": "auto(allow=(topk(density=0.1), integer))",
+        "hierarchical": "hierarchical(two_stage(sign))",
+        "error_feedback": "error_feedback(integer)",
+        "after": "after(3, low_rank)",
+        "partition": "partition(dense, integer)",
+    }
+    reducer = cast(Any, parse(specs.get(name, name)))
+    right = arithmetic.__wrapped__(reducer)
+    own = {
+        "split": ["add_marked", "collect"],
+        "tree": ["merge", "select_top"],
+        "integer": ["block_tops", "encode_blocks", "add_codes", "pack_sums", "decode_sums"],
+        "partition": ["block_tops", "add_codes"],
+        "auto": ["add_codes", "merge", "add_marked"],
+        "low_rank": ["orthogonalise", "outer_add"],
+        "after": ["orthogonalise", "outer_add"],
+        "gather": ["encode_blocks", "decode_blocks"],
+        "dense": ["divide"],
+    }
+    for kernel in own.get(name, ["divide"]):
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu, kernel, _perturbed(getattr(cpu, kernel)))
+            assert arithmetic.__wrapped__(reducer) != right, kernel
+    assert arithmetic.__wrapped__(reducer) == right
+
+
+def _perturbed(kernel: Any) -> Any:
+    """A kernel that computes another bit in every array that it writes to."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        arrays = [each for each in (*args, *kwargs.values()) if isinstance(each, np.ndarray) and each.size]
+        before = [each.copy() for each in arrays]
+        result = kernel(*args, **kwargs)
+        if hasattr(result, "write"):  # a selection: perturb what was given, which it writes from
+            arrays[0].view(np.uint8)[...] ^= 1
+            return kernel(*args, **kwargs)
+        for each, old in zip(arrays, before, strict=True):
+            if each.tobytes() != old.tobytes():
+                each.reshape(-1).view(np.uint8)[0] ^= 1
+        return result
+
+    return run

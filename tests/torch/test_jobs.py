@@ -120,3 +120,38 @@ def test_a_rank_that_fails_ends_the_job(tmp_path: Path, spoil: str) -> None:
     assert "ArithmeticError: spoiled on purpose" in done.stderr
     assert "in fail" in done.stderr or spoil is BEFORE
     assert time.monotonic() - began < 45  # the watchdog's time is longer
+
+
+CHILDREN = """
+import subprocess, sys, torch, mpicomp.torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset
+
+class Squares(Dataset):
+    def __len__(self): return 8
+    def __getitem__(self, number):
+        import mpi4py
+        assert "mpi4py.MPI" not in sys.modules or dist.is_initialized(), "a worker has started MPI"
+        return torch.tensor([float(number)])
+
+if __name__ == "__main__":
+    dist.init_process_group("mpicomp")
+    for how in ("fork", "spawn"):
+        loader = DataLoader(Squares(), batch_size=4, num_workers=1, multiprocessing_context=how)
+        assert sum(len(batch) for batch in loader) == 8, how
+    told = "import sys, mpicomp.torch, torch.distributed as dist\\ntry: dist.init_process_group('mpicomp')\\n"
+    told += "except RuntimeError as error: assert 'is a child of a rank' in str(error), error\\nelse: sys.exit(9)"
+    subprocess.run([sys.executable, "-c", told], check=True)
+    dist.barrier()
+    print("done\\n", end="", flush=True)
+    dist.destroy_process_group()
+"""
+
+
+def test_children_of_a_rank_start_no_mpi(tmp_path: Path) -> None:
+    path = tmp_path / "children.py"
+    path.write_text(CHILDREN)
+    done = run(mpirun(2, path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["done", "done"]
+    assert "mpicomp:" not in done.stderr

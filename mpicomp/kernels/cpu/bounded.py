@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from mpicomp.arrays import Array
+from mpicomp.errors import WireFormatError
 from mpicomp.kernels.cpu.bits import bits_of, clear, float_of, load, magnitude
 from mpicomp.kernels.cpu.compile import inline, kernel
 from mpicomp.kernels.cpu.lanes import left, right
@@ -187,10 +188,16 @@ def decode_block(
             d[i] = (float_of(codes[i]) - magic) * step
 
 
+@inline
+def known(header: int, word_bits: int) -> bool:
+    """Tell whether there are blocks with this header."""
+    return header <= OTHER or (header >= PLAIN and header % 64 < word_bits)
+
+
 @functools.cache
 def _decoder(itemsize: int) -> Any:
     @kernel(f"const u1[], const u{itemsize}[], f{itemsize}[], b1, f{itemsize}, i8, f{itemsize}")
-    def _decode_bounded(headers: Any, words: Any, out: Any, relative: bool, step: Any, shift: int, factor: Any) -> None:
+    def _decode_bounded(headers: Any, words: Any, out: Any, relative: bool, step: Any, shift: int, factor: Any) -> bool:
         d, codes = np.empty(BLOCK, out.dtype), np.empty(BLOCK, words.dtype)
         clear(codes, 0, BLOCK)
         at = 0
@@ -199,11 +206,15 @@ def _decoder(itemsize: int) -> Any:
             if header != ZEROS:
                 first = number * BLOCK
                 size = min(BLOCK, out.size - first)
+                taken = words_of(header, size, 8 * out.itemsize)
+                if not known(header, 8 * out.itemsize) or at + taken > words.size:
+                    return False
                 decode_block(header, words, at, size, relative, step, shift, codes, d)
-                at += words_of(header, size, 8 * out.itemsize)
+                at += taken
                 target = out[first : first + size]
                 for i in range(size):
                     target[i] += factor * d[i]
+        return True
 
     return _decode_bounded
 
@@ -220,8 +231,7 @@ def _checker(itemsize: int) -> Any:
             header = int(headers[number])
             size = min(BLOCK, total - number * BLOCK)
             taken = words_of(header, size, 8 * words.itemsize)
-            known = header <= OTHER or (header >= PLAIN and header % 64 < 8 * words.itemsize)
-            if not known or at + taken > words.size or (header >= FOLDED and not relative):
+            if not known(header, 8 * words.itemsize) or at + taken > words.size or (header >= FOLDED and not relative):
                 return False
             if header != ZEROS:
                 decode_block(header, words, at, size, relative, step, shift, codes, d)
@@ -263,9 +273,10 @@ def encode_bounded(
 def decode_bounded(
     headers: Array, words: Array, out: Array, relative: bool, step: float, shift: int, factor: float = 1.0
 ) -> None:
-    """Add factor * d to `out`, (n,) float; one pass. Nothing is checked."""
+    """Add factor * d to `out`, (n,) float; one pass. WireFormatError where a block is none or lies outside `words`."""
     kind = out.dtype.type
-    _decoder(out.itemsize)(headers, words, out, relative, kind(step), shift, kind(factor))
+    if not _decoder(out.itemsize)(headers, words, out, relative, kind(step), shift, kind(factor)):
+        raise WireFormatError("a block is of no kind that exists or has too few words; the message was changed")
 
 
 def bounded_valid(headers: Array, words: Array, size: int, relative: bool, step: float, shift: int) -> bool:

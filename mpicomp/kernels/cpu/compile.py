@@ -13,7 +13,8 @@ Why a lock: 64 ranks that start together would compile every kernel 64 times. Ev
 own lock file in Numba's cache; who holds it compiles, who waited finds the result on disk, and a file that says so
 spares later processes the lock. `flock` ends with its holder, so a killed process blocks nobody. Why a stamp of our
 own: Numba compares the date of the one file that defines a function, and would go on using machine code made from a
-helper that has changed in another; the stamp hashes the sources of the whole package.
+helper that has changed in another; the stamp hashes the sources of the whole package. What files hold
+is checked before it runs: see `mpicomp.kernels.cpu.cache_files`.
 
 Code is generated without `fastmath` and without contraction, so results do not depend on the processor.
 """
@@ -36,6 +37,8 @@ from typing import Any, Generic, ParamSpec, TypeVar, cast
 import numba
 import numpy as np
 from numba import types
+
+from mpicomp.kernels.cpu.cache_files import FORMAT, CheckedFiles
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -137,6 +140,7 @@ class Kernel(Generic[P, R]):
                 _say_uncached(str(error))
                 dispatcher = numba.njit(**OPTIONS)(self._named(signature))
                 self._finish(dispatcher, signature)
+            _say_damaged(dispatcher)
         return cast("Callable[P, R]", dispatcher)
 
     def _named(self, signature: tuple[Any, ...]) -> Callable[P, R]:
@@ -149,7 +153,7 @@ class Kernel(Generic[P, R]):
             known.__code__, known.__globals__, known.__name__, known.__defaults__, known.__closure__
         )
         named.__module__ = known.__module__
-        named.__qualname__ = f"{known.__name__}-{_short_hash(self.name, signature)}"
+        named.__qualname__ = f"{known.__name__}-{_short_hash(self.name, signature, FORMAT)}"
         return cast("Callable[P, R]", named)
 
     def _finish(self, dispatcher: Any, signature: tuple[Any, ...]) -> None:
@@ -206,7 +210,9 @@ def _enable_caching(dispatcher: Any) -> bool:
                 return False
             finally:
                 config.CACHE_DIR = before
-    dispatcher._cache._cache_file._source_stamp = _stamp()
+    files = dispatcher._cache._cache_file
+    if not isinstance(files, CheckedFiles):
+        dispatcher._cache._cache_file = CheckedFiles(files, _stamp())
     return True
 
 
@@ -231,6 +237,18 @@ def _say_uncached(reason: str) -> None:
         )
 
 
+def _say_damaged(dispatcher: Any) -> None:
+    """Warn of the files that were found damaged; after the kernel was compiled, so that a warning stops nothing."""
+    files = getattr(dispatcher._cache, "_cache_file", None)
+    for path, reason in files.damaged.items() if isinstance(files, CheckedFiles) else ():
+        warnings.warn(
+            f"{path} was damaged ({reason}); the kernel was compiled anew and the file written again. If this "
+            "happens again, check the disk, or set NUMBA_CACHE_DIR to another folder",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
 def _short_hash(*parts: object) -> str:
     return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
 
@@ -246,6 +264,8 @@ def _once(dispatcher: Any) -> Iterator[None]:
         held.callback(os.close, descriptor)
         if os.fstat(descriptor).st_size == 0:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
+        # where a file is damaged, one process compiles too
+        dispatcher._cache._cache_file.exclude = lambda: fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
         if os.fstat(descriptor).st_size == 0:
             os.write(descriptor, b"done\n")

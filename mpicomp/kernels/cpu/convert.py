@@ -1,8 +1,9 @@
 """float16 and bfloat16, as their bits in uint16, to and from floats.
 
-Rounding is to the nearest, ties to even; a finite value beyond the largest finite one becomes that one, infinities
-and NaN stay what they are. Subnormals of float16 are rounded by adding 0.5, whose last place is theirs (Giesen, "Float
-to half"), so no result depends on whether the processor flushes subnormals of float32 to zero.
+Rounding is to the nearest, ties to even; infinities and NaN stay what they are. A finite value beyond the largest
+finite one becomes that one, or, with `saturate=False`, infinity, as in IEEE 754. Subnormals of float16 are rounded by
+adding 0.5, whose last place is theirs (Giesen, "Float to half"), so no result depends on whether the processor flushes
+subnormals of float32 to zero.
 """
 
 from __future__ import annotations
@@ -94,12 +95,17 @@ def from_bfloat(bits: Any) -> Any:
 
 
 @functools.cache
-def _narrower(half: bool, fed: bool, feedback: bool) -> Kernel[..., Any]:
+def _narrower(half: bool, fed: bool, feedback: bool, saturate: bool = True) -> Kernel[..., Any]:
+    over, infinite = (int(HALF_OVER), int(HALF_INF)) if half else (int(BF_OVER), int(INFINITE) >> 16)
+
     @kernel("const T[], const T[], T[], u2[]")
     def narrow(x: Any, old: Any, new: Any, out: Any) -> None:
         for i in range(x.size):
             value = x[i] + old[i] if fed else x[i]
-            code = to_half(single(value)) if half else to_bfloat(single(value))
+            bits = single(value)
+            code = to_half(bits) if half else to_bfloat(bits)
+            if not saturate and U(over) <= U(bits & ABS) < INFINITE:
+                code = U(U(infinite) | U(U(bits & SIGN) >> S16))
             out[i] = np.uint16(code)
             if feedback:
                 new[i] = value - x.dtype.type(from_half(code) if half else from_bfloat(code))
@@ -127,9 +133,9 @@ def _is_half(dtype: str) -> bool:
     return dtype == "float16"
 
 
-def narrow(x: Array, out: Array, dtype: str) -> None:
+def narrow(x: Array, out: Array, dtype: str, saturate: bool = True) -> None:
     """Set `out`, (n,) uint16, to the bits of x, (n,) float, in `dtype`: "float16" or "bfloat16"."""
-    _narrower(_is_half(dtype), False, False)(x, x, np.empty(0, x.dtype), out)
+    _narrower(_is_half(dtype), False, False, saturate)(x, x, np.empty(0, x.dtype), out)
 
 
 def narrow_residual(x: Array, old: Array | None, new: Array, out: Array, dtype: str) -> None:

@@ -17,6 +17,7 @@ from llvmlite import ir
 from numba import types
 
 from mpicomp.arrays import Array
+from mpicomp.errors import WireFormatError
 from mpicomp.kernels.cpu.bits import clear, intrinsic, lowest
 from mpicomp.kernels.cpu.compile import inline, kernel
 
@@ -143,13 +144,16 @@ def add_at(places: Any, first: int, count: int, values: Any, out: Any, scale: An
 
 
 @kernel("const u1[], i8, u4[]")
-def _decode(data: Any, width: int, out: Any) -> None:
+def _decode(data: Any, width: int, out: Any) -> int:
+    """Return how many indices were found; none is written beyond `out`."""
     j = 0
     high, mask, shift = data[(out.size * max(width, 0) + 7) // 8 :], ZERO, ZERO
     if width >= 0:
         mask, shift = (ONE << np.uint64(width)) - ONE, np.uint64(width)
     for at in range(0, high.size, 8):
         word = read(high, at)
+        if j + ones(word) > out.size:
+            return j + ones(word)
         while word != ZERO:
             place = 8 * at + lowest(word)
             word &= word - ONE
@@ -160,18 +164,22 @@ def _decode(data: Any, width: int, out: Any) -> None:
             else:
                 out[j] = place
             j += 1
+    return j
 
 
 @kernel("const u1[], i8, const T[], T[], T")
-def _add(data: Any, width: int, values: Any, out: Any, scale: Any) -> None:
+def _add(data: Any, width: int, values: Any, out: Any, scale: Any) -> int:
+    """Return how many indices were found, -1 where one is not below out.size; nothing is read or written outside."""
     # In steps: indices first, with their elements asked for, then the sums, which so wait for memory together.
     places = np.empty(STEP + 64, np.uint32)
-    j, done = 0, 0
+    j, done, largest = 0, 0, np.int64(0)
     high, mask, shift = data[(values.size * max(width, 0) + 7) // 8 :], ZERO, ZERO
     if width >= 0:
         mask, shift = (ONE << np.uint64(width)) - ONE, np.uint64(width)
     for at in range(0, high.size, 8):
         word = read(high, at)
+        if j + ones(word) > values.size:
+            return j + ones(word)
         while word != ZERO:
             place = np.int64(8 * at + lowest(word))
             word &= word - ONE
@@ -180,12 +188,18 @@ def _add(data: Any, width: int, values: Any, out: Any, scale: Any) -> None:
                 low = (read(data, bit >> 3) >> (np.uint64(bit) & LOW3)) & mask
                 place = np.int64((np.uint64(place - j) << shift) | low)
             prefetch(out, place)
+            largest = max(largest, place)
             places[j - done] = place
             j += 1
         if j - done >= STEP:
+            if largest >= out.size:
+                return -1
             add_at(places, done, j - done, values, out, scale)
             done = j
+    if largest >= out.size:
+        return -1
     add_at(places, done, j - done, values, out, scale)
+    return j
 
 
 @kernel("const u1[], i8")
@@ -218,25 +232,33 @@ def encode_elias_fano(indices: Array, width: int, out: Array) -> None:
 
 
 def decode_bitmap(data: Array, out: Array) -> None:
-    """Set out, (k,) uint32, to the k indices of a bitmap."""
-    _decode(data, -1, out)
+    """Set out, (k,) uint32, to the k indices of a bitmap; WireFormatError where there are more or fewer."""
+    _expect(_decode(data, -1, out), out.size)
 
 
 def decode_elias_fano(data: Array, width: int, out: Array) -> None:
-    """Set out, (k,) uint32, to the indices of an Elias-Fano code."""
-    _decode(data, width, out)
+    """Set out, (k,) uint32, to the indices of an Elias-Fano code; WireFormatError where there are more or fewer."""
+    _expect(_decode(data, width, out), out.size)
 
 
 def add_bitmap(data: Array, values: Array, out: Array, scale: float = 1.0) -> None:
-    """Add scale * values, (k,), to `out` at the k places of a bitmap."""
+    """Add scale * values, (k,), to `out` at the k places of a bitmap; WireFormatError where it has others."""
     if values.size:
-        _add(data, -1, values, out, out.dtype.type(scale))
+        _expect(_add(data, -1, values, out, out.dtype.type(scale)), values.size)
 
 
 def add_elias_fano(data: Array, width: int, values: Array, out: Array, scale: float = 1.0) -> None:
-    """Add scale * values, (k,), to `out` at the places of an Elias-Fano code; nothing is kept in between."""
+    """Add scale * values, (k,), to `out` at the places of an Elias-Fano code; WireFormatError where it has others."""
     if values.size:
-        _add(data, width, values, out, out.dtype.type(scale))
+        _expect(_add(data, width, values, out, out.dtype.type(scale)), values.size)
+
+
+def _expect(found: int, k: int) -> None:
+    if found < 0:
+        raise WireFormatError("an index lies outside the array; the message was changed on its way")
+    if found != k:
+        what = "more" if found > k else f"{found}"
+        raise WireFormatError(f"a message has {what} indices, expected {k}; it was changed on its way")
 
 
 def bits_set(data: Array, bits: int) -> int:

@@ -127,6 +127,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) encode_bounded(
     }
 }
 
+__device__ __forceinline__ bool known(int header) {
+    return header <= OTHER || (header >= PLAIN && header % 64 < BITS);
+}
+
 // The numbers of a block that is not zeros, from its words; zeros behind the last one. A whole warp comes here.
 __device__ __forceinline__ void decode_block(
     const Bound& bound, int header, const Bits* words, int size, int lane, T (&d)[EACH]) {
@@ -172,7 +176,7 @@ __device__ __forceinline__ void decode_block(
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) decode_bounded(
-    const u8* headers, const Bits* words, T* out, i64 relative, double step, i64 shift, double factor, i64 total,
+    const u8* headers, const Bits* words, i64 room, T* out, i64 relative, double step, i64 shift, double factor, i64 total,
     u64* progress) {
     __shared__ i64 shared[WARPS + 1];
     const Place place(progress, shared, total);
@@ -185,8 +189,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode_bounded(
         sums[r] = header != ZEROS && i < place.size ? out[place.first + i] : T(0);
     }
     i64 end;
-    const i64 at = place.words_at(progress, words_of(header, place.size), shared, end);
-    if (header == ZEROS) return;
+    const i64 count = words_of(header, place.size), at = place.words_at(progress, count, shared, end);
+    if (header == ZEROS || !known(header) || at + count > room) return;  // the last two in a changed message only
     decode_block(bound, header, words + at, place.size, place.lane, d);
 #pragma unroll
     for (int r = 0; r < EACH; r++) {
@@ -204,7 +208,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) bounded_valid(
     const i64 count = words_of(header, place.size);
     i64 end;
     const i64 at = place.words_at(progress, count, shared, end);
-    bool bad = header > OTHER && (header < PLAIN || header % 64 >= BITS);
+    bool bad = !known(header);
     bad |= at + count > room || (header >= FOLDED && !relative);
     if ((place.tile + 1) * (WARPS * BLOCK) >= total) bad |= room - end >= 8 / (int)sizeof(T);
     if (!bad && header != ZEROS) {

@@ -43,9 +43,9 @@ def encode_bounded(
 def decode_bounded(
     headers: Array, words: Array, out: Array, relative: bool, step: float, shift: int, factor: float = 1.0
 ) -> None:
-    """Add factor * d to `out`, (n,) float; one pass. Nothing is checked."""
+    """Add factor * d to `out`, (n,) float; one pass. Blocks that are none or lie outside `words` are left out."""
     bound = int(relative), float(step), shift, float(factor)
-    _launch("decode_bounded", out.size, c_type(out), headers, words, out, *bound)
+    _launch("decode_bounded", out.size, c_type(out), headers, words, words.size, out, *bound)
 
 
 def bounded_valid(headers: Array, words: Array, size: int, relative: bool, step: float, shift: int) -> bool:

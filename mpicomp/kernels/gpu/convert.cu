@@ -5,7 +5,7 @@
 #include "convert.cuh"
 
 template <typename Kind, int K>
-__device__ __forceinline__ void narrow_tile(const T* x, const T* old, T* new_, u16* out, i64 size) {
+__device__ __forceinline__ void narrow_tile(const T* x, const T* old, T* new_, u16* out, bool saturate, i64 size) {
     const Tile<K> tile{size};
     Row<K, T> v[Tile<K>::ROWS];
     load_rows(tile, x, old, v);
@@ -14,7 +14,10 @@ __device__ __forceinline__ void narrow_tile(const T* x, const T* old, T* new_, u
         Row<K, u16> codes;
 #pragma unroll
         for (int k = 0; k < K; k++) {
-            codes[k] = (u16)Kind::from(single(v[r][k]));
+            const u32 bits = single(v[r][k]);
+            codes[k] = (u16)Kind::from(bits);
+            if (!saturate && (bits & ~SIGN32) - Kind::OVER < INFINITE32 - Kind::OVER)
+                codes[k] = (u16)(Kind::INFINITE | (bits & SIGN32) >> 16);
             v[r][k] -= (T)Kind::number(codes[k]);
         }
         if (!tile.has(r)) continue;
@@ -45,13 +48,13 @@ __device__ __forceinline__ void widen_tile(const u16* bits, T* out, bool fresh, 
 }
 
 extern "C" __global__ void __launch_bounds__(256) narrow(
-    const T* x, const T* old, T* new_, u16* out, i64 half, i64 size) {
+    const T* x, const T* old, T* new_, u16* out, i64 half, i64 saturate, i64 size) {
     if (whole_tile(size) && fits_rows(x) && fits_rows(old) && fits_rows(new_) && fits_rows(out)) {
-        if (half) narrow_tile<Half, 4>(x, old, new_, out, size);
-        else narrow_tile<Bfloat, 4>(x, old, new_, out, size);
+        if (half) narrow_tile<Half, 4>(x, old, new_, out, saturate, size);
+        else narrow_tile<Bfloat, 4>(x, old, new_, out, saturate, size);
     } else {
-        if (half) narrow_tile<Half, 1>(x, old, new_, out, size);
-        else narrow_tile<Bfloat, 1>(x, old, new_, out, size);
+        if (half) narrow_tile<Half, 1>(x, old, new_, out, saturate, size);
+        else narrow_tile<Bfloat, 1>(x, old, new_, out, saturate, size);
     }
 }
 

@@ -69,6 +69,8 @@ __device__ __forceinline__ u32 single(double value) {
 // Few instructions: half as many again, and integer units rather than memory would set the pace.
 // Subnormals are rounded by adding 0.5, whose last place is theirs (Giesen, "Float to half").
 struct Half {
+    static constexpr u32 OVER = 0x477ff000u;  // 65520, the smallest magnitude that would round to infinity
+    static constexpr u32 INFINITE = 0x7c00u;
     static __device__ __forceinline__ u32 from(u32 bits) {
         const u32 size = bits & ~SIGN32, finite = min(size, 0x477fefffu);  // 65520 would round to infinity
         const u32 normal = finite + 0xc8000fffu + (finite >> 13 & 1) >> 13;
@@ -88,6 +90,8 @@ struct Half {
 };
 
 struct Bfloat {
+    static constexpr u32 OVER = 0x7f7f8000u;
+    static constexpr u32 INFINITE = 0x7f80u;
     static __device__ __forceinline__ u32 from(u32 bits) {
         const u32 size = bits & ~SIGN32;
         u32 near = bits + 0x7fff + (bits >> 16 & 1);  // infinity stays; no carry reaches the sign, but of NaN

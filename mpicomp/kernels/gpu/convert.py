@@ -19,9 +19,9 @@ def _is_half(dtype: str) -> int:
     return int(dtype == "float16")
 
 
-def _narrow(x: Array, old: Array | None, new: Array | None, out: Array, dtype: str) -> None:
-    half = _is_half(dtype)
-    CONVERT.launch("narrow", tiles(x.size, x.itemsize), THREADS, x, old, new, out, half, x.size, WORK=c_type(x))
+def _narrow(x: Array, old: Array | None, new: Array | None, out: Array, dtype: str, saturate: bool) -> None:
+    half, blocks = _is_half(dtype), tiles(x.size, x.itemsize)
+    CONVERT.launch("narrow", blocks, THREADS, x, old, new, out, half, int(saturate), x.size, WORK=c_type(x))
 
 
 def _widen(bits: Array, out: Array, fresh: bool, scale: float, dtype: str) -> None:
@@ -29,14 +29,14 @@ def _widen(bits: Array, out: Array, fresh: bool, scale: float, dtype: str) -> No
     CONVERT.launch("widen", blocks, THREADS, bits, out, int(fresh), scale, half, out.size, WORK=c_type(out))
 
 
-def narrow(x: Array, out: Array, dtype: str) -> None:
+def narrow(x: Array, out: Array, dtype: str, saturate: bool = True) -> None:
     """Set `out`, (n,) uint16, to the bits of x, (n,) float, in `dtype`: "float16" or "bfloat16"."""
-    _narrow(x, None, None, out, dtype)
+    _narrow(x, None, None, out, dtype, saturate)
 
 
 def narrow_residual(x: Array, old: Array | None, new: Array, out: Array, dtype: str) -> None:
     """Set `out` to the bits of x + old in `dtype`, and `new` to what they leave out; one pass."""
-    _narrow(x, old, new, out, dtype)
+    _narrow(x, old, new, out, dtype, True)
 
 
 def widen(bits: Array, out: Array, dtype: str) -> None:

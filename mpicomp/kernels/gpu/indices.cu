@@ -64,13 +64,14 @@ extern "C" __global__ void __launch_bounds__(256) encode(
     }
 }
 
-// Call act(j, index) for all k indices.
+// Call act(j, index) for all k indices; what a changed message has beyond these is left out.
 template <typename Act>
 __device__ __forceinline__ void visit_indices(
     const u8* data, i64 nbytes, i64 k, i64 width, u64* states, BitsRoom& room, Act act) {
     const i64 lower = lower_bytes(k, width);
     const Words lowest(data, lower);
     visit_bits(Words(data + lower, nbytes - lower), false, states, room, [&](i64 j, i64 bit) {
+        if (j >= k) return;
         if (width > 0) bit = (bit - j) << width | lowest.field(j * width, (int)width);
         else if (width == 0) bit -= j;
         act(j, bit);
@@ -84,10 +85,13 @@ extern "C" __global__ void __launch_bounds__(256) decode(
 }
 
 extern "C" __global__ void __launch_bounds__(256) decode_add(
-    const u8* data, i64 nbytes, i64 k, i64 width, const T* values, T* out, double scale, u64* states) {
+    const u8* data, i64 nbytes, i64 k, i64 width, const T* values, T* out, i64 size, double scale,
+    u64* states) {
     __shared__ BitsRoom room;
     const T factor = (T)scale;
-    visit_indices(data, nbytes, k, width, states, room, [&](i64 j, i64 index) { out[index] += factor * values[j]; });
+    visit_indices(data, nbytes, k, width, states, room, [&](i64 j, i64 index) {
+        if (index < size) out[index] += factor * values[j];
+    });
 }
 
 // Count set bits; the count's highest bit says that one is at `bits` or above.

@@ -43,7 +43,7 @@ def _decode(data: Array, width: int, out: Array) -> None:
 def _add(data: Array, width: int, values: Array, out: Array, scale: float) -> None:
     if values.size:
         tiles, states = tile_states(_upper_bytes(data.size, values.size, width))
-        arguments = (data, data.size, values.size, width, values, out, float(scale), states)
+        arguments = (data, data.size, values.size, width, values, out, out.size, float(scale), states)
         INDICES.launch("decode_add", tiles, THREADS, *arguments, WORK=c_type(out))
 
 
@@ -58,22 +58,22 @@ def encode_elias_fano(indices: Array, width: int, out: Array) -> None:
 
 
 def decode_bitmap(data: Array, out: Array) -> None:
-    """Set out, (k,) uint32, to the k indices of a bitmap."""
+    """Set out, (k,) uint32, to the k indices of a bitmap; where it has fewer, the rest of `out` stays as it is."""
     _decode(data, BITMAP, out)
 
 
 def decode_elias_fano(data: Array, width: int, out: Array) -> None:
-    """Set out, (k,) uint32, to the indices of an Elias-Fano code."""
+    """Set out, (k,) uint32, to the indices of an Elias-Fano code; where it has fewer, the rest stays as it is."""
     _decode(data, width, out)
 
 
 def add_bitmap(data: Array, values: Array, out: Array, scale: float = 1.0) -> None:
-    """Add scale * values, (k,), to `out` at the k places of a bitmap."""
+    """Add scale * values, (k,), to `out` at the k places of a bitmap; those beyond k or `out` are left out."""
     _add(data, BITMAP, values, out, scale)
 
 
 def add_elias_fano(data: Array, width: int, values: Array, out: Array, scale: float = 1.0) -> None:
-    """Add scale * values, (k,), to `out` at the places of an Elias-Fano code; nothing is kept in between."""
+    """Add scale * values, (k,), to `out` at the places of an Elias-Fano code, but those beyond k or `out`."""
     _add(data, width, values, out, scale)
 
 

@@ -3,9 +3,10 @@
 #include "bits.cuh"
 
 extern "C" __global__ void __launch_bounds__(256) add_marked(
-    const u32* places, const T* values, T* sums, u64* marks, i64 size) {
+    const u32* places, const T* values, T* sums, i64 room, u64* marks, i64 size) {
     for (i64 i = thread_of_grid(); i < size; i += threads_of_grid()) {
         const u32 place = places[i];
+        if (place >= room) continue;
         sums[place] += values[i];
         atomicOr(&marks[place / 64], 1ull << (place % 64));
     }
@@ -71,7 +72,9 @@ extern "C" __global__ void __launch_bounds__(256) merge(
     }
     __syncthreads();
     const i64 first = room.ends[0], other = start - first;  // of mine and of theirs
-    const int here = (int)(room.ends[1] - first), all = (int)(stop - start), there = all - here;
+    const int all = (int)(stop - start);
+    // Within both lists also where they do not ascend, as those of a changed message need not.
+    const int here = (int)min(max(room.ends[1] - first, all - (l - other)), min((i64)all, k - first)), there = all - here;
 #pragma unroll
     for (int n = 0; n < STEPS; n++) {
         const int e = thread + n * WIDE;

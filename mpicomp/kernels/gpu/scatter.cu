@@ -38,10 +38,13 @@ extern "C" __global__ void __launch_bounds__(256) take(T* x, const u32* indices,
         });
 }
 
-extern "C" __global__ void __launch_bounds__(256) scatter_add(const u32* indices, const T* values, T* out, double scale, i64 count) {
-    at_places(
-        indices, count, [&](i64 i, u32 place) { return out[place] + (T)scale * values[i]; },
-        [&](i64, u32 place, T sum) { out[place] = sum; });
+extern "C" __global__ void __launch_bounds__(256) scatter_add(
+    const u32* indices, const T* values, T* out, i64 size, double scale, i64 count) {
+    at_places(  // an index that is not below size came from a changed message
+        indices, count, [&](i64 i, u32 place) { return place < size ? out[place] + (T)scale * values[i] : T(0); },
+        [&](i64, u32 place, T sum) {
+            if (place < size) out[place] = sum;
+        });
 }
 
 extern "C" __global__ void __launch_bounds__(256) put_at(const u32* indices, const T* values, T* out, i64 count) {

@@ -33,8 +33,8 @@ def gather_residual(
 
 
 def scatter_add(indices: Array, values: Array, out: Array, scale: float = 1.0) -> None:
-    """Add scale * values to out[indices]; indices are uint32 and below out.size, which nothing checks."""
-    arguments = (indices, values, out, float(scale), indices.size)
+    """Add scale * values to out[indices]; indices are uint32, those not below out.size are left out."""
+    arguments = (indices, values, out, out.size, float(scale), indices.size)
     SCATTER.launch("scatter_add", _blocks(indices), THREADS, *arguments, WORK=c_type(out))
 
 
