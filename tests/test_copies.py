@@ -192,6 +192,30 @@ def test_scatter_takes_the_form_from_out() -> None:
     assert Team(2).run(f) == [[0, 1, 2], [3, 4, 5]]
 
 
+KINDS: list[Any] = [bool, "S3", "U2", "M8[s]", "i4,f4", [("a", "u1"), ("b", "c16", (2,))], np.clongdouble]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("call", [call for call in CALLS if call != "reduce_scatter"])
+def test_dense_moves_elements_of_any_kind(call: str, kind: Any) -> None:
+    function, cut, expect = CALLS[call]
+    dtype = np.dtype(kind)
+
+    def given(rank: int) -> Array:
+        raw = np.random.default_rng(rank).integers(0, 2, (2 if cut else 3, 2, dtype.itemsize), np.uint8)
+        x: Array = raw.view(dtype)[..., 0].T if not cut else raw.view(dtype)[..., 0]
+        x.setflags(write=False)
+        return x
+
+    xs = [given(rank) for rank in range(2)]
+    for me, result in enumerate(Team(2).run(lambda comm: function(comm, xs[comm.rank], "dense"))):
+        expected = expect(xs, me)
+        assert (result is None) == (expected is None)
+        if expected is not None:
+            assert result.dtype == dtype
+            assert result.tobytes() == np.ascontiguousarray(expected).tobytes()
+
+
 @pytest.mark.parametrize("codec", ["topk(density=1.0)", "bounded(abs=0.1)"])
 @pytest.mark.parametrize("call", CALLS)
 def test_what_is_not_finite_arrives_as_nan(call: str, codec: str) -> None:
@@ -230,11 +254,16 @@ MISTAKES: dict[str, tuple[type[Exception], str, Callable[[Comm], Any]]] = {
         "summed only",
         lambda comm: mpicomp.reduce_scatter(comm, np.ones((3, 2), int), "dense", "mean"),
     ),
-    "sum of complex": (
-        TypeError,
-        "complex",
-        lambda comm: mpicomp.reduce_scatter(comm, np.ones((3, 2), complex), "dense"),
+    "sum of truths": (TypeError, "bool", lambda comm: mpicomp.reduce_scatter(comm, np.ones((3, 2), bool), "dense")),
+    "mixed sum": (
+        ValueError,
+        "one dtype",
+        lambda comm: mpicomp.reduce_scatter(comm, [np.ones((3, 2)), np.ones((3, 2), "f4")], "dense"),
     ),
+    "number": (TypeError, "got float", lambda comm: mpicomp.bcast(comm, 3.0, "dense")),  # type: ignore[type-var]
+    "root as float": (ValueError, "root", lambda comm: mpicomp.bcast(comm, F32, "dense", 1.0)),  # type: ignore[arg-type]
+    "root as truth": (ValueError, "root", lambda comm: mpicomp.bcast(comm, F32, "dense", np.True_)),  # type: ignore[arg-type]
+    "negative root": (ValueError, "got .*-1", lambda comm: mpicomp.bcast(comm, F32, "dense", np.int8(-1))),  # type: ignore[arg-type]
     "empty list": (ValueError, "empty list", lambda comm: mpicomp.allgather(comm, [], "dense")),
     "dtypes": (ValueError, "one dtype", lambda comm: mpicomp.allgather(comm, [F32, np.ones(2)], "sign")),
     "dtypes of a sum": (ValueError, "one dtype", lambda comm: mpicomp.allreduce(comm, [F32, np.ones(2)], "dense")),

@@ -298,6 +298,97 @@ def test_state_refuses_what_allreduce_would() -> None:
         mpicomp.state(3, np.zeros(3))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("dtype", [np.complex64, np.complex128])
+@pytest.mark.parametrize("op", ["sum", "mean"])
+@pytest.mark.parametrize("method", [each for each in METHODS if "low_rank" not in each])
+def test_complex_numbers_are_summed_as_their_parts(method: str, op: str, dtype: Any) -> None:
+    """To the bit what the real view gives, for every method that takes them."""
+    shape, real = (8, 6), np.zeros(0, dtype).real.dtype
+
+    def f(comm: Comm) -> tuple[bytes, Array, bytes]:
+        x = array_of(comm.rank, (8, 12), real.name).view(dtype)
+        first = comm.calls
+        total = mpicomp.allreduce(comm, x, method, op)
+        comm.calls = first
+        parts = mpicomp.allreduce(comm, x.view(real), method, op)
+        return total.tobytes(), total, parts.tobytes()
+
+    for whole, total, parts in Team(3).run(f):
+        assert (total.shape, total.dtype) == (shape, dtype)
+        assert whole == parts
+
+
+def test_a_memory_of_complex_numbers_loses_nothing() -> None:
+    def f(comm: Comm) -> tuple[Array, Array, Array]:
+        xs = [array_of(comm.rank, (4, 6), "float64", seed).view(np.complex128) for seed in range(3)]
+        memory = mpicomp.state("topk(density=0.2)", xs[0])
+        plan = mpicomp.plan(comm, xs[0], "topk(density=0.2)", memory=True)
+        received = sum(mpicomp.allreduce(comm, x, "topk(density=0.2)", state=memory) for x in xs)
+        again = sum(plan(np.asfortranarray(x)) for x in xs)
+        assert isinstance(memory.residual, np.ndarray)
+        assert (memory.residual.shape, memory.residual.dtype) == ((4, 3), np.complex128)
+        assert again.tobytes() == received.tobytes()
+        return received, memory.residual, sum(xs)
+
+    results = Team(3).run(f)
+    owed, given = sum(debt for _, debt, _ in results), sum(x for _, _, x in results)
+    np.testing.assert_allclose(results[0][0] + owed, given, atol=1e-12)
+    assert owed.any()
+
+
+def test_a_list_of_complex_numbers() -> None:
+    def f(comm: Comm) -> list[Array]:
+        xs = [np.full((2, 3), 1 + 2j * comm.rank), np.full((), 1j), np.ones((0, 2), complex)]
+        outs = [np.zeros((2, 3), complex, order="F"), np.zeros((), complex), np.zeros((0, 2), complex)]
+        assert mpicomp.allreduce(comm, xs, "bounded(abs=0.01)", out=outs)[0] is outs[0]
+        total = mpicomp.allreduce(comm, xs, "topk(density=1.0)")
+        for one, other in zip(outs, total, strict=True):
+            np.testing.assert_allclose(one, other, atol=0.02)
+        return total
+
+    for total in Team(3).run(f):
+        assert [each.tolist() for each in total] == [[[3 + 6j] * 3] * 2, 3j, []]
+
+
+def test_the_parts_of_complex_numbers_are_within_a_bound() -> None:
+    x = [array_of(rank, (300, 8), "float32").view(np.complex64) for rank in range(3)]
+    for total in Team(3).run(lambda comm: mpicomp.allreduce(comm, x[comm.rank], "bounded(abs=0.01)")):
+        error = total - np.sum(x, 0)
+        assert max(np.abs(error.real).max(), np.abs(error.imag).max()) <= 0.01 + 1e-5
+
+
+def test_numbers_are_summed() -> None:
+    def f(comm: Comm) -> list[Any]:
+        given: list[Any] = [1.5, 2, 1j, np.float32(comm.rank), np.int16(4)]
+        totals = [mpicomp.allreduce(comm, x, "dense") for x in given]
+        assert all(total.shape == () for total in totals)
+        assert mpicomp.plan(comm, 0.0, "dense", "mean")(float(comm.rank)) == 1
+        return [(total.item(), total.dtype.name) for total in totals]
+
+    expected = [(4.5, "float64"), (6, "int64"), (3j, "complex128"), (3.0, "float32"), (12, "int16")]
+    assert Team(3).run(f) == [expected] * 3
+
+
+def test_avg_is_another_name_of_the_mean() -> None:
+    assert [total.tolist() for total in Team(2).run(lambda c: mpicomp.allreduce(c, np.ones(2), "dense", "avg"))] == [
+        [1, 1]
+    ] * 2
+
+
+def test_out_may_be_a_view_of_x() -> None:
+    def f(comm: Comm) -> list[float]:
+        x = np.arange(3.0)
+        mpicomp.allreduce(comm, x, "dense", out=x[:])
+        return x.tolist()
+
+    assert Team(2).run(f) == [[0, 2, 4]] * 2
+
+
+def test_strided_integers() -> None:
+    for total in Team(2).run(lambda comm: mpicomp.allreduce(comm, np.arange(6, dtype="i2")[::-2], "dense")):
+        assert total.tolist() == [10, 6, 2]
+
+
 # ----------------------------------------------------------------------------------------------------------- allgather
 
 
@@ -382,6 +473,11 @@ DISAGREEMENTS: dict[str, Call] = {
     "memory": lambda comm, odd: mpicomp.allreduce(comm, F32, "sign", state=None if odd else mpicomp.state("sign", F32)),
     "codec of allgather": lambda comm, odd: mpicomp.allgather(comm, F32, "sign" if odd else "bf16"),
     "shape of allgather": lambda comm, odd: mpicomp.allgather(comm, np.ones(5 if odd else 6), "dense"),
+    "complex": lambda comm, odd: mpicomp.allreduce(
+        comm, np.ones(6, np.complex64) if odd else np.ones(12, np.float32), "dense"
+    ),
+    "fields": lambda comm, odd: mpicomp.bcast(comm, np.ones(3, "i4,f4" if odd else "f4,i4"), "dense"),
+    "unit": lambda comm, odd: mpicomp.allgather(comm, np.zeros(3, "M8[s]" if odd else "M8[ms]"), "dense"),
     "collective": lambda comm, odd: (
         mpicomp.allgather(comm, F32, "sign") if odd else mpicomp.allreduce(comm, F32, "sign")
     ),
@@ -442,19 +538,34 @@ MISTAKES: dict[str, tuple[type[Exception], str, Callable[[Comm], Any]]] = {
         "summed only",
         lambda comm: mpicomp.allreduce(comm, np.ones(6, np.int64), "dense", "mean"),
     ),
-    "complex": (TypeError, "complex64", lambda comm: mpicomp.allreduce(comm, np.ones(6, np.complex64), "dense")),
-    "strided": (ValueError, "not C-contiguous", lambda comm: mpicomp.allreduce(comm, F32[:, ::2], "dense")),
-    "strided integers": (
-        ValueError,
-        "not C-contiguous",
-        lambda comm: mpicomp.allreduce(comm, np.arange(6)[::2], "dense"),
+    "complex": (
+        TypeError,
+        r"low_rank\(rank=2\) takes real matrices only, got complex64\[6\]",
+        lambda comm: mpicomp.allreduce(comm, np.ones(6, np.complex64), "low_rank(rank=2)"),
     ),
+    "complex by choice": (
+        TypeError,
+        "low_rank takes|low_rank.* takes real",
+        lambda comm: mpicomp.allreduce(comm, np.ones(6, complex), "auto(allow=(low_rank(rank=2),))"),
+    ),
+    "matrix": (TypeError, "matrix", lambda comm: mpicomp.allreduce(comm, F32.view(np.matrix), "dense")),
+    "masked": (TypeError, r"filled\(value\)", lambda comm: mpicomp.allreduce(comm, np.ma.ones(3), "dense")),
+    "boolean": (TypeError, "bool", lambda comm: mpicomp.allreduce(comm, True, "dense")),  # type: ignore[type-var]
+    "large integer": (ValueError, "64 bits", lambda comm: mpicomp.allreduce(comm, 2**64, "dense")),  # type: ignore[type-var]
+    "integer and codec": (TypeError, "int64", lambda comm: mpicomp.allreduce(comm, 3, "sign")),  # type: ignore[type-var]
     "byte order": (TypeError, "byte order|endian|>f4", lambda comm: mpicomp.allreduce(comm, np.ones(6, ">f4"), "sign")),
     "out read-only": (ValueError, "writ", lambda comm: mpicomp.allreduce(comm, F32, "dense", out=read_only_out())),
-    "out strided": (
+    "outs that are one": (
         ValueError,
-        "contiguous",
-        lambda comm: mpicomp.allreduce(comm, F32, "dense", out=np.empty((6, 8), np.float32)[:, ::2]),
+        r"out\[0\] and out\[1\] share memory",
+        lambda comm: mpicomp.allreduce(comm, [F32, F32], "dense", out=[np.empty_like(F32)] * 2),
+    ),
+    "out in one element": (
+        ValueError,
+        "elements that share memory",
+        lambda comm: mpicomp.allreduce(
+            comm, F32, "dense", out=np.lib.stride_tricks.as_strided(np.empty(1, np.float32), (6, 4), (0, 0))
+        ),
     ),
     "out shape": (
         ValueError,
@@ -494,11 +605,7 @@ MISTAKES: dict[str, tuple[type[Exception], str, Callable[[Comm], Any]]] = {
     "integers to allgather": (TypeError, "int64", lambda comm: mpicomp.allgather(comm, np.ones(3, np.int64), "sign")),
     "list to allgather": (TypeError, "NumPy", lambda comm: mpicomp.allgather(comm, [1.0], "dense")),  # type: ignore[arg-type]
     "objects to allgather": (TypeError, "number", lambda comm: mpicomp.allgather(comm, np.array([{}]), "dense")),
-    "strided to allgather": (
-        (TypeError, ValueError),  # type: ignore[dict-item]
-        "contiguous",
-        lambda comm: mpicomp.allgather(comm, F32[:, ::2], "dense"),
-    ),
+    "matrix to allgather": (TypeError, "matrix", lambda comm: mpicomp.allgather(comm, F32.view(np.matrix), "dense")),
 }
 
 

@@ -63,6 +63,8 @@ class Raw:
     def broadcast(self, comm: Comm, flats: Flats, results: Flats, root: int) -> None:
         """See Carrier."""
         message = _joined(flats) if comm.rank == root else _room(results)
+        if comm.rank == root:
+            message.flags.writeable = False  # a result may be the array that is sent
         broadcast(comm, message, root)
         if comm.rank == root:
             for flat, result in zip(flats, results, strict=True):

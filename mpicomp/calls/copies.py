@@ -9,19 +9,18 @@ from __future__ import annotations
 import sys
 from typing import Any, cast
 
-import numpy as np
-
 from mpicomp import __version__
 from mpicomp.arrays import Array
 from mpicomp.background import Request
+from mpicomp.calls.accept import check_apart
 from mpicomp.calls.arguments import (
     Arrays,
     Form,
     bits,
-    check_apart,
     checked_arrays,
     checked_out,
     member_of,
+    root_of,
 )
 from mpicomp.calls.carriers import Carrier, Coded, Flats, Raw
 from mpicomp.calls.operation import Operation, call, start
@@ -35,10 +34,12 @@ from mpicomp.reducers.resolve import Method, arithmetic, is_codec
 def allgather(comm: Any, x: Arrays, codec: Method, out: Arrays | None = None) -> Arrays:
     """Return every rank's x, stacked: (ranks, *x.shape), the same bits on all ranks. Collective.
 
-    x: contiguous, float32, float16, bfloat16 or float64, any shape; a list of arrays of one dtype shares its messages,
-    and a list comes back. `codec` is a spec or a codec, or "dense" for arrays as they are, of any dtype, several in a
-    list. The result is `out` or new. Raises ConfigMismatch on all ranks where they disagree, and SpecError, TypeError
-    or ValueError for bad arguments; the other ranks then raise ConfigMismatch.
+    x: float32, float16, bfloat16, float64, complex64 or complex128, any shape and strides; a list of arrays of one
+    dtype shares its messages, and a list comes back. `codec` is a spec or a codec, for which real and imaginary parts
+    are elements of their own, or "dense" for arrays as they are, of any dtype without objects, several in a list. The
+    result is new and contiguous, or `out`, which may be strided and shares no memory with x. Raises ConfigMismatch on
+    all ranks where they disagree, and SpecError, TypeError or ValueError for bad arguments; the other ranks then raise
+    ConfigMismatch.
     """
     result: Arrays = call(comm, _allgather, x, codec, out)
     return result
@@ -55,12 +56,12 @@ def _allgather(comm: Comm, x: Any, codec: Method, out: Any) -> Operation:
     outs = targets(out, stacked, xs, f"for {comm.size} ranks")
 
     def run() -> Any:
-        results = stacked.arrays(xs, outs)
+        results = stacked.rooms(xs, outs)
         mine = [bits(x) for x in xs]
         carrier(comm, member, form).exchange(
             comm, [mine] * comm.size, rows(results, comm.size), f"allgather by {member}"
         )
-        return stacked.returned(results)
+        return stacked.returned(results, outs)
 
     return Operation(lambda: said("allgather", form, member), run)
 
@@ -82,17 +83,17 @@ def ibcast(comm: Any, x: Arrays, codec: Method, root: int = 0, out: Arrays | Non
 
 def _bcast(comm: Comm, x: Any, codec: Method, root: int, out: Any) -> Operation:
     member, xs, form = sources("bcast", x, codec)
-    check_root(comm, root)
+    root = root_of(comm, root)
     outs = None
     if out is not None:
         outs = checked_out(out, form)
-        check_apart(outs, xs)
+        check_apart(outs, xs, over=True)
 
     def run() -> Any:
-        results = form.arrays(xs, outs)
+        results = form.rooms(xs, outs)
         flats, written = [bits(x) for x in xs], [bits(result) for result in results]
         carrier(comm, member, form).broadcast(comm, flats, written, root)
-        return form.returned(results)
+        return form.returned(results, outs)
 
     return Operation(lambda: said(f"bcast from rank {root}", form, member), run)
 
@@ -113,7 +114,7 @@ def igather(comm: Any, x: Arrays, codec: Method, root: int = 0, out: Arrays | No
 
 def _gather(comm: Comm, x: Any, codec: Method, root: int, out: Any) -> Operation:
     member, xs, form = sources("gather", x, codec)
-    check_root(comm, root)
+    root = root_of(comm, root)
     stacked = form.with_axis(comm.size)
     if out is not None and comm.rank != root:
         raise ValueError(f"out is for rank {root}, the root; rank {comm.rank} gets nothing")
@@ -122,10 +123,10 @@ def _gather(comm: Comm, x: Any, codec: Method, root: int, out: Any) -> Operation
     def run() -> Any:
         mine = [bits(x) for x in xs]
         outgoing = [mine if rank == root else None for rank in range(comm.size)]
-        results = stacked.arrays(xs, outs) if comm.rank == root else []
+        results = stacked.rooms(xs, outs) if comm.rank == root else []
         incoming = rows(results, comm.size) if comm.rank == root else [None] * comm.size
         carrier(comm, member, form).exchange(comm, outgoing, incoming, f"gather by {member}")
-        return stacked.returned(results) if comm.rank == root else None
+        return stacked.returned(results, outs) if comm.rank == root else None
 
     return Operation(lambda: said(f"gather to rank {root}", form, member), run)
 
@@ -150,7 +151,7 @@ def iscatter(
 
 
 def _scatter(comm: Comm, x: Any, codec: Method, root: int, like: Any, out: Any) -> Operation:
-    check_root(comm, root)
+    root = root_of(comm, root)
     at_root = comm.rank == root
     if not at_root and x is not None:
         raise ValueError(f"x is the root's, rank {root}; rank {comm.rank} passes None, and like or out")
@@ -163,12 +164,12 @@ def _scatter(comm: Comm, x: Any, codec: Method, root: int, like: Any, out: Any) 
     outs = targets(out, form, models if at_root else [], "as a row of x is")
 
     def run() -> Any:
-        results = form.arrays(models, outs)
+        results = form.rooms(models, outs)
         incoming: list[Flats | None] = [None] * comm.size
         incoming[root] = [bits(result) for result in results]
         outgoing = rows(models, comm.size) if at_root else [None] * comm.size
         carrier(comm, member, form).exchange(comm, outgoing, incoming, f"scatter by {member}")
-        return form.returned(results)
+        return form.returned(results, outs)
 
     return Operation(lambda: said(f"scatter from rank {root}", form, member), run)
 
@@ -193,10 +194,10 @@ def _alltoall(comm: Comm, x: Any, codec: Method, out: Any) -> Operation:
     outs = targets(out, whole, xs, "as x is")
 
     def run() -> Any:
-        results = whole.arrays(xs, outs)
+        results = whole.rooms(xs, outs)
         outgoing, incoming = rows(xs, comm.size), rows(results, comm.size)
         carrier(comm, member, form).exchange(comm, outgoing, incoming, f"alltoall by {member}")
-        return whole.returned(results)
+        return whole.returned(results, outs)
 
     return Operation(lambda: said("alltoall", form, member), run)
 
@@ -221,15 +222,8 @@ def targets(out: Any, form: Form, xs: list[Array], like: str) -> list[Array] | N
     if out is None:
         return None
     outs = checked_out(out, form, like)
-    if any(np.may_share_memory(target, x) for target, x in zip(outs, xs, strict=False)):
-        raise ValueError("out shares memory with x, which is sent while out is written; pass another array")
+    check_apart(outs, xs, over=False)
     return outs
-
-
-def check_root(comm: Comm, root: Any) -> None:
-    """Raise ValueError for what is no rank."""
-    if isinstance(root, bool) or not isinstance(root, int) or not 0 <= root < comm.size:
-        raise ValueError(f"root must be a rank from 0 to {comm.size - 1}, got {root!r}")
 
 
 def said(operation: str, form: Form, member: Codec | Dense) -> str:
@@ -246,5 +240,6 @@ def carrier(comm: Comm, member: Codec | Dense, form: Form) -> Carrier:
 
 def rows(arrays: list[Array], ranks: int) -> list[Flats]:
     """Cut arrays of (ranks, *shape) into what belongs to each rank."""
-    cut = [bits(array).reshape(ranks, array.size // ranks) for array in arrays]
+    flats = [bits(array) for array in arrays]
+    cut = [flat.reshape(ranks, flat.size // ranks) for flat in flats]
     return [[each[rank] for each in cut] for rank in range(ranks)]

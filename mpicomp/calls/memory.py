@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpicomp.arrays import Array, work_dtype
-from mpicomp.calls.arguments import Arrays, Form, checked_arrays, member_of
+from mpicomp.calls.arguments import Arrays, Form, check_elementwise, checked_arrays, member_of, number
 from mpicomp.codecs.base import Codec
 from mpicomp.collectives import Comm
 from mpicomp.reducers.allowance import divided
@@ -60,6 +60,7 @@ class Memory:
     """Buffers, which are not part of what is remembered."""
 
     def __post_init__(self) -> None:
+        check_elementwise(self.method, self.form)
         self.work.device = self.form.device
 
     def __copy__(self) -> Memory:
@@ -85,10 +86,10 @@ class Memory:
         if all(debt is None for debt in found):
             return None
         debts = [
-            np.zeros(unit.shape, self.state.dtype) if debt is None else debt.reshape(unit.shape)
+            np.zeros(unit.size, self.state.dtype) if debt is None else debt
             for debt, unit in zip(found, self.form.layout.units, strict=True)
         ]
-        return debts if self.form.listed else debts[0]
+        return self.form.shaped(debts)
 
     def check(self, form: Form, method: Codec | Reducer) -> None:
         """Raise ValueError where this was made for something else."""
@@ -194,6 +195,7 @@ def state(method: Method, x: Arrays, seed: int = 0) -> Memory:
     A bare codec means error feedback over the default reducer. Raises SpecError, TypeError or ValueError for a
     method or an array that `allreduce` would refuse.
     """
+    x = number(x)
     checked_arrays(x, device=True)
     form = Form.of(x)
     made = Memory(member_of(method), form, seed)

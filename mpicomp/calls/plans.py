@@ -8,19 +8,18 @@ from typing import Any, Generic, cast
 import numpy as np
 
 from mpicomp.agreement import digest_of, mixed
-from mpicomp.arrays import DTYPES, Array, bound, work_dtype
+from mpicomp.arrays import DTYPES, Array, bound, on_device, work_dtype
 from mpicomp.background import Request
+from mpicomp.calls.accept import check_apart, check_contiguous, described, plain
 from mpicomp.calls.arguments import (
     Arrays,
     Form,
     as_list,
-    check_apart,
-    check_op,
     checked_arrays,
-    described,
-    is_array,
+    checked_out,
     member_of,
-    writable,
+    number,
+    op_of,
 )
 from mpicomp.calls.memory import Memory
 from mpicomp.calls.operation import Operation, call, start
@@ -29,7 +28,6 @@ from mpicomp.collectives import Comm, Traffic
 from mpicomp.planner import Cost, Machine
 from mpicomp.planner.cache import known
 from mpicomp.reducers.allowance import allowances
-from mpicomp.reducers.apply import OPS
 from mpicomp.reducers.auto import Auto
 from mpicomp.reducers.base import Explained, Reducer, State
 from mpicomp.reducers.dense import Dense
@@ -92,26 +90,28 @@ class Plan(Generic[Arrays]):
         return f"step {step}, seed {seed}, of the {self._description}"
 
     def _checked(self, x: Any, out: Any) -> tuple[list[Array], list[Array] | None]:
-        xs = self._fitting(x, "x")
+        xs = self._fitting(x)
         if out is None:
             return xs, None
-        outs = self._fitting(out, "out")
-        for array in outs:
-            if not writable(array):
-                raise ValueError("out must be writable")
-        check_apart(outs, xs)
+        outs = checked_out(out, self._form, "as the plan was made for")
+        check_apart(outs, xs, over=True)
         return xs, outs
 
-    def _fitting(self, x: Any, what: str) -> list[Array]:
+    def _fitting(self, x: Any) -> list[Array]:
         """Return the arrays given; ValueError where they are not like those planned for; small sums feel it."""
-        arrays = as_list(x) if self._form.listed else [x]
-        if isinstance(x, (list, tuple)) != self._form.listed or len(arrays) != len(self._kinds):
-            raise ValueError(f"the plan was made for {self._form}, got {what} of {described(x)}")
-        for array, (shape, dtype) in zip(arrays, self._kinds, strict=True):
-            if not is_array(array, self._form.device) or array.shape != shape or array.dtype != dtype:
-                raise ValueError(f"the plan was made for {self._form}, got {what} with {described(array)}")
-            if not array.flags.c_contiguous:
-                raise ValueError(f"{what} is not C-contiguous; pass numpy.ascontiguousarray({what})")
+        if isinstance(x, (list, tuple)) != self._form.listed or len(as_list(x)) != len(self._kinds):
+            raise ValueError(f"the plan was made for {self._form}, got x of {described(x)}")
+        arrays = as_list(x) if self._form.listed else [number(x)]
+        for place, (array, (shape, dtype)) in enumerate(zip(arrays, self._kinds, strict=True)):
+            device = on_device(array)
+            if device != self._form.device or not (device or isinstance(array, np.ndarray)):
+                raise ValueError(f"the plan was made for {self._form}, got x with {described(array)}")
+            if array.shape != shape or array.dtype != dtype:
+                raise ValueError(f"the plan was made for {self._form}, got x with {described(array)}")
+            if device:
+                check_contiguous(array, "x")
+            else:
+                arrays[place] = plain(array)
         return arrays
 
     @property
@@ -185,8 +185,7 @@ def plan(
 
 
 def _plan(comm: Comm, like: Any, method: Method, op: str, memory: bool, seed: int) -> Operation:
-    member = member_of(method)
-    check_op(op, OPS)
+    member, op, like = member_of(method), op_of(op), number(like)
     integers = isinstance(member, Dense) and has_integers(like)
     dtypes = [x.dtype for x in checked_arrays(like, exact=integers, device=True)]
     form = Form.of(like)
@@ -196,7 +195,7 @@ def _plan(comm: Comm, like: Any, method: Method, op: str, memory: bool, seed: in
     found = state.prepare(comm, op)
 
     def said() -> str:
-        return "plan of " + describe(found.divided, form.layout, form.dtype, op, seed, 0)
+        return "plan of " + describe(found.divided, form.layout, form.coded, op, seed, 0)
 
     def make() -> Plan[Any]:
         state.begin(comm, found)

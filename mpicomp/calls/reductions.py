@@ -10,16 +10,19 @@ import numpy as np
 
 from mpicomp.arrays import Array, bound, empty, work_dtype
 from mpicomp.background import Request
+from mpicomp.calls.accept import check_apart
 from mpicomp.calls.arguments import (
+    HALF,
     Arrays,
     Form,
     as_list,
     bits,
-    check_apart,
-    check_op,
     checked_arrays,
     checked_out,
     member_of,
+    number,
+    op_of,
+    room,
 )
 from mpicomp.calls.carriers import spread
 from mpicomp.calls.copies import carrier, rows, said, sources, targets
@@ -30,7 +33,6 @@ from mpicomp.collectives import Comm
 from mpicomp.collectives import allreduce as allreduce_exact
 from mpicomp.kernels import kernels_for
 from mpicomp.reducers.allowance import divided
-from mpicomp.reducers.apply import OPS
 from mpicomp.reducers.base import Reducer
 from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.gather import Gather
@@ -42,12 +44,14 @@ def allreduce(
 ) -> Arrays:
     """Return the sum or mean of x over the ranks of an mpi4py communicator, compressed by `method`. Collective.
 
-    x: contiguous, float32, float16, bfloat16 (ml_dtypes) or float64, any shape, NumPy's, or CuPy's for dense, gather,
-    two_stage and low_rank; it stays as it was, and the result, `out` or a new array like x, has the same bits on all
-    ranks, wherever each has its arrays. A list of arrays of one dtype travels together, one
-    message to each peer, and a list comes back. `method` is a spec, a codec or a reducer; `op` is "sum" or "mean".
-    Without `state` the call has no memory: a bare codec runs without error feedback. `bounded(abs=e)` bounds the
-    result, and not each contribution. `dense` takes integers too, for "sum".
+    x: float32, float16, bfloat16 (ml_dtypes), float64, complex64 or complex128, any shape and strides, NumPy's, or
+    contiguous and CuPy's for dense, gather, two_stage and low_rank; or a number, whose result is an array of shape ().
+    It stays as it was, and the result, `out` or a new contiguous array, has the same bits on all ranks, wherever and in
+    whatever order each has its arrays. `out` may be strided, and x itself. A list of arrays of one dtype travels
+    together, one message to each peer, and a list comes back. `method` is a spec, a codec or a reducer; `op` is "sum"
+    or "mean". Without `state` the call has no memory: a bare codec runs without error feedback. `bounded(abs=e)` bounds
+    the result, and not each contribution. Real and imaginary parts are elements of their own, each within a bound;
+    `low_rank` takes no complex numbers. `dense` takes integers too, for "sum".
 
     Raises ConfigMismatch on all ranks where they disagree on method, shape, dtype or op, and SpecError, TypeError or
     ValueError for bad arguments; the other ranks then raise ConfigMismatch.
@@ -64,8 +68,7 @@ def iallreduce(
 
 
 def _allreduce(comm: Comm, x: Any, method: Method, op: str, memory: Memory | None, out: Any) -> Operation:
-    member = member_of(method)
-    check_op(op, OPS)
+    member, op, x = member_of(method), op_of(op), number(x)
     integers = isinstance(member, Dense) and has_integers(x)
     xs = checked_arrays(x, exact=integers, device=True)
     form = Form.of(x)
@@ -104,29 +107,30 @@ def ireduce_scatter(
 
 
 def _reduce_scatter(comm: Comm, x: Any, method: Method, op: str, out: Any) -> Operation:
-    check_op(op, OPS)
+    op = op_of(op)
     given, xs, whole = sources("reduce_scatter", x, method)
     integers = has_integers(x)
     if integers:
         check_integers(whole, op)
     else:
         checked_arrays(x)
+    _ = whole.dtype  # one for all
     form = whole.without_axis(comm.size)
     outs = targets(out, form, xs, "as a row of x is")
     member = given if isinstance(given, Dense) else cast(Gather, divided(Gather(given), comm.size, op)).codec
 
     def run() -> Any:
-        results = form.arrays(xs, outs)
+        results = form.rooms(xs, outs)
         flats = [bits(result) for result in results]
         dtype = form.dtype if integers else work_dtype(form.dtype)
-        direct = not form.listed and form.dtype == dtype
+        direct = not form.listed and form.dtype not in HALF
         total = flats[0] if direct else empty(form.layout.size, dtype)
         carrier(comm, member, form).add(comm, rows(xs, comm.size), total, f"reduce_scatter by {member}")
         if op == "mean":
             kernels_for(total).divide(total, comm.size)
         if not direct:
             spread(total, flats, form.layout, form.dtype)
-        return form.returned(results)
+        return form.returned(results, outs)
 
     return Operation(lambda: said(f"{op} scattered", form, member), run)
 
@@ -153,7 +157,7 @@ def prepared(
 
     def said() -> str:
         seed, step = mine.at(comm.calls if fresh else 0)
-        return describe(found.divided, form.layout, form.dtype, op, seed, step)
+        return describe(found.divided, form.layout, form.coded, op, seed, step)
 
     def go() -> Any:
         mine.begin(comm, found, comm.calls if fresh else 0)
@@ -167,7 +171,7 @@ def results(xs: list[Array], form: Form, out: Any) -> list[Array] | None:
     if out is None:
         return None
     outs = checked_out(out, form)
-    check_apart(outs, xs)
+    check_apart(outs, xs, over=True)
     return outs
 
 
@@ -178,14 +182,14 @@ def packed(
     reduce: Callable[[Array, Array], None],
     buffer: Callable[[str, int, str], Array],
 ) -> Array | list[Array]:
-    """Reduce arrays as one flat array, in place if there is one only, and return the results.
+    """Reduce arrays as one flat array, that of a single one without a copy, and return the results.
 
     `reduce` is given what it reduces and where to, both flat and of one dtype, half types as bits.
     """
     if not form.listed:
-        result = np.empty_like(xs[0]) if outs is None else outs[0]
+        result = np.empty_like(xs[0], order="C") if outs is None else room(outs[0])
         reduce(bits(xs[0]), bits(result))
-        return result
+        return form.returned([result], outs)
     flats = [bits(x) for x in xs]
     layout, dtype = form.layout, flats[0].dtype
     x = np.concatenate(flats, out=buffer("packed x", layout.size, dtype.name))
@@ -196,7 +200,7 @@ def packed(
     if outs is None:
         return [part.view(x.dtype).reshape(x.shape) for part, x in zip(parts, xs, strict=True)]
     for out, part in zip(outs, parts, strict=True):
-        bits(out)[...] = part
+        out[...] = part.view(out.dtype).reshape(out.shape)
     return outs
 
 

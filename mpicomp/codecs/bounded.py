@@ -61,6 +61,8 @@ class Bounded(Spec):
     range of the array as elsewhere: a range is known only after a pass over x, differs between ranks, and says nothing
     about small elements; for it, compute `abs` from the range. `rel` keeps ceil(-log2(rel)) - 1 bits of mantissa
     rounded to the nearest, so bounds between two powers of 1/2 cost what the smaller one costs; a zero stays zero.
+    Of complex numbers the real and the imaginary part are each within the bound, and the number within sqrt(2) * abs,
+    or rel times its absolute value.
 
     Payload: one array of bytes: how many are used (u8, a multiple of 8), itemsize of x (u1), a header for each block,
     zeros up to a multiple of 8, then the blocks' words and zeros up to a multiple of 8, all as

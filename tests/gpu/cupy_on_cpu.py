@@ -231,7 +231,8 @@ def wrapped(value: Any) -> Any:
     return asarray(value) if isinstance(value, np.ndarray | np.generic) else value
 
 
-def made_like(function: Any, prototype: ndarray, dtype: Any = None, shape: Any = None) -> ndarray:
+def made_like(function: Any, prototype: ndarray, dtype: Any = None, order: str = "C", shape: Any = None) -> ndarray:
+    assert order == "C"
     make = empty if function is np.empty_like else zeros
     return make(prototype.shape if shape is None else shape, prototype.dtype if dtype is None else dtype)
 

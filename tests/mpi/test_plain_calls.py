@@ -8,6 +8,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from array_kinds import Case, cases, run_case
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import mpicomp
 from mpicomp.arrays import Array
@@ -179,6 +182,7 @@ DISAGREEMENTS: dict[str, Call] = {
     "size": lambda comm, odd: mpicomp.allreduce(comm, np.ones(0 if odd else 6), "topk(density=0.5)"),
     "dtype": lambda comm, odd: mpicomp.allreduce(comm, np.ones(6, np.float64 if odd else np.float32), "dense"),
     "integer": lambda comm, odd: mpicomp.allreduce(comm, np.ones(6, np.int32 if odd else np.float32), "dense"),
+    "fields": lambda comm, odd: mpicomp.bcast(comm, np.ones(3, "i4,f4" if odd else "f4,i4"), "dense"),
     "collective": lambda comm, odd: (
         mpicomp.allgather(comm, F32, "sign") if odd else mpicomp.allreduce(comm, F32, "sign")
     ),
@@ -204,7 +208,8 @@ MISTAKES: dict[str, tuple[type[Exception], Callable[[Any], Any]]] = {
     "spec": (ValueError, lambda comm: mpicomp.allreduce(comm, F32, "topk(densty=0.1)")),
     "density": (ValueError, lambda comm: mpicomp.allreduce(comm, F32, "topk(density=1.5)")),
     "integer": (TypeError, lambda comm: mpicomp.allreduce(comm, np.ones(6, np.int64), "topk(density=0.5)")),
-    "strided": (ValueError, lambda comm: mpicomp.allreduce(comm, F32[:, ::2], "dense")),
+    "matrix": (TypeError, lambda comm: mpicomp.allreduce(comm, F32.view(np.matrix), "dense")),
+    "one out for two": (ValueError, lambda comm: mpicomp.allreduce(comm, [F32, F32], "dense", out=[F32.copy()] * 2)),
     "out": (ValueError, lambda comm: mpicomp.allreduce(comm, F32, "dense", out=read_only())),
     "state": (ValueError, lambda comm: mpicomp.allreduce(comm, F32, "error_feedback(gather(sign))")),
     "allgather": (TypeError, lambda comm: mpicomp.allgather(comm, F32, "gather(sign)")),
@@ -233,3 +238,29 @@ def test_a_communicator_of_some_ranks(world: Any) -> None:
     expected = sum(1.0 + rank for rank in range(world.size) if rank % 2 == world.rank % 2)
     np.testing.assert_array_equal(total, np.full(5, expected))
     half.Free()
+
+
+@pytest.mark.deadline(240)
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_kinds_of_arrays_are_taken_by_all_or_refused_by_all(data: Any) -> None:
+    """The same examples on all ranks (tests/conftest.py): half of them such that some rank must refuse."""
+    from mpi4py import MPI
+
+    case: Case = data.draw(st.booleans().flatmap(lambda bad: cases(MPI.COMM_WORLD.size, bad)))
+    bits = MPI.COMM_WORLD.allgather(run_case(MPI.COMM_WORLD, case))
+    assert case.call not in ("allreduce", "iallreduce", "mean", "plan", "allgather", "bcast") or len(set(bits)) == 1
+
+
+def test_arguments_of_mpi_and_numpy(world: Any) -> None:
+    from mpi4py import MPI
+
+    total = mpicomp.allreduce(world, 2.0, "dense", MPI.SUM)  # type: ignore[type-var]
+    assert (total.shape, total.tolist()) == ((), 2.0 * world.size)
+    for op in (MPI.MAX, MPI.OP_NULL):
+        with pytest.raises(ValueError, match="op must be one of sum, mean"):
+            mpicomp.allreduce(world, F32, "dense", op)  # type: ignore[arg-type]
+    for root in (np.int64(world.size - 1), np.uint8(0)):
+        rows = mpicomp.gather(world, np.arange(4.0)[::2], "dense", root)  # type: ignore[arg-type]
+        assert (rows is None) == (world.rank != root)
+        assert rows is None or rows.tolist() == [[0, 2]] * world.size

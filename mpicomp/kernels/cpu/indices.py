@@ -143,6 +143,20 @@ def add_at(places: Any, first: int, count: int, values: Any, out: Any, scale: An
         out[places[i]] += scale * values[first + i]
 
 
+@inline
+def outside(places: Any, count: int, last: Any, mask: Any, size: Any) -> bool:
+    """Tell whether one of `count` places, the last of which is `last`, is not below size; `mask` is of lower parts.
+
+    Upper parts ascend, so the last place tells of all, but where lower parts make the difference.
+    """
+    if last | mask < size or count == 0:
+        return False
+    wrong = last & ~mask >= size
+    for i in range(count):
+        wrong |= np.uint64(places[i]) >= size
+    return bool(wrong)
+
+
 @kernel("const u1[], i8, u4[]")
 def _decode(data: Any, width: int, out: Any) -> int:
     """Return how many indices were found; none is written beyond `out`."""
@@ -172,14 +186,12 @@ def _add(data: Any, width: int, values: Any, out: Any, scale: Any) -> int:
     """Return how many indices were found, -1 where one is not below out.size; nothing is read or written outside."""
     # In steps: indices first, with their elements asked for, then the sums, which so wait for memory together.
     places = np.empty(STEP + 64, np.uint32)
-    j, done, largest = 0, 0, np.int64(0)
+    j, done, place, size = 0, 0, np.int64(0), np.uint64(out.size)
     high, mask, shift = data[(values.size * max(width, 0) + 7) // 8 :], ZERO, ZERO
     if width >= 0:
         mask, shift = (ONE << np.uint64(width)) - ONE, np.uint64(width)
     for at in range(0, high.size, 8):
         word = read(high, at)
-        if j + ones(word) > values.size:
-            return j + ones(word)
         while word != ZERO:
             place = np.int64(8 * at + lowest(word))
             word &= word - ONE
@@ -188,16 +200,15 @@ def _add(data: Any, width: int, values: Any, out: Any, scale: Any) -> int:
                 low = (read(data, bit >> 3) >> (np.uint64(bit) & LOW3)) & mask
                 place = np.int64((np.uint64(place - j) << shift) | low)
             prefetch(out, place)
-            largest = max(largest, place)
             places[j - done] = place
             j += 1
         if j - done >= STEP:
-            if largest >= out.size:
-                return -1
+            if j > values.size or outside(places, j - done, np.uint64(place), mask, size):
+                return j if j > values.size else -1
             add_at(places, done, j - done, values, out, scale)
             done = j
-    if largest >= out.size:
-        return -1
+    if j > values.size or outside(places, j - done, np.uint64(place), mask, size):
+        return j if j > values.size else -1
     add_at(places, done, j - done, values, out, scale)
     return j
 

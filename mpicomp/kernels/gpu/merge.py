@@ -15,7 +15,9 @@ COUNT = (1 << 62) - 1  # the count in a tile's state; see scan.cuh
 
 def add_marked(places: Array, values: Array, sums: Array, marks: Array) -> None:
     """Add values, (k,), to sums[places] and set their bits in marks, (ceil(sums.size / 64),) uint64; skips places beyond."""
-    MERGE.launch("add_marked", grid(places.size), THREADS, places, values, sums, sums.size, marks, places.size, WORK=c_type(sums))
+    MERGE.launch(
+        "add_marked", grid(places.size), THREADS, places, values, sums, sums.size, marks, places.size, WORK=c_type(sums)
+    )
 
 
 def count_marks(marks: Array) -> int:
