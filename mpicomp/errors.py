@@ -5,7 +5,10 @@ class ConfigMismatch(RuntimeError):
     """The ranks of a communicator disagree on what they are about to do; raised on all of them."""
 
 
-REPAIR = "Until mpicomp.reset(comm) was called on all ranks, this communicator refuses all calls"
+REPAIR = (
+    "Until mpicomp.reset(comm), of a process group mpicomp.torch.reset(group), was called on all ranks, this "
+    "communicator refuses all calls"
+)
 
 
 class CommunicatorError(RuntimeError):

@@ -8,73 +8,37 @@ some operations; both are here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from mpicomp.collectives import Comm
+from mpicomp.errors import CommunicatorError
 from mpicomp.torch import exact
 from mpicomp.torch.collective import Collective, collective, confirm_routes, forms, size, sizes
 from mpicomp.torch.exact import Tensor, op_name
+from mpicomp.torch.identity import Identity
 from mpicomp.torch.point import PointToPoint
 from mpicomp.torch.tensors import check_local
 from mpicomp.torch.worker import Work, Worker
 
-NAME = "mpicomp"
-
 Routes = tuple[Sequence[Tensor | None], Sequence[Tensor | None]]
 """What this rank sends to each rank, and what it receives from each; None is nothing."""
 
-if TYPE_CHECKING:  # torch's stubs have overloads that nothing calls in Python, and lack the constructor for subclasses
 
-    class _ProcessGroup:
-        def __init__(self, rank: int, size: int) -> None: ...
-
-else:
-    _ProcessGroup = dist.ProcessGroup
-
-
-class MPIProcessGroup(_ProcessGroup):
+class MPIProcessGroup(Identity):
     """A process group whose collectives run in order on one communication thread."""
 
-    def __init__(self, comm: Comm, point_comm: Comm, at_end: Callable[[], None] = lambda: None) -> None:
-        super().__init__(comm.rank, comm.size)
-        self._at_end = at_end
-        self.comm = comm
+    def __init__(self, make: Callable[[], Comm], at_end: Callable[[Comm], Callable[[], None]] | None = None) -> None:
+        """`make` returns a new communicator of the group's ranks; `at_end` what to do when this is destroyed."""
+        comm, point_comm = make(), make()
+        super().__init__(comm)
+        self._make = make
+        self._at_end = None if at_end is None else at_end(comm)
         self.worker = Worker(comm)
         self.point = PointToPoint(point_comm)
         self._scratch = exact.Scratch()
-        self._name = self._description = ""
-
-    # torch's own class forgets the names that a Python subclass is given, and functional collectives need them.
-    def setGroupName(self, name: str) -> None:
-        """Store the name."""
-        self._name = name
-
-    def getGroupName(self) -> str:
-        """Return the name."""
-        return self._name
-
-    def setGroupDesc(self, description: str) -> None:
-        """Store the description."""
-        self._description = description
-
-    def getGroupDesc(self) -> str:
-        """Return the description."""
-        return self._description
-
-    def getBackendName(self) -> str:
-        """Return the name of the backend."""
-        return NAME
-
-    def getRank(self) -> int:
-        """Return this rank's number in the group."""
-        return self.comm.rank
-
-    def getSize(self) -> int:
-        """Return the number of ranks."""
-        return self.comm.size
 
     def shutdown(self) -> None:
         """Finish what was submitted, end the communication thread and free the communicators; may be called again.
@@ -87,8 +51,23 @@ class MPIProcessGroup(_ProcessGroup):
         self.point.close()
         self.comm.close()
         self.point.comm.close()
-        at_end, self._at_end = self._at_end, lambda: None
-        at_end()
+        if self._at_end is not None:
+            self._at_end()
+            self._at_end = None
+
+    def reset(self) -> None:
+        """Make this usable again after an error; see `mpicomp.torch.reset`."""
+        self.comm = self.worker.submit(self._renewed, regardless=True).result()
+
+    def _renewed(self) -> Comm:
+        old = self.comm
+        if old.size == 1:
+            return old
+        old.breaks(CommunicatorError("the process group was reset"), "")  # on ranks that saw no error, too
+        old.close()
+        made = self._make()
+        made.timeout, made.traffic = old.timeout, old.traffic
+        return made
 
     def abort(self) -> None:
         """End all ranks of the job."""
@@ -270,15 +249,18 @@ class MPIProcessGroup(_ProcessGroup):
     ) -> Collective:
         """A collective of `count` exchanges, for each of which `routes` says what goes where."""
 
-        def call() -> None:
-            exchanges = [routes(i) for i in range(count)]
+        exchanges = [routes(i) for i in range(count)]
+
+        def check() -> None:
             sent = [_one_text(outgoing[rank] for outgoing, _ in exchanges) for rank in range(self.comm.size)]
             received = [_one_text(incoming[rank] for _, incoming in exchanges) for rank in range(self.comm.size)]
             confirm_routes(self.comm, description, sent, received)
+
+        def call() -> None:
             for outgoing, incoming in exchanges:
                 exact.exchange(self.comm, outgoing, incoming, operation)
 
-        return Collective(f"{description} of {count} tensors a rank", tensors, result, call)
+        return Collective(f"{description} of {count} tensors a rank", tensors, result, call, check)
 
     @collective
     def barrier(self, opts: Any = None) -> Collective:
@@ -325,3 +307,13 @@ def tensor_group(group: Any) -> MPIProcessGroup:
         kind = dist.get_backend(group) if isinstance(group, torch.distributed.ProcessGroup) else type(group).__name__
         raise TypeError(f'the process group must be of backend "mpicomp", got {kind}; init_process_group("mpicomp")')
     return group
+
+
+def reset(group: Any = None) -> None:
+    """Make a process group, of all ranks by default, usable again after an error; all its ranks call this.
+
+    After an error in a collective, other than ranks that disagree on it, all ranks refuse to use the group further.
+    What was begun on it is given up: tensors in which it wrote hold anything. A DDP model goes on from its last whole
+    step.
+    """
+    tensor_group(dist.group.WORLD if group is None else group).reset()

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -36,6 +37,8 @@ class Collective(NamedTuple):
     """What its Work yields."""
     call: Callable[[], None]
     """Communicate; called on the communication thread when its turn has come."""
+    check: Callable[[], None] = lambda: None
+    """Find disagreement that the description cannot show, before anything else is sent; as `call`."""
 
 
 class Group(Protocol):
@@ -70,13 +73,25 @@ def collective(prepare: Prepare) -> Callable[..., Work]:
             comm = group.comm
             comm.doing = made.description
             confirm(comm, digest_of(made.description), lambda: made.description)
-            made.call()
+            made.check()
+            with breaking(comm, made.description):
+                made.call()
             comm.doing = ""
             return made.result
 
         return group.worker.submit(run, made.tensors)
 
     return begin
+
+
+@contextmanager
+def breaking(comm: Comm, operation: str) -> Iterator[None]:
+    """After an error in here all ranks refuse to use the communicator further: the others may be anywhere."""
+    try:
+        yield
+    except BaseException as error:
+        comm.breaks(error, operation)
+        raise
 
 
 def refuse(group: Group, error: Exception) -> None:
@@ -129,11 +144,12 @@ def confirm_routes(comm: Comm, operation: str, sent: Sequence[str], received: Se
     down = (digest_of(f"{peer} {comm.rank} {text}") for peer, text in enumerate(received))
     mine = np.array([(sum(up) - sum(down)) % 2**64], np.uint64)
     total = np.empty_like(mine)
-    collectives.allreduce(comm, mine, total)
-    if total[0] == 0:
-        return
     announced = [np.zeros(TEXT, np.uint8) for _ in received]
-    collectives.exchange(comm, [_padded(text) for text in sent], announced, "agreement")
+    with breaking(comm, operation):
+        collectives.allreduce(comm, mine, total)
+        if total[0] == 0:
+            return
+        collectives.exchange(comm, [_padded(text) for text in sent], announced, "agreement")
     told = [array.tobytes().rstrip(b"\0").decode(errors="replace") for array in announced]
     wrong = [
         f"expects {mine or 'nothing'} from rank {peer}, which sends {theirs or 'nothing'}"

@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 from mpicomp import collectives
 from mpicomp.collectives import Comm
-from mpicomp.torch.backend import NAME, MPIProcessGroup
+from mpicomp.torch.backend import MPIProcessGroup
+from mpicomp.torch.identity import NAME
 from mpicomp.torch.launch import FILLED, group_comm
 
 PORT = "MASTER_PORT"
@@ -32,11 +33,15 @@ def register() -> None:
 def create(options: Any, _: Any = None) -> MPIProcessGroup:
     """Make the process group that torch asks for; only its members are asked."""
     ranks = list(options.global_ranks_in_group)  # none for that of all ranks, which is made first
-    comm = group_comm(ranks, options.group_rank, options.group_size)
-    point_comm = group_comm(ranks, options.group_rank, options.group_size)
-    if options.timeout != dist.constants.default_pg_timeout and isinstance(options.timeout, timedelta):
-        comm.timeout = point_comm.timeout = options.timeout.total_seconds()
-    return MPIProcessGroup(comm, point_comm, (lambda: None) if ranks else next_port(comm))
+    seconds = options.timeout.total_seconds() if isinstance(options.timeout, timedelta) else None
+
+    def make() -> Comm:
+        comm = group_comm(ranks, options.group_rank, options.group_size)
+        if seconds is not None and options.timeout != dist.constants.default_pg_timeout:
+            comm.timeout = seconds
+        return comm
+
+    return MPIProcessGroup(make, None if ranks else next_port)
 
 
 def next_port(comm: Comm) -> Callable[[], None]:

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mpicomp.agreement import agree, confirm, digest_of, mixed
 from mpicomp.arrays import work_dtype
 from mpicomp.codecs.base import Codec
-from mpicomp.collectives import Traffic
+from mpicomp.collectives import Comm, Traffic
 from mpicomp.reducers import (
     Layout,
     Reducer,
@@ -36,6 +36,7 @@ from mpicomp.reducers import (
 from mpicomp.reducers.allowance import divided
 from mpicomp.reducers.base import check_place
 from mpicomp.torch.backend import MPIProcessGroup, tensor_group
+from mpicomp.torch.collective import breaking
 from mpicomp.torch.streams import device_of
 from mpicomp.torch.tensors import NAMES, bits_of, check_local
 
@@ -65,7 +66,7 @@ class Hook:
         scaler: torch.amp.GradScaler | None,
     ) -> None:
         self.reducer = reducer
-        self._group, self._comm = group, group.comm
+        self._group = group
         self._names: dict[torch.Tensor, str] = {parameter: name for name, parameter in parameters.items()}
         self._seed, self._scaler = seed, scaler
         self._scale: float | None = None  # loss scale in which the residuals are measured
@@ -74,6 +75,10 @@ class Hook:
         self._whole = True  # no bucket of this step went wrong so far
         self._entries: dict[int, Entry] = {}
         self._saved: Units = {}  # of parameters whose bucket is not known yet
+
+    @property
+    def _comm(self) -> Comm:
+        return self._group.comm  # another one after a reset
 
     @property
     def resolved(self) -> str:
@@ -144,9 +149,10 @@ class Hook:
         state = entry.state.at(self._step)
         self._comm.doing = f"the bucket of {entry.names[0]}"
         confirm(self._comm, mixed(entry.digest, self._step), lambda: self._said(index))
-        entry.after, entry.poisoned = apply(
-            self._comm, self.reducer, bits, entry.dtype, "mean", state, bits, entry.work
-        )
+        with breaking(self._comm, f"bucket {index} of DDP"):
+            entry.after, entry.poisoned = apply(
+                self._comm, self.reducer, bits, entry.dtype, "mean", state, bits, entry.work
+            )
         self._comm.doing = ""
 
     def _said(self, index: int) -> str:
@@ -193,10 +199,11 @@ class Hook:
         description = f"bucket {index} of DDP, " + describe(self.reducer, layout, dtype, "mean", self._seed, self._step)
         agree(self._comm, description)
         names = tuple(unit.name for unit in layout.units)
-        state = self.reducer.init(layout, work_dtype(dtype), seed=self._seed, step=self._step)
-        saved = {name: self._saved.pop(name) for name in names if name in self._saved}
-        restored = self.reducer.restore(state, saved)
-        self._entries[index] = Entry(names, dtype, digest_of(description), restored, Workspace())
+        with breaking(self._comm, description):
+            state = self.reducer.init(layout, work_dtype(dtype), seed=self._seed, step=self._step)
+            saved = {name: self._saved.pop(name) for name in names if name in self._saved}
+            state = self.reducer.restore(state, saved)
+            self._entries[index] = Entry(names, dtype, digest_of(description), state, Workspace())
 
 
 def _units(names: Sequence[str], gradients: Sequence[torch.Tensor], buffer: torch.Tensor) -> tuple[Unit, ...]:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from mpicomp.background import Background, Failure, Request
 from mpicomp.collectives import Comm
-from mpicomp.errors import ConfigMismatch
+from mpicomp.errors import CommunicatorError, ConfigMismatch
 from mpicomp.torch.streams import Side, device_of, on
 
 
@@ -86,7 +86,7 @@ class Work(dist.Work):
         if self.request.failure is None:
             return self.request.outcome
         error = self.request.failure.error
-        if isinstance(error, ConfigMismatch):
+        if isinstance(error, ConfigMismatch | CommunicatorError):
             raise error
         # C++ passes on the message only, so the traceback must be part of it.
         raise RuntimeError(
@@ -105,8 +105,10 @@ class Worker:
         self._open = True
         weakref.finalize(self, self._thread.close).atexit = False  # every Work holds this, so nothing is under way then
 
-    def submit(self, call: Callable[[], Any], tensors: Sequence[torch.Tensor] = ()) -> Work:
+    def submit(self, call: Callable[[], Any], tensors: Sequence[torch.Tensor] = (), regardless: bool = False) -> Work:
         """Run `call` after all that was submitted before; at once, if this is the communication thread.
+
+        With `regardless` also after an error of which the user does not know yet.
 
         With CUDA tensors it runs on a stream of its own, after what the current stream has still to do.
         """
@@ -114,7 +116,7 @@ class Worker:
         device = device_of(tensors)
         side = None if device is None else Side(device)
         work = Work(self, self._thread, side)
-        self._thread.enqueue(work.request, call if side is None else partial(side.run, call))
+        self._thread.enqueue(work.request, call if side is None else partial(side.run, call), regardless)
         return work
 
     def check_open(self) -> None:

@@ -10,8 +10,8 @@ torch = pytest.importorskip("torch")
 
 import torch.distributed as dist  # noqa: E402
 
-import mpicomp.torch  # noqa: E402, F401
-from mpicomp.errors import ConfigMismatch  # noqa: E402
+import mpicomp.torch  # noqa: E402
+from mpicomp.errors import CommunicatorError, ConfigMismatch  # noqa: E402
 
 pytestmark = pytest.mark.mpi(min_size=2)
 
@@ -199,3 +199,23 @@ def test_objects_and_groups_need_no_more_than_they_say() -> None:
     mine = [None]
     dist.scatter_object_list(mine, ["z" * rank for rank in range(size())] if me() == 0 else None, src=0)
     assert len(mine[0]) == me()
+
+
+def test_an_error_within_a_collective_is_one_on_all_until_the_group_is_reset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank fails where the others wait for what it was to send."""
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("no luck")
+
+    with monkeypatch.context() as patch:
+        if odd():
+            patch.setattr("mpicomp.torch.exact.exchange", fail)
+        with pytest.raises(ZeroDivisionError if odd() else CommunicatorError, match="no luck"):
+            dist.all_gather(parts(4), full(4))
+    for _ in range(2):
+        with pytest.raises(
+            CommunicatorError, match=rf"rank {size() - 1} of {size()} failed: all_gather.*no luck.*reset"
+        ):
+            dist.all_reduce(full(4))
+    mpicomp.torch.reset()
+    right()

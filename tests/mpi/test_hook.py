@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: E402
 
 import mpicomp.torch  # noqa: E402
 from mpicomp import collectives  # noqa: E402
-from mpicomp.errors import ConfigMismatch  # noqa: E402
+from mpicomp.errors import CommunicatorError, ConfigMismatch  # noqa: E402
 from mpicomp.specs import SpecError  # noqa: E402
 
 pytestmark = pytest.mark.mpi
@@ -373,7 +373,12 @@ def test_an_error_while_reducing_is_raised_by_backward(monkeypatch: pytest.Monke
         with pytest.raises(RuntimeError, match=r"(?s)communication thread of rank.*in broken.*no such luck"):
             loss(ddp, 2, me()).backward()
     assert equal_states(before, hook.state_dict())
-    dist.barrier()
+    if size() > 1:
+        with pytest.raises(CommunicatorError, match=r"bucket . of DDP .*no such luck.*mpicomp\.torch\.reset"):
+            dist.barrier()
+    mpicomp.torch.reset()
+    loss(ddp, 2, me()).backward()
+    assert hook.step == 3
 
 
 # ------------------------------------------------------------------------------------------------------ bad input
