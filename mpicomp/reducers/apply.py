@@ -52,17 +52,7 @@ def apply(
     reduction, after = reducer.reduce(comm, wide, state, total, work)
     sound = _finished(reduction, state.layout, divisor, watched or half)
     if not sound and divisor > 1 and dtype == "bfloat16":
-        for shrink in (0.5 ** (divisor - 1).bit_length(), MATRICES):
-            kernels.widen(x, wide, dtype)
-            wide *= np.float32(shrink)
-            reduction, after = reducer.reduce(comm, wide, scaled(state, shrink), total, work)
-            sound = _finished(reduction, state.layout, divisor, True)
-            if sound:
-                total *= np.float32(1 / shrink)
-                rescale(after, 1 / shrink)
-                break
-        else:
-            after = state
+        after, sound = _once_more(comm, reducer, x, state, wide, total, work)
     if not half:
         return after, not sound
 
@@ -75,6 +65,25 @@ def apply(
         total *= divisor
         reducer.absorb(comm, total, after)
     return after, not sound
+
+
+@np.errstate(over="ignore", invalid="ignore")  # IEEE 754: some elements may not be finite whatever is done
+def _once_more(
+    comm: Comm, reducer: Reducer, bits: Array, state: State, wide: Array, total: Array, work: Workspace
+) -> tuple[State, bool]:
+    """Form a mean of bfloat16 again, of smaller inputs; return the next state, and whether the result is finite."""
+    for shrink in (0.5 ** (work.divisor - 1).bit_length(), MATRICES):
+        kernels_for(bits).widen(bits, wide, "bfloat16")
+        wide *= np.float32(shrink)
+        reduction, after = reducer.reduce(comm, wide, scaled(state, shrink), total, work)
+        sound = _finished(reduction, state.layout, work.divisor, True)
+        total *= np.float32(1 / shrink)
+        if sound:
+            rescale(after, 1 / shrink)
+            return after, True
+        if not reduction.poisoned:  # elements that are finite are right, and would be less exact the next time
+            break
+    return state, False
 
 
 def _finished(reduction: Reduction, layout: Layout, divisor: int, watched: bool) -> bool:
