@@ -471,8 +471,11 @@ class Team:
         self.ranks = self.groups[0].ranks
         self.comms = [Comm(rank, timeout) for rank in self.ranks]
 
-    def run(self, f: Callable[[Comm], T]) -> list[T]:
-        """Call `f` on all ranks; return what they return, or raise the first error."""
+    def run(self, f: Callable[[Comm], T], alike: bool = True) -> list[T]:
+        """Call `f` on all ranks; return what they return, or raise the first error.
+
+        Ranks that are `alike` must have begun equally many collectives: notices of an end depend on it.
+        """
         if self.failed.is_set():
             raise RuntimeError("this team has failed")
         results: list[Any] = [None] * self.size
@@ -498,6 +501,8 @@ class Team:
             self.fail()
             raise
         self._raise_first()
+        if alike and len({comm.met for comm in self.comms}) > 1 and not any(comm.broken for comm in self.comms):
+            raise Misuse(f"the ranks have begun {[comm.met for comm in self.comms]} collectives")
         return results
 
     def fail(self) -> None:
@@ -517,7 +522,7 @@ class Team:
             except Exception as error:
                 return error
 
-        return self.run(caught)
+        return self.run(caught, alike=False)
 
     def _leave(self, thread: Thread) -> None:
         """Note that a rank has returned, and that whoever waits for it waits in vain."""
