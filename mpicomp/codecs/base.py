@@ -7,6 +7,7 @@ import hashlib
 from typing import NamedTuple, Protocol
 
 from mpicomp.arrays import Array
+from mpicomp.codecs.accuracy import Scope
 from mpicomp.wire import Field, Payload
 
 
@@ -91,6 +92,14 @@ class Codec(Protocol):
     @property
     def loud(self) -> bool:
         """What is not finite in an input shows in the first field of the payload: nobody need look for it before."""
+        ...
+
+    def relative_error(self, size: int) -> float:
+        """The largest |d - x| / |x| of d = decode(encode(x)), or its root mean square over keys; see `Accurate`."""
+        ...
+
+    def scope(self, dtype: str) -> Scope:
+        """Which magnitudes `relative_error` is said of."""
         ...
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:

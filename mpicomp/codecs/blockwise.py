@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import ClassVar
 
 from mpicomp.arrays import Array
+from mpicomp.codecs.accuracy import Accurate, of_variance
 from mpicomp.codecs.base import Key
 from mpicomp.codecs.checks import check_fields, check_integer, check_scales, little, packed_bytes, work_dtype_of
 from mpicomp.errors import WireFormatError
@@ -39,7 +40,7 @@ class Unbiased(ABC):
         return 1.0 if self.scaled else 1.0 / (1.0 + self.omega)
 
 
-class Blockwise(ABC):
+class Blockwise(Accurate, ABC):
     """What codecs share that quantise blocks, each with a scale of its own; `mpicomp.kernels.cpu.quantize` does it.
 
     Payload: scales (blocks,) in the work dtype, for the grid "range" the lows (blocks,) too, then codes, u1, packed as
@@ -77,6 +78,16 @@ class Blockwise(ABC):
     @abstractmethod
     def levels(self) -> int:
         """What an element as large as the scale allows is rounded to."""
+
+    def relative_error(self, size: int) -> float:
+        """Root mean square over keys: sqrt(omega), or sqrt(omega / (1 + omega)) where not scaled."""
+        if self.shrink < 1.0:
+            return of_variance(self.variance(self.block), scaled=False)
+        return of_variance(self.variance(min(size, self.block)))
+
+    @abstractmethod
+    def variance(self, size: int) -> float:
+        """The bound on the relative variance of a block of `size` elements, or on the relative squared error."""
 
     @property
     def random(self) -> bool:

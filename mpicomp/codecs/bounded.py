@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 
 from mpicomp.arrays import Array, on_device
+from mpicomp.codecs.accuracy import Accurate, Scope
 from mpicomp.codecs.base import Key
 from mpicomp.codecs.checks import is_number
 from mpicomp.errors import WireFormatError
@@ -52,7 +53,7 @@ def settings(absolute: float | None, relative: float | None, dtype: str) -> Sett
 
 
 @dataclass(frozen=True)
-class Bounded(Spec):
+class Bounded(Accurate, Spec):
     """Keep every element within a bound, |x - d| <= abs, or pointwise |x - d| <= rel * |x|; exactly one is given.
 
     d is what `decode_add` adds to zeros of x's dtype, and the bound holds in exact arithmetic, for any finite x: the
@@ -98,6 +99,14 @@ class Bounded(Spec):
     loud: ClassVar[bool] = False
     ranged: ClassVar[bool] = False
     block: ClassVar[int] = BLOCK
+
+    def relative_error(self, size: int) -> float:
+        """`rel`; 0 where the bound is absolute."""
+        return self.rel or 0.0
+
+    def scope(self, dtype: str) -> Scope:
+        """An absolute bound is of every element; nothing is clipped."""
+        return Scope(self.abs or 0.0, float(np.finfo(dtype).max))
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
         """The payload of an array of `size` elements of work dtype `dtype`: room for all of them as they are."""

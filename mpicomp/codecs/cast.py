@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from mpicomp.arrays import Array
+from mpicomp.codecs.accuracy import Accurate, Scope
 from mpicomp.codecs.base import Key
 from mpicomp.codecs.checks import check_fields
 from mpicomp.errors import WireFormatError
@@ -19,7 +21,7 @@ NAMES = {"fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
-class Cast(Spec):
+class Cast(Accurate, Spec):
     """Round every element to `dtype`, "fp16" or "bf16"; to the nearest, ties to even.
 
     Payload: bits (size,) u2. A finite value beyond the largest finite one becomes that one, and the rest goes to the
@@ -47,6 +49,15 @@ class Cast(Spec):
     def ranged(self) -> bool:
         """fp16 ends at 65504; bf16 ends where float32 does."""
         return self.dtype == "fp16"
+
+    def relative_error(self, size: int) -> float:
+        """Half the last place: 2^-11 for fp16, 2^-8 for bf16."""
+        return math.ldexp(1.0, -11 if self.dtype == "fp16" else -8)
+
+    def scope(self, dtype: str) -> Scope:
+        """Up to the largest finite number; below, half the smallest one is lost."""
+        least, most = (2.0**-25, 65504.0) if self.dtype == "fp16" else (2.0**-126, 255 * 2.0**120)
+        return Scope(least, most)
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
         """The payload of an array of `size` elements of work dtype `dtype`."""

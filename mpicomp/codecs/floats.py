@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from mpicomp.arrays import Array
+from mpicomp.codecs.accuracy import Accurate, Scope, of_variance
 from mpicomp.codecs.base import Key
 from mpicomp.codecs.blockwise import Unbiased, check_block
 from mpicomp.codecs.checks import check_bool, check_fields, check_scales, little, packed_bytes, work_dtype_of
@@ -22,7 +24,7 @@ LARGEST = {"e4m3": 8, "e5m2": 15, "e2m1": 2}  # exponent of the largest finite n
 TOP = {"e4m3": 0x7E, "e5m2": 0x7B, "e2m1": 0x7}  # its code, without sign
 
 
-class SmallFloat:
+class SmallFloat(Accurate):
     """What codecs share that write small floats, as `mpicomp.kernels.cpu.floats` does.
 
     Payload: where 32 elements share a power of two, its exponents (groups,), u1, biased by 127 (E8M0); then codes, u1,
@@ -41,6 +43,25 @@ class SmallFloat:
     blockwise: ClassVar[bool] = True
     loud: ClassVar[bool] = False
     shared: ClassVar[bool] = True
+
+    def relative_error(self, size: int) -> float:
+        """Half the last place, or with a shared exponent what saturates; of four bits also what is near zero.
+
+        Numbers of up to 2^(largest exponent + 1) become the largest one: 8 becomes 6 in e2m1, 512 448 in e4m3. In e2m1
+        what is below half the smallest number, 1/16 of the group's largest one, is lost.
+        """
+        if not self.shared:
+            return {"e4m3": 2.0**-4, "e5m2": 2.0**-3}[self.format]
+        near_zero = {"e2m1": 2.0**-8, "e4m3": 2.0**-36, "e5m2": 2.0**-64}[self.format]
+        most = 2.0**-2 if self.format == "e2m1" else 2.0**-3
+        return math.sqrt(most**2 + max(0, min(size, GROUP) - 1) * near_zero)
+
+    def scope(self, dtype: str) -> Scope:
+        """Without a shared exponent the range of the format."""
+        if self.shared:
+            inner = super().scope(dtype)
+            return Scope(max(inner.least, 2.0**-120), min(inner.most, 2.0**126))
+        return Scope(2.0**-10, 448.0) if self.format == "e4m3" else Scope(2.0**-17, 57344.0)
 
     @property
     def ranged(self) -> bool:
@@ -134,7 +155,7 @@ def _check_format(name: object) -> None:
 
 
 @dataclass(frozen=True)
-class Natural(Unbiased, Spec):
+class Natural(Unbiased, Accurate, Spec):
     """Round each magnitude at random to a power of two next to it (natural compression, Horvath et al. 2019).
 
     Unbiased with E||Q - x||^2 <= ||x||^2 / 8; `scaled=False` sends 8/9 as much, which contracts. Payload: scales
@@ -162,6 +183,10 @@ class Natural(Unbiased, Spec):
     def omega(self) -> float:
         """The bound on the relative variance (theorem 1 of the paper)."""
         return 0.125
+
+    def relative_error(self, size: int) -> float:
+        """Root mean square over keys: sqrt(1/8), or 1/3 where not scaled."""
+        return of_variance(self.omega, self.scaled)
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
         """The payload of an array of `size` elements of work dtype `dtype`."""

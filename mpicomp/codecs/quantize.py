@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+from mpicomp.codecs.accuracy import of_mean
 from mpicomp.codecs.blockwise import Blockwise, Unbiased, check_block
 from mpicomp.codecs.checks import check_bool, check_integer
 from mpicomp.specs import Spec
@@ -91,9 +92,23 @@ class Uniform(Blockwise, Spec):
     @property
     def omega(self) -> float:
         """The bound on the relative variance of stochastic rounding; see the class docstring."""
+        return self._variance(self.block)
+
+    def _variance(self, size: int) -> float:
         if self.minmax:
-            return self.block / self.levels**2
-        return float(self.block - 1) if self.bits == 1 else (self.block - 1) / (4.0 * self.levels * self.levels)
+            return size / self.levels**2
+        return float(size - 1) if self.bits == 1 else (size - 1) / (4.0 * self.levels * self.levels)
+
+    def variance(self, size: int) -> float:
+        """See the class docstring; to the nearest all errors but the largest element's are half a step, or x_i."""
+        if not size:
+            return 0.0
+        omega = self._variance(size)
+        if self.stochastic:
+            return omega
+        if self.minmax:
+            return omega / 2 if size > 1 else 0.0
+        return of_mean(size) ** 2 if self.bits == 1 else omega / (1 + omega)
 
 
 @dataclass(frozen=True)
@@ -134,7 +149,11 @@ class QSGD(Unbiased, Blockwise, Spec):
     @property
     def omega(self) -> float:
         """The bound on the relative variance."""
-        return min(self.bucket / self.levels**2, math.sqrt(self.bucket) / self.levels)
+        return self.variance(self.bucket)
+
+    def variance(self, size: int) -> float:
+        """See the class docstring."""
+        return min(size / self.levels**2, math.sqrt(size) / self.levels)
 
 
 @dataclass(frozen=True)
@@ -173,4 +192,8 @@ class DoReFa(Unbiased, Blockwise, Spec):
     @property
     def omega(self) -> float:
         """The bound on the relative variance."""
-        return self.block / self.levels**2
+        return self.variance(self.block)
+
+    def variance(self, size: int) -> float:
+        """See the class docstring."""
+        return size / self.levels**2

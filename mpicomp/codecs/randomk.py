@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import ClassVar
@@ -9,6 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from mpicomp.arrays import Array, on_device
+from mpicomp.codecs.accuracy import Accurate, Scope
 from mpicomp.codecs.base import Codec, Key
 from mpicomp.codecs.checks import check_density, kept, sparse_block
 from mpicomp.codecs.sparse import Values, check_values, contracts
@@ -24,7 +26,7 @@ def _support(size: int, k: int, base: int, start: int) -> Array:
 
 
 @dataclass(frozen=True)
-class RandomK(Spec):
+class RandomK(Accurate, Spec):
     """Keep k = ceil(density * size) elements at random places, the same ones on every rank, which nobody sends.
 
     Payload: the values, k in the work dtype or as the codec `values` writes them. The places are `random_support(size,
@@ -74,6 +76,22 @@ class RandomK(Spec):
     def block(self) -> int:
         """Shards are cut at multiples of this: one element is kept of each, or a share of 64."""
         return sparse_block(self.density)
+
+    def relative_error(self, size: int) -> float:
+        """Root mean square over keys: with r the error of `values`, of what is sent k / size of the squares is kept.
+
+        sqrt(1 - k / size + r^2 k / size), or `scaled` sqrt(size / k - 1 + r^2 size / k).
+        """
+        if not size:
+            return 0.0
+        k = kept(self.density, size)
+        share, lost = k / size, Values(self.values).relative_error(k) ** 2
+        return math.sqrt((1 - share + lost) / share if self.scaled else 1 - share + lost * share)
+
+    def scope(self, dtype: str) -> Scope:
+        """That of `values`, to which `scaled` brings numbers larger by 1 / density."""
+        inner, factor = Values(self.values).scope(dtype, super().scope(dtype)), self.density if self.scaled else 1.0
+        return Scope(inner.least / factor, inner.most * factor)
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
         """The payload of an array of `size` elements of work dtype `dtype`."""

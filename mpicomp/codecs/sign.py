@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mpicomp.arrays import Array
+from mpicomp.codecs.accuracy import Accurate, of_mean, of_variance
 from mpicomp.codecs.base import Key
 from mpicomp.codecs.checks import (
     check_bool,
@@ -27,7 +28,7 @@ BLOCK = 1024  # elements whose codes lie together
 
 
 @dataclass(frozen=True)
-class Sign(Spec):
+class Sign(Accurate, Spec):
     """One bit an element and the mean magnitude of the array (EF-signSGD, Karimireddy et al. 2019); zero counts as +.
 
     With `two_means` (1-bit SGD, Seide et al. 2014, but for an array, not a column of a matrix) what is zero or above
@@ -52,6 +53,10 @@ class Sign(Spec):
 
     def __post_init__(self) -> None:
         check_bool(self, "two_means")
+
+    def relative_error(self, size: int) -> float:
+        """sqrt(1 - 1 / size): worst where one element is all."""
+        return of_mean(size)
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
         """The payload of an array of `size` elements of work dtype `dtype`."""
@@ -88,7 +93,7 @@ class Sign(Spec):
 
 
 @dataclass(frozen=True)
-class Ternary(Spec):
+class Ternary(Accurate, Spec):
     """Send each element as its sign times the array's largest magnitude m, or as zero, at random (TernGrad, Wen 2017).
 
     P(not zero) = |x_i| / m, so the mean is x and the variance of x_i is |x_i| (m - |x_i|). `clip` first limits
@@ -127,6 +132,16 @@ class Ternary(Spec):
     def contractive(self) -> bool:
         """The error is smaller than x in the mean over keys."""
         return not self.scaled
+
+    def relative_error(self, size: int) -> float:
+        """Root mean square over keys: of m ||x||_1 - ||x||^2, at most omega ||x||^2, omega = (sqrt(size) - 1) / 2.
+
+        With `clip`, c clipped from x: of ||x - c||^2 + omega ||c||^2, at most max(1, omega) ||x||^2; not scaled 1.
+        """
+        omega = (math.sqrt(size) - 1) / 2 if size else 0.0
+        if self.clip == math.inf or not size:
+            return of_variance(omega, self.scaled)
+        return math.sqrt(max(1.0, omega)) if self.scaled else 1.0
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
         """The payload of an array of `size` elements of work dtype `dtype`."""

@@ -17,6 +17,7 @@ import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.codecs import indices
+from mpicomp.codecs.accuracy import Scope
 from mpicomp.codecs.base import Codec, Key
 from mpicomp.codecs.checks import check_fields, check_finite, little
 from mpicomp.errors import WireFormatError
@@ -51,6 +52,14 @@ class Values:
     def fields(self, k: int, dtype: str) -> tuple[Field, ...]:
         """The fields of k values."""
         return (Field((k,), little(dtype)),) if self.codec is None else self.codec.fields(k, dtype)
+
+    def relative_error(self, k: int) -> float:
+        """Of k values."""
+        return 0.0 if self.codec is None else self.codec.relative_error(k)
+
+    def scope(self, dtype: str, plain: Scope) -> Scope:
+        """Where `relative_error` holds; `plain` where values stay as they are."""
+        return plain if self.codec is None else self.codec.scope(dtype)
 
     def room(self, k: int, payload: Payload, like: Array) -> Array:
         """Return where k values are written before `encode`: the payload itself where they stay as they are."""

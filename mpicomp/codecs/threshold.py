@@ -10,6 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from mpicomp.arrays import Array
+from mpicomp.codecs.accuracy import Accurate, Scope, of_largest
 from mpicomp.codecs.base import Codec, Key
 from mpicomp.codecs.checks import MAX_SIZE, check_density, is_number, kept, sparse_block
 from mpicomp.codecs.sparse import (
@@ -30,7 +31,7 @@ from mpicomp.specs import Spec
 from mpicomp.wire import Field, Payload
 
 
-class Above(ABC):
+class Above(Accurate, ABC):
     """What codecs share that send a number of elements known only when they were seen."""
 
     values: Codec | None
@@ -48,6 +49,10 @@ class Above(ABC):
     @abstractmethod
     def kept(self, size: int) -> int:
         """Return how many of `size` elements are sent at most."""
+
+    def scope(self, dtype: str) -> Scope:
+        """That of `values`."""
+        return Values(self.values).scope(dtype, super().scope(dtype))
 
     @abstractmethod
     def select(self, x: Array, old: Array | None, new: Array | None) -> Selection:
@@ -134,6 +139,15 @@ class Threshold(Above, Spec):
         """The residual stays bounded."""
         return contracts(self.values)
 
+    def relative_error(self, size: int) -> float:
+        """What `values` loses; elements below `value` are lost besides."""
+        return Values(self.values).relative_error(size)
+
+    def scope(self, dtype: str) -> Scope:
+        """Smaller elements than `value` are left out."""
+        inner = super().scope(dtype)
+        return Scope(self.value + inner.least, inner.most)
+
     def kept(self, size: int) -> int:
         """Return how many of `size` elements are sent at most: all."""
         return size
@@ -177,6 +191,10 @@ class SampledTopK(Above, Spec):
     def block(self) -> int:
         """Shards are cut at multiples of this: one element is kept of each, or a share of 64."""
         return sparse_block(self.density)
+
+    def relative_error(self, size: int) -> float:
+        """At least the largest element is sent; more is not certain, as a sample may mislead."""
+        return of_largest(size, 1, Values(self.values).relative_error(self.kept(size)))
 
     def kept(self, size: int) -> int:
         """Return how many of `size` elements are sent at most."""

@@ -9,6 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from mpicomp.arrays import Array
+from mpicomp.codecs.accuracy import Accurate, Scope, of_largest
 from mpicomp.codecs.base import Codec, Key
 from mpicomp.codecs.checks import check_density, kept, sparse_block
 from mpicomp.codecs.sparse import (
@@ -26,7 +27,7 @@ from mpicomp.specs import Spec
 from mpicomp.wire import Field, Payload
 
 
-class Largest(ABC):
+class Largest(Accurate, ABC):
     """What codecs share that send a fixed number of elements and where they are."""
 
     values: Codec | None
@@ -57,6 +58,15 @@ class Largest(ABC):
     @abstractmethod
     def kept(self, size: int) -> int:
         """Return how many of `size` elements are sent."""
+
+    def relative_error(self, size: int) -> float:
+        """Worst where all elements are equally large: sqrt(1 - k / size), and what `values` loses of the k."""
+        kept = self.kept(size)
+        return of_largest(size, kept, Values(self.values).relative_error(kept))
+
+    def scope(self, dtype: str) -> Scope:
+        """That of `values`."""
+        return Values(self.values).scope(dtype, super().scope(dtype))
 
     @abstractmethod
     def select(self, x: Array, old: Array | None, new: Array | None, values: Array, indices: Array) -> None:
@@ -176,6 +186,12 @@ class BlockTopK(Largest, Spec):
         whole, rest = divmod(size, self.block)
         kept(self.density, size)  # refuses what cannot be coded by index
         return whole * kept(self.density, self.block) + kept(self.density, rest)
+
+    def relative_error(self, size: int) -> float:
+        """That of the block of which the smallest share is sent, the last one or any other."""
+        rest, lost = size % self.block, Values(self.values).relative_error(self.kept(size))
+        sizes = [self.block] * (size >= self.block) + [rest] * (rest > 0)
+        return max((of_largest(each, kept(self.density, each), lost) for each in sizes), default=0.0)
 
     def select(self, x: Array, old: Array | None, new: Array | None, values: Array, indices: Array) -> None:
         """See Largest."""

@@ -166,8 +166,8 @@ def _decode(data: Any, width: int, out: Any) -> Any:
         mask, shift = (ONE << np.uint64(width)) - ONE, np.uint64(width)
     for at in range(0, high.size, 8):
         word = read(high, at)
-        if j + ones(word) > out.size:
-            return j + ones(word)
+        if ones(word) > out.size - j:
+            return int(out.size) + 1
         while word != ZERO:
             place = 8 * at + lowest(word)
             word &= word - ONE
@@ -204,11 +204,11 @@ def _add(data: Any, width: int, values: Any, out: Any, scale: Any) -> int:
             j += 1
         if j - done >= STEP:
             if j > values.size or outside(places, j - done, np.uint64(place), mask, size):
-                return j if j > values.size else -1
+                return -1 if j <= values.size else j
             add_at(places, done, j - done, values, out, scale)
             done = j
     if j > values.size or outside(places, j - done, np.uint64(place), mask, size):
-        return j if j > values.size else -1
+        return -1 if j <= values.size else j
     add_at(places, done, j - done, values, out, scale)
     return j
 

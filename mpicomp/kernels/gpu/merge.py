@@ -16,7 +16,7 @@ COUNT = (1 << 62) - 1  # the count in a tile's state; see scan.cuh
 def add_marked(places: Array, values: Array, sums: Array, marks: Array) -> None:
     """Add values, (k,), to sums[places] and set their bits in marks, (ceil(sums.size / 64),) uint64.
 
-    Places beyond the end are skipped.
+    Places not below sums.size, as a changed message may have, are left out.
     """
     MERGE.launch(
         "add_marked", grid(places.size), THREADS, places, values, sums, sums.size, marks, places.size, WORK=c_type(sums)
