@@ -18,7 +18,8 @@ from collectives_timing import Array, Arrays, Slot, measure
 from mpi4py import MPI
 
 import mpicomp
-from mpicomp.collectives import Comm, barrier
+from mpicomp.collectives import barrier
+from mpicomp.communicator import Comm
 from mpicomp.transport import MPITransport
 
 

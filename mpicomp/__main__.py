@@ -59,7 +59,7 @@ def plan(fresh: bool, sizes: Sequence[int], allow: Sequence[str], file: str | No
         if first:
             print(f"--allow: {error}", file=sys.stderr)
         return 2
-    from mpicomp.collectives import Comm, world
+    from mpicomp.communicator import Comm, world
 
     comm = Comm.of(world())
     if mismatch := environment.launcher_mismatch(os.environ, comm.size):

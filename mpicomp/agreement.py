@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mpicomp.collectives import Comm, allgather, allreduce
+from mpicomp.collectives import allgather, allreduce
+from mpicomp.communicator import Comm
 from mpicomp.errors import ConfigMismatch
 
 DESCRIPTION = 2048  # bytes of text a rank may say of itself when ranks disagree

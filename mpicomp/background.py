@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar, cast
 
 from mpicomp import children
-from mpicomp.collectives import Comm, world
+from mpicomp.communicator import Comm, world
 from mpicomp.errors import ConfigMismatch
 from mpicomp.exits import end_job_from_thread
 

@@ -77,7 +77,7 @@ def look(comm: Talks) -> Notice | None:
 
 
 class Member(Protocol):
-    """A communicator whose peers are told of this rank's end; `collectives.Comm` says what it means."""
+    """A communicator whose peers are told of this rank's end; `communicator.Comm` says what it means."""
 
     met: int
     left: dict[int, Notice]

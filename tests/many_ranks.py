@@ -24,8 +24,9 @@ from reducers.members import (
 )
 
 from mpicomp.arrays import Array
-from mpicomp.collectives import Comm, Traffic
+from mpicomp.communicator import Comm
 from mpicomp.reducers import Reducer
+from mpicomp.watch import Traffic
 
 STEPS = 3
 

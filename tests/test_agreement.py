@@ -17,7 +17,7 @@ from team import Team
 from mpicomp import agreement
 from mpicomp.agreement import REFUSAL, agree, confirm, digest_of, float_mode, mixed, mode_text
 from mpicomp.codecs import Sign
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 from mpicomp.errors import ConfigMismatch
 from mpicomp.reducers import Gather
 from mpicomp.reducers.resolve import arithmetic

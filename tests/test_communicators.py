@@ -17,7 +17,8 @@ import mpicomp
 from mpicomp import background
 from mpicomp.background import in_turn
 from mpicomp.calls.operation import Operation, call, start
-from mpicomp.collectives import Comm, receive, send
+from mpicomp.collectives import receive, send
+from mpicomp.communicator import Comm
 from mpicomp.errors import CommunicatorError, ConfigMismatch
 
 X = np.ones(300, np.float32)

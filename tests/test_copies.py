@@ -13,7 +13,7 @@ from team import Team
 
 import mpicomp
 from mpicomp.arrays import Array
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 from mpicomp.errors import ConfigMismatch
 
 CODECS = ["dense", "bf16", "topk(density=0.5)", "uniform(bits=8)", "randomk(density=1.0)", "bounded(abs=0.02)"]

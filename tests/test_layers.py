@@ -25,6 +25,7 @@ LAYERS = [
     {"planner"},
     {"agreement", "background"},
     {"codecs", "collectives"},
+    {"communicator"},
     {"watch"},
     {"exits"},
     {"notices"},
@@ -36,7 +37,7 @@ LAYERS = [
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 PLACES = {
-    "mpi4py": {"transport", "collectives", "environment", "__main__"},
+    "mpi4py": {"transport", "communicator", "environment", "__main__"},
     "torch": {"torch"},
     "cupy": {"arrays", "kernels"},
     "numba": {"kernels"},

@@ -15,7 +15,7 @@ from team import Team
 import mpicomp
 from mpicomp.arrays import Array
 from mpicomp.calls.memory import Memory
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 from mpicomp.errors import ConfigMismatch
 
 SPECS = [

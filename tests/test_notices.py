@@ -7,7 +7,8 @@ import pytest
 from team import Aborted, Team
 
 from mpicomp import notices, watch
-from mpicomp.collectives import Comm, allreduce, receive
+from mpicomp.collectives import allreduce, receive
+from mpicomp.communicator import Comm
 from mpicomp.errors import CommunicatorError
 
 

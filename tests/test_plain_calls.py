@@ -14,7 +14,7 @@ from team import Team
 
 import mpicomp
 from mpicomp.arrays import Array
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 from mpicomp.errors import ConfigMismatch
 from mpicomp.reducers import parse
 

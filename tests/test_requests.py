@@ -14,7 +14,7 @@ from team import Team
 import mpicomp
 from mpicomp import background
 from mpicomp.background import Background, Request, begin, in_turn
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 from mpicomp.errors import ConfigMismatch
 
 F32 = np.ones((3, 4), np.float32)

@@ -13,7 +13,7 @@ from team import POISON, Aborted, Misuse, Released, Team
 
 from mpicomp import collectives
 from mpicomp.arrays import Array
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 from mpicomp.transport import Topology
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from mpicomp.arrays import COMPLEX, Array, dtype_name, on_device, work_dtype
 from mpicomp.calls.accept import checked, checked_target, described, whole
 from mpicomp.codecs.base import Codec
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 from mpicomp.reducers.apply import OPS
 from mpicomp.reducers.base import Reducer
 from mpicomp.reducers.layout import Layout, Unit

@@ -14,7 +14,8 @@ import numpy as np
 from mpicomp.arrays import Array, empty, work_dtype
 from mpicomp.calls.arguments import HALF, Form
 from mpicomp.codecs.base import Codec
-from mpicomp.collectives import Comm, as_bytes, broadcast, exchange
+from mpicomp.collectives import as_bytes, broadcast, exchange
+from mpicomp.communicator import Comm
 from mpicomp.kernels import kernels_for
 from mpicomp.reducers.base import State
 from mpicomp.reducers.layout import Layout

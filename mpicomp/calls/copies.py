@@ -25,7 +25,7 @@ from mpicomp.calls.arguments import (
 from mpicomp.calls.carriers import Carrier, Coded, Flats, Raw
 from mpicomp.calls.operation import Operation, call, start
 from mpicomp.codecs.base import Codec
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.gather import Gather
 from mpicomp.reducers.resolve import Method, arithmetic, is_codec

@@ -11,7 +11,7 @@ import numpy as np
 from mpicomp.arrays import Array, work_dtype
 from mpicomp.calls.arguments import Arrays, Form, check_elementwise, checked_arrays, member_of, number
 from mpicomp.codecs.base import Codec
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 from mpicomp.reducers.allowance import divided
 from mpicomp.reducers.apply import apply
 from mpicomp.reducers.base import Reducer, State, check_place

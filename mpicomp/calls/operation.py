@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from mpicomp.agreement import agree, confirm, digest_of
 from mpicomp.background import Request, begin, in_turn, turns
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 
 
 class Operation(NamedTuple):

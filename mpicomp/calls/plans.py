@@ -24,7 +24,7 @@ from mpicomp.calls.arguments import (
 from mpicomp.calls.memory import Memory
 from mpicomp.calls.operation import Operation, call, start
 from mpicomp.calls.reductions import check_integers, fresh, has_integers, packed, sum_integers
-from mpicomp.collectives import Comm, Traffic
+from mpicomp.communicator import Comm
 from mpicomp.planner import Cost, Machine
 from mpicomp.planner.cache import known
 from mpicomp.reducers.allowance import allowances
@@ -33,6 +33,7 @@ from mpicomp.reducers.base import Explained, Reducer, State
 from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.policies import ErrorFeedback
 from mpicomp.reducers.resolve import Method, describe
+from mpicomp.watch import Traffic
 
 
 class Plan(Generic[Arrays]):

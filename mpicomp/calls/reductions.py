@@ -29,8 +29,8 @@ from mpicomp.calls.copies import carrier, rows, said, sources, targets
 from mpicomp.calls.memory import Memory, remembers
 from mpicomp.calls.operation import Operation, call, start
 from mpicomp.codecs.base import Codec
-from mpicomp.collectives import Comm
 from mpicomp.collectives import allreduce as allreduce_exact
+from mpicomp.communicator import Comm
 from mpicomp.kernels import kernels_for
 from mpicomp.reducers.allowance import divided
 from mpicomp.reducers.base import Reducer

@@ -20,7 +20,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from mpicomp import __version__
-from mpicomp.collectives import Comm, allgather
+from mpicomp.collectives import allgather
+from mpicomp.communicator import Comm
 from mpicomp.environment import mpi_library
 from mpicomp.planner.cost import Cost
 from mpicomp.planner.machine import Machine

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mpicomp.collectives import Comm, broadcast
+from mpicomp.collectives import broadcast
+from mpicomp.communicator import Comm
 
 
 def shared(comm: Comm, data: Any) -> Any:

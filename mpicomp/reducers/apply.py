@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mpicomp.arrays import Array, on_device
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 from mpicomp.kernels import kernels_for
 from mpicomp.reducers.base import Reducer, Reduction, State, complete, nonfinite, rescale, scaled
 from mpicomp.reducers.layout import Layout, Unit

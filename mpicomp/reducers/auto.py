@@ -23,7 +23,7 @@ import numpy as np
 from mpicomp.arrays import Array
 from mpicomp.codecs import Uniform
 from mpicomp.codecs.base import Codec
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 from mpicomp.planner import Cost, Machine, predict
 from mpicomp.planner.cache import machine_for
 from mpicomp.planner.course import Course

@@ -27,7 +27,7 @@ import numpy as np
 from mpicomp.agreement import digest_of
 from mpicomp.arrays import Array, to_device, to_host
 from mpicomp.codecs.base import Codec, Key, stream_of
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 from mpicomp.kernels import kernels_for
 from mpicomp.planner import Cost, Machine, Work
 from mpicomp.planner.explain import explain

@@ -9,7 +9,7 @@ import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 from mpicomp.planner import Cost, Work
 from mpicomp.reducers.base import Reduction, Remembering, State, check_codec, coding, poisoned_total
 from mpicomp.reducers.layout import Layout

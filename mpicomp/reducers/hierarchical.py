@@ -29,7 +29,8 @@ import numpy as np
 
 from mpicomp.agreement import digest_of
 from mpicomp.arrays import Array
-from mpicomp.collectives import Comm, barrier
+from mpicomp.collectives import barrier
+from mpicomp.communicator import Comm
 from mpicomp.errors import ConfigMismatch
 from mpicomp.planner import Cost, Work
 from mpicomp.reducers.base import (

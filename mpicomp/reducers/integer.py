@@ -20,7 +20,8 @@ import numpy as np
 from mpicomp.arrays import Array, empty
 from mpicomp.codecs import Uniform
 from mpicomp.codecs.checks import check_integer, packed_bytes
-from mpicomp.collectives import Comm, allreduce
+from mpicomp.collectives import allreduce
+from mpicomp.communicator import Comm
 from mpicomp.kernels import kernels_for
 from mpicomp.planner import Cost, Work
 from mpicomp.reducers.base import Reduction, Remembering, State, coding, poisoned_total

@@ -22,7 +22,8 @@ import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Key, stream_of
-from mpicomp.collectives import Comm, allreduce
+from mpicomp.collectives import allreduce
+from mpicomp.communicator import Comm
 from mpicomp.kernels import kernels_for
 from mpicomp.planner import Cost, Work
 from mpicomp.reducers.base import Reduction, Remembering, State, Units, poisoned_total

@@ -9,7 +9,8 @@ import numpy as np
 
 from mpicomp.arrays import Array, Copied, empty, fetch, pinned, put
 from mpicomp.codecs.base import Codec, Key
-from mpicomp.collectives import Comm, as_bytes, exchange
+from mpicomp.collectives import as_bytes, exchange
+from mpicomp.communicator import Comm
 from mpicomp.device import gpu_aware
 from mpicomp.errors import ConfigMismatch
 from mpicomp.kernels import kernels_for

@@ -10,7 +10,8 @@ import numpy as np
 from mpicomp.arrays import Array, empty
 from mpicomp.codecs.base import Codec
 from mpicomp.codecs.sparse import Values
-from mpicomp.collectives import Comm, begin_receive, begin_send, wait
+from mpicomp.collectives import begin_receive, begin_send
+from mpicomp.communicator import Comm
 from mpicomp.errors import WireFormatError
 from mpicomp.reducers.base import State
 from mpicomp.reducers.entries import Coding
@@ -18,6 +19,7 @@ from mpicomp.reducers.messages import exchange_lengths, says_poison
 from mpicomp.reducers.regions import Region
 from mpicomp.reducers.workspace import Workspace
 from mpicomp.transport import Request
+from mpicomp.watch import wait
 from mpicomp.wire import HEADER, POISON, Field, Header, MessageLayout, Payload, write_header
 
 WHOLE = 0xFFFFFFFF  # in place of a count: all elements of the region

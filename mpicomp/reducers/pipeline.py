@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mpicomp.codecs.base import Codec
-from mpicomp.collectives import Comm, begin_receive, begin_send, wait
+from mpicomp.collectives import begin_receive, begin_send
+from mpicomp.communicator import Comm
 from mpicomp.errors import ConfigMismatch
 from mpicomp.reducers.base import State
 from mpicomp.reducers.layout import Piece
 from mpicomp.reducers.messages import Envelope, exchange_lengths, says_poison
 from mpicomp.transport import Request
+from mpicomp.watch import wait
 
 GROUP = 1 << 19  # elements in a message, about: of half as many, what Python does for each takes a tenth of a step
 

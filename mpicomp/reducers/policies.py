@@ -13,7 +13,7 @@ import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 from mpicomp.planner import Cost, Machine
 from mpicomp.reducers.base import Explained, Reducer, Reduction, State, Units, complete
 from mpicomp.reducers.dense import Dense

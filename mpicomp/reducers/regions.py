@@ -18,7 +18,8 @@ import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import stream_of
-from mpicomp.collectives import Comm, allreduce
+from mpicomp.collectives import allreduce
+from mpicomp.communicator import Comm
 from mpicomp.errors import WireFormatError
 from mpicomp.reducers.layout import Layout, Piece, Unit
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 import numpy as np
 
 from mpicomp.arrays import Array
-from mpicomp.collectives import Comm, as_bytes, begin_receive, begin_send, wait
+from mpicomp.collectives import as_bytes, begin_receive, begin_send
+from mpicomp.communicator import Comm
 from mpicomp.kernels import kernels_for
 from mpicomp.planner import Cost, Work
 from mpicomp.reducers.layout import cut_up, even_cuts
 from mpicomp.transport import Request
+from mpicomp.watch import wait
 
 SEGMENT = 1 << 18  # bytes at least: half and double of it are as fast at 1 Gb/s, less than 128 KiB is slower
 LARGEST = 4  # times SEGMENT: fewer and larger ones where a chunk has many, for networks that are fast

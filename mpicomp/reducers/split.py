@@ -30,7 +30,7 @@ from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec, Key
 from mpicomp.codecs.checks import check_bool, is_number
 from mpicomp.codecs.sparse import check_values
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 from mpicomp.kernels import kernels_for
 from mpicomp.planner import Cost, Work
 from mpicomp.reducers.base import Reduction, Remembering, State, check_codec, coding, poisoned_total

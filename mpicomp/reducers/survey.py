@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 from mpicomp.planner import Cost, Machine, predict
 from mpicomp.planner.cache import machine_for
 from mpicomp.planner.machine import size_text, time_text

@@ -15,7 +15,8 @@ import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
-from mpicomp.collectives import Comm, begin_receive, begin_send, receive, send, wait
+from mpicomp.collectives import begin_receive, begin_send, receive, send
+from mpicomp.communicator import Comm
 from mpicomp.kernels import kernels_for
 from mpicomp.planner import Cost, Work
 from mpicomp.reducers.base import Reduction, Remembering, State, check_codec, coding, poisoned_total
@@ -25,6 +26,7 @@ from mpicomp.reducers.messages import Message, message_nbytes, says_poison
 from mpicomp.reducers.workspace import Workspace
 from mpicomp.specs import Spec
 from mpicomp.transport import Topology
+from mpicomp.watch import wait
 
 
 def children(rank: int, ranks: int) -> list[int]:

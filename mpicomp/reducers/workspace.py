@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from mpicomp.arrays import Array, empty
 from mpicomp.codecs.base import Codec
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 from mpicomp.errors import CommunicatorError
 from mpicomp.torch import exact
 from mpicomp.torch.collective import Collective, collective, confirm_routes, forms, size, sizes

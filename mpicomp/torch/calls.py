@@ -11,7 +11,7 @@ from mpicomp.calls.arguments import Form, member_of, op_of
 from mpicomp.calls.memory import Memory
 from mpicomp.calls.operation import Operation, call
 from mpicomp.calls.reductions import prepared
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 from mpicomp.reducers.resolve import Method
 from mpicomp.torch.streams import bound, device_of
 from mpicomp.torch.tensors import COMPLEX, NAMES, bits_of, check_local, span, whole

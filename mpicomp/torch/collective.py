@@ -18,7 +18,7 @@ import torch
 from mpicomp import collectives
 from mpicomp.agreement import agree, confirm, digest_of
 from mpicomp.arrays import Array
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 from mpicomp.torch.streams import device_of
 from mpicomp.torch.tensors import check_local
 from mpicomp.torch.worker import Work, Worker

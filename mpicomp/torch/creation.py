@@ -16,7 +16,7 @@ import numpy as np
 import torch.distributed as dist
 
 from mpicomp import collectives
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 from mpicomp.torch.backend import MPIProcessGroup
 from mpicomp.torch.identity import NAME
 from mpicomp.torch.launch import FILLED, group_comm

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from mpicomp import collectives
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 from mpicomp.torch.tensors import bytes_of, flat, on_cpu
 
 Tensor = torch.Tensor

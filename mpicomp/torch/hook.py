@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mpicomp.agreement import agree, confirm, digest_of, mixed
 from mpicomp.arrays import work_dtype
 from mpicomp.codecs.base import Codec
-from mpicomp.collectives import Comm, Traffic
+from mpicomp.communicator import Comm
 from mpicomp.reducers import (
     Layout,
     Reducer,
@@ -39,6 +39,7 @@ from mpicomp.torch.backend import MPIProcessGroup, tensor_group
 from mpicomp.torch.collective import breaking
 from mpicomp.torch.streams import device_of
 from mpicomp.torch.tensors import NAMES, bits_of, check_local
+from mpicomp.watch import Traffic
 
 
 @dataclass

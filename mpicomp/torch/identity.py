@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 
 NAME = "mpicomp"
 

@@ -18,7 +18,7 @@ import torch
 
 from mpicomp import children, collectives
 from mpicomp.arrays import Array
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm, world
 from mpicomp.device import device_number
 from mpicomp.environment import launcher_mismatch
 
@@ -76,11 +76,11 @@ def group_comm(ranks: list[int], me: int, size: int) -> Comm:
 def _world() -> Any:
     """Return MPI's world, if torch can be run on it."""
     children.refuse()
-    world = collectives.world()
-    complaint = launcher_mismatch(os.environ, world.Get_size())
+    everyone = world()
+    complaint = launcher_mismatch(os.environ, everyone.Get_size())
     if complaint:
         raise RuntimeError(complaint)
-    return world
+    return everyone
 
 
 def _forget_inherited() -> None:

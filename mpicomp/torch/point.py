@@ -22,10 +22,11 @@ import torch.distributed as dist
 
 from mpicomp import collectives
 from mpicomp.arrays import Array
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 from mpicomp.torch.exact import Tensor
 from mpicomp.torch.tensors import bytes_of, on_cpu
 from mpicomp.transport import Request, last_tag
+from mpicomp.watch import wait
 
 FIRST_TAG = 1 << 15  # lower ones have other uses on a communicator
 USER_TAGS = 1 << 15
@@ -50,7 +51,7 @@ class PointWork(dist.Work):
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Return when the message has left or arrived, or raise what is wrong with it."""
         while self._steps is not None:
-            collectives.wait(self._point.comm, self._requests, self._operation, peer=self._peer)
+            wait(self._point.comm, self._requests, self._operation, peer=self._peer)
             self._advance()
         if self._error is not None:
             raise self._error

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from mpicomp.background import Background, Failure, Request
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 from mpicomp.errors import CommunicatorError, ConfigMismatch
 from mpicomp.torch.streams import Side, device_of, on
 

@@ -12,7 +12,7 @@ from reducers.members import inputs, layout_of, member
 from team import Team
 
 from mpicomp.arrays import to_device, to_host
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 from mpicomp.kernels import gpu
 from mpicomp.kernels.gpu import low_rank
 from mpicomp.reducers import Workspace, apply

@@ -13,7 +13,7 @@ from team import Rank, Team
 import mpicomp
 from mpicomp import collectives
 from mpicomp.arrays import on_device, to_device, to_host
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 from mpicomp.reducers import Workspace, apply, messages
 
 SPECS = [

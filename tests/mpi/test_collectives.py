@@ -11,8 +11,10 @@ import pytest
 from mpicomp import collectives
 from mpicomp.agreement import agree
 from mpicomp.arrays import Array
-from mpicomp.collectives import Comm, Traffic, allgather, allreduce, barrier, broadcast, exchange
+from mpicomp.collectives import allgather, allreduce, barrier, broadcast, exchange
+from mpicomp.communicator import Comm
 from mpicomp.errors import ConfigMismatch
+from mpicomp.watch import Traffic
 
 pytestmark = pytest.mark.mpi
 

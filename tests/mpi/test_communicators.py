@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 import mpicomp
-from mpicomp import collectives
+from mpicomp import communicator
 from mpicomp.calls.operation import Operation, call, start
-from mpicomp.collectives import Comm, receive
+from mpicomp.collectives import receive
+from mpicomp.communicator import Comm
 from mpicomp.errors import CommunicatorError, ConfigMismatch
 from mpicomp.transport import Topology
 
@@ -66,7 +67,7 @@ def test_communicators_come_and_go(world: Any) -> None:
     assert found[0][:2] == found[1][:2]
     assert found[1][2] - found[0][2] < 8 * 1024
     assert [ref() for ref in kept] == [None] * len(kept)
-    assert collectives._given_up == []
+    assert communicator._given_up == []
 
 
 def test_a_communicator_that_was_freed_at_once(world: Any) -> None:

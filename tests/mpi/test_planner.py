@@ -12,7 +12,7 @@ import pytest
 from reducers.members import LAYOUT, History, check_law, inputs, residual_of
 
 from mpicomp.arrays import Array
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 from mpicomp.planner import cache
 from mpicomp.planner.measure import measure
 from mpicomp.planner.share import shared

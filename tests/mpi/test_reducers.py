@@ -21,9 +21,10 @@ from reducers.members import (
 from team import Team
 
 from mpicomp.arrays import Array
-from mpicomp.collectives import Comm, Traffic
+from mpicomp.communicator import Comm
 from mpicomp.reducers import Layout, Reducer
 from mpicomp.transport import MPITransport, Topology
+from mpicomp.watch import Traffic
 
 pytestmark = pytest.mark.mpi
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mpicomp import transport
-from mpicomp.collectives import Comm, allreduce, barrier, receive, send
+from mpicomp.collectives import allreduce, barrier, receive, send
+from mpicomp.communicator import Comm
 
 pytestmark = pytest.mark.mpi
 

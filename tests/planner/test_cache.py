@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from team import Team
 
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 from mpicomp.planner import Cost, Link, Machine, Point, Work, cache
 
 MACHINE = Machine((1, 1), None, Link(1e-5, 1e-6, 1e-9), (Point(64, 1e-5),), {"add": (Point(1000, 1e-6),)}, 0.5, 1e9)

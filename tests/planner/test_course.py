@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from team import Team
 
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 from mpicomp.planner.course import LONGEST, MARGIN, Course
 
 

@@ -51,7 +51,7 @@ class Said(NamedTuple):
 def nodes(comm: Any, how: str) -> Any:
     """Tell the library that the ranks are on one node, that each has a node, or that two share one; return comm."""
     if how != "one":
-        from mpicomp.collectives import Comm
+        from mpicomp.communicator import Comm
         from mpicomp.transport import Topology
 
         wide = 1 if how == "each" else 2

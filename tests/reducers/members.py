@@ -9,7 +9,7 @@ import numpy as np
 from team import Team
 
 from mpicomp.arrays import Array
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 from mpicomp.reducers import Layout, Reducer, State, Unit, Units, Workspace, parse
 
 SIZES = [*range(1, 10), 16, 17]

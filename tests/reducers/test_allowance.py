@@ -10,7 +10,7 @@ import mpicomp
 from mpicomp.arrays import Array
 from mpicomp.codecs import Bounded
 from mpicomp.codecs.bounded import settings
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 from mpicomp.reducers import Auto, Gather, Reducer, parse
 from mpicomp.reducers.allowance import allowances, divided
 from mpicomp.reducers.auto import fitting

@@ -10,7 +10,7 @@ from reducers.members import FEW, LAYOUT, check_law, inputs, member, residual_of
 from team import Team
 
 from mpicomp.arrays import Array
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 from mpicomp.planner import Link, Machine, Point, predict
 from mpicomp.planner.cache import know
 from mpicomp.reducers import (

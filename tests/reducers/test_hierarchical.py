@@ -8,7 +8,7 @@ from reducers.members import LAYOUT, SHAPES, TINY, check_bytes, check_law, input
 from team import Team
 
 from mpicomp.arrays import Array
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 from mpicomp.errors import ConfigMismatch
 from mpicomp.reducers import Hierarchical, Layout, Reducer, State, Units, describe, parse
 from mpicomp.reducers.place import Place, node_shards

@@ -8,7 +8,7 @@ from reducers.members import LAYOUT, check_bytes, check_law, inputs, layout_of, 
 from team import Team
 
 from mpicomp.arrays import Array
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 from mpicomp.kernels import kernels_for
 from mpicomp.reducers import Integer, Layout, parse
 from mpicomp.reducers.layout import Unit

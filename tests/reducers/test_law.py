@@ -29,7 +29,7 @@ from reducers.members import (
 from team import Team
 
 from mpicomp.arrays import Array
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 from mpicomp.reducers import Layout, Unit
 from mpicomp.transport import Topology
 

@@ -10,7 +10,7 @@ from reducers.members import LAYOUT, MEMBERS, check_bytes, inputs, member, run
 from team import Team
 
 from mpicomp.arrays import Array
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 from mpicomp.reducers import After, Dense, ErrorFeedback, Gather, Partition, SharedSupport, TwoStage, parse
 from mpicomp.reducers.layout import Layout, Unit
 from mpicomp.transport import Request, Topology

@@ -8,7 +8,7 @@ from reducers.members import inputs
 from team import Team
 
 from mpicomp.arrays import Array
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.layout import Layout, even_cuts
 from mpicomp.reducers.ring import ring_cost, ring_slots, ring_sum

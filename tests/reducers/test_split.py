@@ -11,7 +11,7 @@ from team import Team
 
 from mpicomp.arrays import Array
 from mpicomp.codecs import indices
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 from mpicomp.reducers import Layout, Unit
 from mpicomp.reducers.entries import Coding
 from mpicomp.reducers.regions import Division, divide, owned_regions

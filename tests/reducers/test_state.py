@@ -25,7 +25,7 @@ from reducers.members import (
 from team import Team
 
 from mpicomp.arrays import Array
-from mpicomp.collectives import Comm
+from mpicomp.communicator import Comm
 from mpicomp.errors import ConfigMismatch
 from mpicomp.reducers import Layout, Reducer, Reduction, State, Unit, Units, rescale
 
