@@ -8,7 +8,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.5.1"
+__version__ = "0.6.0"
 __all__ = [
     "allreduce",
     "reduce_scatter",
