@@ -260,6 +260,10 @@ class MPITransport:
     @classmethod
     def duplicate(cls, mpi: Any) -> tuple[MPITransport, Request]:
         """Begin to make the transport of an mpi4py communicator, to be used when the request is complete."""
+        from mpi4py import MPI
+
+        if mpi.Get_size() == 1:  # a lone rank may never communicate, and MPI keeps what was begun and never completed
+            return cls(mpi.Dup(), mpi), MPI.REQUEST_NULL
         made, request = mpi.Idup()
         return cls(made, mpi), request
 
