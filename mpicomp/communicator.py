@@ -58,6 +58,8 @@ class Comm:
             return mpi if mpi.successor is None else cls.of(mpi.successor)
         from mpi4py import MPI
 
+        if MPI.Is_finalized():
+            raise RuntimeError("MPI is finalised: no collective is possible any more")
         if not isinstance(mpi, MPI.Intracomm):
             raise TypeError(f"comm must be an mpi4py.MPI.Intracomm, got {type(mpi).__name__}")
         global _keyval
@@ -201,6 +203,8 @@ class Comm:
 
         Collective. What is given up is not freed: MPI may still be at it.
         """
+        if self.broken is None and self._transport.ready:  # the others may wait for this rank, in a call that goes well
+            notices.send(self, notices.FAILED, "it has called reset")
         groups = [self, *self._groups.values()]
         pending = [request for each in groups for request in each._transport.abandon()]
         _given_up.extend(each._transport for each in groups)

@@ -194,6 +194,31 @@ def test_restore_refuses_what_belongs_to_something_else() -> None:
     assert other.state is None
     with pytest.raises(ValueError, match="differs in"):
         mpicomp.state("sign", [x, x]).restore(memory.export())
+    with pytest.raises(ValueError, match="differs in"):
+        mpicomp.state("sign", x.astype(np.float64)).restore(memory.export())
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_step_can_be_undone_once(spec: str) -> None:
+    """A rank that ended a call in which another failed goes back, and the step is repeated as if it were the first."""
+
+    def f(comm: Comm) -> None:
+        x = arrays(comm.rank, 3, "float32")
+        memory = mpicomp.state(spec, x[0])
+        with pytest.raises(ValueError, match="no step can be undone"):
+            memory.undo()
+        mpicomp.allreduce(comm, x[0], spec, state=memory)
+        before = parts(memory.residual)
+        first = mpicomp.allreduce(comm, x[1], spec, state=memory)
+        memory.undo()
+        assert parts(memory.residual) == before
+        with pytest.raises(ValueError, match="no step can be undone"):
+            memory.undo()
+        again = mpicomp.allreduce(comm, x[1], spec, state=memory)
+        if "auto" not in spec:
+            assert again.tobytes() == first.tobytes()
+
+    Team(3).run(f)
 
 
 def test_work_buffers_are_no_part_of_a_copy() -> None:

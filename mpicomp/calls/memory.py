@@ -56,6 +56,8 @@ class Memory:
     """None until the first step."""
     place: Place | None = None
     resolved: Running | None = None
+    before: State | None = field(default=None, repr=False, compare=False)
+    """The state before the last step, which is valid until the next one."""
     work: Workspace = field(default_factory=Workspace, repr=False, compare=False)
     """Buffers, which are not part of what is remembered."""
 
@@ -135,7 +137,19 @@ class Memory:
         assert self.state is not None
         assert self.resolved is not None
         reducer, dtype = self.resolved.divided, self.form.dtype
-        self.state, _ = apply(comm, reducer, x, dtype, op, self.state, out, self.work, watched=False)
+        before = self.state
+        self.state, _ = apply(comm, reducer, x, dtype, op, before, out, self.work, watched=False)
+        self.before = before
+
+    def undo(self) -> None:
+        """Forget the last step, once: for a rank that ended a call in which another one failed.
+
+        After `mpicomp.reset` such ranks are a step ahead of the others, and the next call says so on all ranks.
+        ValueError where there is no step to be forgotten: none was made, or the last one was forgotten.
+        """
+        if self.before is None:
+            raise ValueError("no step can be undone: there was none since this memory was made, restored or undone")
+        self.state, self.before = self.before, None
 
     def export(self) -> dict[str, Any]:
         """Return all that this rank needs to go on, as plain values: a copy; `restore` takes it.
@@ -165,19 +179,23 @@ class Memory:
         if exported.get("method") != str(self.method):
             raise ValueError(f"this state is of {self.method}, and {exported.get('method')} was exported")
         if "units" not in exported:
-            self.state, self.place, self.resolved = None, None, None
+            self.state, self.before, self.place, self.resolved = None, None, None, None
             return
         sizes = {unit.name: unit.size for unit in self.form.layout.units}
         found = exported["units"]
+        dtype = work_dtype(self.form.dtype)
         wrong = sorted(sizes.keys() ^ found.keys()) or [
-            name for name, kept in found.items() if "residual" in kept and kept["residual"].size != sizes[name]
+            name
+            for name, kept in found.items()
+            if "residual" in kept and (kept["residual"].size, kept["residual"].dtype.name) != (sizes[name], dtype)
         ]
         if wrong:
             raise ValueError(f"this state is of {self.form}, and what was exported differs in {', '.join(wrong)}")
         resolved = Running(*(_reducer_of(exported[name]) for name in ("reducer", "running")))
-        dtype, seed, step = work_dtype(self.form.dtype), exported["seed"], exported["step"]
+        seed, step = exported["seed"], exported["step"]
         fresh = resolved.divided.init(self.form.layout, dtype, seed=seed, step=step)
         self.state = resolved.divided.restore(fresh, found).placed(self.form.device)
+        self.before = None
         self.seed, self.place, self.resolved = seed, Place(exported["rank"], exported["ranks"]), resolved
 
     def __str__(self) -> str:

@@ -77,9 +77,10 @@ def _refuse(comm: Comm, refusal: Exception) -> None:
 def reset(comm: Any) -> None:
     """Make a communicator usable again after an error; all ranks of it call this, whether or not they saw the error.
 
-    What was begun on it is given up. A plan or a memory whose step counts on some ranks alone is refused by the next
-    call with ConfigMismatch, which names the steps: make a new one, or go on from a copy of all ranks. Does nothing
-    else: arrays in which a given-up operation wrote hold anything, and may change for as long as the process lasts.
+    What was begun on it is given up. A plan or a memory whose step counts on some ranks alone, since these ended their
+    call before they heard of the error, is refused by the next call with ConfigMismatch, which names the steps: ranks
+    that are ahead forget the step (`memory.undo()`), and it is repeated. Does nothing else: arrays in which a given-up
+    operation wrote hold anything, and may change for as long as the process lasts.
     """
     comm = Comm.of(comm)
     if comm.size == 1:

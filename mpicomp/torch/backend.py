@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 
 from mpicomp.communicator import Comm
-from mpicomp.errors import CommunicatorError
 from mpicomp.torch import exact
 from mpicomp.torch.collective import Collective, collective, confirm_routes, forms, size, sizes
 from mpicomp.torch.exact import Tensor, op_name
@@ -63,7 +62,7 @@ class MPIProcessGroup(Identity):
         old = self.comm
         if old.size == 1:
             return old
-        old.breaks(CommunicatorError("the process group was reset"), "")  # on ranks that saw no error, too
+        old.breaks(RuntimeError("the process group was reset"), "reset")  # others may be in a call that goes well
         old.close()
         made = self._make()
         made.timeout, made.traffic = old.timeout, old.traffic
