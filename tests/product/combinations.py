@@ -13,7 +13,9 @@ import numpy as np
 from product import members
 
 import mpicomp
-from mpicomp.reducers import Layout
+from mpicomp.calls.arguments import Form
+from mpicomp.calls.memory import Memory
+from mpicomp.reducers import Layout, parse
 
 NONE = "none"
 RANKS, SLOW_RANKS = (1, 2, 3, 5, 7), (8, 16)
@@ -128,6 +130,8 @@ def valid(some: Mapping[str, Any]) -> bool:
     if not _calls(some):
         return False
     codec, reducer, outer, inner = (some.get(name) for name in ("codec", "reducer", "outer", "inner"))
+    if reducer and "CODEC" not in reducer and not takes(reducer, some.get("dtype")):
+        return False
     if codec and reducer and not method(codec, reducer, NONE, NONE):
         return False
     if outer == NONE and inner not in (None, NONE):
@@ -137,11 +141,25 @@ def valid(some: Mapping[str, Any]) -> bool:
     spec, entry, shape = method(codec, reducer, outer, inner), some.get("entry"), some.get("shape")
     if not spec or (entry in ("plain", "i plain") and "error_feedback" in spec):
         return False
+    if not takes(spec, some.get("dtype")):
+        return False
     if some.get("before") == "auto changes" and "auto" not in spec:
         return False
     ranks, dtype = some.get("ranks"), some.get("dtype")
     work = "float64" if dtype == "float64" else "float32"
     return not (entry and ranks and shape and dtype) or begins(spec, shape, work, ranks, entry in REMEMBERS)
+
+
+@cache
+def takes(spec: str, dtype: str | None) -> bool:
+    """Whether a method takes arrays of a dtype: what is made of matrices refuses complex numbers."""
+    if dtype is None or dtype == "bfloat16":
+        return True
+    try:
+        Memory(parse(spec), Form.of(np.zeros((2, 2), dtype)), feedback=False)
+    except TypeError:
+        return False
+    return True
 
 
 def _calls(some: Mapping[str, Any]) -> bool:
