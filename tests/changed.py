@@ -24,6 +24,7 @@ from mpicomp.reducers.layout import Layout, Piece
 from mpicomp.reducers.parcels import Wire
 from mpicomp.reducers.regions import Region
 from mpicomp.reducers.resolve import ALIASES
+from mpicomp.reducers.workspace import Workspace
 from mpicomp.specs import parse
 from mpicomp.wire import HEADER, Field, MessageLayout
 
@@ -163,7 +164,7 @@ def attack_entries(codec: Any, messages: int, seed: int = 0) -> tuple[int, int]:
 
             state: Any = State()
             state.dtype = dtype
-            wire = Wire(Peer(), state, coding, None, "test")  # type: ignore[arg-type]
+            wire = Wire(Peer(), state, Workspace(), coding, None, "test")  # type: ignore[arg-type]
         message = memory.array((honest.size,), "uint8")
         message[:] = honest
         change(message[HEADER:], rng)

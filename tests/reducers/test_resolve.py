@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from reducers.members import CONTRACTIONS, LAYOUT, MEMBERS, UNBIASED, layout_of, member
 
+from mpicomp.agreement import float_mode
 from mpicomp.kernels import cpu
 from mpicomp.reducers import REDUCERS, Layout, describe, parse, resolve, resolve_partitioned
-from mpicomp.reducers.resolve import arithmetic
+from mpicomp.reducers.resolve import _arithmetic
 
 BIG = Layout.single((300, 100))
 SMALL = Layout.single((40, 10))
@@ -141,7 +142,7 @@ def test_the_agreement_covers_the_kernels_of_every_reducer(name: str, monkeypatc
         "partition": "partition(dense, integer)",
     }
     reducer = cast(Any, parse(specs.get(name, name)))
-    right = arithmetic.__wrapped__(reducer)
+    right = _arithmetic.__wrapped__(reducer, float_mode())
     own = {
         "split": ["add_marked", "collect"],
         "tree": ["merge", "select_top"],
@@ -156,8 +157,8 @@ def test_the_agreement_covers_the_kernels_of_every_reducer(name: str, monkeypatc
     for kernel in own.get(name, ["divide"]):
         with monkeypatch.context() as patch:
             patch.setattr(cpu, kernel, _perturbed(getattr(cpu, kernel)))
-            assert arithmetic.__wrapped__(reducer) != right, kernel
-    assert arithmetic.__wrapped__(reducer) == right
+            assert _arithmetic.__wrapped__(reducer, float_mode()) != right, kernel
+    assert _arithmetic.__wrapped__(reducer, float_mode()) == right
 
 
 def _perturbed(kernel: Any) -> Any:
