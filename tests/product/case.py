@@ -246,7 +246,7 @@ class Unit:
         errors = [
             np.abs(received - total) for total in (self.total, self.total - self.debt)
         ]  # `after` waits with debts
-        error = np.where(self.finite, np.minimum(*errors), 0)
+        error = np.where(self.finite & ~self._saturated(), np.minimum(*errors), 0)
         self._raise_beyond("the bound", error, self.bound + self.rounding)
         if self.new is None:
             return
@@ -256,6 +256,13 @@ class Unit:
         error = np.abs(received + self.new.astype(WIDE).sum(0) - self.total)
         error = np.where(self.finite & ~(kept & spoiled), error, 0)
         self._raise_beyond("the law", error, self.law + (0 if self.feedback else self.rounding))
+
+    def _saturated(self) -> Any:
+        """Which elements may be the largest number of their dtype, since a residual has the rest: the law tells."""
+        if not (self.case.memory or "error_feedback" in self.case.spec):
+            return np.zeros_like(self.finite)
+        most = float(ml_dtypes.finfo(self.case.real).max)
+        return (np.abs(self.result) == most) & (np.abs(self.total) >= most * self.divisor)
 
     def _raise_beyond(self, what: str, error: Any, allowed: Any) -> None:
         beyond = error > allowed
