@@ -101,7 +101,7 @@ def size_in_bytes(text: str) -> int:
 
 
 def show(rows: list[tuple[str, str]], mismatch: str | None) -> None:
-    """Print a table, and what is wrong so that nobody overlooks it."""
+    """Print a table, and what is wrong where it is seen."""
     width = max((len(name) for name, _ in rows), default=0)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
     if mismatch:
