@@ -252,7 +252,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
     if args.stream and "MPICOMP_CLUSTER" not in os.environ:
         parser.error("--stream needs hosts with TCP between them: run this under bench/cluster.py")
     if not args.read:
-        from mpicomp.reducers import parse
+        from mpicomp.registry import parse
 
         try:
             for spec in args.reducer:

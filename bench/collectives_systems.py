@@ -18,9 +18,9 @@ from collectives_timing import Array, Arrays, Slot, measure
 from mpi4py import MPI
 
 import mpicomp
-from mpicomp.collectives import barrier
-from mpicomp.communicator import Comm
-from mpicomp.transport import MPITransport
+from mpicomp.comm.collectives import barrier
+from mpicomp.comm.communicator import Comm
+from mpicomp.comm.transport import MPITransport
 
 
 class World:

@@ -18,7 +18,7 @@ from train_report import Meter, Progress, Row, peak_rss_bytes, print_table, repl
 from train_tasks import TASKS, Task
 
 import mpicomp.torch
-from mpicomp.reducers import parse
+from mpicomp.registry import parse
 
 REDUCERS = (
     "dense",

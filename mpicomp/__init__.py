@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from mpicomp.calls import (
+    from mpicomp.api import (
         allgather,
         allreduce,
         alltoall,
@@ -55,7 +55,7 @@ def __getattr__(name: str) -> Any:
     """Load the collectives when they are first used: kernels take longer to import than a login node likes."""
     if name not in __all__:
         raise AttributeError(f"module 'mpicomp' has no attribute {name!r}")
-    from mpicomp import calls
+    from mpicomp import api
 
-    found = globals()[name] = getattr(calls, name)
+    found = globals()[name] = getattr(api, name)
     return found

@@ -48,8 +48,9 @@ def plan(fresh: bool, sizes: Sequence[int], allow: Sequence[str], file: str | No
         if first:
             show([], refusal)
         return 1
-    from mpicomp.reducers import Auto, parse
-    from mpicomp.reducers.survey import known_machine, survey, table
+    from mpicomp.planner.auto import Auto
+    from mpicomp.planner.survey import known_machine, survey, table
+    from mpicomp.registry import parse
     from mpicomp.specs import SpecError
 
     try:
@@ -59,7 +60,7 @@ def plan(fresh: bool, sizes: Sequence[int], allow: Sequence[str], file: str | No
         if first:
             print(f"--allow: {error}", file=sys.stderr)
         return 2
-    from mpicomp.communicator import Comm, world
+    from mpicomp.comm.communicator import Comm, world
 
     comm = Comm.of(world())
     if mismatch := environment.launcher_mismatch(os.environ, comm.size):

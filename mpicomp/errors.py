@@ -1,7 +1,7 @@
 """The library's own exceptions; everything else it raises is a ValueError or a TypeError."""
 
 
-class ConfigMismatch(RuntimeError):
+class ConfigMismatchError(RuntimeError):
     """The ranks of a communicator disagree on what they are about to do; raised on all of them."""
 
 

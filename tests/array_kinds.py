@@ -11,7 +11,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 import mpicomp
-from mpicomp.errors import ConfigMismatch
+from mpicomp.errors import ConfigMismatchError
 
 Array = np.ndarray[Any, Any]
 
@@ -215,10 +215,10 @@ def run_case(comm: Any, case: Case) -> tuple[bytes, ...] | None:
     got, error = None, None
     try:
         got = function(comm, mine if case.listed else mine[0], case.method, **options)
-    except (TypeError, ValueError, ConfigMismatch) as refusal:
+    except (TypeError, ValueError, ConfigMismatchError) as refusal:
         error = refusal
     assert (error is None) == (not refusing), f"ranks {refusing} must refuse; got {got!r}, {error!r}"
-    assert error is None or isinstance(error, ConfigMismatch) == (me not in refusing), repr(error)
+    assert error is None or isinstance(error, ConfigMismatchError) == (me not in refusing), repr(error)
     if case.outs[me] != "itself":
         assert [x.tobytes() for x in mine if isinstance(x, np.ndarray)] == before, "the input was changed"
     results = [] if got is None else got if case.listed else [got]

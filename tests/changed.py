@@ -19,12 +19,12 @@ import numpy as np
 from mpicomp.codecs import CODECS, Key
 from mpicomp.errors import WireFormatError
 from mpicomp.kernels import cpu
-from mpicomp.reducers.entries import Coding, Entries
-from mpicomp.reducers.layout import Layout, Piece
-from mpicomp.reducers.parcels import Wire
-from mpicomp.reducers.regions import Region
-from mpicomp.reducers.resolve import ALIASES
-from mpicomp.reducers.workspace import Workspace
+from mpicomp.reducers.parts.entries import Coding, Entries
+from mpicomp.reducers.parts.layout import Layout, Piece
+from mpicomp.reducers.parts.parcels import Wire
+from mpicomp.reducers.parts.regions import Region
+from mpicomp.reducers.parts.workspace import Workspace
+from mpicomp.registry import ALIASES
 from mpicomp.specs import parse
 from mpicomp.wire import HEADER, Field, MessageLayout
 

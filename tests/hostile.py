@@ -18,7 +18,7 @@ import numpy as np
 
 from mpicomp.codecs import CODECS, Key
 from mpicomp.errors import WireFormatError
-from mpicomp.reducers.resolve import ALIASES
+from mpicomp.registry import ALIASES
 from mpicomp.specs import parse
 from mpicomp.wire import CHECKSUM, FRAME, checksum, frame, unframe
 

@@ -24,9 +24,9 @@ from reducers.members import (
 )
 
 from mpicomp.arrays import Array
-from mpicomp.communicator import Comm
+from mpicomp.comm.communicator import Comm
+from mpicomp.comm.watch import Traffic
 from mpicomp.reducers import Reducer
-from mpicomp.watch import Traffic
 
 STEPS = 3
 

@@ -33,8 +33,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from mpicomp.arrays import Array
-from mpicomp.communicator import Comm
-from mpicomp.transport import Topology
+from mpicomp.comm.communicator import Comm
+from mpicomp.comm.transport import Topology
 
 T = TypeVar("T")
 

@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from team import Team
 
-from mpicomp import agreement
-from mpicomp.agreement import REFUSAL, agree, confirm, digest_of, float_mode, mixed, mode_text
 from mpicomp.codecs import Sign
-from mpicomp.communicator import Comm
-from mpicomp.errors import ConfigMismatch
+from mpicomp.comm import agreement
+from mpicomp.comm.agreement import REFUSAL, agree, confirm, digest_of, float_mode, mixed, mode_text
+from mpicomp.comm.communicator import Comm
+from mpicomp.errors import ConfigMismatchError
 from mpicomp.reducers import Gather
-from mpicomp.reducers.resolve import arithmetic
+from mpicomp.registry import arithmetic
 
 SIZES = [*range(1, 10), 16, 17]
 
@@ -41,7 +41,7 @@ def test_all_ranks_raise_and_name_those_that_differ(ranks: int) -> None:
         agree(comm, "topk(density=0.1)" if comm.rank == odd else "topk(density=0.01)")
 
     for error in Team(ranks).attempt(f):
-        assert isinstance(error, ConfigMismatch)
+        assert isinstance(error, ConfigMismatchError)
         title, *lines = str(error).splitlines()
         assert title == "the ranks disagree on this operation:"
         said = {re.sub(r" \[[0-9a-f]{16}\]$", "", line) for line in lines}
@@ -67,7 +67,7 @@ def test_any_difference_is_seen(ranks: int) -> None:
             errors = Team(ranks).attempt(
                 lambda comm, odd=odd, text=text: agree(comm, text if comm.rank == odd else "-")
             )
-            assert [type(error) for error in errors] == [ConfigMismatch] * ranks
+            assert [type(error) for error in errors] == [ConfigMismatchError] * ranks
 
 
 def test_descriptions_that_differ_late_are_told_apart() -> None:
@@ -75,7 +75,7 @@ def test_descriptions_that_differ_late_are_told_apart() -> None:
     late = "layout " + "w" * agreement.DESCRIPTION
     errors = Team(3).attempt(lambda comm: agree(comm, late + str(comm.rank == 1)))
     for error in errors:
-        assert isinstance(error, ConfigMismatch)
+        assert isinstance(error, ConfigMismatchError)
         assert "rank 1: " in str(error)
         assert "ranks 0, 2: " in str(error)
 
@@ -83,7 +83,7 @@ def test_descriptions_that_differ_late_are_told_apart() -> None:
 def test_a_cut_in_the_middle_of_a_character_is_harmless() -> None:
     late = "é" * agreement.DESCRIPTION
     errors = Team(2).attempt(lambda comm: agree(comm, f"{'a' * comm.rank}{late}"))
-    assert [type(error) for error in errors] == [ConfigMismatch] * 2
+    assert [type(error) for error in errors] == [ConfigMismatchError] * 2
 
 
 @pytest.mark.parametrize("refusing", [0, 2])
@@ -95,7 +95,7 @@ def test_a_rank_that_refuses_raises_its_own_error_and_the_others_hear_why(refusi
 
     errors = Team(3).attempt(f)
     for rank, error in enumerate(errors):
-        assert type(error) is (ValueError if rank == refusing else ConfigMismatch)
+        assert type(error) is (ValueError if rank == refusing else ConfigMismatchError)
         assert "density must be in (0, 1], got 2" in str(error)
         assert rank == refusing or f"rank {refusing}: refused its arguments" in str(error)
 
@@ -134,7 +134,7 @@ def test_a_description_is_asked_for_only_where_ranks_disagree() -> None:
     Team(3).run(lambda comm: confirm(comm, 7, never))
     errors = Team(3).attempt(lambda comm: confirm(comm, 7 + comm.rank // 2, lambda: f"plan {comm.rank // 2}"))
     for error in errors:
-        assert isinstance(error, ConfigMismatch)
+        assert isinstance(error, ConfigMismatchError)
         assert "ranks 0, 1: plan 0" in str(error)
         assert "rank 2: plan 1" in str(error)
 
@@ -176,7 +176,7 @@ def test_another_rounding_on_one_rank_is_found_at_the_call(direction: str) -> No
             agree(comm, "dense")
 
     for error in Team(3).attempt(f):
-        assert isinstance(error, ConfigMismatch)
+        assert isinstance(error, ConfigMismatchError)
         off = "flush-to-zero off, denormals-are-zero off, rounding"
         assert f"rank 1: dense ({off} {direction})" in str(error)
         assert f"ranks 0, 2: dense ({off} to nearest)" in str(error)
@@ -199,7 +199,7 @@ def test_flush_to_zero_on_one_rank_is_found_at_the_call() -> None:
         agree(comm, "dense")
         torch.set_flush_denormal(comm.rank == 1)
         try:
-            with pytest.raises(ConfigMismatch) as caught:
+            with pytest.raises(ConfigMismatchError) as caught:
                 agree(comm, "dense")
         finally:
             torch.set_flush_denormal(False)

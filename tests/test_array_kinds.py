@@ -51,7 +51,7 @@ def test_each_refused_kind_in_each_call(call: str, kind: str) -> None:
 
 def test_the_oracle_finds_a_wrong_order(monkeypatch: Any) -> None:
     """The test can fail: with the memory's order in place of the logical one it does."""
-    from mpicomp.calls import reductions
+    from mpicomp.api import reductions
 
     monkeypatch.setattr(reductions, "bits", lambda x: x.ravel(order="K"))
     with pytest.raises(AssertionError):

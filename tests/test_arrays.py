@@ -10,9 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from mpicomp.api.accept import check_apart, checked, checked_target, overlaps_itself, whole
+from mpicomp.api.arguments import bits, number, real_shape
 from mpicomp.arrays import DTYPES, dtype_name, work_dtype
-from mpicomp.calls.accept import check_apart, checked, checked_target, overlaps_itself, whole
-from mpicomp.calls.arguments import bits, number, real_shape
 
 NUMPY_DTYPES: list[Any] = [np.float32, np.float16, ml_dtypes.bfloat16, np.float64, np.complex64, np.complex128]
 

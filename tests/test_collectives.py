@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from team import Released, Team
 
-from mpicomp import collectives
 from mpicomp.arrays import Array
-from mpicomp.collectives import allgather, allreduce, as_bytes, barrier, broadcast, exchange
-from mpicomp.communicator import Comm
+from mpicomp.comm import collectives
+from mpicomp.comm.collectives import allgather, allreduce, as_bytes, barrier, broadcast, exchange
+from mpicomp.comm.communicator import Comm
 
 SIZES = [*range(1, 10), 16, 17]
 

@@ -14,12 +14,12 @@ import pytest
 from team import Team
 
 import mpicomp
-from mpicomp import background
-from mpicomp.background import in_turn
-from mpicomp.calls.operation import Operation, call, start
-from mpicomp.collectives import receive, send
-from mpicomp.communicator import Comm
-from mpicomp.errors import CommunicatorError, ConfigMismatch
+from mpicomp.api.operation import Operation, call, start
+from mpicomp.comm import background
+from mpicomp.comm.background import in_turn
+from mpicomp.comm.collectives import receive, send
+from mpicomp.comm.communicator import Comm
+from mpicomp.errors import CommunicatorError, ConfigMismatchError
 
 X = np.ones(300, np.float32)
 X.setflags(write=False)
@@ -57,7 +57,9 @@ BEGIN: dict[str, Callable[..., Any]] = {"call": call, "start": lambda *args: sta
 
 
 @pytest.mark.parametrize("begin", BEGIN)
-@pytest.mark.parametrize("error", [ZeroDivisionError("no luck"), ConfigMismatch("parted ways"), MemoryError("full")])
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError("no luck"), ConfigMismatchError("parted ways"), MemoryError("full")]
+)
 def test_an_error_breaks_the_communicator_on_all_ranks_until_it_is_reset(error: BaseException, begin: str) -> None:
     def f(comm: Comm) -> bytes:
         plan = mpicomp.plan(comm, X, "sign")
@@ -96,9 +98,9 @@ def test_a_description_that_fails_breaks_it_too() -> None:
 
 def test_a_disagreement_and_a_refusal_leave_it_whole() -> None:
     def f(comm: Comm) -> bool:
-        with pytest.raises(ConfigMismatch):
+        with pytest.raises(ConfigMismatchError):
             mpicomp.allreduce(comm, X, "sign" if comm.rank else "dense")
-        with pytest.raises(ConfigMismatch if comm.rank else ValueError, match="op must be"):
+        with pytest.raises(ConfigMismatchError if comm.rank else ValueError, match="op must be"):
             mpicomp.allreduce(comm, X, "sign", "sum" if comm.rank else "max")
         return comm.broken is None and bool(mpicomp.allreduce(comm, X, "dense")[0] == 3)
 

@@ -13,8 +13,8 @@ from team import Team
 
 import mpicomp
 from mpicomp.arrays import Array
-from mpicomp.communicator import Comm
-from mpicomp.errors import ConfigMismatch
+from mpicomp.comm.communicator import Comm
+from mpicomp.errors import ConfigMismatchError
 
 CODECS = ["dense", "bf16", "topk(density=0.5)", "uniform(bits=8)", "randomk(density=1.0)", "bounded(abs=0.02)"]
 DTYPES: list[Any] = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
@@ -291,7 +291,7 @@ def test_a_mistake_on_one_rank_is_its_own_error_and_a_mismatch_elsewhere(mistake
     assert isinstance(errors[2], kind)
     assert re.search(words, str(errors[2]))
     for error in errors[:2]:
-        assert isinstance(error, ConfigMismatch)
+        assert isinstance(error, ConfigMismatchError)
         assert "rank 2: refused its arguments: " in str(error)
 
 
@@ -308,7 +308,7 @@ DISAGREEMENTS: dict[str, Callable[[Comm, bool], Any]] = {
 @pytest.mark.parametrize("call", DISAGREEMENTS.values(), ids=DISAGREEMENTS)
 def test_all_ranks_raise_when_one_differs(call: Callable[[Comm, bool], Any]) -> None:
     for error in Team(3).attempt(lambda comm: call(comm, comm.rank == 1)):
-        assert isinstance(error, ConfigMismatch)
+        assert isinstance(error, ConfigMismatchError)
         assert "rank 1: " in str(error)
 
 

@@ -190,7 +190,7 @@ def now():
     hooks = sys.excepthook, threading.excepthook, sys.unraisablehook, sys.exit, builtins.exit, sys.displayhook
     return hooks, dict(os.environ), [signal.getsignal(n) for n in range(1, 32)], threading.active_count()
 before = now()
-import mpicomp, mpicomp.exits
+import mpicomp, mpicomp.comm.exits
 mpicomp.allreduce
 assert now() == before
 """
@@ -265,7 +265,7 @@ def test_a_program_that_a_rank_starts(tmp_path: Path) -> None:
     body = f"""
         {BEGIN}
         import subprocess
-        program = "import mpicomp.children as c; print('<<' + str(c.is_child()) + '>>')"
+        program = "import mpicomp.comm.children as c; print('<<' + str(c.is_child()) + '>>')"
         subprocess.run([sys.executable, "-c", program], check=True)
         subprocess.run(["sh", "-c", 'true; "$0" -c "$1"; true', sys.executable, program], check=True)
         if me == 0:

@@ -100,7 +100,7 @@ def test_a_request_that_fails_and_that_nobody_waits_for(tmp_path: Path) -> None:
     )
     output = finish(job)
     assert job.returncode != 0
-    assert "ConfigMismatch: the ranks disagree" in output
+    assert "ConfigMismatchError: the ranks disagree" in output
     assert re.search(r"rank \d of 2 failed and ends the job", output)
 
 
@@ -149,7 +149,7 @@ def test_ranks_that_disagree_on_the_spec(tmp_path: Path) -> None:
     output = finish(job)
     assert job.returncode == 0, output
     for me in range(3):
-        assert f"<<{me} ConfigMismatch: " in output
+        assert f"<<{me} ConfigMismatchError: " in output
     assert len(re.findall(r"ranks 0, 1: .*density=0\.25", output)) == 3
     assert len(re.findall(r"rank 2: .*density=0\.5", output)) == 3
 
@@ -170,7 +170,11 @@ def test_a_rank_that_refuses_its_arguments(tmp_path: Path) -> None:
     )
     output = finish(job)
     assert job.returncode == 0, output
-    assert sorted(re.findall("<<.*?>>", output)) == ["<<0 ConfigMismatch>>", "<<1 SpecError>>", "<<2 ConfigMismatch>>"]
+    assert sorted(re.findall("<<.*?>>", output)) == [
+        "<<0 ConfigMismatchError>>",
+        "<<1 SpecError>>",
+        "<<2 ConfigMismatchError>>",
+    ]
 
 
 def test_import_without_mpi() -> None:

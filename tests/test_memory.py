@@ -13,10 +13,10 @@ import pytest
 from team import Team
 
 import mpicomp
+from mpicomp.api.memory import Memory
 from mpicomp.arrays import Array
-from mpicomp.calls.memory import Memory
-from mpicomp.communicator import Comm
-from mpicomp.errors import ConfigMismatch
+from mpicomp.comm.communicator import Comm
+from mpicomp.errors import ConfigMismatchError
 
 SPECS = [
     "sign",
@@ -125,7 +125,7 @@ def test_another_rank_or_size_is_refused_on_all_ranks(spec: str) -> None:
     memories = first.run(begin)
 
     def refused(comm: Comm, rank: int) -> str:
-        with pytest.raises((ValueError, ConfigMismatch)) as caught:
+        with pytest.raises((ValueError, ConfigMismatchError)) as caught:
             mpicomp.allreduce(comm, x, spec, state=memories[rank])
         assert mpicomp.allreduce(comm, np.ones(3, np.float32), "dense")[0] == comm.size
         return str(caught.value)
@@ -145,7 +145,7 @@ def test_a_call_that_is_refused_leaves_a_new_memory_new() -> None:
     memories = [mpicomp.state("topk(density=0.1)", x) for _ in range(4)]
 
     def disagree(comm: Comm) -> None:
-        with pytest.raises(ConfigMismatch):
+        with pytest.raises(ConfigMismatchError):
             mpicomp.allreduce(comm, x, "topk(density=0.1)", "mean" if comm.rank else "sum", state=memories[comm.rank])
 
     Team(2).run(disagree)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from team import Aborted, Team
 
-from mpicomp import notices, watch
-from mpicomp.collectives import allreduce, receive
-from mpicomp.communicator import Comm
+from mpicomp.comm import notices, watch
+from mpicomp.comm.collectives import allreduce, receive
+from mpicomp.comm.communicator import Comm
 from mpicomp.errors import CommunicatorError
 
 

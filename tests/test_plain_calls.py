@@ -14,9 +14,9 @@ from team import Team
 
 import mpicomp
 from mpicomp.arrays import Array
-from mpicomp.communicator import Comm
-from mpicomp.errors import ConfigMismatch
-from mpicomp.reducers import parse
+from mpicomp.comm.communicator import Comm
+from mpicomp.errors import ConfigMismatchError
+from mpicomp.registry import parse
 
 DTYPES: dict[str, Any] = {
     "float16": np.float16,
@@ -490,7 +490,7 @@ def test_all_ranks_raise_when_one_differs(call: Call, odd: int) -> None:
     errors = attempt(call, 3, odd)
     others = ", ".join(str(rank) for rank in range(3) if rank != odd)
     for error in errors:
-        assert isinstance(error, ConfigMismatch)
+        assert isinstance(error, ConfigMismatchError)
         assert f"rank {odd}: " in str(error)
         assert f"ranks {others}: " in str(error)
 
@@ -504,7 +504,7 @@ def test_a_state_at_another_step_is_a_disagreement() -> None:
         return mpicomp.allreduce(comm, F32, "sign", state=memory)
 
     errors = Team(3).attempt(call)
-    assert [type(error) for error in errors] == [ConfigMismatch] * 3
+    assert [type(error) for error in errors] == [ConfigMismatchError] * 3
     assert all("rank 1: " in str(error) for error in errors)
 
 
@@ -620,7 +620,7 @@ def test_a_mistake_on_one_rank_is_its_own_error_and_a_mismatch_elsewhere(mistake
     assert isinstance(errors[2], kind)
     assert re.search(words, str(errors[2]))
     for error in errors[:2]:
-        assert isinstance(error, ConfigMismatch)
+        assert isinstance(error, ConfigMismatchError)
         assert "rank 2: refused its arguments: " in str(error)
         assert "ranks 0, 1: " in str(error)
 
@@ -637,7 +637,7 @@ def test_a_mistake_on_all_ranks_is_the_error_on_all(mistake: str) -> None:
 def test_after_an_error_the_communicator_goes_on() -> None:
     def f(comm: Comm) -> Array:
         for call in (*DISAGREEMENTS.values(), lambda comm, odd: mpicomp.allreduce(comm, F32, "?" if odd else "dense")):
-            with pytest.raises((ConfigMismatch, ValueError)):
+            with pytest.raises((ConfigMismatchError, ValueError)):
                 call(comm, comm.rank == 1)
         return mpicomp.allreduce(comm, F32, "dense")
 

@@ -11,9 +11,9 @@ from team import Team
 
 import mpicomp
 from mpicomp.arrays import Array
-from mpicomp.communicator import Comm
-from mpicomp.errors import ConfigMismatch
-from mpicomp.reducers import Auto
+from mpicomp.comm.communicator import Comm
+from mpicomp.errors import ConfigMismatchError
+from mpicomp.planner.auto import Auto
 
 DTYPES: list[Any] = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 METHODS = [
@@ -114,7 +114,7 @@ def test_ranks_that_plan_differently_raise(odd: int) -> None:
         mpicomp.plan(comm, array_of(0), "sign" if comm.rank == odd else "dense")
 
     errors = Team(2).attempt(f)
-    assert [type(error) for error in errors] == [ConfigMismatch] * 2
+    assert [type(error) for error in errors] == [ConfigMismatchError] * 2
 
 
 def test_a_mistake_in_a_plan_is_a_mismatch_elsewhere() -> None:
@@ -122,7 +122,7 @@ def test_a_mistake_in_a_plan_is_a_mismatch_elsewhere() -> None:
         mpicomp.plan(comm, array_of(0), "sign", "max" if comm.rank == 1 else "sum")
 
     mismatch, mistake = Team(2).attempt(f)
-    assert isinstance(mismatch, ConfigMismatch)
+    assert isinstance(mismatch, ConfigMismatchError)
     assert isinstance(mistake, ValueError)
 
 
@@ -143,10 +143,11 @@ def test_plans_called_crosswise_are_found_and_the_next_call_works(pair: Any) -> 
         odd = int(comm.rank == 2)
         for _ in range(2):
             with pytest.raises(
-                ConfigMismatch, match=r"(?s)rank 2: step 0, seed [01], of the plan .*ranks 0, 1: |ranks 0, 1: .*rank 2"
+                ConfigMismatchError,
+                match=r"(?s)rank 2: step 0, seed [01], of the plan .*ranks 0, 1: |ranks 0, 1: .*rank 2",
             ):
                 plans[odd](xs[odd])
-        with pytest.raises(ConfigMismatch):
+        with pytest.raises(ConfigMismatchError):
             plans[odd].start(xs[odd]).wait()
         return b"".join(plan(x).tobytes() for plan, x in zip(plans, xs, strict=True))
 
@@ -165,7 +166,7 @@ def test_plans_at_different_steps_are_found() -> None:
         plan(x)
         if comm.rank:
             plan.state.state = before
-        with pytest.raises(ConfigMismatch) as caught:
+        with pytest.raises(ConfigMismatchError) as caught:
             plan(x)
         return str(caught.value)
 
@@ -190,7 +191,7 @@ def test_what_one_rank_refuses_all_hear_of() -> None:
     def f(comm: Comm) -> list[float]:
         plan = mpicomp.plan(comm, array_of(0), "dense")
         for begin in (plan, lambda x: plan.start(x).wait()):
-            error = ValueError if comm.rank == 1 else ConfigMismatch
+            error = ValueError if comm.rank == 1 else ConfigMismatchError
             with pytest.raises(error, match="the plan was made for"):
                 begin(array_of(0, (7, 13)) if comm.rank == 1 else array_of(0))
         return plan(np.ones((13, 7), np.float32))[0].tolist()

@@ -12,10 +12,10 @@ import pytest
 from team import Team
 
 import mpicomp
-from mpicomp import background
-from mpicomp.background import Background, Request, begin, in_turn
-from mpicomp.communicator import Comm
-from mpicomp.errors import ConfigMismatch
+from mpicomp.comm import background
+from mpicomp.comm.background import Background, Request, begin, in_turn
+from mpicomp.comm.communicator import Comm
+from mpicomp.errors import ConfigMismatchError
 
 F32 = np.ones((3, 4), np.float32)
 F32.setflags(write=False)
@@ -117,9 +117,9 @@ def test_a_mistake_is_raised_at_the_call_and_a_mismatch_elsewhere() -> None:
             second = mpicomp.iallreduce(comm, F32, "dense")
         third = mpicomp.iallreduce(comm, F32, "dense")
         if comm.rank != 1:
-            with pytest.raises(ConfigMismatch, match="rank 1: refused its arguments: op must be"):
+            with pytest.raises(ConfigMismatchError, match="rank 1: refused its arguments: op must be"):
                 second.wait()
-            with pytest.raises(ConfigMismatch):
+            with pytest.raises(ConfigMismatchError):
                 second.test()
         return first.wait().tolist() == third.wait().tolist() == (3 * F32).tolist()
 
@@ -130,7 +130,7 @@ def test_ranks_that_disagree_all_raise_and_go_on() -> None:
     def f(comm: Comm) -> Any:
         request = mpicomp.iallreduce(comm, F32, "sign" if comm.rank else "dense")
         later = mpicomp.iallgather(comm, F32, "dense")
-        with pytest.raises(ConfigMismatch):
+        with pytest.raises(ConfigMismatchError):
             request.wait()
         return later.wait().shape
 

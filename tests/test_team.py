@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from team import POISON, Aborted, Misuse, Released, Team
 
-from mpicomp import collectives
 from mpicomp.arrays import Array
-from mpicomp.communicator import Comm
-from mpicomp.transport import Topology
+from mpicomp.comm import collectives
+from mpicomp.comm.communicator import Comm
+from mpicomp.comm.transport import Topology
 
 
 def finish(*requests: Any) -> None:

@@ -4,7 +4,6 @@
 `predict` brings the two together.
 """
 
-from mpicomp.planner.cost import Cost, Work
 from mpicomp.planner.machine import Link, Machine, Point, Prediction, predict
 
-__all__ = ["Cost", "Link", "Machine", "Point", "Prediction", "Work", "predict"]
+__all__ = ["Link", "Machine", "Point", "Prediction", "predict"]

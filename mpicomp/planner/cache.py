@@ -20,13 +20,13 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from mpicomp import __version__
-from mpicomp.collectives import allgather
-from mpicomp.communicator import Comm
+from mpicomp.comm.collectives import allgather
+from mpicomp.comm.communicator import Comm
+from mpicomp.comm.share import shared
+from mpicomp.cost import Cost
 from mpicomp.environment import mpi_library
-from mpicomp.planner.cost import Cost
 from mpicomp.planner.machine import Machine
 from mpicomp.planner.measure import measure, measure_passes
-from mpicomp.planner.share import shared
 from mpicomp.settings import setting
 
 FORMAT = 1

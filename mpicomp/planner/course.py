@@ -21,8 +21,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mpicomp.collectives import allreduce
-from mpicomp.communicator import Comm
+from mpicomp.comm.collectives import allreduce
+from mpicomp.comm.communicator import Comm
 
 NEAR = 1.3  # times the best; higher = more is tried, at more cost
 FAR = 4.0  # times the best

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mpicomp.planner.cost import Cost
+from mpicomp.cost import Cost
 from mpicomp.planner.machine import Machine, Prediction, predict, size_text, time_text
 
 

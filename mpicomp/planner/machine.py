@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from mpicomp.planner.cost import Cost, Work
+from mpicomp.cost import Cost, Work
 
 
 class Link(NamedTuple):

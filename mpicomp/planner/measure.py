@@ -18,15 +18,15 @@ import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.codecs import CODECS, Codec, Key
-from mpicomp.collectives import allreduce, barrier, begin_receive, begin_send
-from mpicomp.communicator import Comm
+from mpicomp.comm.collectives import allreduce, barrier, begin_receive, begin_send
+from mpicomp.comm.communicator import Comm
+from mpicomp.comm.share import shared
+from mpicomp.comm.watch import wait
+from mpicomp.cost import Work
 from mpicomp.kernels import kernels_for
-from mpicomp.planner.cost import Work
 from mpicomp.planner.fit import Sample, fit
 from mpicomp.planner.machine import Curve, Machine, Point
-from mpicomp.planner.share import shared
 from mpicomp.specs import parse
-from mpicomp.watch import wait
 from mpicomp.wire import MessageLayout
 
 SIZES = tuple(1 << bits for bits in range(12, 25, 2))  # bytes a rank sends in one burst

@@ -24,16 +24,17 @@ from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 
-from mpicomp.agreement import digest_of
 from mpicomp.arrays import Array, to_device, to_host
 from mpicomp.codecs.base import Codec, Key, stream_of
-from mpicomp.communicator import Comm
+from mpicomp.comm.agreement import digest_of
+from mpicomp.comm.communicator import Comm
+from mpicomp.comm.transport import Topology
+from mpicomp.cost import Cost, Work
 from mpicomp.kernels import kernels_for
-from mpicomp.planner import Cost, Machine, Work
+from mpicomp.planner import Machine
 from mpicomp.planner.explain import explain
-from mpicomp.reducers.layout import Layout, Piece, Unit
-from mpicomp.reducers.workspace import Workspace
-from mpicomp.transport import Topology
+from mpicomp.reducers.parts.layout import Layout, Piece, Unit
+from mpicomp.reducers.parts.workspace import Workspace
 
 Units = dict[str, dict[str, Array]]
 """What is worth keeping of a state, by unit name: {"layer.weight": {"residual": (size,) array}}."""

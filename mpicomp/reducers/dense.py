@@ -10,16 +10,16 @@ from typing import ClassVar
 import numpy as np
 
 from mpicomp.arrays import Array, on_device, on_host
-from mpicomp.collectives import allreduce, as_bytes, begin_exchange, begin_receive, begin_send
-from mpicomp.communicator import Comm
-from mpicomp.planner import Cost, Work
+from mpicomp.comm.collectives import allreduce, as_bytes, begin_exchange, begin_receive, begin_send
+from mpicomp.comm.communicator import Comm
+from mpicomp.comm.transport import Request, Topology
+from mpicomp.comm.watch import wait
+from mpicomp.cost import Cost, Work
 from mpicomp.reducers.base import Reduction, Remembering, State, nonfinite
-from mpicomp.reducers.layout import Layout, cut_up, even_cuts
-from mpicomp.reducers.ring import ring_cost, ring_slots, ring_sum
-from mpicomp.reducers.workspace import Workspace
+from mpicomp.reducers.parts.layout import Layout, cut_up, even_cuts
+from mpicomp.reducers.parts.ring import ring_cost, ring_slots, ring_sum
+from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.specs import Spec
-from mpicomp.transport import Request, Topology
-from mpicomp.watch import wait
 
 ALGORITHMS = ("best", "mpi", "two_shot", "ring")
 GROUP = 1 << 21  # bytes in a message at most: few, and yet sums hide behind the network

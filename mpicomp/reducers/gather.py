@@ -9,15 +9,15 @@ import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
-from mpicomp.communicator import Comm
-from mpicomp.planner import Cost, Work
+from mpicomp.comm.communicator import Comm
+from mpicomp.comm.transport import Topology
+from mpicomp.cost import Cost, Work
 from mpicomp.reducers.base import Reduction, Remembering, State, check_codec, coding, poisoned_total
-from mpicomp.reducers.layout import Layout
-from mpicomp.reducers.messages import Message, encoded, message_nbytes
-from mpicomp.reducers.pipeline import Burst, groups, in_turn
-from mpicomp.reducers.workspace import Workspace
+from mpicomp.reducers.parts.layout import Layout
+from mpicomp.reducers.parts.messages import Message, encoded, message_nbytes
+from mpicomp.reducers.parts.pipeline import Burst, groups, in_turn
+from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.specs import Spec
-from mpicomp.transport import Topology
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,13 @@ from typing import ClassVar, cast
 
 import numpy as np
 
-from mpicomp.agreement import digest_of
 from mpicomp.arrays import Array
-from mpicomp.collectives import barrier
-from mpicomp.communicator import Comm
-from mpicomp.errors import ConfigMismatch
-from mpicomp.planner import Cost, Work
+from mpicomp.comm.agreement import digest_of
+from mpicomp.comm.collectives import barrier
+from mpicomp.comm.communicator import Comm
+from mpicomp.comm.transport import Topology, Window
+from mpicomp.cost import Cost, Work
+from mpicomp.errors import ConfigMismatchError
 from mpicomp.reducers.base import (
     Explained,
     Reducer,
@@ -45,18 +46,17 @@ from mpicomp.reducers.base import (
     poisoned_total,
 )
 from mpicomp.reducers.dense import Dense
-from mpicomp.reducers.layout import Layout, Unit
-from mpicomp.reducers.messages import says_poison
-from mpicomp.reducers.place import Place
+from mpicomp.reducers.parts.layout import Layout, Unit
+from mpicomp.reducers.parts.messages import says_poison
+from mpicomp.reducers.parts.place import Place
+from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.reducers.policies import After, ErrorFeedback, Partition, check_reducer
-from mpicomp.reducers.workspace import Workspace
 from mpicomp.specs import Spec
-from mpicomp.transport import Topology, Window
 from mpicomp.wire import POISON, Header, read_header, write_header
 
 STEP = 1 << 14  # elements added up together: the sum stays in the first-level cache, or near
 HEAD = 64  # bytes, a cache line, for the header of a part of a window
-FAILED = 2  # flag beside POISON: the inner reducer raised ConfigMismatch
+FAILED = 2  # flag beside POISON: the inner reducer raised ConfigMismatchError
 WORD = 4  # bytes that a meeting reduces
 
 
@@ -210,7 +210,7 @@ class _Step:
         self.place = cast(Place, state.place)
         self.after = state.nested()
         self.poisoned = False
-        self.failure: ConfigMismatch | None = None
+        self.failure: ConfigMismatchError | None = None
 
     def alone(self, x: Array, debt: Array | None, out: Array) -> None:
         """Reduce everything with the first ranks of the other nodes: who shares no memory owns the only shard."""
@@ -246,7 +246,7 @@ class _Step:
             raise self.failure
         if any(flag & FAILED for flag in flags):
             failed = [rank for rank, flag in zip(place.node, flags, strict=True) if flag & FAILED]
-            raise ConfigMismatch(f"ranks {failed} on this node found that their peers on others have parted ways")
+            raise ConfigMismatchError(f"ranks {failed} on this node found that their peers on others have parted ways")
         self.poisoned = any(flag & POISON for flag in flags)
         if not self.poisoned:
             for number, where in enumerate(place.ranges):
@@ -280,7 +280,7 @@ class _Step:
                 reduction, self.after = self.reducer.reduce(_between(self.comm, place), sums, inner, total, work)
                 self.poisoned = reduction.poisoned
                 return reduction
-            except ConfigMismatch as error:
+            except ConfigMismatchError as error:
                 self.failure = error
                 return Reduction(total)
         if inner.residual is not None and inner.spare is not None:

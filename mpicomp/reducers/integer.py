@@ -20,17 +20,17 @@ import numpy as np
 from mpicomp.arrays import Array, empty
 from mpicomp.codecs import Uniform
 from mpicomp.codecs.checks import check_integer, packed_bytes
-from mpicomp.collectives import allreduce
-from mpicomp.communicator import Comm
+from mpicomp.comm.collectives import allreduce
+from mpicomp.comm.communicator import Comm
+from mpicomp.comm.transport import Topology
+from mpicomp.cost import Cost, Work
 from mpicomp.kernels import kernels_for
-from mpicomp.planner import Cost, Work
 from mpicomp.reducers.base import Reduction, Remembering, State, coding, poisoned_total
-from mpicomp.reducers.layout import Layout, Piece, shards
-from mpicomp.reducers.messages import Envelope
-from mpicomp.reducers.pipeline import Burst, groups, in_turn, ring
-from mpicomp.reducers.workspace import Workspace
+from mpicomp.reducers.parts.layout import Layout, Piece, shards
+from mpicomp.reducers.parts.messages import Envelope
+from mpicomp.reducers.parts.pipeline import Burst, groups, in_turn, ring
+from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.specs import Spec
-from mpicomp.transport import Topology
 from mpicomp.wire import Field, MessageLayout
 
 

@@ -22,20 +22,20 @@ import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Key, stream_of
-from mpicomp.collectives import allreduce
-from mpicomp.communicator import Comm
+from mpicomp.comm.collectives import allreduce
+from mpicomp.comm.communicator import Comm
+from mpicomp.comm.transport import Topology
+from mpicomp.cost import Cost, Work
 from mpicomp.kernels import kernels_for
-from mpicomp.planner import Cost, Work
 from mpicomp.reducers.base import Reduction, Remembering, State, Units, poisoned_total
-from mpicomp.reducers.factors import Factors, InTurn, magnitude, matrix_shape
-from mpicomp.reducers.layout import Layout, Unit
-from mpicomp.reducers.messages import TAME
-from mpicomp.reducers.workspace import Workspace
+from mpicomp.reducers.parts.factors import Factors, InTurn, magnitude, matrix_shape
+from mpicomp.reducers.parts.layout import Layout, Unit
+from mpicomp.reducers.parts.messages import TAME
+from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.specs import Spec
-from mpicomp.transport import Topology
 
 if TYPE_CHECKING:
-    from mpicomp.reducers.batches import Batches
+    from mpicomp.reducers.parts.batches import Batches
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,6 @@ class LowRank(Remembering, Spec):
     def _factors(self, state: State) -> InTurn | Batches:
         if not state.device:
             return InTurn(state.layout, self.rank)
-        from mpicomp.reducers.batches import Batches  # and with it the kernels for a GPU
+        from mpicomp.reducers.parts.batches import Batches  # and with it the kernels for a GPU
 
         return Batches(state.layout, self.rank)

@@ -13,14 +13,15 @@ import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
-from mpicomp.communicator import Comm
-from mpicomp.planner import Cost, Machine
+from mpicomp.comm.communicator import Comm
+from mpicomp.comm.transport import Topology
+from mpicomp.cost import Cost
+from mpicomp.planner import Machine
 from mpicomp.reducers.base import Explained, Reducer, Reduction, State, Units, complete
 from mpicomp.reducers.dense import Dense
-from mpicomp.reducers.layout import Layout, Unit
-from mpicomp.reducers.workspace import Workspace
+from mpicomp.reducers.parts.layout import Layout, Unit
+from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.specs import Spec
-from mpicomp.transport import Topology
 
 
 def check_reducer(wrapper: str, inner: object) -> None:

@@ -9,15 +9,15 @@ import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
-from mpicomp.communicator import Comm
-from mpicomp.planner import Cost
+from mpicomp.comm.communicator import Comm
+from mpicomp.comm.transport import Topology
+from mpicomp.cost import Cost
 from mpicomp.reducers.base import Reduction, Remembering, State, check_codec, coding, nonfinite, poisoned_total
 from mpicomp.reducers.dense import two_shot_cost, two_shot_rows, two_shot_sum
-from mpicomp.reducers.layout import Layout
-from mpicomp.reducers.messages import Message, message_nbytes
-from mpicomp.reducers.workspace import Workspace
+from mpicomp.reducers.parts.layout import Layout
+from mpicomp.reducers.parts.messages import Message, message_nbytes
+from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.specs import Spec
-from mpicomp.transport import Topology
 from mpicomp.wire import ALIGN, HEADER, Field
 
 

@@ -30,18 +30,18 @@ from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec, Key
 from mpicomp.codecs.checks import check_bool, is_number
 from mpicomp.codecs.sparse import check_values
-from mpicomp.communicator import Comm
+from mpicomp.comm.communicator import Comm
+from mpicomp.comm.transport import Topology
+from mpicomp.cost import Cost, Work
 from mpicomp.kernels import kernels_for
-from mpicomp.planner import Cost, Work
 from mpicomp.reducers.base import Reduction, Remembering, State, check_codec, coding, poisoned_total
-from mpicomp.reducers.entries import Coding, Entries, Selecting, check_selecting, pick
-from mpicomp.reducers.layout import Layout
-from mpicomp.reducers.messages import encode
-from mpicomp.reducers.parcels import WHOLE, Parcel, Post, Wire
-from mpicomp.reducers.regions import Division, Region, divide, histogram_nbytes, owned_regions
-from mpicomp.reducers.workspace import Workspace
+from mpicomp.reducers.parts.entries import Coding, Entries, Selecting, check_selecting, pick
+from mpicomp.reducers.parts.layout import Layout
+from mpicomp.reducers.parts.messages import encode
+from mpicomp.reducers.parts.parcels import WHOLE, Parcel, Post, Wire
+from mpicomp.reducers.parts.regions import Division, Region, divide, histogram_nbytes, owned_regions
+from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.specs import Spec
-from mpicomp.transport import Topology
 from mpicomp.wire import ALIGN, HEADER, Payload
 
 

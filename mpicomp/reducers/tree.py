@@ -15,18 +15,18 @@ import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
-from mpicomp.collectives import begin_receive, begin_send, receive, send
-from mpicomp.communicator import Comm
+from mpicomp.comm.collectives import begin_receive, begin_send, receive, send
+from mpicomp.comm.communicator import Comm
+from mpicomp.comm.transport import Topology
+from mpicomp.comm.watch import wait
+from mpicomp.cost import Cost, Work
 from mpicomp.kernels import kernels_for
-from mpicomp.planner import Cost, Work
 from mpicomp.reducers.base import Reduction, Remembering, State, check_codec, coding, poisoned_total
-from mpicomp.reducers.entries import Coding, Entries, Selecting, check_selecting, pick
-from mpicomp.reducers.layout import Layout
-from mpicomp.reducers.messages import Message, message_nbytes, says_poison
-from mpicomp.reducers.workspace import Workspace
+from mpicomp.reducers.parts.entries import Coding, Entries, Selecting, check_selecting, pick
+from mpicomp.reducers.parts.layout import Layout
+from mpicomp.reducers.parts.messages import Message, message_nbytes, says_poison
+from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.specs import Spec
-from mpicomp.transport import Topology
-from mpicomp.watch import wait
 
 
 def children(rank: int, ranks: int) -> list[int]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mpicomp.communicator import Comm
+from mpicomp.comm.communicator import Comm
 from mpicomp.torch import exact
 from mpicomp.torch.collective import Collective, collective, confirm_routes, forms, size, sizes
 from mpicomp.torch.exact import Tensor, op_name

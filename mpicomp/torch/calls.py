@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from mpicomp.calls.accept import overlaps_itself
-from mpicomp.calls.arguments import Form, member_of, op_of
-from mpicomp.calls.memory import Memory
-from mpicomp.calls.operation import Operation, call
-from mpicomp.calls.reductions import prepared
-from mpicomp.communicator import Comm
-from mpicomp.reducers.resolve import Method
+from mpicomp.api.accept import overlaps_itself
+from mpicomp.api.arguments import Form, member_of, op_of
+from mpicomp.api.memory import Memory
+from mpicomp.api.operation import Operation, call
+from mpicomp.api.reductions import prepared
+from mpicomp.comm.communicator import Comm
+from mpicomp.registry import Method
 from mpicomp.torch.streams import bound, device_of
 from mpicomp.torch.tensors import COMPLEX, NAMES, bits_of, check_local, span, whole
 

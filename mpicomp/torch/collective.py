@@ -1,7 +1,7 @@
 """How every collective of a process group runs: arguments are checked, all ranks agree, and only then anything is sent.
 
 The agreement is 16 bytes and is never skipped. A rank that refuses its own arguments takes part in it, so that the
-others raise ConfigMismatch instead of waiting for it.
+others raise ConfigMismatchError instead of waiting for it.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from mpicomp import collectives
-from mpicomp.agreement import agree, confirm, digest_of
 from mpicomp.arrays import Array
-from mpicomp.communicator import Comm
+from mpicomp.comm import collectives
+from mpicomp.comm.agreement import agree, confirm, digest_of
+from mpicomp.comm.communicator import Comm
 from mpicomp.torch.streams import device_of
 from mpicomp.torch.tensors import check_local
 from mpicomp.torch.worker import Work, Worker
@@ -55,7 +55,7 @@ Prepare = Callable[..., Collective]
 def collective(prepare: Prepare) -> Callable[..., Work]:
     """Return the method of a process group that begins what `prepare` makes.
 
-    What `prepare` raises is raised on this rank, and ConfigMismatch on all others.
+    What `prepare` raises is raised on this rank, and ConfigMismatchError on all others.
     """
 
     @functools.wraps(prepare)
@@ -136,7 +136,7 @@ def confirm_routes(comm: Comm, operation: str, sent: Sequence[str], received: Se
     """Make sure that every rank expects what the others send it: `sent[r]` to and `received[r]` from rank r, as texts.
 
     8 bytes by Allreduce(SUM): what is sent counts up, what is expected counts down. Where that does not come to
-    nothing, all ranks raise ConfigMismatch.
+    nothing, all ranks raise ConfigMismatchError.
     """
     if comm.size == 1:
         return

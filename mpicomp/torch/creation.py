@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from mpicomp import collectives
-from mpicomp.communicator import Comm
+from mpicomp.comm import collectives
+from mpicomp.comm.communicator import Comm
 from mpicomp.torch.backend import MPIProcessGroup
 from mpicomp.torch.identity import NAME
 from mpicomp.torch.launch import FILLED, group_comm

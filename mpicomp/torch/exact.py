@@ -13,8 +13,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from mpicomp import collectives
-from mpicomp.communicator import Comm
+from mpicomp.comm import collectives
+from mpicomp.comm.communicator import Comm
 from mpicomp.torch.tensors import bytes_of, flat, on_cpu
 
 Tensor = torch.Tensor

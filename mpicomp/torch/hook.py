@@ -17,29 +17,19 @@ import torch
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
-from mpicomp.agreement import agree, confirm, digest_of, mixed
 from mpicomp.arrays import work_dtype
 from mpicomp.codecs.base import Codec
-from mpicomp.communicator import Comm
-from mpicomp.reducers import (
-    Layout,
-    Reducer,
-    State,
-    Unit,
-    Units,
-    Workspace,
-    apply,
-    describe,
-    rescale,
-    resolve_partitioned,
-)
-from mpicomp.reducers.allowance import divided
+from mpicomp.comm.agreement import agree, confirm, digest_of, mixed
+from mpicomp.comm.communicator import Comm
+from mpicomp.comm.watch import Traffic
+from mpicomp.planner.allowance import divided
+from mpicomp.reducers import Layout, Reducer, State, Unit, Units, Workspace, apply, rescale
 from mpicomp.reducers.base import check_place
+from mpicomp.registry import describe, resolve_partitioned
 from mpicomp.torch.backend import MPIProcessGroup, tensor_group
 from mpicomp.torch.collective import breaking
 from mpicomp.torch.streams import device_of
 from mpicomp.torch.tensors import NAMES, bits_of, check_local
-from mpicomp.watch import Traffic
 
 
 @dataclass
@@ -125,7 +115,7 @@ class Hook:
         if known is None or known.names != names:
             units = _units(names, bucket.gradients(), buffer)
             dtype = NAMES[buffer.dtype]
-            # Waits, so that ranks which disagree raise ConfigMismatch itself; seldom, since DDP makes buckets twice.
+            # Waits, so that ranks which disagree raise ConfigMismatchError itself; seldom, since DDP makes buckets twice.
             self._group.worker.submit(lambda: self._prepare(index, Layout(units), dtype)).wait()
 
         def run() -> torch.Tensor:
@@ -239,8 +229,8 @@ def compress(
     With find_unused_parameters, what is still owed to a parameter that no rank used in a step is sent and lost: DDP
     keeps that parameter's gradient as it was.
 
-    Raises ConfigMismatch on all ranks where they disagree, and TypeError, ValueError or RuntimeError for arguments
-    that cannot be used; the other ranks then raise ConfigMismatch.
+    Raises ConfigMismatchError on all ranks where they disagree, and TypeError, ValueError or RuntimeError for arguments
+    that cannot be used; the other ranks then raise ConfigMismatchError.
     """
     if not isinstance(ddp, DistributedDataParallel):
         raise TypeError(f"compress takes a DistributedDataParallel model, got {type(ddp).__name__}")

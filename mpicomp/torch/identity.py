@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from mpicomp.communicator import Comm
+from mpicomp.comm.communicator import Comm
 
 NAME = "mpicomp"
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpicomp import children, collectives
 from mpicomp.arrays import Array
-from mpicomp.communicator import Comm, world
+from mpicomp.comm import children, collectives
+from mpicomp.comm.communicator import Comm, world
 from mpicomp.device import device_number
 from mpicomp.environment import launcher_mismatch
 

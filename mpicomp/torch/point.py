@@ -20,13 +20,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from mpicomp import collectives
 from mpicomp.arrays import Array
-from mpicomp.communicator import Comm
+from mpicomp.comm import collectives
+from mpicomp.comm.communicator import Comm
+from mpicomp.comm.transport import Request, last_tag
+from mpicomp.comm.watch import wait
 from mpicomp.torch.exact import Tensor
 from mpicomp.torch.tensors import bytes_of, on_cpu
-from mpicomp.transport import Request, last_tag
-from mpicomp.watch import wait
 
 FIRST_TAG = 1 << 15  # lower ones have other uses on a communicator
 USER_TAGS = 1 << 15

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mpicomp.background import Background, Failure, Request
-from mpicomp.communicator import Comm
-from mpicomp.errors import CommunicatorError, ConfigMismatch
+from mpicomp.comm.background import Background, Failure, Request
+from mpicomp.comm.communicator import Comm
+from mpicomp.errors import CommunicatorError, ConfigMismatchError
 from mpicomp.torch.streams import Side, device_of, on
 
 
@@ -86,7 +86,7 @@ class Work(dist.Work):
         if self.request.failure is None:
             return self.request.outcome
         error = self.request.failure.error
-        if isinstance(error, ConfigMismatch | CommunicatorError):
+        if isinstance(error, ConfigMismatchError | CommunicatorError):
             raise error
         # C++ passes on the message only, so the traceback must be part of it.
         raise RuntimeError(
@@ -101,7 +101,7 @@ class Worker:
     def __init__(self, comm: Comm) -> None:
         self.comm = comm
         # Where ranks disagree all of them raise it, before anything was sent: what comes next is not affected.
-        self._thread = Background("mpicomp", mild=(ConfigMismatch,), told=_told)
+        self._thread = Background("mpicomp", mild=(ConfigMismatchError,), told=_told)
         self._open = True
         weakref.finalize(self, self._thread.close).atexit = False  # every Work holds this, so nothing is under way then
 

@@ -12,7 +12,7 @@ from mpicomp.codecs import BlockTopK, Cast, RandomK, SampledTopK, Threshold, Top
 from mpicomp.errors import WireFormatError
 from mpicomp.kernels import kernels_for
 from mpicomp.kernels.cpu import select
-from mpicomp.reducers.resolve import parse
+from mpicomp.registry import parse
 
 DTYPES = ("float32", "float64")
 VARIABLE = [

@@ -12,12 +12,12 @@ from reducers.members import inputs, layout_of, member
 from team import Team
 
 from mpicomp.arrays import to_device, to_host
-from mpicomp.communicator import Comm
+from mpicomp.comm.communicator import Comm
 from mpicomp.kernels import gpu
 from mpicomp.kernels.gpu import low_rank
 from mpicomp.reducers import Workspace, apply
-from mpicomp.reducers.batches import Batches
-from mpicomp.reducers.factors import InTurn
+from mpicomp.reducers.parts.batches import Batches
+from mpicomp.reducers.parts.factors import InTurn
 
 LAYOUT = layout_of(
     {

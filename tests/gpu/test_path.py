@@ -11,10 +11,11 @@ from reducers.members import LAYOUT, inputs, member, residual_of
 from team import Rank, Team
 
 import mpicomp
-from mpicomp import collectives
 from mpicomp.arrays import on_device, to_device, to_host
-from mpicomp.communicator import Comm
-from mpicomp.reducers import Workspace, apply, messages
+from mpicomp.comm import collectives
+from mpicomp.comm.communicator import Comm
+from mpicomp.reducers import Workspace, apply
+from mpicomp.reducers.parts import messages
 
 SPECS = [
     "error_feedback(gather(topk(density=0.1)))",

@@ -83,7 +83,7 @@ import hashlib, json, sys
 import numpy as np
 from mpicomp.codecs import Key
 from mpicomp.kernels import cpu
-from mpicomp.reducers.resolve import parse
+from mpicomp.registry import parse
 found = {}
 x = np.linspace(-3, 3, 5000).astype(np.float32) ** 3
 for spec in SPECS:

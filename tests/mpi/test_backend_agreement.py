@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 import torch.distributed as dist  # noqa: E402
 
 import mpicomp.torch  # noqa: E402
-from mpicomp.errors import CommunicatorError, ConfigMismatch  # noqa: E402
+from mpicomp.errors import CommunicatorError, ConfigMismatchError  # noqa: E402
 
 pytestmark = pytest.mark.mpi(min_size=2)
 
@@ -97,13 +97,13 @@ def right() -> None:
 
 @pytest.mark.parametrize("name", MISMATCHES)
 def test_what_one_rank_does_differently_is_an_error_on_all(name: str) -> None:
-    with pytest.raises(ConfigMismatch, match="rank"):
+    with pytest.raises(ConfigMismatchError, match="rank"):
         MISMATCHES[name]()
     right()
 
 
 def test_the_text_says_who_does_what() -> None:
-    with pytest.raises(ConfigMismatch) as caught:
+    with pytest.raises(ConfigMismatchError) as caught:
         dist.all_reduce(full(other()))
     text = str(caught.value)
     assert f"rank {size() - 1}: all_reduce(sum) of (5,) float32" in text
@@ -114,7 +114,7 @@ def test_rows_that_nobody_sends() -> None:
     """Rank 0 sends one row more to rank 1 than that expects; each rank's own splits are fine."""
     to = [1] * size()
     to[1] += me() == 0
-    with pytest.raises(ConfigMismatch, match=r"rank 1: all_to_all expects 3 float32 from rank 0, which sends 6"):
+    with pytest.raises(ConfigMismatchError, match=r"rank 1: all_to_all expects 3 float32 from rank 0, which sends 6"):
         dist.all_to_all_single(full(size(), 3), full(sum(to), 3), [1] * size(), to)
     right()
 
@@ -168,7 +168,7 @@ def test_what_one_rank_refuses_the_others_hear_of(name: str) -> None:
         with pytest.raises(ValueError, match=words):
             bad()
     else:
-        with pytest.raises(ConfigMismatch, match=rf"rank {size() - 1}: refused its arguments: .*{words}"):
+        with pytest.raises(ConfigMismatchError, match=rf"rank {size() - 1}: refused its arguments: .*{words}"):
             good()
     right()
 
@@ -180,7 +180,7 @@ def test_disagreement_is_seen_by_whoever_waits() -> None:
     second = dist.all_reduce(x, async_op=True)
     second.wait()
     assert x[0] == size()
-    with pytest.raises(ConfigMismatch):
+    with pytest.raises(ConfigMismatchError):
         first.wait()
     third = dist.all_reduce(full(other()), async_op=True).get_future()
     with pytest.raises(RuntimeError, match="ranks disagree"):

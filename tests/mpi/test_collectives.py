@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpicomp import collectives
-from mpicomp.agreement import agree
 from mpicomp.arrays import Array
-from mpicomp.collectives import allgather, allreduce, barrier, broadcast, exchange
-from mpicomp.communicator import Comm
-from mpicomp.errors import ConfigMismatch
-from mpicomp.watch import Traffic
+from mpicomp.comm import collectives
+from mpicomp.comm.agreement import agree
+from mpicomp.comm.collectives import allgather, allreduce, barrier, broadcast, exchange
+from mpicomp.comm.communicator import Comm
+from mpicomp.comm.watch import Traffic
+from mpicomp.errors import ConfigMismatchError
 
 pytestmark = pytest.mark.mpi
 
@@ -173,7 +173,7 @@ def test_agreement(comm: Comm) -> None:
 @pytest.mark.mpi(min_size=2)
 def test_all_ranks_raise_and_name_those_that_differ(comm: Comm) -> None:
     for odd in range(comm.size):
-        with pytest.raises(ConfigMismatch) as caught:
+        with pytest.raises(ConfigMismatchError) as caught:
             agree(comm, "topk(density=0.1)" if comm.rank == odd else "topk(density=0.01)")
         assert f"rank {odd}: topk(density=0.1)" in str(caught.value)
         others = ", ".join(str(rank) for rank in range(comm.size) if rank != odd)
@@ -183,6 +183,6 @@ def test_all_ranks_raise_and_name_those_that_differ(comm: Comm) -> None:
 @pytest.mark.mpi(min_size=2)
 def test_a_rank_that_refuses_raises_its_own_error(comm: Comm) -> None:
     refusal = ValueError("density must be in (0, 1], got 2") if comm.rank == 1 else None
-    with pytest.raises(ValueError if refusal else ConfigMismatch, match=r"density must be in \(0, 1\], got 2"):
+    with pytest.raises(ValueError if refusal else ConfigMismatchError, match=r"density must be in \(0, 1\], got 2"):
         agree(comm, "allreduce(dense)", refusal)
     barrier(comm)

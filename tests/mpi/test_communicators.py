@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 import mpicomp
-from mpicomp import communicator
-from mpicomp.calls.operation import Operation, call, start
-from mpicomp.collectives import receive
-from mpicomp.communicator import Comm
-from mpicomp.errors import CommunicatorError, ConfigMismatch
-from mpicomp.transport import Topology
+from mpicomp.api.operation import Operation, call, start
+from mpicomp.comm import communicator
+from mpicomp.comm.collectives import receive
+from mpicomp.comm.communicator import Comm
+from mpicomp.comm.transport import Topology
+from mpicomp.errors import CommunicatorError, ConfigMismatchError
 
 pytestmark = pytest.mark.mpi
 
@@ -148,7 +148,7 @@ def test_two_threads_that_call_different_things_hear_of_it_or_get_what_they_want
 
     def calls(x: Any) -> None:
         for _ in range(30):
-            with contextlib.suppress(ConfigMismatch):
+            with contextlib.suppress(ConfigMismatchError):
                 assert mpicomp.allreduce(world, x, "dense").sum() == world.size * x.size
             found.append(True)
 

@@ -18,8 +18,8 @@ from torch.distributed.algorithms.join import Join  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: E402
 
 import mpicomp.torch  # noqa: E402
-from mpicomp import collectives  # noqa: E402
-from mpicomp.errors import CommunicatorError, ConfigMismatch  # noqa: E402
+from mpicomp.comm import collectives  # noqa: E402
+from mpicomp.errors import CommunicatorError, ConfigMismatchError  # noqa: E402
 from mpicomp.specs import SpecError  # noqa: E402
 
 pytestmark = pytest.mark.mpi
@@ -395,14 +395,14 @@ def test_an_error_while_reducing_is_raised_by_backward(monkeypatch: pytest.Monke
     ids=["spec", "seed", "min_size"],
 )
 def test_ranks_that_disagree(arguments: Any) -> None:
-    with pytest.raises(ConfigMismatch, match=r"rank 1: .*compress") as caught:
+    with pytest.raises(ConfigMismatchError, match=r"rank 1: .*compress") as caught:
         mpicomp.torch.compress(DDP(model()), **arguments(me()))
     assert ("ranks 0, 2" in str(caught.value)) == (size() > 2)
 
 
 @pytest.mark.mpi(min_size=2)
 def test_one_rank_with_a_bad_spec() -> None:
-    with pytest.raises(SpecError if me() == 1 else ConfigMismatch, match="tpk"):
+    with pytest.raises(SpecError if me() == 1 else ConfigMismatchError, match="tpk"):
         mpicomp.torch.compress(DDP(model()), "tpk(density=0.1)" if me() == 1 else "topk(density=0.1)")
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import mpicomp
 from mpicomp.arrays import Array
-from mpicomp.errors import ConfigMismatch
+from mpicomp.errors import ConfigMismatchError
 
 pytestmark = pytest.mark.mpi
 
@@ -193,7 +193,7 @@ DISAGREEMENTS: dict[str, Call] = {
 @pytest.mark.parametrize("call", DISAGREEMENTS.values(), ids=DISAGREEMENTS)
 def test_all_ranks_raise_when_one_differs(world: Any, call: Call) -> None:
     for odd in range(world.size):
-        with pytest.raises(ConfigMismatch, match=f"rank {odd}: "):
+        with pytest.raises(ConfigMismatchError, match=f"rank {odd}: "):
             call(world, world.rank == odd)
     np.testing.assert_array_equal(mpicomp.allreduce(world, F32, "dense"), world.size * F32)
 
@@ -225,7 +225,7 @@ def test_a_mistake_on_one_rank_is_its_own_error_and_a_mismatch_elsewhere(world: 
             with pytest.raises(kind):
                 wrong(world)
         else:
-            with pytest.raises(ConfigMismatch, match=f"rank {odd}: refused its arguments: "):
+            with pytest.raises(ConfigMismatchError, match=f"rank {odd}: refused its arguments: "):
                 mpicomp.allreduce(world, F32, "dense")
     np.testing.assert_array_equal(mpicomp.allreduce(world, F32, "dense"), world.size * F32)
 

@@ -12,11 +12,12 @@ import pytest
 from reducers.members import LAYOUT, History, check_law, inputs, residual_of
 
 from mpicomp.arrays import Array
-from mpicomp.communicator import Comm
+from mpicomp.comm.communicator import Comm
+from mpicomp.comm.share import shared
 from mpicomp.planner import cache
+from mpicomp.planner.auto import Auto
 from mpicomp.planner.measure import measure
-from mpicomp.planner.share import shared
-from mpicomp.reducers import Auto, parse
+from mpicomp.registry import parse
 
 pytestmark = pytest.mark.mpi
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import mpicomp
-from mpicomp import collectives
 from mpicomp.arrays import Array
-from mpicomp.errors import ConfigMismatch
+from mpicomp.comm import collectives
+from mpicomp.errors import ConfigMismatchError
 
 pytestmark = pytest.mark.mpi
 
@@ -132,6 +132,6 @@ def test_a_mistake_in_the_background(world: Any) -> None:
             mpicomp.iallreduce(world, x, "topk(density=2)")
     else:
         request = mpicomp.iallreduce(world, x, "dense")
-        with pytest.raises(ConfigMismatch, match="rank 1: refused its arguments"):
+        with pytest.raises(ConfigMismatchError, match="rank 1: refused its arguments"):
             request.wait()
     assert mpicomp.iallreduce(world, x, "dense").wait().shape == (6,)

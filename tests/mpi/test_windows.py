@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mpicomp import transport
-from mpicomp.collectives import allreduce, barrier, receive, send
-from mpicomp.communicator import Comm
+from mpicomp.comm import transport
+from mpicomp.comm.collectives import allreduce, barrier, receive, send
+from mpicomp.comm.communicator import Comm
 
 pytestmark = pytest.mark.mpi
 

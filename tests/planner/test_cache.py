@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from team import Team
 
-from mpicomp.communicator import Comm
-from mpicomp.planner import Cost, Link, Machine, Point, Work, cache
+from mpicomp.comm.communicator import Comm
+from mpicomp.cost import Cost, Work
+from mpicomp.planner import Link, Machine, Point, cache
 
 MACHINE = Machine((1, 1), None, Link(1e-5, 1e-6, 1e-9), (Point(64, 1e-5),), {"add": (Point(1000, 1e-6),)}, 0.5, 1e9)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from team import Team
 
-from mpicomp.communicator import Comm
+from mpicomp.comm.communicator import Comm
 from mpicomp.planner.course import LONGEST, MARGIN, Course
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from mpicomp.planner import Cost, Link, Machine, Point, Work, predict
+from mpicomp.cost import Cost, Work
+from mpicomp.planner import Link, Machine, Point, predict
 from mpicomp.planner.machine import PASS, ROUND, seconds_at
 
 SLOW = Link(100e-6, 10e-6, 1 / 12.5e6)

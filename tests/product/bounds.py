@@ -18,7 +18,7 @@ import numpy as np
 
 from mpicomp.codecs import Bounded
 from mpicomp.reducers import Dense, Gather, TwoStage
-from mpicomp.reducers.resolve import CODECS
+from mpicomp.registry import CODECS
 
 SPARE = 2.0
 PROBED = 20_000  # elements at most

@@ -21,12 +21,12 @@ import ml_dtypes
 import numpy as np
 from product.bounds import unit_error
 
-from mpicomp.errors import ConfigMismatch
+from mpicomp.errors import ConfigMismatchError
 from mpicomp.reducers import Layout
-from mpicomp.reducers.resolve import resolve
+from mpicomp.registry import resolve
 
 Arrays = Any  # one array or a list
-REFUSALS = (ValueError, TypeError, ConfigMismatch)
+REFUSALS = (ValueError, TypeError, ConfigMismatchError)
 BAD = ("nan", "inf")
 WIDE = np.longdouble
 
@@ -51,8 +51,8 @@ class Said(NamedTuple):
 def nodes(comm: Any, how: str) -> Any:
     """Tell the library that the ranks are on one node, that each has a node, or that two share one; return comm."""
     if how != "one":
-        from mpicomp.communicator import Comm
-        from mpicomp.transport import Topology
+        from mpicomp.comm.communicator import Comm
+        from mpicomp.comm.transport import Topology
 
         wide = 1 if how == "each" else 2
         ranks = range(comm.size)

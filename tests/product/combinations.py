@@ -13,9 +13,10 @@ import numpy as np
 from product import members
 
 import mpicomp
-from mpicomp.calls.arguments import Form
-from mpicomp.calls.memory import Memory
-from mpicomp.reducers import Layout, parse
+from mpicomp.api.arguments import Form
+from mpicomp.api.memory import Memory
+from mpicomp.reducers import Layout
+from mpicomp.registry import parse
 
 NONE = "none"
 RANKS, SLOW_RANKS = (1, 2, 3, 5, 7), (8, 16)

@@ -20,7 +20,7 @@ from reducers.members import MEMBERS, MORE_CONTRACTIONS
 
 from mpicomp.codecs.base import Codec
 from mpicomp.reducers.base import Reducer
-from mpicomp.reducers.resolve import CODECS, REDUCERS, parse, resolve
+from mpicomp.registry import CODECS, REDUCERS, parse, resolve
 
 CODEC, REDUCER = "CODEC", "REDUCER"  # what a template holds
 BARE = CODEC  # the template of a codec alone, for which the library chooses the reducer

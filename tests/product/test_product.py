@@ -21,7 +21,7 @@ from product.run import environ
 
 from mpicomp.codecs import CODECS, Sign, Uniform
 from mpicomp.reducers import Reducer
-from mpicomp.reducers.resolve import REDUCERS, parse
+from mpicomp.registry import REDUCERS, parse
 from mpicomp.specs import Spec
 
 ROOT = Path(__file__).parents[2]

@@ -9,8 +9,9 @@ import numpy as np
 from team import Team
 
 from mpicomp.arrays import Array
-from mpicomp.communicator import Comm
-from mpicomp.reducers import Layout, Reducer, State, Unit, Units, Workspace, parse
+from mpicomp.comm.communicator import Comm
+from mpicomp.reducers import Layout, Reducer, State, Unit, Units, Workspace
+from mpicomp.registry import parse
 
 SIZES = [*range(1, 10), 16, 17]
 

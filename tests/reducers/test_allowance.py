@@ -10,10 +10,11 @@ import mpicomp
 from mpicomp.arrays import Array
 from mpicomp.codecs import Bounded
 from mpicomp.codecs.bounded import settings
-from mpicomp.communicator import Comm
-from mpicomp.reducers import Auto, Gather, Reducer, parse
-from mpicomp.reducers.allowance import allowances, divided
-from mpicomp.reducers.auto import fitting
+from mpicomp.comm.communicator import Comm
+from mpicomp.planner.allowance import allowances, divided
+from mpicomp.planner.auto import Auto, fitting
+from mpicomp.reducers import Gather, Reducer
+from mpicomp.registry import parse
 
 REDUCERS = [
     "bounded(abs=0.5)",

@@ -11,7 +11,7 @@ from reducers.members import LAYOUT, REPRESENTATIVES, inputs, member, residual_o
 from team import Team
 
 from mpicomp.arrays import Array, work_dtype
-from mpicomp.communicator import Comm
+from mpicomp.comm.communicator import Comm
 from mpicomp.reducers import Workspace, apply
 
 DTYPES: dict[str, Any] = {

@@ -10,23 +10,14 @@ from reducers.members import FEW, LAYOUT, check_law, inputs, member, residual_of
 from team import Team
 
 from mpicomp.arrays import Array
-from mpicomp.communicator import Comm
+from mpicomp.comm.communicator import Comm
+from mpicomp.comm.transport import Topology
 from mpicomp.planner import Link, Machine, Point, predict
+from mpicomp.planner.allowance import allowances, divided
+from mpicomp.planner.auto import EXACT, Auto
 from mpicomp.planner.cache import know
-from mpicomp.reducers import (
-    Auto,
-    ErrorFeedback,
-    Layout,
-    Reduction,
-    State,
-    describe,
-    parse,
-    resolve,
-    resolve_partitioned,
-)
-from mpicomp.reducers.allowance import allowances, divided
-from mpicomp.reducers.auto import EXACT
-from mpicomp.transport import Topology
+from mpicomp.reducers import ErrorFeedback, Layout, Reduction, State
+from mpicomp.registry import describe, parse, resolve, resolve_partitioned
 
 SPEC = "auto(allow=(topk(density=0.1), two_stage(uniform(block=32)), low_rank(rank=2)))"
 SLOW = Link(100e-6, 10e-6, 1 / 12.5e6)  # 100 Mb/s

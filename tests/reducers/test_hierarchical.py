@@ -8,12 +8,12 @@ from reducers.members import LAYOUT, SHAPES, TINY, check_bytes, check_law, input
 from team import Team
 
 from mpicomp.arrays import Array
-from mpicomp.communicator import Comm
-from mpicomp.errors import ConfigMismatch
-from mpicomp.reducers import Hierarchical, Layout, Reducer, State, Units, describe, parse
-from mpicomp.reducers.place import Place, node_shards
-from mpicomp.reducers.resolve import leaves
-from mpicomp.transport import Topology
+from mpicomp.comm.communicator import Comm
+from mpicomp.comm.transport import Topology
+from mpicomp.errors import ConfigMismatchError
+from mpicomp.reducers import Hierarchical, Layout, Reducer, State, Units
+from mpicomp.reducers.parts.place import Place, node_shards
+from mpicomp.registry import describe, leaves, parse
 
 NODES = {
     "2+2": Topology(((0, 1), (2, 3))),
@@ -48,7 +48,7 @@ every_inner = pytest.mark.parametrize("inner", INNER)
 @pytest.fixture(autouse=True)
 def small_grain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut units of 16 elements for each owner, so that small arrays show all there is to see."""
-    monkeypatch.setattr("mpicomp.reducers.place.GRAIN", 16)
+    monkeypatch.setattr("mpicomp.reducers.parts.place.GRAIN", 16)
 
 
 def fed(inner: str) -> Reducer:
@@ -327,7 +327,7 @@ def test_a_node_mate_at_another_operation_is_found_out() -> None:
         reducer.reduce(comm, np.ones(8, np.float32), reducer.init(Layout.single((8,)), "float32"))
 
     found = Team(3, topology=Topology(((0, 1, 2),))).attempt(f)
-    assert all(isinstance(error, ConfigMismatch) for error in found)
+    assert all(isinstance(error, ConfigMismatchError) for error in found)
     assert "rank 1 sent operation 2" in str(found[0])
 
 
@@ -343,7 +343,7 @@ def test_a_mismatch_between_nodes_is_raised_on_the_whole_node() -> None:
         reducer.reduce(comm, np.ones(8, np.float32), reducer.init(Layout.single((8,)), "float32"))
 
     found = team_of("3+1").attempt(f)
-    assert all(isinstance(error, ConfigMismatch) for error in found)
+    assert all(isinstance(error, ConfigMismatchError) for error in found)
     assert "rank 1 sent operation 2" in str(found[0])
     assert "ranks [0] on this node found" in str(found[1])
 

@@ -8,10 +8,11 @@ from reducers.members import LAYOUT, check_bytes, check_law, inputs, layout_of, 
 from team import Team
 
 from mpicomp.arrays import Array
-from mpicomp.communicator import Comm
+from mpicomp.comm.communicator import Comm
 from mpicomp.kernels import kernels_for
-from mpicomp.reducers import Integer, Layout, parse
-from mpicomp.reducers.layout import Unit
+from mpicomp.reducers import Integer, Layout
+from mpicomp.reducers.parts.layout import Unit
+from mpicomp.registry import parse
 
 
 @pytest.mark.parametrize("width", [2, 7, 8, 9, 12, 16, 17, 24, 25, 32])
@@ -102,7 +103,7 @@ def test_groups_travel_on_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     layout, x = layout_of({"long": (1000,), "short": (5,), "matrix": (30, 20)}), inputs(3, 3, 1605, "float32")
     reducer = member("error_feedback(integer(bits=4, block=32))")
     whole = run(Team(3), reducer, layout, x)
-    monkeypatch.setattr("mpicomp.reducers.pipeline.GROUP", 64)
+    monkeypatch.setattr("mpicomp.reducers.parts.pipeline.GROUP", 64)
     team = Team(3)
     cut = run(team, reducer, layout, x)
     assert cut.totals.tobytes() == whole.totals.tobytes()

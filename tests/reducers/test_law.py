@@ -29,9 +29,9 @@ from reducers.members import (
 from team import Team
 
 from mpicomp.arrays import Array
-from mpicomp.communicator import Comm
+from mpicomp.comm.communicator import Comm
+from mpicomp.comm.transport import Topology
 from mpicomp.reducers import Layout, Unit
-from mpicomp.transport import Topology
 
 STEPS = 60
 FEW_RANKS = ("(cast(dtype=fp16)", "(bits=1,", "(bits=2,", "(bits=8,")

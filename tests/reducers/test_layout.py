@@ -12,7 +12,7 @@ from reducers.members import LAYOUT, SIZES, layout_of
 
 from mpicomp.arrays import empty
 from mpicomp.reducers import Layout, Unit
-from mpicomp.reducers.layout import Piece, even_cuts, shards
+from mpicomp.reducers.parts.layout import Piece, even_cuts, shards
 
 shapes = st.lists(st.lists(st.integers(0, 12), max_size=3).map(tuple), max_size=6)
 layouts = shapes.map(lambda found: layout_of({f"unit {place}": shape for place, shape in enumerate(found)}))

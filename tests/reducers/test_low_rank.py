@@ -8,7 +8,7 @@ from reducers.members import LAYOUT, check_law, inputs, layout_of, run
 from team import Team
 
 from mpicomp.arrays import Array
-from mpicomp.communicator import Comm
+from mpicomp.comm.communicator import Comm
 from mpicomp.reducers import ErrorFeedback, Layout, LowRank
 
 

@@ -7,8 +7,8 @@ import pytest
 from reducers.members import LAYOUT, check_bytes, check_law, inputs, layout_of, member, run
 from team import Team
 
-from mpicomp.reducers import pipeline
-from mpicomp.reducers.pipeline import groups
+from mpicomp.reducers.parts import pipeline
+from mpicomp.reducers.parts.pipeline import groups
 
 SPECS = [
     "error_feedback(gather(uniform(bits=4, block=16)))",

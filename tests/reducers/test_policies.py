@@ -10,10 +10,11 @@ from reducers.members import LAYOUT, MEMBERS, check_bytes, inputs, member, run
 from team import Team
 
 from mpicomp.arrays import Array
-from mpicomp.communicator import Comm
-from mpicomp.reducers import After, Dense, ErrorFeedback, Gather, Partition, SharedSupport, TwoStage, parse
-from mpicomp.reducers.layout import Layout, Unit
-from mpicomp.transport import Request, Topology
+from mpicomp.comm.communicator import Comm
+from mpicomp.comm.transport import Request, Topology
+from mpicomp.reducers import After, Dense, ErrorFeedback, Gather, Partition, SharedSupport, TwoStage
+from mpicomp.reducers.parts.layout import Layout, Unit
+from mpicomp.registry import parse
 
 INNER = [
     "error_feedback(gather(topk(density=0.1)))",

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from reducers.members import CONTRACTIONS, LAYOUT, MEMBERS, UNBIASED, layout_of, member
 
-from mpicomp.agreement import float_mode
+from mpicomp.comm.agreement import float_mode
 from mpicomp.kernels import cpu
-from mpicomp.reducers import REDUCERS, Layout, describe, parse, resolve, resolve_partitioned
-from mpicomp.reducers.resolve import _arithmetic
+from mpicomp.reducers import Layout
+from mpicomp.registry import REDUCERS, _arithmetic, describe, parse, resolve, resolve_partitioned
 
 BIG = Layout.single((300, 100))
 SMALL = Layout.single((40, 10))

@@ -8,17 +8,17 @@ from reducers.members import inputs
 from team import Team
 
 from mpicomp.arrays import Array
-from mpicomp.communicator import Comm
+from mpicomp.comm.communicator import Comm
+from mpicomp.comm.transport import Topology
 from mpicomp.reducers.dense import Dense
-from mpicomp.reducers.layout import Layout, even_cuts
-from mpicomp.reducers.ring import ring_cost, ring_slots, ring_sum
-from mpicomp.transport import Topology
+from mpicomp.reducers.parts.layout import Layout, even_cuts
+from mpicomp.reducers.parts.ring import ring_cost, ring_slots, ring_sum
 
 
 @pytest.fixture(autouse=True, params=[64, 1 << 18])
 def segment(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments of 16 to 64 floats, more than receives are posted ahead, and as they are."""
-    monkeypatch.setattr("mpicomp.reducers.ring.SEGMENT", request.param)
+    monkeypatch.setattr("mpicomp.reducers.parts.ring.SEGMENT", request.param)
 
 
 def rings(x: Array, divisor: int = 1, in_place: bool = False) -> list[tuple[Array, bool, int]]:

@@ -11,11 +11,11 @@ from team import Team
 
 from mpicomp.arrays import Array
 from mpicomp.codecs import indices
-from mpicomp.communicator import Comm
+from mpicomp.comm.communicator import Comm
+from mpicomp.comm.transport import Topology
 from mpicomp.reducers import Layout, Unit
-from mpicomp.reducers.entries import Coding
-from mpicomp.reducers.regions import Division, divide, owned_regions
-from mpicomp.transport import Topology
+from mpicomp.reducers.parts.entries import Coding
+from mpicomp.reducers.parts.regions import Division, divide, owned_regions
 
 CUT = "split(topk(density=0.01, values=bf16), cut=True)"
 LONG = layout_of({"long": (4000,), "short": (30,), "empty": (0,), "matrix": (50, 37), "one": (1,)})

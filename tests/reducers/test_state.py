@@ -25,8 +25,8 @@ from reducers.members import (
 from team import Team
 
 from mpicomp.arrays import Array
-from mpicomp.communicator import Comm
-from mpicomp.errors import ConfigMismatch
+from mpicomp.comm.communicator import Comm
+from mpicomp.errors import ConfigMismatchError
 from mpicomp.reducers import Layout, Reducer, Reduction, State, Unit, Units, rescale
 
 POISONABLE = COMPRESSING
@@ -367,5 +367,5 @@ def test_a_message_of_another_configuration_is_refused_by_all(spec: str, differe
         return reducer.reduce(comm, np.ones(layout.extent, np.float32), state)
 
     for error in Team(3).attempt(f):
-        assert isinstance(error, ConfigMismatch)
+        assert isinstance(error, ConfigMismatchError)
         assert "rank" in str(error)

@@ -10,15 +10,15 @@ import pytest
 from reducers.members import FEW, LAYOUT, TINY, check_law, inputs, layout_of, member, run
 from team import Team
 
+from mpicomp.api import allgather
 from mpicomp.arrays import Array
-from mpicomp.calls import allgather
 from mpicomp.codecs import CODECS, Key
+from mpicomp.comm.transport import Topology
 from mpicomp.reducers import Layout, Reducer
 from mpicomp.reducers.gather import Gather
 from mpicomp.reducers.policies import ErrorFeedback
 from mpicomp.reducers.two_stage import TwoStage
 from mpicomp.specs import Spec
-from mpicomp.transport import Topology
 from mpicomp.wire import Field, Payload
 
 

@@ -13,7 +13,7 @@ import torch
 from team import Team
 
 import mpicomp.torch
-from mpicomp.errors import ConfigMismatch
+from mpicomp.errors import ConfigMismatchError
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128]
 
@@ -119,9 +119,9 @@ def test_what_cannot_be_reduced_is_refused_by_all(name: str) -> None:
 
     def f(comm: Any) -> None:
         x = make() if comm.rank == 0 else torch.ones(4)
-        with pytest.raises(kind if comm.rank == 0 else ConfigMismatch, match=words):
+        with pytest.raises(kind if comm.rank == 0 else ConfigMismatchError, match=words):
             mpicomp.torch.allreduce(comm, x, "dense")
-        with pytest.raises(kind if comm.rank == 0 else ConfigMismatch, match=words):
+        with pytest.raises(kind if comm.rank == 0 else ConfigMismatchError, match=words):
             mpicomp.torch.allreduce(comm, torch.ones(4), "dense", out=make() if comm.rank == 0 else None)
         assert torch.equal(mpicomp.torch.allreduce(comm, torch.ones(4), "dense"), torch.full((4,), 2.0))
 

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from mpicomp.errors import ConfigMismatch
+from mpicomp.errors import ConfigMismatchError
 from mpicomp.torch.worker import Worker
 
 
@@ -97,8 +97,8 @@ def test_error_keeps_its_type_and_traceback(worker: Worker) -> None:
 def test_error_through_a_future_says_where(worker: Worker) -> None:
     with pytest.raises(RuntimeError, match=r"(?s)communication thread of rank 3.*in fail.*no luck"):
         worker.submit(fail).get_future().wait()
-    with pytest.raises(RuntimeError, match="ConfigMismatch: they differ"):
-        worker.submit(lambda: fail(ConfigMismatch("they differ"))).get_future().wait()
+    with pytest.raises(RuntimeError, match="ConfigMismatchError: they differ"):
+        worker.submit(lambda: fail(ConfigMismatchError("they differ"))).get_future().wait()
 
 
 def test_nothing_is_sent_between_an_error_and_its_report(worker: Worker) -> None:

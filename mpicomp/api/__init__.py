@@ -1,0 +1,45 @@
+"""The plain calls: arrays, one collective, agreed on by all ranks every time; and plans.
+
+Names and order of arguments are those of MPI where it has them; what begins with i returns a request.
+"""
+
+from mpicomp.api.copies import (
+    allgather,
+    alltoall,
+    bcast,
+    gather,
+    iallgather,
+    ialltoall,
+    ibcast,
+    igather,
+    iscatter,
+    scatter,
+)
+from mpicomp.api.memory import Memory, state
+from mpicomp.api.operation import reset
+from mpicomp.api.plans import Plan, plan
+from mpicomp.api.reductions import allreduce, iallreduce, ireduce_scatter, reduce_scatter
+from mpicomp.comm.background import Request
+
+__all__ = [
+    "Memory",
+    "Plan",
+    "Request",
+    "allgather",
+    "allreduce",
+    "alltoall",
+    "bcast",
+    "gather",
+    "iallgather",
+    "iallreduce",
+    "ialltoall",
+    "ibcast",
+    "igather",
+    "ireduce_scatter",
+    "iscatter",
+    "plan",
+    "reduce_scatter",
+    "reset",
+    "scatter",
+    "state",
+]

@@ -1,0 +1,210 @@
+"""How arrays travel from one rank to another: as they are, or encoded; several in one message.
+
+Both carriers take lists of flat arrays, half types as bits, one list for each message: what goes to rank r, and where
+to put what comes from it; None where nothing does. All lists are of one form, the carrier's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from mpicomp.api.arguments import HALF, Form
+from mpicomp.arrays import Array, empty, work_dtype
+from mpicomp.codecs.base import Codec
+from mpicomp.comm.collectives import as_bytes, broadcast, exchange
+from mpicomp.comm.communicator import Comm
+from mpicomp.kernels import kernels_for
+from mpicomp.reducers.base import State
+from mpicomp.reducers.parts.layout import Layout
+from mpicomp.reducers.parts.messages import Message, exchange_messages, says_poison
+
+Flats = list[Array]
+
+
+class Carrier(Protocol):
+    """Moves arrays of one form between ranks. Collective."""
+
+    def exchange(
+        self, comm: Comm, outgoing: Sequence[Flats | None], incoming: Sequence[Flats | None], operation: str
+    ) -> None:
+        """Send outgoing[r] to every rank r, and put into incoming[r] what came from it."""
+        ...
+
+    def broadcast(self, comm: Comm, flats: Flats, results: Flats, root: int) -> None:
+        """Put the root's arrays into the results of all ranks."""
+        ...
+
+    def add(self, comm: Comm, outgoing: Sequence[Flats], total: Array, operation: str, shrink: float = 1.0) -> None:
+        """Send outgoing[r] to every rank r, and set `total`, (extent,) of the work dtype, to the sum of what came.
+
+        Summed in rank order; NaN where some rank's part cannot be encoded because it is not finite. What came is
+        multiplied by `shrink`, a power of two, before it is added; integers, float32 and float64 by `Raw` are not.
+        """
+        ...
+
+
+class Raw:
+    """Arrays as they are, of any dtype; a single one is sent from its memory and received into its memory."""
+
+    def __init__(self, form: Form) -> None:
+        self._form = form
+
+    def exchange(
+        self, comm: Comm, outgoing: Sequence[Flats | None], incoming: Sequence[Flats | None], operation: str
+    ) -> None:
+        """See Carrier."""
+        messages = [_joined(flats) for flats in outgoing]
+        rooms = [_room(flats) for flats in incoming]
+        exchange(comm, messages, rooms, operation)
+        for room, flats in zip(rooms, incoming, strict=True):
+            _cut(room, flats)
+
+    def broadcast(self, comm: Comm, flats: Flats, results: Flats, root: int) -> None:
+        """See Carrier."""
+        message = _joined(flats) if comm.rank == root else _room(results)
+        if comm.rank == root:
+            message.flags.writeable = False  # a result may be the array that is sent
+        broadcast(comm, message, root)
+        if comm.rank == root:
+            for flat, result in zip(flats, results, strict=True):
+                result[...] = flat
+        else:
+            _cut(message, results)
+
+    @np.errstate(over="ignore", invalid="ignore")  # IEEE, and integers wrap around
+    def add(self, comm: Comm, outgoing: Sequence[Flats], total: Array, operation: str, shrink: float = 1.0) -> None:
+        """See Carrier."""
+        parts = [[np.empty_like(flat) for flat in outgoing[0]] for _ in range(comm.size)]
+        self.exchange(comm, outgoing, parts, operation)
+        total[...] = 0
+        for flats in parts:
+            for unit, flat in zip(self._form.layout.units, flats, strict=True):
+                if self._form.dtype in HALF:
+                    kernels_for(flat).widen_add(flat, total[unit.where], shrink, self._form.dtype)
+                else:
+                    total[unit.where] += flat
+
+
+def _joined(flats: Flats | None) -> Array:
+    """A message of arrays, (nbytes,) uint8; a view for one array."""
+    if flats is None:
+        return np.empty(0, np.uint8)
+    return as_bytes(flats[0]) if len(flats) == 1 else np.concatenate([as_bytes(flat) for flat in flats])
+
+
+def _room(flats: Flats | None) -> Array:
+    """Where a message for arrays is received; the memory of a single one."""
+    if flats is None:
+        return np.empty(0, np.uint8)
+    return as_bytes(flats[0]) if len(flats) == 1 else np.empty(sum(flat.nbytes for flat in flats), np.uint8)
+
+
+def _cut(message: Array, flats: Flats | None) -> None:
+    """Put a message into its arrays, unless it was received there."""
+    if flats is None or len(flats) == 1:
+        return
+    start = 0
+    for flat in flats:
+        as_bytes(flat)[...] = message[start : start + flat.nbytes]
+        start += flat.nbytes
+
+
+class Coded:
+    """Arrays of one dtype as a codec says; one that is not finite arrives as NaN, with all that shared its message."""
+
+    def __init__(self, codec: Codec, form: Form, sequence: int) -> None:
+        self._codec, self._dtype, self._layout = codec, form.dtype, form.layout
+        self._sequence = sequence
+        self._state = State(form.layout, work_dtype(form.dtype), seed=0, step=sequence, digest=0)
+        self._half = form.dtype in HALF
+
+    def exchange(
+        self, comm: Comm, outgoing: Sequence[Flats | None], incoming: Sequence[Flats | None], operation: str
+    ) -> None:
+        """See Carrier."""
+        rooms = self._exchanged(comm, outgoing, [flats is not None for flats in incoming], operation)
+        for source, (room, flats) in enumerate(zip(rooms, incoming, strict=True)):
+            if flats is not None:
+                self._read(room, flats, source)
+
+    def broadcast(self, comm: Comm, flats: Flats, results: Flats, root: int) -> None:
+        """See Carrier. The root decodes what it sends, as the others do, and first: what is sent may be gone then."""
+        message = self._message()
+        if comm.rank == root:
+            self._write(message, flats, root)
+            self._read(message, results, root)
+        if not self._codec.fixed:
+            length = np.array([message.length], "<u8")
+            broadcast(comm, as_bytes(length), root)
+            message.length = message.length if comm.rank == root else int(length[0])
+        broadcast(comm, message.travelling, root)
+        if comm.rank != root:
+            self._read(message, results, root)
+
+    def add(self, comm: Comm, outgoing: Sequence[Flats], total: Array, operation: str, shrink: float = 1.0) -> None:
+        """See Carrier."""
+        rooms = self._exchanged(comm, outgoing, [True] * comm.size, operation)
+        total[...] = 0
+        poisoned = [says_poison(room.buffer, source, self._sequence, self._state) for source, room in self._sent(rooms)]
+        if any(poisoned):
+            total[...] = np.nan
+            return
+        for source, room in self._sent(rooms):
+            room.decode_add(total, self._state, 0, source, shrink)
+
+    def _sent(self, rooms: Sequence[Message]) -> list[tuple[int, Message]]:
+        """Messages by source; none of arrays without elements."""
+        return [(source, room) for source, room in enumerate(rooms) if room.pieces]
+
+    def _exchanged(
+        self, comm: Comm, outgoing: Sequence[Flats | None], expected: Sequence[bool], operation: str
+    ) -> list[Message]:
+        """Encode and send outgoing[r] to every rank r, what goes to several once; return what came, by source."""
+        nothing = Message(self._codec, [], self._state.dtype)
+        written: dict[int, Message] = {}
+        for flats in outgoing:
+            if flats is not None and id(flats) not in written:
+                message = written[id(flats)] = self._message()
+                self._write(message, flats, comm.rank)
+        messages = [nothing if flats is None else written[id(flats)] for flats in outgoing]
+        rooms = [self._message() if some else nothing for some in expected]
+        exchange_messages(comm, messages, rooms, operation)
+        return rooms
+
+    def _message(self) -> Message:
+        return Message(self._codec, self._layout.whole(), self._state.dtype)
+
+    def _write(self, message: Message, flats: Flats, me: int) -> None:
+        if not self._half and len(flats) == 1:
+            wide = flats[0]
+        else:
+            wide = empty(self._layout.size, self._state.dtype)
+            for unit, flat in zip(self._layout.units, flats, strict=True):
+                if self._half:
+                    kernels_for(flat).widen(flat, wide[unit.where], self._dtype)
+                else:
+                    wide[unit.where] = flat
+        finite = message.encode(wide, self._state, 0, me, None, None)
+        message.seal(self._sequence, self._state, not finite)
+
+    def _read(self, message: Message, flats: Flats, source: int) -> None:
+        direct = not self._half and len(flats) == 1
+        wide = flats[0] if direct else empty(self._layout.size, self._state.dtype)
+        if message.pieces and says_poison(message.buffer, source, self._sequence, self._state):
+            wide[...] = np.nan
+        else:
+            message.decode(wide, self._state, 0, source)
+        if not direct:
+            spread(wide, flats, self._layout, self._dtype)
+
+
+def spread(wide: Array, flats: Flats, layout: Layout, dtype: str) -> None:
+    """Cut an array, (extent,) of the work dtype, into arrays of `dtype`, half types as bits."""
+    for unit, flat in zip(layout.units, flats, strict=True):
+        if dtype in HALF:
+            kernels_for(flat).narrow(wide[unit.where], flat, dtype, saturate=False)  # nothing takes the rest
+        else:
+            flat[...] = wide[unit.where]

@@ -1,0 +1,1 @@
+"""Everything that calls MPI: communicators, their collectives, waiting, agreement, exits."""

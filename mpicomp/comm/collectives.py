@@ -1,0 +1,121 @@
+"""What the library does with a communicator: every byte that leaves a rank is sent and counted here.
+
+All calls are non-blocking, and `watch.wait` completes them. Messages over 1 GiB are cut: Open MPI 5 refuses counts from
+2^31 on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from mpicomp.arrays import Array, Copied, on_device, on_host
+from mpicomp.comm.communicator import Comm
+from mpicomp.comm.transport import Request
+from mpicomp.comm.watch import wait
+from mpicomp.device import gpu_aware
+
+CHUNK = 1 << 30  # bytes in one MPI message
+
+
+def _chunks(data: Array) -> list[Array]:
+    """Cut (n,) uint8 into messages that any MPI takes; nothing for nothing."""
+    if 0 < data.size <= CHUNK:
+        return [data]
+    return [data[start : start + CHUNK] for start in range(0, data.size, CHUNK)]
+
+
+def as_bytes(x: Array) -> Array:
+    """View a contiguous array as (nbytes,) uint8."""
+    return x.reshape(-1).view(np.uint8)
+
+
+def exchange(comm: Comm, outgoing: Sequence[Array], incoming: Sequence[Array], operation: str = "exchange") -> None:
+    """Send outgoing[r] to every rank r and receive incoming[r] from it; (n,) uint8 each, sizes known on both sides.
+
+    A rank's message to itself is copied.
+    """
+    comm.met += 1
+    wait(comm, begin_exchange(comm, outgoing, incoming), operation)
+
+
+def begin_exchange(comm: Comm, outgoing: Sequence[Array], incoming: Sequence[Array]) -> list[Request]:
+    """Begin what `exchange` does; all must stay untouched until the requests are complete.
+
+    Receives are posted first and destinations staggered, so that no rank is the first target of all others.
+    """
+    me, ranks = comm.rank, comm.size
+    requests = []
+    for distance in range(1, ranks):
+        peer = (me - distance) % ranks
+        requests += begin_receive(comm, incoming[peer], peer)
+    for distance in range(1, ranks):
+        peer = (me + distance) % ranks
+        requests += begin_send(comm, outgoing[peer], peer)
+    incoming[me][...] = outgoing[me]
+    return requests
+
+
+def allgather(comm: Comm, message: Array, incoming: Sequence[Array], operation: str = "allgather") -> None:
+    """Send one message, (n,) uint8, to all ranks, and receive incoming[r] from each."""
+    exchange(comm, [message] * comm.size, incoming, operation)
+
+
+def allreduce(comm: Comm, x: Array, total: Array, op: str = "sum") -> None:
+    """MPI's own allreduce of a contiguous array into `total`; `op` is one of `transport.OPS`.
+
+    From a GPU it goes through copies on the host, unless MPI takes GPU memory. Its bytes are modelled, not counted:
+    2 * nbytes * (P-1) / P, the least any algorithm sends.
+    """
+    if on_device(x):
+        if not gpu_aware():
+            with on_host(x, total) as (given, result):
+                allreduce(comm, given, result, op)
+            return
+        Copied().wait()  # what writes x has come to its end
+    comm.met += 1
+    flat, sums = x.reshape(-1), total.reshape(-1)
+    step = CHUNK // x.itemsize
+    for start in range(0, flat.size, step):
+        part = slice(start, start + step)
+        wait(comm, [comm.transport.allreduce(flat[part], sums[part], op)], f"allreduce({op})")
+    comm.traffic.modelled += math.ceil(2 * x.nbytes * (comm.size - 1) / comm.size)
+
+
+def broadcast(comm: Comm, data: Array, root: int) -> None:
+    """MPI's own broadcast of (n,) uint8 in place; the root's bytes are modelled as n * (P-1) / P sent by each rank."""
+    comm.met += 1
+    for part in _chunks(data):
+        wait(comm, [comm.transport.broadcast(part, root)], "broadcast")
+    comm.traffic.modelled += math.ceil(data.size * (comm.size - 1) / comm.size)
+
+
+def begin_send(comm: Comm, data: Array, peer: int, tag: int = 0) -> list[Request]:
+    """Begin to send (n,) uint8, which must stay untouched, to one rank. MPI keeps messages of one tag in order."""
+    parts = _chunks(data)
+    comm.traffic.counted += data.size
+    comm.traffic.messages += len(parts)
+    return [comm.transport.send(part, peer, tag) for part in parts]
+
+
+def begin_receive(comm: Comm, data: Array, peer: int, tag: int = 0) -> list[Request]:
+    """Begin to receive (n,) uint8 from one rank."""
+    return [comm.transport.receive(part, peer, tag) for part in _chunks(data)]
+
+
+def send(comm: Comm, data: Array, peer: int, tag: int = 0) -> None:
+    """Send (n,) uint8 to one rank."""
+    wait(comm, begin_send(comm, data, peer, tag), f"send to {peer}", peer=peer)
+
+
+def receive(comm: Comm, data: Array, peer: int, tag: int = 0) -> None:
+    """Receive (n,) uint8 from one rank."""
+    wait(comm, begin_receive(comm, data, peer, tag), f"receive from {peer}", peer=peer)
+
+
+def barrier(comm: Comm) -> None:
+    """Return when all ranks have called this."""
+    word = np.zeros(1, np.int32)
+    allreduce(comm, word, np.empty_like(word), "max")

@@ -1,0 +1,80 @@
+"""The steps of `low_rank` on a GPU: all units of a shape in one launch, and the host waits for none."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from mpicomp.arrays import Array, to_device
+from mpicomp.kernels import gpu
+from mpicomp.reducers.base import State
+from mpicomp.reducers.parts.factors import Factors, Matrix
+from mpicomp.reducers.parts.layout import Layout
+
+
+class Batch(NamedTuple):
+    """The matrices of one shape."""
+
+    shape: tuple[int, int, int]  # rows, columns, rank
+    places: Array  # (3, count) int64, on the device: where each M, P and Q begins
+    which: slice  # of all matrices
+
+
+class Batches(Factors):
+    """What InTurn does, shape by shape; what is summed as it is, in one go."""
+
+    def __init__(self, layout: Layout, rank: int) -> None:
+        super().__init__(layout, rank)
+        shapes: dict[tuple[int, int], list[Matrix]] = {}
+        for each in self.matrices.values():
+            shapes.setdefault(each.shape, []).append(each)
+        self.order = [each for alike in shapes.values() for each in alike]
+        self.batches: list[Batch] = []
+        for (rows, columns), alike in shapes.items():
+            begin = self.batches[-1].which.stop if self.batches else 0
+            places = _table([(each.unit.offset, each.p.start, each.q.start) for each in alike])
+            self.batches.append(Batch((rows, columns, rank), places, slice(begin, begin + len(alike))))
+        parts = [(whole.where.start, whole.p.start, whole.p.stop - whole.p.start) for whole in self.wholes]
+        self.where, self.packed, self.lengths = _table(parts)
+        self.longest = max((length for *_, length in parts), default=0)
+
+    def project(self, x: Array, old: Array | None, m: Array, warm: Array, p: Array) -> None:
+        """See InTurn."""
+        self._copy(x, old, p, (self.where, self.packed))
+        for shape, places, _ in self.batches:
+            gpu.project_all(x, old, m, warm, p, shape, places)
+
+    def back_project(self, m: Array, p: Array, q: Array, state: State) -> None:
+        """See InTurn."""
+        bases = to_device(np.array([each.base(state) for each in self.order], np.uint64))
+        for shape, places, which in self.batches:
+            gpu.orthogonalise_all(p, shape, places, bases[which])
+            gpu.back_project_all(m, p, q, shape, places)
+            if state.spare is not None:
+                gpu.outer_all(p, q, state.spare, shape, places, -1.0, adding=True)
+        if state.spare is not None:
+            self._copy(None, None, state.spare, (self.where, self.where))
+
+    def normalised(self, q: Array, warm: Array) -> Array:
+        """See InTurn."""
+        found = np.empty_like(warm)
+        for (_, columns, rank), places, _ in self.batches:
+            gpu.normalise_all(q, warm, found, columns * rank, places[2])
+        return found
+
+    def expand(self, p: Array, q: Array, out: Array, factor: float) -> None:
+        """See InTurn."""
+        self._copy(p, None, out, (self.packed, self.where), factor)
+        for shape, places, _ in self.batches:
+            gpu.outer_all(p, q, out, shape, places)
+
+    def _copy(
+        self, x: Array | None, old: Array | None, out: Array, places: tuple[Array, Array], factor: float = 1.0
+    ) -> None:
+        gpu.copy_all(x, old, out, places, self.lengths, self.longest, factor)
+
+
+def _table(rows: list[tuple[int, int, int]]) -> Array:
+    """The columns of a table, (3, count) int64 on the device."""
+    return to_device(np.array(rows, np.int64).reshape(-1, 3).T.copy())

@@ -1,0 +1,153 @@
+"""Entries: the index-value pairs of sparse vectors, and how those of a region become bytes.
+
+What codecs such as `topk` select is sent in parts here, added up, and selected from again; so their entries are handled
+apart from the payloads that the codecs themselves would write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple, Protocol, cast
+
+import numpy as np
+
+from mpicomp.arrays import Array
+from mpicomp.codecs import indices
+from mpicomp.codecs.base import Codec, Key
+from mpicomp.codecs.sparse import Values, indices_field, padded, write_indices
+from mpicomp.kernels import kernels_for
+from mpicomp.reducers.parts.messages import encode
+from mpicomp.wire import Field, Payload
+
+
+class Selecting(Codec, Protocol):
+    """A codec that sends some elements and where they are."""
+
+    @property
+    def values(self) -> Codec | None:
+        """What encodes the elements that are sent."""
+        ...
+
+    def kept(self, size: int) -> int:
+        """Return how many of `size` elements are sent at most."""
+        ...
+
+    def pick(self, x: Array, old: Array | None, new: Array | None) -> tuple[Array, Array]:
+        """Return the elements of x + old that are sent, (k,), and where they are, uint32; `new` gets the others."""
+        ...
+
+
+def check_selecting(reducer: str, codec: Codec) -> Selecting:
+    """Raise ValueError for a codec that sends no indices."""
+    if not hasattr(codec, "pick"):
+        raise ValueError(
+            f"{reducer} takes a codec that sends index-value pairs (topk, blocktopk, sampled_topk, threshold), got "
+            f"{codec}; use two_stage({codec})"
+        )
+    return cast(Selecting, codec)
+
+
+class Entries(NamedTuple):
+    """A sparse vector."""
+
+    values: Array
+    """(k,) in the work dtype."""
+    places: Array
+    """(k,) uint32, ascending."""
+
+    def part(self, start: int, stop: int, origin: int) -> Entries:
+        """Return entries number start .. stop, with places counted from `origin`."""
+        return Entries(self.values[start:stop], self.places[start:stop] - np.uint32(origin))
+
+
+@dataclass(frozen=True)
+class Coding:
+    """The bytes of entries: values as they are or by a codec, then indices in the smallest coding."""
+
+    codec: Codec | None
+    dtype: str
+
+    def fields(self, size: int, count: int) -> tuple[Field, ...]:
+        """The fields of so many entries of a region of `size` elements."""
+        return *Values(self.codec).fields(count, self.dtype), indices_field(size, count)
+
+    def write(
+        self,
+        entries: Entries,
+        payload: Payload,
+        size: int,
+        key: Key,
+        rest: Array | None = None,
+        shrink: float = 1.0,
+    ) -> None:
+        """Encode entries of a region of `size` elements; `rest`, (k,), is set to what the code leaves out.
+
+        Values are multiplied by `shrink` before, as `messages.encode` says; without a codec they travel as they are.
+        """
+        *coded, data = payload
+        write_indices(entries.places, size, data)
+        if self.codec is None:
+            coded[0][:] = entries.values
+            if rest is not None:
+                rest[:] = 0
+        else:
+            encode(self.codec, entries.values, None, tuple(coded), rest, key, shrink)
+
+    def read(self, payload: Payload, size: int, count: int, key: Key, shrink: float = 1.0) -> Entries:
+        """Decode so many entries; their values may be a view of the payload."""
+        *coded, data = payload
+        places = np.empty(count, np.uint32)
+        indices.decode(data, size, indices.smallest(size, count), places)
+        return Entries(self._values(tuple(coded), count, key, shrink), places)
+
+    def add(self, payload: Payload, count: int, out: Array, key: Key, shrink: float = 1.0) -> None:
+        """Add so many entries to `out`, a region."""
+        *coded, data = payload
+        values = self._values(tuple(coded), count, key, shrink)
+        indices.scatter_add(data, indices.smallest(out.size, count), values, out)
+
+    def _values(self, coded: Payload, count: int, key: Key, shrink: float) -> Array:
+        values = Values(self.codec).decode(coded, count, np.empty(0, self.dtype), key)
+        return values if self.codec is None or shrink == 1.0 else values * values.dtype.type(1 / shrink)
+
+    def most(self, size: int, count: int, parts: int = 1) -> int:
+        """Return how many bytes so many entries of `size` elements take at most, padding included.
+
+        In whichever way the elements are cut into at most so many parts, and the entries fall into them. Holds where a
+        codec of values needs as much for every block that is added.
+        """
+        if count == 0:
+            return 0
+        # Elias-Fano codes of one width, which the smallest coding of a part undercuts: sum over parts of
+        # ceil(k w / 8) + ceil((k + ((n - 1) >> w)) / 8), and up to 7 of padding
+        width = indices.width(size, count)
+        bits = count * (width + 1) + (size >> width)
+        return self.most_values(count, parts) + -(-bits // 8) + 9 * parts
+
+    def most_values(self, count: int, parts: int = 1) -> int:
+        """Return how many of these bytes are the values'."""
+        slope, constant = _slope(cast(Hashable, self.codec), self.dtype)
+        return int(slope * count + constant * parts) + 1
+
+
+@lru_cache(maxsize=256)
+def _slope(codec: Hashable, dtype: str) -> tuple[float, float]:
+    """Return a and b such that k values take at most a k + b bytes with padding, as tight as a codec's blocks allow."""
+    how = Values(cast(Codec | None, codec))
+    block = 1 if how.codec is None else how.codec.block
+    many = 64 * max(block, 64)
+    slope = sum(field.nbytes for field in how.fields(many, dtype)) / many
+    sizes = [sum(padded(field.nbytes) for field in how.fields(k, dtype)) - slope * k for k in range(1, 2 * block + 8)]
+    return slope, max(sizes)
+
+
+def pick(codec: Selecting, x: Array, old: Array | None, new: Array | None) -> tuple[Entries, bool]:
+    """Select from x + old; return the entries and whether all of x + old is finite.
+
+    Nobody need look at all of x for that: magnitudes are compared as integers, so that infinity and NaN are larger than
+    all others, and some are among the entries if there are any.
+    """
+    entries = Entries(*codec.pick(x, old, new))
+    return entries, not kernels_for(x).nonfinite(entries.values)
