@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Work(NamedTuple):
@@ -13,8 +13,8 @@ class Work(NamedTuple):
     """"encode", "encode_residual" or "decode_add" of a codec; "add" of an array to another; "copy"; "matmul", the
     product of a matrix with a thin one, in elements of the matrix."""
     elements: int
-    codec: str = ""
-    """The codec's spec, where one is at work."""
+    codec: Any = None
+    """The codec, where one is at work."""
 
 
 @dataclass(frozen=True)

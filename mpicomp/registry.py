@@ -10,9 +10,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from mpicomp import __version__
+from mpicomp import __version__, codecs
 from mpicomp.arrays import Array, work_dtype
-from mpicomp.codecs import CODECS
 from mpicomp.codecs.base import Codec
 from mpicomp.comm.agreement import digest_of, float_mode
 from mpicomp.kernels import kernels_for
@@ -31,6 +30,30 @@ from mpicomp.reducers.split import Split
 from mpicomp.reducers.tree import Tree
 from mpicomp.reducers.two_stage import TwoStage
 from mpicomp.specs import parse as parse_spec
+
+CODECS: dict[str, type[Codec]] = {
+    cls.spec_name: cls
+    for cls in (
+        codecs.Rotated,
+        codecs.Bounded,
+        codecs.Cast,
+        codecs.TopK,
+        codecs.BlockTopK,
+        codecs.SampledTopK,
+        codecs.Threshold,
+        codecs.RandomK,
+        codecs.Uniform,
+        codecs.QSGD,
+        codecs.DoReFa,
+        codecs.Sign,
+        codecs.Ternary,
+        codecs.Natural,
+        codecs.MXFP4,
+        codecs.MXFP8,
+        codecs.FP8,
+    )
+}
+"""Every codec by the name that a spec gives it."""
 
 REDUCERS: dict[str, type[Any]] = {
     "dense": Dense,

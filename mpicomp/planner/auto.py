@@ -56,8 +56,8 @@ def fitting(codec: Codec) -> tuple[Reducer, ...]:
     if codec.linear:
         return (SharedSupport(codec),)
     found: list[Reducer] = [Gather(codec), TwoStage(codec), Hierarchical(TwoStage(codec))]
-    if hasattr(codec, "pick"):
-        found += [Split(codec, cut=True)] if hasattr(codec, "density") else [Split(codec)]
+    if codec.selects:
+        found += [Split(codec, cut=codec.density is not None)]
         found += [Tree(codec)] if codec.fixed else []
     if isinstance(codec, Uniform) and codec.bits > 1 and not codec.minmax:
         found += [Integer(codec.bits, codec.block, codec.stochastic)]

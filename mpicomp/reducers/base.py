@@ -272,7 +272,7 @@ def nonfinite(x: Array, old: Array | None, layout: Layout) -> bool:
 
 def coding(codec: Codec, elements: int, op: str = "encode", feedback: bool = False) -> Work:
     """The work of encoding or decoding so many elements."""
-    return Work("encode_residual" if feedback and op == "encode" else op, elements, str(codec))
+    return Work("encode_residual" if feedback and op == "encode" else op, elements, codec)
 
 
 def complete(reduction: Reduction, layout: Layout, divisor: int) -> bool:
