@@ -1,7 +1,7 @@
 // Rotations and Kashin representations, a chunk a block: mpicomp/kernels/cpu/hadamard.py says what is computed.
 #include "elements.cuh"
 #include "hadamard.cuh"
-#include "levels.cuh"
+#include "sums.cuh"
 
 // The last whole chunk and the one that overlaps it, where the array ends with a part of a chunk, are one block's.
 extern "C" __global__ void __launch_bounds__(256, RESIDENT) rotate(const T* x, const T* old, T* y, i64 size, i64 chunk, u64 base, i64 start) {
@@ -166,7 +166,7 @@ extern "C" __global__ void __launch_bounds__(256) products(const T* y, const T* 
 
 // The totals of arrays of sums, `room` apart; a block an array.
 extern "C" __global__ void __launch_bounds__(1024) totals(double* sums, i64 count, i64 room, double* results) {
-    const double sum = total(sums + blockIdx.x * room, count);
+    const double sum = finish_tree(sums + blockIdx.x * room, count);
     if (threadIdx.x == 0) results[blockIdx.x] = sum;
 }
 
