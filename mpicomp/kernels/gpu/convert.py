@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mpicomp.arrays import Array
 from mpicomp.kernels.gpu.launch import THREADS, Source
+from mpicomp.kernels.shared import is_half
 
 CONVERT = Source("convert")
 
@@ -13,18 +14,12 @@ def tiles(x: Array) -> int:
     return -(-x.size // (THREADS * (64 // x.itemsize)))
 
 
-def _is_half(dtype: str) -> bool:
-    if dtype not in ("float16", "bfloat16"):
-        raise ValueError(f"dtype must be float16 or bfloat16, got {dtype}")
-    return dtype == "float16"
-
-
 def _narrow(x: Array, old: Array | None, new: Array | None, out: Array, dtype: str, saturate: bool) -> None:
-    CONVERT.launch("narrow", x, tiles(x), THREADS, x, old, new, out, _is_half(dtype), saturate, x.size)
+    CONVERT.launch("narrow", x, tiles(x), THREADS, x, old, new, out, is_half(dtype), saturate, x.size)
 
 
 def _widen(bits: Array, out: Array, fresh: bool, scale: float, dtype: str) -> None:
-    CONVERT.launch("widen", out, tiles(out), THREADS, bits, out, fresh, scale, _is_half(dtype), out.size)
+    CONVERT.launch("widen", out, tiles(out), THREADS, bits, out, fresh, scale, is_half(dtype), out.size)
 
 
 def narrow(x: Array, out: Array, dtype: str, saturate: bool = True) -> None:

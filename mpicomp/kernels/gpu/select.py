@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from mpicomp.arrays import Array
-from mpicomp.kernels.cpu.select import DIRECT, bits_of_magnitude, sample_size
 from mpicomp.kernels.gpu.launch import THREADS, Source, scratch, zeros
 from mpicomp.kernels.gpu.select_blocks import sample
+from mpicomp.kernels.shared import DIRECT, bits_of_magnitude, sample_size
 
 SELECT = Source("select")
 PACKS = 4 * THREADS  # of 16 bytes in a tile
