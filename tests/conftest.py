@@ -128,7 +128,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         tests[item.nodeid.partition("[")[0]].append(item)
     for instances in tests.values():
-        for item, keep in zip(instances, selection.kept([i.nodeid.partition("[")[2] for i in instances]), strict=True):
+        ids = [item.nodeid.partition("[")[2].removesuffix("]") for item in instances]
+        for item, keep in zip(instances, selection.kept(ids), strict=True):
             if not keep:
                 item.add_marker("slow")
     if any("::" in argument for argument in config.args) and config.option.markexpr == _default_markers(config):
