@@ -13,7 +13,7 @@ from mpicomp.arrays import Array, on_device
 from mpicomp.codecs.base import Codec, Key, Scope
 from mpicomp.codecs.checks import check_bytes, is_number
 from mpicomp.errors import WireFormatError
-from mpicomp.kernels import kernels_for
+from mpicomp.kernels import host_kernels, kernels_for
 from mpicomp.wire import Field, Payload
 
 BLOCK = 256  # elements
@@ -136,7 +136,7 @@ class Bounded(Codec):
         wide = settings(self.abs, self.rel, f"float{8 * words.itemsize}")
         if message.size > self.fields(size, f"float{8 * words.itemsize}")[0].shape[0]:
             raise WireFormatError(f"the message has {message.size} bytes, more than {size} elements can take")
-        if not kernels_for(message).bounded_valid(headers, words, size, wide.relative, wide.step, wide.shift):
+        if not host_kernels(message).bounded_valid(headers, words, size, wide.relative, wide.step, wide.shift):
             raise WireFormatError("the headers do not fit the words, or an element is not finite")
 
     def ratio(self, payload: Payload, size: int, dtype: str) -> float:

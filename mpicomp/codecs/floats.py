@@ -21,7 +21,7 @@ from mpicomp.codecs.checks import (
     work_dtype_of,
 )
 from mpicomp.errors import WireFormatError
-from mpicomp.kernels import kernels_for
+from mpicomp.kernels import host_kernels, kernels_for
 from mpicomp.wire import Field, Payload
 
 CODES = 512  # elements whose codes lie together
@@ -94,7 +94,7 @@ class SmallFloat(Codec):
         codes = payload[-1]
         if self._bits == 8 and ((codes & np.uint8(0x7F)) > TOP[self.format]).any():
             raise WireFormatError("elements must be finite")
-        if not kernels_for(codes).codes_valid(codes, size, self._bits, CODES, 0, 255):
+        if not host_kernels(codes).codes_valid(codes, size, self._bits, CODES, 0, 255):
             raise WireFormatError("the padding must be zero")
 
 

@@ -20,7 +20,7 @@ from mpicomp.codecs.checks import (
     work_dtype_of,
 )
 from mpicomp.errors import WireFormatError
-from mpicomp.kernels import kernels_for
+from mpicomp.kernels import host_kernels, kernels_for
 from mpicomp.wire import Field, Payload
 
 BLOCK = 1024  # elements whose codes lie together
@@ -72,7 +72,7 @@ class Sign(Codec):
         check_finite(scales, "scales")
         if (scales[:1] < 0).any() or (scales[1:] > 0).any():
             raise WireFormatError("the mean above zero must not be negative, the mean below zero not positive")
-        if not kernels_for(packed).codes_valid(packed, size, 1, BLOCK, 0, 1):
+        if not host_kernels(packed).codes_valid(packed, size, 1, BLOCK, 0, 1):
             raise WireFormatError("the padding must be zero")
 
 
@@ -160,5 +160,5 @@ class Ternary(Codec):
         check_fields(payload, self.fields(size, work_dtype_of(payload, 0)))
         scale, packed = payload
         check_scales(scale, 1)
-        if not kernels_for(packed).codes_valid(packed, size, 2, BLOCK, -1, 1):
+        if not host_kernels(packed).codes_valid(packed, size, 2, BLOCK, -1, 1):
             raise WireFormatError("a code is not in -1..1, or the padding is not zero")
