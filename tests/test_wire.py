@@ -185,7 +185,7 @@ def resealed(data: bytearray) -> bytearray:
         (0, b"X", "not a frame"),
         (8, b"\2", "version 2"),
         (12, b"\5", "elements of 5 bytes"),
-        (16, b"\1", "claims 257 bytes"),
+        (16, b"\1", "claims 1 bytes and has"),
         (24, b"\4", "a field has 3 bytes, expected 4"),
         (24, b"\xff\xff\xff\xff\xff\xff\xff\xff", "expected at most 4294967296"),
         (80, b"\xff\xff", "spec of 65535 bytes"),
