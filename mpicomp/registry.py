@@ -71,6 +71,41 @@ REDUCERS: dict[str, type[Any]] = {
     "partition": Partition,
 }
 ALIASES = {"fp16": "cast(dtype=fp16)", "bf16": "cast(dtype=bf16)", "int8": "uniform(bits=8)"}
+OTHER_NAMES = {
+    "none": "dense",
+    "fp32": "dense",
+    "float32": "dense",
+    "allreduce": "dense",
+    "float16": "fp16",
+    "half": "fp16",
+    "bfloat16": "bf16",
+    "powersgd": "low_rank",
+    "dgc": "topk",
+    "gaussiank": "sampled_topk",
+    "random": "randomk",
+    "terngrad": "ternary",
+    "1bit": "sign",
+    "onebit": "sign",
+    "1bitsgd": "sign",
+    "onebitsgd": "sign",
+    "signsgd": "sign",
+    "efsignsgd": "sign",
+    "eden": "rotated(sign, rescale=True)",
+    "drive": "rotated(sign, rescale=True)",
+    "hadamard": "rotated",
+    "strom": "threshold",
+    "sz": "bounded",
+    "zfp": "bounded",
+    "4bit": "uniform(bits=4)",
+    "8bit": "uniform(bits=8)",
+    "int4": "uniform(bits=4)",
+    "quantize": "uniform",
+    "naturalcompression": "natural",
+    "oktopk": "split",
+    "sparcml": "split",
+    "gtopk": "tree",
+}
+"""Names of the literature and of other libraries, in lower case without "_" and "-": the hint for an unknown name."""
 GATHER_BYTES = 16384  # what takes a rank no more bytes is gathered: its cost is the number of messages, not their size
 CODEC_FIELDS = ("codec", "second", "dense")  # where reducers have their codecs
 
@@ -79,7 +114,7 @@ Method = str | Codec | Reducer
 
 def parse(spec: str) -> Codec | Reducer:
     """Read a spec such as "error_feedback(gather(topk(density=0.01)))"; raises SpecError."""
-    member: Codec | Reducer = parse_spec(spec, {**CODECS, **REDUCERS}, ALIASES)
+    member: Codec | Reducer = parse_spec(spec, {**CODECS, **REDUCERS}, ALIASES, OTHER_NAMES)
     return member
 
 
