@@ -11,7 +11,7 @@ import numpy as np
 
 from mpicomp.arrays import Array, on_device
 from mpicomp.codecs.base import Codec, Key, Scope
-from mpicomp.codecs.checks import check_bytes, is_number
+from mpicomp.codecs.checks import is_number
 from mpicomp.errors import WireFormatError
 from mpicomp.kernels import host_kernels, kernels_for
 from mpicomp.wire import Field, Payload
@@ -127,11 +127,8 @@ class Bounded(Codec):
         wide = settings(self.abs, self.rel, out.dtype.name)
         kernels_for(out).decode_bounded(headers, words, out, wide.relative, wide.step, wide.shift, scale)
 
-    def check(self, payload: Payload, size: int) -> None:
-        """See Codec."""
-        message = check_bytes(payload, size)
-        if size == 0:
-            return
+    def _check(self, payload: Payload, size: int) -> None:
+        (message,) = payload
         headers, words = _parts(message, size)
         wide = settings(self.abs, self.rel, f"float{8 * words.itemsize}")
         if message.size > self.fields(size, f"float{8 * words.itemsize}")[0].shape[0]:

@@ -10,7 +10,6 @@ import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec, Key, Scope
-from mpicomp.codecs.checks import check_fields
 from mpicomp.errors import WireFormatError
 from mpicomp.kernels import kernels_for
 from mpicomp.wire import Field, Payload
@@ -66,9 +65,7 @@ class Cast(Codec):
     def _decode_add(self, payload: Payload, out: Array, key: Key, scale: float, fresh: bool) -> None:
         kernels_for(out).widen_add(payload[0], out, scale, NAMES[self.dtype])
 
-    def check(self, payload: Payload, size: int) -> None:
-        """See Codec."""
-        check_fields(payload, self.fields(size, "float32"))
+    def _check(self, payload: Payload, size: int) -> None:
         infinite = np.uint16(0x7C00 if self.dtype == "fp16" else 0x7F80)
         if ((payload[0] & infinite) == infinite).any():
             raise WireFormatError("elements must be finite")

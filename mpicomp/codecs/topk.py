@@ -21,7 +21,6 @@ from mpicomp.codecs.sparse import (
     indices_field,
     write_indices,
 )
-from mpicomp.errors import WireFormatError
 from mpicomp.kernels import kernels_for
 from mpicomp.wire import Field, Payload
 
@@ -69,13 +68,10 @@ class Largest(Selecting):
         *coded, data = payload
         add_sparse(data, Values(self.values).decode(tuple(coded), self.kept(out.size), out, key), out, scale)
 
-    def check(self, payload: Payload, size: int) -> None:
-        """See Codec."""
-        if not payload:
-            raise WireFormatError("the payload is empty")
-        k = self.kept(size)
-        Values(self.values).check(tuple(payload[:-1]), k)
-        check_indices(payload[-1], size, k)
+    def _check(self, payload: Payload, size: int) -> None:
+        *coded, data = payload
+        Values(self.values).check(tuple(coded), self.kept(size))
+        check_indices(data, size, self.kept(size))
 
 
 @dataclass(frozen=True)
