@@ -82,7 +82,7 @@ class Codec(Spec, ABC):
 
     @property
     def fixed(self) -> bool:
-        """Every message of a size has the same length, the one that `fields` says."""
+        """Every message of a size has the length that `fields` gives."""
         return True
 
     @property
@@ -168,10 +168,10 @@ class Codec(Spec, ABC):
 
     @abstractmethod
     def _encode(self, x: Array, old: Array | None, payload: Payload, new: Array | None, key: Key) -> int:
-        """Write x + old into `payload`, and what is left out to `new` if there is one; return the bytes used."""
+        """Write x + old into `payload` and, unless None, `new` = x + old - decode(payload); return the bytes used."""
 
     def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0, fresh: bool = False) -> None:
-        """Add scale * decode(payload) to `out`, to zeros if `fresh`: what a fresh `out` held does not matter.
+        """Add scale * decode(payload) to `out`, to zeros if `fresh`, whatever a fresh `out` holds.
 
         WireFormatError where a payload of variable size belongs to another work dtype than that of `out`.
         """

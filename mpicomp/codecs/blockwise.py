@@ -37,7 +37,7 @@ class Unbiased(Codec):
 
     @property
     def shrink(self) -> float:
-        """The factor on what is sent: 1 / (1 + omega) where not scaled."""
+        """The factor on the code: 1 / (1 + omega) where not scaled."""
         return 1.0 if self.scaled else 1.0 / (1.0 + self.omega)
 
     def relative_error(self, size: int) -> float:

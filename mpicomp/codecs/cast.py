@@ -23,7 +23,7 @@ class Cast(Codec):
 
     Payload: bits (size,) u2. A finite value beyond the largest finite one becomes that one, and the rest goes to the
     residual. `encode` reads x once; `encode_residual` reads x and old once and writes new once. Sums of payloads lose
-    what is small beside them, so the codec is not linear.
+    small addends, so the codec is not linear.
     """
 
     dtype: str
@@ -38,15 +38,15 @@ class Cast(Codec):
 
     @property
     def ranged(self) -> bool:
-        """fp16 ends at 65504; bf16 ends where float32 does."""
+        """See Codec: fp16 ends at 65504, bf16 where float32 does."""
         return self.dtype == "fp16"
 
     def relative_error(self, size: int) -> float:
-        """Half the last place: 2^-11 for fp16, 2^-8 for bf16."""
+        """See Codec: half the last place, 2^-11 for fp16, 2^-8 for bf16."""
         return math.ldexp(1.0, -11 if self.dtype == "fp16" else -8)
 
     def scope(self, dtype: str) -> Scope:
-        """Up to the largest finite number; below, half the smallest one is lost."""
+        """See Codec: up to the largest finite number; half the smallest one is lost."""
         least, most = (2.0**-25, 65504.0) if self.dtype == "fp16" else (2.0**-126, 255 * 2.0**120)
         return Scope(least, most)
 

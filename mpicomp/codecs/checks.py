@@ -94,10 +94,10 @@ def work_dtype_of(payload: Payload, fields: Callable[[str], tuple[Field, ...]]) 
     return "float32"
 
 
-def check_finite(values: Array, what: str) -> None:
+def check_finite(values: Array, name: str) -> None:
     """Raise WireFormatError unless all `values` are finite."""
     if not np.isfinite(values).all():
-        raise WireFormatError(f"{what} must be finite")
+        raise WireFormatError(f"{name} must be finite")
 
 
 @np.errstate(over="ignore", invalid="ignore")
@@ -123,7 +123,7 @@ def little(dtype: str) -> str:
 
 
 def check_bytes(payload: Payload, size: int) -> None:
-    """Raise WireFormatError unless a payload is one array of bytes, none of them for no elements."""
+    """Raise WireFormatError unless a payload is one array of bytes, empty for no elements."""
     if len(payload) != 1 or payload[0].ndim != 1 or payload[0].dtype != np.uint8:
         raise WireFormatError("a payload of variable size must be one array of bytes")
     if size == 0 and payload[0].size:

@@ -1,9 +1,9 @@
-"""What sparse codecs share: k values and where they are, in one message.
+"""What sparse codecs share: k values and their indices, in one message.
 
 **Values.** In the work dtype, or as `values`, any codec of fixed size, encodes an array of these k values, with the
 key of the whole array. **Indices.** One field of bytes, in the coding that `mpicomp.codecs.indices` finds smallest.
 
-**Messages of variable size** are one field of bytes: the number of bytes used, as uint64, these 8 included; 2 k, or
+**Messages of variable size** are one field of bytes: the number of bytes used, itself included, as uint64; 2 k, or
 2 k + 1 where the work dtype is float64, as uint64; the values' fields and the indices, each starting at a multiple of 8
 bytes, filled up with zeros; all little-endian. The capacity is that of k = size.
 """
@@ -40,7 +40,7 @@ def padded(size: int) -> int:
 
 @dataclass(frozen=True)
 class Values:
-    """How the k values of a sparse codec are coded: as they are, or by `codec`."""
+    """The coding of the k values of a sparse codec: as they are, or by `codec`."""
 
     codec: Codec | None
 
@@ -95,7 +95,7 @@ class Sparse(Codec):
 
     @property
     def contractive(self) -> bool:
-        """See Codec: the rest is smaller than x, and so is what `values` leaves out."""
+        """See Codec: the rest is smaller than x, and so is the part that `values` leaves out."""
         return all(codec.contractive for codec in self.inner)
 
     @property
@@ -146,7 +146,7 @@ def check_indices(data: Array, size: int, k: int) -> None:
 
 
 def capacity(values: Values, size: int, dtype: str) -> tuple[Field, ...]:
-    """The field of a message of variable size, whatever number of elements is kept."""
+    """The field of a message of variable size, for up to `size` elements."""
     if size == 0:
         return (Field((0,), "|u1"),)
     room = sum(padded(field.nbytes) for field in values.fields(size, dtype))
@@ -169,7 +169,7 @@ def variable_views(values: Values, message: Array, size: int, k: int, dtype: str
 
 
 def start_variable(message: Array, used: int, k: int, dtype: str) -> None:
-    """Write the first 16 bytes and zero the others; the arrays are written over them."""
+    """Write the first 16 bytes and zeros, on which the arrays are written."""
     message[:used] = 0
     head = message[:HEAD].view("<u8")
     head[0], head[1] = used, 2 * k + (dtype == "float64")
