@@ -53,9 +53,7 @@ REDUCERS: dict[str, type[Reducer]] = {
 }
 """Every reducer and policy by its name in a spec."""
 ALIASES = {"fp16": "cast(dtype=fp16)", "bf16": "cast(dtype=bf16)", "int8": "uniform(bits=8)"}
-GATHER_BYTES = (
-    16384  # per rank; for fewer the number of messages costs more than their size, so gather is best
-)
+GATHER_BYTES = 16384  # per rank; for fewer the number of messages costs more than their size, so gather is best
 
 Method = str | Codec | Reducer
 T = TypeVar("T", bound=Spec)

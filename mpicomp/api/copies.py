@@ -7,7 +7,7 @@ is not finite arrives as NaN, with those that shared its message; by `dense` all
 from __future__ import annotations
 
 import sys
-from typing import Any, cast
+from typing import Any
 
 from mpicomp import __version__
 from mpicomp.api.accept import check_apart

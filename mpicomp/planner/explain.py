@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mpicomp.comm.transport import Topology
+from mpicomp.comm.topology import Topology
 from mpicomp.planner.machine import Machine, Prediction, predict, size_text, time_text
 from mpicomp.reducers.base import Reducer
 from mpicomp.reducers.parts.layout import Layout

@@ -30,7 +30,8 @@ import numpy as np
 from mpicomp.arrays import Array
 from mpicomp.comm.collectives import barrier
 from mpicomp.comm.communicator import Comm
-from mpicomp.comm.transport import Topology, Window
+from mpicomp.comm.topology import Topology
+from mpicomp.comm.windows import Window
 from mpicomp.cost import Cost, Work
 from mpicomp.errors import ConfigMismatchError
 from mpicomp.reducers.base import Level, Reducer, Reduction, State, Units, complete, nonfinite, poisoned_total

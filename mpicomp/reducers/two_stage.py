@@ -17,7 +17,7 @@ from mpicomp.arrays import Array, empty
 from mpicomp.codecs.base import Codec
 from mpicomp.codecs.bounded import Bounded
 from mpicomp.comm.communicator import Comm
-from mpicomp.comm.transport import Topology
+from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
 from mpicomp.reducers.base import Reducer, Reduction, State, check_codec, coding, poisoned_total
 from mpicomp.reducers.parts.bounds import bound_of_sum

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mpicomp.arrays import Array
 from mpicomp.comm.communicator import Comm
-from mpicomp.comm.transport import Topology
+from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost
 from mpicomp.reducers.base import Level, Reducer, Reduction, State, Units, is_codec
 from mpicomp.reducers.parts.layout import Layout, Unit

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from mpicomp.arrays import Array
 from mpicomp.comm.communicator import Comm
-from mpicomp.comm.transport import Topology
+from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost
 from mpicomp.reducers.base import End, Level, Reducer, State
 from mpicomp.reducers.parts.layout import Layout

@@ -10,7 +10,7 @@ import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.comm.communicator import Comm
-from mpicomp.comm.transport import Topology
+from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost
 from mpicomp.reducers.base import End, Level, Reducer, Reduction, State, Units, complete
 from mpicomp.reducers.parts.layout import Layout, Unit
