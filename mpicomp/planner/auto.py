@@ -30,7 +30,7 @@ from mpicomp.cost import Cost
 from mpicomp.planner import predict
 from mpicomp.planner.cache import machine_for
 from mpicomp.planner.course import Course
-from mpicomp.reducers.base import Level, Reducer, Reduction, State, Units, contraction, is_codec
+from mpicomp.reducers.base import Level, Reducer, Reduction, State, Units
 from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.gather import Gather
 from mpicomp.reducers.hierarchical import Hierarchical
@@ -54,8 +54,8 @@ def fitting(codec: Codec) -> tuple[Reducer, ...]:
     if codec.linear:
         return (SharedSupport(codec),)
     found: list[Reducer] = [Gather(codec), TwoStage(codec), Hierarchical(TwoStage(codec))]
-    if hasattr(codec, "pick"):
-        found += [Split(codec, cut=True)] if hasattr(codec, "density") else [Split(codec)]
+    if codec.selects:
+        found += [Split(codec, cut=codec.density is not None)]
         found += [Tree(codec)] if codec.fixed else []
     if isinstance(codec, Uniform) and codec.bits > 1 and not codec.minmax:
         found += [Integer(codec.bits, codec.block, codec.stochastic)]
@@ -97,7 +97,7 @@ class Auto(Reducer):
                     f"allow takes codecs and reducers without policies, which stand outside as in "
                     f"error_feedback(auto(allow=(topk(density=0.01),))); got {each}"
                 )
-            if not is_codec(each) and not isinstance(each, Reducer):
+            if not isinstance(each, Codec | Reducer):
                 raise TypeError(f"allow takes codecs and reducers such as topk(density=0.01), got {each!r}")
 
     @property
@@ -253,6 +253,6 @@ def _candidates(allow: tuple[Codec | Reducer, ...], feedback: bool) -> tuple[Red
                 ErrorFeedback(each)  # raises for what does not contract
             found.append(each)
         else:
-            parts = fitting(contraction(each) if feedback else each)
+            parts = fitting(each.contraction() if feedback else each)
             found += [part for part in parts if not feedback or part.contractive]
     return tuple(dict.fromkeys(found))

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple, Self, TypeGuard, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import numpy as np
 
@@ -176,7 +176,7 @@ class Reducer(Spec, ABC):
     @cached_property
     def codecs(self) -> tuple[Codec, ...]:
         """The codecs whose arithmetic all ranks must share: those among the fields."""
-        return tuple(value for value in self._values() if is_codec(value))
+        return tuple(value for value in self._values() if isinstance(value, Codec))
 
     @cached_property
     def inner(self) -> tuple[Reducer, ...]:
@@ -190,14 +190,14 @@ class Reducer(Spec, ABC):
         """Return this reducer with every codec and every reducer among its fields replaced by a function of it."""
         changes: dict[str, Any] = {}
         for each, value in zip(fields(self), self._values(), strict=True):  # type: ignore[arg-type]  # as above
-            new = codec(value) if is_codec(value) else reducer(value) if isinstance(value, Reducer) else value
+            new = codec(value) if isinstance(value, Codec) else reducer(value) if isinstance(value, Reducer) else value
             if new is not value:
                 changes[each.name] = new
         return replace(self, **changes) if changes else self  # type: ignore[type-var]  # as above
 
     def contraction(self) -> Reducer:
         """Return the form of this reducer that contracts, for use under error feedback; ValueError without one."""
-        return self.with_members(contraction, lambda reducer: reducer.contraction())
+        return self.with_members(lambda codec: codec.contraction(), lambda reducer: reducer.contraction())
 
     def with_bound(self, ranks: int, op: str) -> Reducer:
         """Return this reducer with a bound on the result of `op` divided among its own encodings; see `allowance`."""
@@ -307,31 +307,6 @@ def rebuild(reducer: Reducer, change: Callable[[Reducer], Reducer]) -> Reducer:
     return change(reducer.with_members(lambda codec: codec, lambda inner: rebuild(inner, change)))
 
 
-def contraction(codec: Codec) -> Codec:
-    """Return the form of a codec that contracts, for use under error feedback; ValueError without one."""
-    if codec.contractive:
-        return codec
-    settings = {each.name: getattr(codec, each.name) for each in fields(codec)}  # type: ignore[arg-type]
-    changes: dict[str, Any] = {name: contraction(value) for name, value in settings.items() if is_codec(value)}
-    if "scaled" in settings:
-        changes["scaled"] = False
-    try:
-        found: Codec = replace(codec, **changes)  # type: ignore[type-var]
-    except ValueError:  # a deterministic codec has no `scaled`
-        found = codec
-    if not found.contractive:
-        raise ValueError(
-            f"error feedback needs a contraction, and {codec} neither is one nor has one beside it; use another codec, "
-            f"or a reducer without feedback, as in two_stage({codec})"
-        )
-    return found
-
-
-def is_codec(value: object) -> TypeGuard[Codec]:
-    """Whether a value is a codec."""
-    return hasattr(value, "decode_add")
-
-
 def check_place(reducer: Reducer, device: bool) -> None:
     """Raise TypeError for a reducer that cannot sum arrays on a GPU, where they are."""
     if device and not reducer.on_gpu:
@@ -343,7 +318,7 @@ def check_place(reducer: Reducer, device: bool) -> None:
 
 def check_codec(reducer: Reducer, codec: object) -> Codec:
     """Return a codec; TypeError for anything else."""
-    if not is_codec(codec):
+    if not isinstance(codec, Codec):
         raise TypeError(f"{type(reducer).__name__} takes a codec such as topk(density=0.01), got {codec!s}")
     return codec
 

@@ -141,11 +141,11 @@ class Message(Envelope):
         for piece, place, payload in zip(self.pieces, self.places, self.payloads, strict=False):
             key = state.key(piece, stage, rank)
             rest = None if old is None else old[piece.where]
-            if not codec.loud and kernels_for(x).nonfinite(x[place], rest):
+            if not codec.marks_nonfinite and kernels_for(x).nonfinite(x[place], rest):
                 return
             left = None if new is None else new[piece.where]
             used.append(encode(codec, x[place], rest, payload, left, key, self.shrink))
-            if codec.loud and not self.apart and not np.isfinite(payload[0]).all():
+            if codec.marks_nonfinite and not self.apart and not np.isfinite(payload[0]).all():
                 return
         self._used = used
         if self.apart:
@@ -157,7 +157,7 @@ class Message(Envelope):
             return False
         if self.apart:
             self.settle()
-            if self.codec.loud and not all(np.isfinite(seen[0]).all() for seen in self.seen):
+            if self.codec.marks_nonfinite and not all(np.isfinite(seen[0]).all() for seen in self.seen):
                 return False
         if self.pieces and not self.fixed:
             self.length = self.layout.close_up(self.host, self._used)
@@ -165,9 +165,9 @@ class Message(Envelope):
 
     @property
     def tame(self) -> bool:
-        """Whether no sum of what is decoded overflows, over any number of ranks: first fields of loud codecs tell."""
+        """Whether the first fields show that no sum of decoded values overflows, over any number of ranks."""
         seen = self.seen if self.fixed else self.layout.cut(self.host, self.host)
-        return self.codec.loud and all(bool(np.abs(payload[0]).max(initial=0) < TAME) for payload in seen)
+        return self.codec.marks_nonfinite and all(bool(np.abs(payload[0]).max(initial=0) < TAME) for payload in seen)
 
     def decode(self, out: Array, state: State, stage: int, rank: int, scale: float = 1.0) -> None:
         """Set the pieces of `out` to scale times what was encoded."""
