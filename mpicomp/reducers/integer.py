@@ -12,7 +12,7 @@ NaN and infinity come out on top. So every rank learns here whether some input w
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, cast
 
 import numpy as np
@@ -25,17 +25,16 @@ from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
 from mpicomp.kernels import host_kernels
-from mpicomp.reducers.base import Reduction, Remembering, State, coding, poisoned_total
+from mpicomp.reducers.base import Reducer, Reduction, State, coding, poisoned_total
 from mpicomp.reducers.parts.layout import Layout, Piece, shards
 from mpicomp.reducers.parts.messages import Envelope
 from mpicomp.reducers.parts.pipeline import Burst, groups, in_turn, ring
 from mpicomp.reducers.parts.workspace import Workspace
-from mpicomp.specs import Spec
 from mpicomp.wire import Field, MessageLayout
 
 
 @dataclass(frozen=True)
-class Integer(Remembering, Spec):
+class Integer(Reducer):
     """The exact sum of b-bit integers, which all ranks round to with one scale a block.
 
     With the levels L = 2^(bits-1) - 1 and the scale s = m / L, m a block's largest magnitude on any rank, rounding to
@@ -62,8 +61,12 @@ class Integer(Remembering, Spec):
 
     @property
     def contractive(self) -> bool:
-        """Whether debts stay bounded under feedback; see the class."""
+        """See the class."""
         return not self.stochastic or self.bits >= 3
+
+    def contraction(self) -> Reducer:
+        """See Reducer."""
+        return self if self.contractive else replace(self, stochastic=False)
 
     def width(self, ranks: int) -> int:
         """Bits of a sum of so many codes: those of -levels * ranks ... levels * ranks. ValueError above 32."""
