@@ -131,8 +131,8 @@ def elias_fano(codec: EliasFano, arrays: Arrays, device: bool = False) -> Subjec
     data.fill(0xFF)
     back.fill(0xFFFFFFFF)
     ops = {
-        "encode": lambda: index_codes.encode(given, size, "elias_fano", data),
-        "decode_add": lambda: index_codes.decode(data, size, "elias_fano", back),
+        "encode": lambda: index_codes.encode(given, size, data, "elias_fano"),
+        "decode_add": lambda: index_codes.decode(data, size, back, "elias_fano"),
     }
     ops["encode"]()
     ops["decode_add"]()
