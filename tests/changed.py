@@ -19,9 +19,9 @@ import numpy as np
 from mpicomp.codecs import CODECS, Key
 from mpicomp.errors import WireFormatError
 from mpicomp.kernels import cpu
-from mpicomp.reducers.parts.entries import Coding, Entries
+from mpicomp.reducers.parts.entries import Entries, EntryCodec
 from mpicomp.reducers.parts.layout import Layout, Piece
-from mpicomp.reducers.parts.parcels import Wire
+from mpicomp.reducers.parts.parcels import Parcels
 from mpicomp.reducers.parts.regions import Region
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.registry import ALIASES
@@ -132,7 +132,7 @@ def attack_payloads(codec: Any, messages: int, seed: int = 0) -> None:
 
 
 class Peer:
-    """A world of one for `Wire`, which here only views messages."""
+    """A world of one for `Parcels`, which here only views messages."""
 
     rank, size = 0, 1
 
@@ -152,11 +152,11 @@ def attack_entries(codec: Any, messages: int, seed: int = 0) -> tuple[int, int]:
             entries = Entries(rng.standard_normal(count).astype(dtype), places)
             unit = Layout.single((size,)).units[0]
             region = Region(0, Piece(unit, 0, size), count)
-            coding = Coding(codec, dtype)
+            coding = EntryCodec(codec, dtype)
             layout = MessageLayout([(Field((1,), "<u4"),), coding.fields(size, count)])
             honest = np.zeros(layout.nbytes, np.uint8)
-            told, payload = layout.views(honest)
-            told[0][:] = count
+            counts, payload = layout.views(honest)
+            counts[0][:] = count
             coding.write(entries, payload, size, KEY)
 
             class State:
@@ -164,7 +164,7 @@ def attack_entries(codec: Any, messages: int, seed: int = 0) -> tuple[int, int]:
 
             state: Any = State()
             state.dtype = dtype
-            wire = Wire(Peer(), state, Workspace(), coding, None, "test")  # type: ignore[arg-type]
+            parcels = Parcels(Peer(), state, Workspace(), coding, None, "test")  # type: ignore[arg-type]
         message = memory.array((honest.size,), "uint8")
         message[:] = honest
         change(message[HEADER:], rng)
@@ -172,7 +172,7 @@ def attack_entries(codec: Any, messages: int, seed: int = 0) -> tuple[int, int]:
         marks = words.array((-(-size // 64),), "uint64")
         sums[:], marks[:] = 0, 0
         try:
-            parcel = wire.view(message, [region])
+            parcel = parcels.view(message, [region])
             told_count = int(parcel.counts[0])
             if told_count > size:
                 continue

@@ -47,7 +47,7 @@ from mpicomp.reducers.base import (
 )
 from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.parts.layout import Layout, Unit
-from mpicomp.reducers.parts.messages import says_poison
+from mpicomp.reducers.parts.messages import check_header
 from mpicomp.reducers.parts.place import Place
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.reducers.policies import After, ErrorFeedback, Partition, check_reducer
@@ -237,7 +237,7 @@ class _Step:
         place.copy_in(x, debt, self._values(inputs, place.local, place.layout.size))
         self._meet(node, inputs, 0)
         for rank, part in zip(place.node, inputs.parts, strict=True):
-            says_poison(part, rank, self.sequence, self.state)  # raises where it was at something else
+            check_header(part, rank, self.sequence, self.state)  # raises where it was at something else
         if place.inner.size:
             self._own(inputs, self._values(results, place.local, place.inner.size))
         self._meet(node, results, POISON * self.poisoned | FAILED * (self.failure is not None))

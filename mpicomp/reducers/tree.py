@@ -22,9 +22,9 @@ from mpicomp.comm.watch import wait
 from mpicomp.cost import Cost, Work
 from mpicomp.kernels import kernels_for
 from mpicomp.reducers.base import Reduction, Remembering, State, check_codec, coding, poisoned_total
-from mpicomp.reducers.parts.entries import Coding, Entries, Selecting, check_selecting, pick
+from mpicomp.reducers.parts.entries import Entries, EntryCodec, Selecting, check_selecting, select
 from mpicomp.reducers.parts.layout import Layout
-from mpicomp.reducers.parts.messages import Message, message_nbytes, says_poison
+from mpicomp.reducers.parts.messages import Message, check_header, message_nbytes
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.specs import Spec
 
@@ -102,7 +102,7 @@ class Tree(Remembering, Spec):
         entries, poisoned = self._select(x, state)
         for child, message, requests in zip(below, received, arrivals, strict=True):
             wait(comm, requests, f"{self}, from rank {child}")
-            poisoned |= says_poison(message.buffer, child, sequence, state)
+            poisoned |= check_header(message.buffer, child, sequence, state)
             if not poisoned:
                 entries = self._merged(entries, message, state, child)
         if not poisoned:
@@ -112,15 +112,12 @@ class Tree(Remembering, Spec):
             send(comm, mine.buffer, parent(comm.rank))
             receive(comm, total.buffer, parent(comm.rank))
         else:
-            total.buffer[...] = mine.buffer
-        poisoned = says_poison(total.buffer, 0, sequence, state)
-        if below:
-            mine.buffer[...] = total.buffer  # what is being sent may not be read on every transport
-            sends = [request for child in reversed(below) for request in begin_send(comm, mine.buffer, child)]
+            total = mine
+        poisoned = check_header(total.buffer, 0, sequence, state)
+        sends = [request for child in reversed(below) for request in begin_send(comm, total.buffer, child)]
         if not poisoned:
             total.decode(out, state, 0, 0)
-        if below:
-            wait(comm, sends, f"{self}, to ranks {below}")
+        wait(comm, sends, f"{self}, to ranks {below}")
         return (poisoned_total(out, state.layout), state) if poisoned else (Reduction(out), state.advanced())
 
     def rehearse(self, x: Array, total: Array) -> list[Array]:
@@ -143,7 +140,7 @@ class Tree(Remembering, Spec):
         for piece in state.layout.whole():
             old = None if state.residual is None else state.residual[piece.where]
             new = None if state.spare is None else state.spare[piece.where]
-            entries, finite = pick(self.selecting, x[piece.where], old, new)
+            entries, finite = select(self.selecting, x[piece.where], old, new)
             if not finite:
                 return [], True
             found.append(entries)
@@ -151,7 +148,7 @@ class Tree(Remembering, Spec):
 
     def _merged(self, entries: list[Entries], message: Message, state: State, source: int) -> list[Entries]:
         """Add a child's entries and keep as many of the sums; this rank owes the others from now on."""
-        how, found = Coding(self.selecting.values, state.dtype), []
+        how, found = EntryCodec(self.selecting.values, state.dtype), []
         for mine, piece, payload in zip(entries, message.pieces, message.payloads, strict=True):
             k, kernels = mine.values.size, kernels_for(mine.values)
             theirs = how.read(payload, piece.size, k, state.key(piece, 0, source), message.shrink)
@@ -168,7 +165,7 @@ class Tree(Remembering, Spec):
 
     def _write(self, entries: list[Entries], message: Message, state: State, me: int) -> bool:
         """Encode entries; return whether they are finite. This rank owes what their values' code leaves out."""
-        how = Coding(self.selecting.values, state.dtype)
+        how = EntryCodec(self.selecting.values, state.dtype)
         for found, piece, payload in zip(entries, message.pieces, message.payloads, strict=True):
             kernels = kernels_for(found.values)
             if kernels.nonfinite(found.values):

@@ -63,7 +63,7 @@ class Entries(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Coding:
+class EntryCodec:
     """The bytes of entries: values as they are or by a codec, then indices in the smallest coding."""
 
     codec: Codec | None
@@ -143,7 +143,7 @@ def _slope(codec: Hashable, dtype: str) -> tuple[float, float]:
     return slope, max(sizes)
 
 
-def pick(codec: Selecting, x: Array, old: Array | None, new: Array | None) -> tuple[Entries, bool]:
+def select(codec: Selecting, x: Array, old: Array | None, new: Array | None) -> tuple[Entries, bool]:
     """Select from x + old; return the entries and whether all of x + old is finite.
 
     Nobody need look at all of x for that: magnitudes are compared as integers, so that infinity and NaN are larger than
