@@ -24,9 +24,9 @@ from mpicomp.codecs import Uniform
 from mpicomp.codecs.checks import check_integer, packed_bytes
 from mpicomp.comm.collectives import allreduce
 from mpicomp.comm.communicator import Comm
-from mpicomp.comm.transport import Topology
+from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
-from mpicomp.kernels import kernels_for
+from mpicomp.kernels import host_kernels
 from mpicomp.reducers.base import Reduction, Remembering, State, coding, poisoned_total
 from mpicomp.reducers.parts.layout import Layout, Piece, shards
 from mpicomp.reducers.parts.messages import Envelope
@@ -187,7 +187,7 @@ class _Steps:
         x, state, buffers = self.x, self.state, self.buffers
         for unit in state.layout.units:
             old = None if state.residual is None else state.residual[unit.where]
-            kernels_for(x).block_tops(x[unit.where], old, buffers.tops[buffers.blocks[unit.name]], self.reducer.block)
+            host_kernels(x).block_tops(x[unit.where], old, buffers.tops[buffers.blocks[unit.name]], self.reducer.block)
 
     def encode(self, messages: Sequence[Envelope]) -> Iterator[bool]:
         """See Steps."""
@@ -195,7 +195,7 @@ class _Steps:
         for message in messages:
             for piece, (packed,) in zip(message.pieces, message.payloads, strict=True):
                 key, where = state.key(piece, 0, self.me), piece.where
-                kernels_for(x).encode_blocks(
+                host_kernels(x).encode_blocks(
                     x[where],
                     None if state.residual is None else state.residual[where],
                     None if state.spare is None else state.spare[where],
@@ -217,7 +217,7 @@ class _Steps:
         """See Steps."""
         for place, (piece, (packed,)) in enumerate(zip(share.pieces, share.payloads, strict=True)):
             sums = self.buffers.sums[: piece.size]
-            kernels = kernels_for(sums)
+            kernels = host_kernels(sums)
             sums[...] = 0
             for message in received.values():
                 kernels.add_codes(message.payloads[place][0], sums, self.reducer.bits, self.reducer.block)
@@ -229,7 +229,7 @@ class _Steps:
         finite, width, block = True, self.buffers.width, self.reducer.block
         for piece, (packed,) in zip(share.pieces, share.payloads, strict=True):
             target = self.out[piece.where]
-            finite &= kernels_for(target).decode_sums(self._scales_of(piece), packed, target, width, block)
+            finite &= host_kernels(target).decode_sums(self._scales_of(piece), packed, target, width, block)
         return finite
 
     def _scales_of(self, piece: Piece) -> Array:

@@ -12,7 +12,7 @@ from mpicomp.codecs.base import Codec, Key
 from mpicomp.comm.collectives import exchange
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.exchange import exchange_lengths
-from mpicomp.device import gpu_aware
+from mpicomp.comm.info import gpu_aware
 from mpicomp.errors import ConfigMismatchError
 from mpicomp.kernels import kernels_for
 from mpicomp.reducers.base import State
