@@ -157,7 +157,7 @@ def attack_entries(codec: Any, messages: int, seed: int = 0) -> tuple[int, int]:
             honest = np.zeros(layout.nbytes, np.uint8)
             counts, payload = layout.views(honest)
             counts[0][:] = count
-            coding.write(entries, payload, size, KEY)
+            coding.write(entries, payload, size, KEY, None)
 
             class State:
                 pass
@@ -185,7 +185,7 @@ def attack_entries(codec: Any, messages: int, seed: int = 0) -> tuple[int, int]:
             number_of = cpu.merge(entries.places, entries.values, found.places, found.values, both, merged)
             cpu.scatter_add(both[:number_of], merged[:number_of], sums)
             again = MessageLayout([coding.fields(size, told_count)])
-            coding.write(found, again.views(np.zeros(again.nbytes, np.uint8))[0], size, KEY)
+            coding.write(found, again.views(np.zeros(again.nbytes, np.uint8))[0], size, KEY, None)
             coding.add(parcel.payloads[0], told_count, sums, KEY)
         except WireFormatError:
             refused += 1

@@ -187,7 +187,7 @@ class Coded:
                     kernels_for(flat).widen(flat, wide[unit.where], self._dtype)
                 else:
                     wide[unit.where] = flat
-        finite = message.encode(wide, self._state, 0, me, None, None)
+        finite = message.encode(wide, self._state, 0, me)
         message.seal(self._sequence, self._state, not finite)
 
     def _read(self, message: Message, flats: Flats, source: int) -> None:

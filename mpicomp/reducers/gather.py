@@ -64,7 +64,7 @@ class Gather(Remembering, Spec):
         mine, sequence, poisoned, finite = messages[comm.rank], comm.next_call(), False, True
         exchange = MessageExchange(comm, [mine] * comm.size, messages, sequence, state, str(self))
         with exchange:
-            codes = encode_all(mine, x, state, 0, comm.rank, state.residual, state.spare)
+            codes = encode_all(mine, x, state, 0, comm.rank)
             for group, (message, sound) in enumerate(zip(mine, codes, strict=True)):
                 message.seal(sequence, state, not sound)
                 poisoned |= not sound

@@ -29,7 +29,7 @@ from mpicomp.cost import Cost, Work
 from mpicomp.kernels import host_kernels
 from mpicomp.reducers.base import Reduction, Remembering, State, coding, poisoned_total
 from mpicomp.reducers.parts.layout import Layout, Piece, shards
-from mpicomp.reducers.parts.messages import Envelope
+from mpicomp.reducers.parts.messages import Envelope, residuals
 from mpicomp.reducers.parts.pipeline import TwoStages, groups
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.specs import Spec
@@ -186,7 +186,7 @@ class _Steps:
         """Find the largest magnitude of every block on this rank."""
         x, state, buffers = self.x, self.state, self.buffers
         for unit in state.layout.units:
-            old = None if state.residual is None else state.residual[unit.where]
+            old, _ = residuals(state, unit.where)
             host_kernels(x).block_tops(x[unit.where], old, buffers.tops[buffers.blocks[unit.name]], self.reducer.block)
 
     def encode(self, messages: Sequence[Envelope]) -> Iterator[bool]:
@@ -194,11 +194,10 @@ class _Steps:
         x, state, how = self.x, self.state, self.reducer.quantizer
         for message in messages:
             for piece, (packed,) in zip(message.pieces, message.payloads, strict=True):
-                key, where = state.key(piece, 0, self.me), piece.where
+                key = state.key(piece, 0, self.me)
                 host_kernels(x).encode_blocks(
-                    x[where],
-                    None if state.residual is None else state.residual[where],
-                    None if state.spare is None else state.spare[where],
+                    x[piece.where],
+                    *residuals(state, piece.where),
                     self._scales_of(piece),
                     None,
                     packed,

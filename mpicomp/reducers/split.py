@@ -36,9 +36,9 @@ from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
 from mpicomp.kernels import host_kernels
 from mpicomp.reducers.base import Reduction, Remembering, State, check_codec, coding, poisoned_total
-from mpicomp.reducers.parts.entries import Entries, EntryCodec, Selecting, check_selecting, select
+from mpicomp.reducers.parts.entries import Entries, EntryCodec, Selecting, check_selecting, select_units
 from mpicomp.reducers.parts.layout import Layout
-from mpicomp.reducers.parts.messages import encode
+from mpicomp.reducers.parts.messages import encode, residuals
 from mpicomp.reducers.parts.parcels import WHOLE, Parcel, Parcels
 from mpicomp.reducers.parts.regions import Division, Region, divide, histogram_nbytes, owned_regions
 from mpicomp.reducers.parts.workspace import Workspace
@@ -191,15 +191,10 @@ class _Step:
 
     def select(self, x: Array) -> None:
         """Select from all units, and agree on the owner of each region."""
-        state = self.state
-        for number, unit in ((division.number, division.unit) for division in self.divisions):
-            old = None if state.residual is None else state.residual[unit.where]
-            new = None if state.spare is None else state.spare[unit.where]
-            self.selected[number], finite = select(self.reducer.selecting, x[unit.where], old, new)
-            if not finite:
-                self.poisoned = True
-                self.selected.clear()
-                break
+        found = select_units(self.reducer.selecting, x, self.state)
+        self.poisoned = found is None
+        for division, entries in zip(self.divisions, found or (), strict=found is not None):
+            self.selected[division.number] = entries
         places = {number: entries.places for number, entries in self.selected.items()}
         self.owned = owned_regions(self.comm, self.divisions, places)
 
@@ -211,11 +206,8 @@ class _Step:
         outgoing = self.parcels.lay_out("outgoing", self.owned, counts, self.poisoned)
         for regions, entries, parcel in zip(self.owned, parts, outgoing, strict=True):
             for region, part, payload in zip(regions, entries, parcel.payloads, strict=False):
-                rest = self._room(part.values)
-                key = self.state.key(region.piece, 0, me)
-                self.coding.write(part, payload, region.piece.size, key, rest, self.first)
-                if rest is not None and self.state.spare is not None:
-                    host_kernels(rest).put_at(part.places, rest, self.state.spare[region.piece.where])
+                key, new = self.state.key(region.piece, 0, me), residuals(self.state, region.piece.where)[1]
+                self.coding.write(part, payload, region.piece.size, key, new, self.first)
         mine = self.owned[me]
         exchange = self.parcels.exchange_counted([parcel.data for parcel in outgoing], [mine] * ranks, "entries")
         with exchange:
@@ -230,10 +222,6 @@ class _Step:
         entries, piece = self.selected[region.number], region.piece
         first = bisect_left(entries.places, piece.start)
         return entries.part(first, bisect_left(entries.places, piece.stop, first), piece.start)
-
-    def _room(self, values: Array) -> Array | None:
-        """Room for the residual of values, where they are encoded under feedback."""
-        return None if self.state.spare is None or self.coding.codec is None else np.empty_like(values)
 
     def share(self, incoming: Sequence[Parcel], out: Array) -> None:
         """Add up the entries of this rank's regions, send the sums to all, and set the units of `out` to all sums."""
@@ -288,36 +276,24 @@ class _Step:
             return
         for region, (sums, count), payload in zip(regions, found, parcel.payloads, strict=True):
             piece, key = region.piece, self.state.key(region.piece, 1, self.comm.rank)
-            owed = None if self.state.spare is None else self.state.spare[piece.where]
+            new = residuals(self.state, piece.where)[1]
             if count == WHOLE:
-                self._encode_whole(sums.values, payload, owed, key)
+                self._encode_whole(sums.values, payload, new, key)
                 continue
-            kept = self._largest(sums, region.quota, owed) if self.reducer.cut else sums
-            rest = self._room(kept.values)
-            self.coding.write(kept, payload, piece.size, key, rest, self.second)
-            if rest is not None and owed is not None:
-                host_kernels(rest).scatter_add(kept.places, rest, owed)
+            kept = sums
+            if self.reducer.cut and sums.values.size != region.quota:
+                kept = sums.largest(region.quota, new)
+            self.coding.write(kept, payload, piece.size, key, new, self.second)
 
-    def _encode_whole(self, values: Array, payload: Payload, owed: Array | None, key: Key) -> None:
+    def _encode_whole(self, values: Array, payload: Payload, new: Array | None, key: Key) -> None:
         codec = self.reducer.whole
         if codec is None:
             payload[0][:] = values
             return
-        rest = None if owed is None else np.empty_like(values)
+        rest = None if new is None else np.empty_like(values)
         encode(codec, values, None, payload, rest, key, self.whole)
-        if rest is not None and owed is not None:
-            owed += rest
-
-    def _largest(self, sums: Entries, quota: int, owed: Array | None) -> Entries:
-        """Return the largest entries, as many as are to be kept; this rank owes the others from now on."""
-        if sums.values.size == quota:
-            return sums
-        kept, numbers = np.empty(quota, sums.values.dtype), np.empty(quota, np.uint32)
-        rest, kernels = None if owed is None else np.empty_like(sums.values), host_kernels(kept)
-        kernels.select_top(sums.values, None, rest, quota).write(kept, numbers, zero=rest is not None)
-        if rest is not None and owed is not None:
-            kernels.scatter_add(sums.places, rest, owed)
-        return Entries(kept, sums.places[numbers])
+        if rest is not None and new is not None:
+            new += rest
 
     def _decode(self, parcel: Parcel, owner: int, out: Array) -> None:
         """Set an owner's regions of `out` to what it sent."""

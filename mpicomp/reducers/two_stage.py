@@ -127,7 +127,7 @@ class _Steps:
 
     def encode(self, messages: Sequence[Message]) -> Iterable[bool]:
         """See Steps."""
-        return encode_all(messages, self.x, self.state, 0, self.me, self.state.residual, self.state.spare)
+        return encode_all(messages, self.x, self.state, 0, self.me)
 
     def add(self, share: Message, received: dict[int, Message]) -> bool:
         """See Steps."""
@@ -138,7 +138,7 @@ class _Steps:
             total[place] = self.x[source]
         for rank, message in received.items():
             message.decode_add(total, state, 0, rank, packed=True)
-        return share.encode(total, state, 1, self.me, state.residual, state.spare, packed=True)
+        return share.encode(total, state, 1, self.me, packed=True)
 
     def decode(self, share: Message, owner: int) -> bool:
         """See Steps."""

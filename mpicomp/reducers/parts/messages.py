@@ -116,29 +116,24 @@ class Message(Envelope):
         self.packed = [slice(end - piece.size, end) for piece, end in zip(self.pieces, ends, strict=True)]
         self._used: list[int] | None = None  # bytes per piece; None: an input held NaN or infinity
 
-    def encode(
-        self, x: Array, state: State, stage: int, rank: int, old: Array | None, new: Array | None, packed: bool = False
-    ) -> bool:
-        """Encode the pieces of x, or those of x + old and write the residual to `new`; only x may be packed.
+    def encode(self, x: Array, state: State, stage: int, rank: int, packed: bool = False) -> bool:
+        """Encode the pieces of x, under feedback those of x + residual; the next residual goes to `state.spare`.
 
-        Returns whether the input was finite; if not, payload and `new` must not be used.
+        Returns whether the input was finite; if not, payload and `spare` must not be used. Only x may be packed.
         """
-        self.begin(x, state, stage, rank, old, new, packed)
+        self.begin(x, state, stage, rank, packed)
         return self.finish()
 
-    def begin(
-        self, x: Array, state: State, stage: int, rank: int, old: Array | None, new: Array | None, packed: bool = False
-    ) -> None:
+    def begin(self, x: Array, state: State, stage: int, rank: int, packed: bool = False) -> None:
         """Begin to `encode`: on a GPU this waits for no kernel, unless the codec must see the input first."""
         self._used, self._written = None, True
         used, codec = [], self.codec
         sources = self.packed if packed else self.places
         for piece, source, place, payload in zip(self.pieces, sources, self.places, self.payloads, strict=False):
-            rest = None if old is None else old[place]
-            if not codec.loud and kernels_for(x).nonfinite(x[source], rest):
+            old, new = residuals(state, place)
+            if not codec.loud and kernels_for(x).nonfinite(x[source], old):
                 return
-            left = None if new is None else new[place]
-            used.append(encode(codec, x[source], rest, payload, left, state.key(piece, stage, rank), self.shrink))
+            used.append(encode(codec, x[source], old, payload, new, state.key(piece, stage, rank), self.shrink))
             if codec.loud and not self.device and not np.isfinite(payload[0]).all():
                 return
         self._used = used
@@ -183,6 +178,13 @@ class Message(Envelope):
             self.codec.decode_add(payload, out[place], state.key(piece, stage, rank), scale / self.shrink, fresh)
         if self.direct:
             self._copied = Copied()
+
+
+def residuals(state: State, place: slice) -> tuple[Array | None, Array | None]:
+    """Return a part of the residual, and the room for that part of the next residual; None without feedback."""
+    if state.residual is None or state.spare is None:
+        return None, None
+    return state.residual[place], state.spare[place]
 
 
 def encode(
