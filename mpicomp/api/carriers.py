@@ -19,7 +19,7 @@ from mpicomp.comm.communicator import Comm
 from mpicomp.kernels import kernels_for
 from mpicomp.reducers.base import State
 from mpicomp.reducers.parts.layout import Layout
-from mpicomp.reducers.parts.messages import Message, exchange_messages, check_header
+from mpicomp.reducers.parts.messages import Message, check_header, exchange_messages
 
 Flats = list[Array]
 
@@ -148,7 +148,8 @@ class Coded:
         """See Carrier."""
         rooms = self._exchanged(comm, outgoing, [True] * comm.size, operation)
         total[...] = 0
-        poisoned = [check_header(room.buffer, source, self._sequence, self._state) for source, room in self._sent(rooms)]
+        sequence, state = self._sequence, self._state
+        poisoned = [check_header(room.buffer, source, sequence, state) for source, room in self._sent(rooms)]
         if any(poisoned):
             total[...] = np.nan
             return

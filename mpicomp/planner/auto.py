@@ -11,7 +11,7 @@ step to step beside its residual. What was learnt belongs to the communicator: a
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from math import inf
@@ -27,23 +27,21 @@ from mpicomp.comm.communicator import Comm
 from mpicomp.comm.share import shared
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost
-from mpicomp.planner import Machine, predict
+from mpicomp.planner import predict
 from mpicomp.planner.cache import machine_for
 from mpicomp.planner.course import Course
-from mpicomp.planner.machine import time_text
-from mpicomp.reducers.base import Explained, Reducer, Reduction, State, Units, laid_out
+from mpicomp.reducers.base import Level, Reducer, Reduction, State, Units, contraction, is_codec
 from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.gather import Gather
 from mpicomp.reducers.hierarchical import Hierarchical
 from mpicomp.reducers.integer import Integer
 from mpicomp.reducers.parts.layout import Layout, Unit
 from mpicomp.reducers.parts.workspace import Workspace
-from mpicomp.reducers.policies import After, ErrorFeedback, Partition, unscaled
+from mpicomp.reducers.policies import ErrorFeedback
 from mpicomp.reducers.shared_support import SharedSupport
 from mpicomp.reducers.split import Split
 from mpicomp.reducers.tree import Tree
 from mpicomp.reducers.two_stage import TwoStage
-from mpicomp.specs import Spec
 
 EXACT: tuple[Reducer, ...] = (Dense(), Dense("mpi"), Dense("two_shot"), Hierarchical(Dense()))
 """What `auto` may always use, the default first, which is the ring where that may pay: between nodes."""
@@ -76,29 +74,51 @@ class Chosen(State):
 
 
 @dataclass(frozen=True)
-class Auto(Explained, Spec):
+class Auto(Reducer):
     """The fastest exact sum, or the fastest of what `allow` holds too: reducers as they are, codecs in any that fits.
 
     The order in which candidates are listed decides between equal ones; exact ones stand first.
     """
 
     spec_name: ClassVar[str] = "auto"
+    level: ClassVar[Level] = Level.CHOICE
+    contractive: ClassVar[bool] = True  # under feedback every candidate is
+    codecs: ClassVar[tuple[Codec, ...]] = ()  # those of the candidates
     allow: tuple[Codec | Reducer, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         if not isinstance(self.allow, tuple):
             raise TypeError(f"allow must be a tuple, as in auto(allow=({self.allow},)), got {self.allow}")
         for each in self.allow:
-            if isinstance(each, (Auto, ErrorFeedback, After, Partition)):
+            if isinstance(each, Reducer) and each.level <= self.level:
                 raise ValueError(
                     f"allow takes codecs and reducers without policies, which stand outside as in "
                     f"error_feedback(auto(allow=(topk(density=0.01),))); got {each}"
                 )
-            if not hasattr(each, "decode_add") and not hasattr(each, "reduce"):
+            if not is_codec(each) and not isinstance(each, Reducer):
                 raise TypeError(f"allow takes codecs and reducers such as topk(density=0.01), got {each!r}")
 
+    @property
+    def exact(self) -> bool:
+        """See Reducer."""
+        return all(each.exact for each in self.inner)
+
+    @property
+    def inner(self) -> tuple[Reducer, ...]:
+        """See Reducer."""
+        return self.candidates()
+
+    def with_members(self, codec: Callable[[Codec], Codec], reducer: Callable[[Reducer], Reducer]) -> Reducer:
+        """See Reducer. A codec for which that changes some of its reducers gives way to these."""
+        allow: list[Codec | Reducer] = []
+        for each in self.allow:
+            candidates = (each,) if isinstance(each, Reducer) else fitting(codec(each))
+            changed = tuple(reducer(candidate) for candidate in candidates)
+            allow += changed if changed != candidates or isinstance(each, Reducer) else [codec(each)]
+        return Auto(allow=tuple(allow))
+
     def candidates(self, feedback: bool = False) -> tuple[Reducer, ...]:
-        """What is chosen from. With feedback bare codecs are taken as contractions; ValueError for what is none."""
+        """See Reducer. With feedback bare codecs are taken as contractions; ValueError for a reducer that is none."""
         return _candidates(self.allow, feedback)
 
     def useful(self, topology: Topology, feedback: bool = False) -> tuple[Reducer, ...]:
@@ -191,26 +211,6 @@ class Auto(Explained, Spec):
         """See Reducer; of the first candidate, since the choice shows at the first step."""
         return self.candidates(feedback)[0].cost(layout, dtype, topology, me, feedback)
 
-    def explain(
-        self,
-        layout: Layout | tuple[int, ...],
-        dtype: str = "float32",
-        topology: Topology | int = 1,
-        me: int = 0,
-        machine: Machine | None = None,
-        feedback: bool = False,
-    ) -> str:
-        """See Explained: all candidates with their predicted times, and the one that this favours in full."""
-        layout, topology = laid_out(layout, topology)
-        found = self.candidates(feedback)
-        if machine is None:
-            return "\n".join([f"{self}, the fastest of", *(f"  {each}" for each in found)])
-        times = [predict(each.cost(layout, dtype, topology, me, feedback), machine).seconds for each in found]
-        first = found[min(range(len(found)), key=times.__getitem__)]
-        lines = [f"  {time_text(seconds):>8}  {each}" for each, seconds in zip(found, times, strict=True)]
-        said = first.explain(layout, dtype, topology, me, machine, feedback)
-        return "\n".join([f"{self}, the fastest of", *lines, f"at first {said}"])
-
     def running(self, state: State) -> Reducer:
         """The reducer that runs in a state."""
         chosen = cast(Chosen, state)
@@ -249,12 +249,11 @@ _courses: WeakKeyDictionary[Comm, dict[Hashable, Course]] = WeakKeyDictionary()
 def _candidates(allow: tuple[Codec | Reducer, ...], feedback: bool) -> tuple[Reducer, ...]:
     found: list[Reducer] = list(EXACT)
     for each in allow:
-        if hasattr(each, "decode_add"):
-            codec = cast(Codec, each)
-            parts = fitting(unscaled(codec) if feedback else codec)
-            found += [part for part in parts if not feedback or getattr(part, "contractive", True)]
-            continue
-        if feedback:
-            ErrorFeedback(each)  # raises for what does not contract
-        found.append(each)
+        if isinstance(each, Reducer):
+            if feedback:
+                ErrorFeedback(each)  # raises for what does not contract
+            found.append(each)
+        else:
+            parts = fitting(contraction(each) if feedback else each)
+            found += [part for part in parts if not feedback or part.contractive]
     return tuple(dict.fromkeys(found))

@@ -16,12 +16,11 @@ from mpicomp.comm.exchange import Exchange
 from mpicomp.comm.topology import Topology
 from mpicomp.comm.watch import wait
 from mpicomp.cost import Cost, Work
-from mpicomp.reducers.base import Reduction, Remembering, State, nonfinite
+from mpicomp.reducers.base import End, Reducer, Reduction, State, nonfinite
 from mpicomp.reducers.parts.layout import Layout, cut_up, even_cuts
 from mpicomp.reducers.parts.pipeline import round_robin
 from mpicomp.reducers.parts.ring import ring_cost, ring_slots, ring_sum
 from mpicomp.reducers.parts.workspace import Workspace
-from mpicomp.specs import Spec
 
 ALGORITHMS = ("best", "mpi", "two_shot", "ring")
 GROUP = 1 << 21  # bytes in a message at most: few, and yet sums hide behind the network
@@ -120,7 +119,7 @@ def two_shot_cost(nbytes: int, itemsize: int, ranks: int, me: int) -> Cost:
 
 
 @dataclass(frozen=True)
-class Dense(Remembering, Spec):
+class Dense(Reducer):
     """The exact sum, to rounding; NaN and infinity follow IEEE element by element.
 
     `algorithm` "mpi" is MPI's own allreduce, which promises the same bits on all ranks but not the same for an
@@ -131,6 +130,7 @@ class Dense(Remembering, Spec):
 
     spec_name: ClassVar[str] = "dense"
     on_gpu: ClassVar[bool] = True
+    exact: ClassVar[bool] = True
     algorithm: str = "best"
 
     def __post_init__(self) -> None:
@@ -163,10 +163,8 @@ class Dense(Remembering, Spec):
         """See Reducer. With feedback, `poisoned` says whether the total is not finite."""
         return self.begin(comm, x, state, np.empty_like(x) if out is None else out, work)()
 
-    def begin(
-        self, comm: Comm, x: Array, state: State, out: Array, work: Workspace | None = None
-    ) -> Callable[[], tuple[Reduction, State]]:
-        """Begin `reduce`, and return what ends it: until then what takes one round is under way, all else is done."""
+    def begin(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace | None = None) -> End:
+        """See Reducer: a sum of one round is under way until then, others are complete."""
         comm.next_call()
         work = work or Workspace(state.device)
         layout, itemsize = state.layout, x.itemsize

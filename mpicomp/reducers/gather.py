@@ -9,20 +9,21 @@ import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
+from mpicomp.codecs.bounded import Bounded
 from mpicomp.comm.collectives import peers
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
-from mpicomp.reducers.base import Reduction, Remembering, State, check_codec, coding, poisoned_total
+from mpicomp.reducers.base import Reducer, Reduction, State, check_codec, coding, poisoned_total
+from mpicomp.reducers.parts.bounds import bound_of_sum
 from mpicomp.reducers.parts.layout import Layout
 from mpicomp.reducers.parts.messages import Message, encode_all, message_nbytes
 from mpicomp.reducers.parts.pipeline import MessageExchange, groups, round_robin
 from mpicomp.reducers.parts.workspace import Workspace
-from mpicomp.specs import Spec
 
 
 @dataclass(frozen=True)
-class Gather(Remembering, Spec):
+class Gather(Reducer):
     """Allgather of encoded arrays: one lossy event, one burst of messages, bytes that grow with the ranks.
 
     Best for few ranks and for messages so small that only their number counts.
@@ -34,6 +35,11 @@ class Gather(Remembering, Spec):
 
     def __post_init__(self) -> None:
         check_codec(self, self.codec)
+
+    def with_bound(self, ranks: int, op: str) -> Reducer:
+        """See Reducer: an element is encoded by every rank."""
+        bound = bound_of_sum(self.codec, ranks, op)
+        return self if bound is None else Gather(Bounded(abs=bound / ranks))
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
         """See Reducer."""

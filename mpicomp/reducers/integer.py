@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, cast
 
@@ -27,17 +27,16 @@ from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
 from mpicomp.kernels import host_kernels
-from mpicomp.reducers.base import Reduction, Remembering, State, coding, poisoned_total
+from mpicomp.reducers.base import Reducer, Reduction, State, coding, poisoned_total
 from mpicomp.reducers.parts.layout import Layout, Piece, shards
 from mpicomp.reducers.parts.messages import Envelope, residuals
 from mpicomp.reducers.parts.pipeline import TwoStages, groups
 from mpicomp.reducers.parts.workspace import Workspace
-from mpicomp.specs import Spec
 from mpicomp.wire import Field, MessageLayout
 
 
 @dataclass(frozen=True)
-class Integer(Remembering, Spec):
+class Integer(Reducer):
     """The exact sum of b-bit integers, which all ranks round to with one scale a block.
 
     With the levels L = 2^(bits-1) - 1 and the scale s = m / L, m a block's largest magnitude on any rank, rounding to
@@ -64,8 +63,12 @@ class Integer(Remembering, Spec):
 
     @property
     def contractive(self) -> bool:
-        """Whether debts stay bounded under feedback; see the class."""
+        """See the class."""
         return not self.stochastic or self.bits >= 3
+
+    def contraction(self) -> Reducer:
+        """See Reducer."""
+        return self if self.contractive else replace(self, stochastic=False)
 
     def width(self, ranks: int) -> int:
         """Bits of a sum of so many codes: those of -levels * ranks ... levels * ranks. ValueError above 32."""

@@ -12,17 +12,16 @@ from mpicomp.codecs.base import Codec
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost
-from mpicomp.reducers.base import Reduction, Remembering, State, check_codec, coding, nonfinite, poisoned_total
+from mpicomp.reducers.base import Reducer, Reduction, State, check_codec, coding, nonfinite, poisoned_total
 from mpicomp.reducers.dense import two_shot_cost, two_shot_rows, two_shot_sum
 from mpicomp.reducers.parts.layout import Layout
 from mpicomp.reducers.parts.messages import Message, message_nbytes
 from mpicomp.reducers.parts.workspace import Workspace
-from mpicomp.specs import Spec
 from mpicomp.wire import ALIGN, HEADER, Field
 
 
 @dataclass(frozen=True)
-class SharedSupport(Remembering, Spec):
+class SharedSupport(Reducer):
     """One dense sum of k values where the codec keeps k of n; exact but for what the codec leaves out.
 
     The sum carries one more number, 0 or NaN: whether all inputs were finite.

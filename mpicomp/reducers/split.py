@@ -35,19 +35,18 @@ from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
 from mpicomp.kernels import host_kernels
-from mpicomp.reducers.base import Reduction, Remembering, State, check_codec, coding, poisoned_total
+from mpicomp.reducers.base import Reducer, Reduction, State, check_codec, coding, poisoned_total
 from mpicomp.reducers.parts.entries import Entries, EntryCodec, Selecting, check_selecting, select_units
 from mpicomp.reducers.parts.layout import Layout
 from mpicomp.reducers.parts.messages import encode, residuals
 from mpicomp.reducers.parts.parcels import WHOLE, Parcel, Parcels
 from mpicomp.reducers.parts.regions import Division, Region, divide, histogram_nbytes, owned_regions
 from mpicomp.reducers.parts.workspace import Workspace
-from mpicomp.specs import Spec
 from mpicomp.wire import ALIGN, HEADER, Payload
 
 
 @dataclass(frozen=True)
-class Split(Remembering, Spec):
+class Split(Reducer):
     """Sum what `codec` selects at the owners of balanced regions, and share the sums as entries.
 
     A rank selects from whole units, once. The sums are exact, up to rounding and what `values` of the codec leaves out,
@@ -92,12 +91,6 @@ class Split(Remembering, Spec):
     def whole(self) -> Codec | None:
         """What encodes a region that is sent whole."""
         return self.dense or self.selecting.values
-
-    def init(self, layout: Layout, dtype: str, feedback: bool = False, seed: int = 0, step: int = 0) -> State:
-        """See Reducer; ValueError where feedback meets a `dense` that does not contract."""
-        if feedback and self.dense is not None and not self.dense.contractive:
-            raise ValueError(f"error feedback needs a contraction, and dense={self.dense} is none")
-        return super().init(layout, dtype, feedback, seed, step)
 
     def divisions(self, layout: Layout, ranks: int) -> list[Division]:
         """How the units are divided among ranks."""

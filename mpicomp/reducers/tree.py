@@ -21,12 +21,11 @@ from mpicomp.comm.topology import Topology
 from mpicomp.comm.watch import wait
 from mpicomp.cost import Cost, Work
 from mpicomp.kernels import host_kernels
-from mpicomp.reducers.base import Reduction, Remembering, State, check_codec, coding, poisoned_total
+from mpicomp.reducers.base import Reducer, Reduction, State, check_codec, coding, poisoned_total
 from mpicomp.reducers.parts.entries import Entries, EntryCodec, Selecting, check_selecting, select_units
 from mpicomp.reducers.parts.layout import Layout
 from mpicomp.reducers.parts.messages import Message, check_header, message_nbytes, residuals
 from mpicomp.reducers.parts.workspace import Workspace
-from mpicomp.specs import Spec
 
 
 def children(rank: int, ranks: int) -> list[int]:
@@ -49,7 +48,7 @@ def beneath(rank: int, ranks: int) -> int:
 
 
 @dataclass(frozen=True)
-class Tree(Remembering, Spec):
+class Tree(Reducer):
     """Sum what `codec` selects, cut to the k largest of a unit at every merge: one of log2 P lossy events at most.
 
     Whatever the codec selects by, merges keep the k largest.

@@ -17,19 +17,20 @@ import numpy as np
 
 from mpicomp.arrays import Array, empty
 from mpicomp.codecs.base import Codec
+from mpicomp.codecs.bounded import Bounded
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
-from mpicomp.reducers.base import Reduction, Remembering, State, check_codec, coding, poisoned_total
+from mpicomp.reducers.base import Reducer, Reduction, State, check_codec, coding, poisoned_total
+from mpicomp.reducers.parts.bounds import bound_of_sum
 from mpicomp.reducers.parts.layout import Layout, shards
 from mpicomp.reducers.parts.messages import Message, encode_all, message_nbytes
 from mpicomp.reducers.parts.pipeline import TwoStages, groups
 from mpicomp.reducers.parts.workspace import Workspace
-from mpicomp.specs import Spec
 
 
 @dataclass(frozen=True)
-class TwoStage(Remembering, Spec):
+class TwoStage(Reducer):
     """Reduce-scatter and allgather of encoded shards, each an array of its own to the codec.
 
     `second` encodes the sums, None: `codec` does. The payloads of a linear codec, the owner's among them, are summed as
@@ -56,6 +57,13 @@ class TwoStage(Remembering, Spec):
     def recodec(self) -> Codec:
         """What encodes the sums."""
         return self.second or self.codec
+
+    def with_bound(self, ranks: int, op: str) -> Reducer:
+        """See Reducer: an element is encoded by every rank but its owner, and by the owner as a sum."""
+        bound = bound_of_sum(self.codec, ranks, op)
+        if bound is None or self.second is not None:
+            return self
+        return TwoStage(Bounded(abs=bound / (2 * max(1, ranks - 1))), Bounded(abs=bound / 2))
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
         """See Reducer."""

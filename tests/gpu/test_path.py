@@ -29,8 +29,9 @@ SPECS = [
     "dense",
     "dense(algorithm=two_shot)",
     "dense(algorithm=ring)",
-    "partition(dense(algorithm=two_shot), error_feedback(two_stage(uniform(bits=4, block=32))), min_size=3)",
-    "after(2, error_feedback(gather(topk(density=0.1))))",
+    "partition(small=dense(algorithm=two_shot), large=error_feedback(two_stage(uniform(bits=4, block=32))), "
+    "min_size=3)",
+    "after(error_feedback(gather(topk(density=0.1))), steps=2)",
     "error_feedback(low_rank(rank=2))",
 ]
 ADDING_ON_THE_HOST = ["dense(algorithm=two_shot)", "dense(algorithm=ring)"]

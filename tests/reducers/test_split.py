@@ -256,8 +256,8 @@ def test_what_is_refused(spec: str, message: str) -> None:
 def test_feedback_over_a_dense_codec_that_does_not_contract_is_refused() -> None:
     spec = "split(topk(density=0.1), dense_after=0.5, dense=qsgd(levels=3))"
     member(spec).init(LAYOUT, "float32")
-    with pytest.raises(ValueError, match="error feedback needs a contraction, and dense=qsgd"):
-        member(f"error_feedback({spec})").init(LAYOUT, "float32")
+    with pytest.raises(ValueError, match="error_feedback needs a contraction, and qsgd"):
+        member(f"error_feedback({spec})")
 
 
 def test_costs_say_how_often_values_lose_something() -> None:
