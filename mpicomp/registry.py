@@ -10,14 +10,13 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from mpicomp import __version__
+from mpicomp import __version__, codecs
 from mpicomp.arrays import Array, work_dtype
-from mpicomp.codecs import CODECS
 from mpicomp.codecs.base import Codec
 from mpicomp.comm.agreement import digest_of, float_mode
 from mpicomp.kernels import kernels_for
 from mpicomp.planner.auto import Auto
-from mpicomp.reducers.base import Level, Reducer, contraction, is_codec, walk
+from mpicomp.reducers.base import Level, Reducer, walk
 from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.gather import Gather
 from mpicomp.reducers.hierarchical import Hierarchical
@@ -30,8 +29,31 @@ from mpicomp.reducers.shared_support import SharedSupport
 from mpicomp.reducers.split import Split
 from mpicomp.reducers.tree import Tree
 from mpicomp.reducers.two_stage import TwoStage
-from mpicomp.specs import Spec
 from mpicomp.specs import parse as parse_spec
+
+CODECS: dict[str, type[Codec]] = {
+    cls.spec_name: cls
+    for cls in (
+        codecs.Rotated,
+        codecs.Bounded,
+        codecs.Cast,
+        codecs.TopK,
+        codecs.BlockTopK,
+        codecs.SampledTopK,
+        codecs.Threshold,
+        codecs.RandomK,
+        codecs.Uniform,
+        codecs.QSGD,
+        codecs.DoReFa,
+        codecs.Sign,
+        codecs.Ternary,
+        codecs.Natural,
+        codecs.MXFP4,
+        codecs.MXFP8,
+        codecs.FP8,
+    )
+}
+"""Every codec by the name that a spec gives it."""
 
 REDUCERS: dict[str, type[Reducer]] = {
     each.spec_name: each
@@ -56,7 +78,7 @@ ALIASES = {"fp16": "cast(dtype=fp16)", "bf16": "cast(dtype=bf16)", "int8": "unif
 GATHER_BYTES = 16384  # per rank; for fewer the number of messages costs more than their size, so gather is best
 
 Method = str | Codec | Reducer
-T = TypeVar("T", bound=Spec)
+T = TypeVar("T", bound=Codec | Reducer)
 
 
 def register(cls: type[T]) -> type[T]:
@@ -64,10 +86,10 @@ def register(cls: type[T]) -> type[T]:
 
     Every rank must do so. Raises ValueError for a name that is taken, TypeError for a class of another kind.
     """
-    table: dict[str, Any] = REDUCERS if issubclass(cls, Reducer) else CODECS
-    if table is CODECS and not is_codec(cls):
+    if not issubclass(cls, Codec | Reducer):
         raise TypeError(f"{cls.__name__} is no codec and no reducer: it must inherit from Codec or Reducer")
     name = cls.spec_name
+    table: dict[str, Any] = REDUCERS if issubclass(cls, Reducer) else CODECS
     if name in CODECS or name in REDUCERS or name in ALIASES:
         raise ValueError(f"{name!r} is registered already; choose another spec_name for {cls.__name__}")
     table[name] = cls
@@ -84,7 +106,7 @@ def parsed(method: Any) -> Codec | Reducer:
     """Return the codec or reducer that a user means; raises SpecError, or TypeError for a value of another kind."""
     if isinstance(method, str):
         return parse(method)
-    if isinstance(method, Reducer) or is_codec(method):
+    if isinstance(method, Codec | Reducer):
         return method
     raise TypeError(f"method must be a spec, a codec or a reducer, got {type(method).__name__}")
 
@@ -99,7 +121,7 @@ def resolve(method: Method, layout: Layout, dtype: str, ranks: int, memory: bool
     member = parsed(method)
     if isinstance(member, Reducer):
         return ErrorFeedback(member) if memory and member.level is Level.CHOICE and not member.exact else member
-    codec = contraction(member) if memory else member
+    codec = member.contraction() if memory else member
     reducer: Reducer
     if codec.linear:
         reducer = SharedSupport(codec)

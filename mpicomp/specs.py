@@ -8,8 +8,8 @@ goes through `ast` against a literal registry and nothing is ever evaluated.
 
 **How a member is printed.** Fields at their defaults are left out; a member without arguments prints as its bare
 name. The leading fields that are required or hold members form the *head*; it is printed by position up to its last
-member, `after(100, two_stage(uniform))`, and everything else by keyword: `topk(density=0.01)`,
-`partition(dense, low_rank(rank=4), min_size=1024)`.
+member, `after(two_stage(uniform), steps=100)`, and everything else by keyword: `topk(density=0.01)`,
+`partition(small=dense, large=low_rank(rank=4), min_size=1024)`.
 
 **What is read besides.** Any field by position or keyword, tuples and lists (both become tuples), an int for a float,
 `inf` and `nan` for a float, and a bare name where the field is annotated `str`: `cast(dtype=bf16)`.

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mpicomp.codecs import CODECS, Key
+from mpicomp.codecs import Key
 from mpicomp.errors import WireFormatError
 from mpicomp.kernels import cpu
 from mpicomp.reducers.parts.entries import Entries, EntryCodec
@@ -24,8 +24,7 @@ from mpicomp.reducers.parts.layout import Layout, Piece
 from mpicomp.reducers.parts.parcels import Parcels
 from mpicomp.reducers.parts.regions import Region
 from mpicomp.reducers.parts.workspace import Workspace
-from mpicomp.registry import ALIASES
-from mpicomp.specs import parse
+from mpicomp.registry import parse
 from mpicomp.wire import HEADER, Field, MessageLayout
 
 SIZES = (1, 2, 7, 8, 9, 33, 64, 255, 257, 700, 5000, 70_000)
@@ -201,7 +200,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.codec:
-        codecs = [parse(spec, CODECS, ALIASES) for spec in args.codec]
+        codecs = [parse(spec) for spec in args.codec]
     else:
         from codec_members import CODECS_TESTED
 
@@ -213,7 +212,7 @@ def main() -> None:
         refused, decoded = attack_codec(codec, args.messages, args.seed)
         attack_payloads(codec, args.messages, args.seed)
         print(f"{refused} refused, {decoded} decoded, {time.perf_counter() - began:.1f} s", flush=True)
-    for codec in (None, parse("bf16", CODECS, ALIASES), parse("uniform(bits=4)", CODECS, ALIASES)):
+    for codec in (None, parse("bf16"), parse("uniform(bits=4)")):
         print(f"entries of {codec}: ", end="", flush=True)
         refused, decoded = attack_entries(codec, args.messages, args.seed)
         print(f"{refused} refused, {decoded} decoded", flush=True)

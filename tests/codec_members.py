@@ -80,7 +80,7 @@ CODECS_TESTED = [
     FP8(),
     FP8("e5m2"),
     Rotated(Sign()),
-    Rotated(Sign(), scaled=True),
+    Rotated(Sign(), rescale=True),
     Rotated(Uniform(bits=4, stochastic=True)),
     Rotated(Uniform(bits=2, block=64, stochastic=True), kashin=True),
 ]

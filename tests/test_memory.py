@@ -22,7 +22,7 @@ SPECS = [
     "sign",
     "topk(density=0.05)",
     "randomk(density=0.1)",
-    "threshold(value=1.5)",
+    "threshold(at=1.5)",
     "uniform(bits=4, stochastic=True, scaled=False)",
     "error_feedback(gather(fp8))",
     "error_feedback(two_stage(uniform(bits=4)))",

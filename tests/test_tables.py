@@ -11,8 +11,7 @@ from codec_members import CODECS_TESTED
 from golden import reference
 from reducers.members import COMPOSED, MEMBERS, REPRESENTATIVES
 
-from mpicomp.codecs import CODECS
-from mpicomp.registry import ALIASES, REDUCERS
+from mpicomp.registry import ALIASES, CODECS, REDUCERS
 
 ROOT = Path(__file__).parents[1]
 

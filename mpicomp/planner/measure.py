@@ -228,7 +228,7 @@ def _coding(codec: Codec, op: str, x: Array) -> Callable[[], object]:
     if op in ("encode", "encode_residual"):
 
         def encode() -> None:
-            if not codec.loud:  # as reducers do, who look for what is not finite
+            if not codec.marks_nonfinite:  # as reducers do, who look for what is not finite
                 kernels_for(x).nonfinite(x, old if op == "encode_residual" else None)
             if op == "encode":
                 codec.encode(x, payload, key)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple, TypeGuard
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import numpy as np
 
@@ -60,52 +60,74 @@ End = Callable[[], "tuple[Reduction, State]"]
 
 
 @dataclass(frozen=True)
-class State:
-    """What a reducer remembers of one flat array; `reduce` takes one and returns the next.
+class StatePart:
+    """What a reducer remembers of one flat array, except for the seed and the step, which the root of a state has.
 
     `residual` (extent,) is what this rank has not sent yet, None without feedback; the next one is written to `spare`.
-    `memory` holds what else a method carries from step to step, by name. `inner` holds the states of wrapped reducers,
-    whose step and seed are those of the outermost one: see `nested`.
+    `memory` holds what else a method carries from step to step, by name. `inner` holds the parts of wrapped reducers.
     """
 
     layout: Layout
     dtype: str
-    seed: int
-    step: int
     digest: int
     residual: Array | None = None
     spare: Array | None = None
     memory: Mapping[str, Array] = field(default_factory=dict)
-    inner: tuple[State, ...] = ()
+    inner: tuple[StatePart, ...] = ()
+    extra: Any = None
+    """Further values of a reducer, in a type of its own."""
     device: bool = False
     """Whether the arrays are CuPy's; they begin as NumPy's."""
 
-    def placed(self, device: bool) -> State:
-        """Return this state with its arrays where the input is; they move to the GPU at the first step."""
+    def placed(self, device: bool) -> Self:
+        """Return this with its arrays where the input is; they move to the GPU at the first step."""
         if self.device or not device:
             return self
         residual, spare = (None if array is None else to_device(array) for array in (self.residual, self.spare))
         memory = {name: to_device(array) for name, array in self.memory.items()}
-        inner = tuple(state.placed(device) for state in self.inner)
+        inner = tuple(part.placed(device) for part in self.inner)
         return replace(self, device=True, residual=residual, spare=spare, memory=memory, inner=inner)
 
+
+@dataclass(frozen=True)
+class State(StatePart):
+    """What a reducer remembers of one flat array; `reduce` takes one and returns the next."""
+
+    seed: int = field(kw_only=True)
+    step: int = field(kw_only=True)
+
     def at(self, step: int) -> State:
-        """Return this state at another step: a state that took no part in some steps has fallen behind."""
+        """Return this state at another step."""
         return self if self.step == step else replace(self, step=step)
 
     def nested(self, number: int = 0) -> State:
-        """Return the state of a wrapped reducer, at the step of this one: all states of a tree count together."""
-        return self.inner[number].at(self.step)
+        """Return the state of a wrapped reducer: its part, with the seed and the step of this state."""
+        return _made(State, self.inner[number], {"seed": self.seed, "step": self.step})
+
+    @property
+    def part(self) -> StatePart:
+        """This state as part of another: without seed and step."""
+        part = _made(StatePart, self, {})
+        del vars(part)["seed"], vars(part)["step"]
+        return part
 
     def advanced(self, **changes: Any) -> State:
         """The next step's state: the residual that was just written becomes current."""
-        after = object.__new__(type(self))  # what `replace` does, in a quarter of its 2.5 us
-        vars(after).update(vars(self), step=self.step + 1, residual=self.spare, spare=self.residual, **changes)
-        return after
+        return _made(State, self, {"step": self.step + 1, "residual": self.spare, "spare": self.residual, **changes})
 
     def key(self, piece: Piece, stage: int, rank: int) -> Key:
         """Return the key of an encoding in this step."""
         return Key(self.seed, self.step, stream_of(piece.unit.name), stage, rank, piece.start)
+
+
+P = TypeVar("P", bound=StatePart)
+
+
+def _made(kind: type[P], part: StatePart, changes: dict[str, Any]) -> P:
+    """Return what `replace` does, in a quarter of its 2.5 us."""
+    made = object.__new__(kind)
+    vars(made).update(vars(part), **changes)
+    return made
 
 
 class Level(IntEnum):
@@ -154,7 +176,7 @@ class Reducer(Spec, ABC):
     @cached_property
     def codecs(self) -> tuple[Codec, ...]:
         """The codecs whose arithmetic all ranks must share: those among the fields."""
-        return tuple(value for value in self._values() if is_codec(value))
+        return tuple(value for value in self._values() if isinstance(value, Codec))
 
     @cached_property
     def inner(self) -> tuple[Reducer, ...]:
@@ -168,14 +190,14 @@ class Reducer(Spec, ABC):
         """Return this reducer with every codec and every reducer among its fields replaced by a function of it."""
         changes: dict[str, Any] = {}
         for each, value in zip(fields(self), self._values(), strict=True):  # type: ignore[arg-type]  # as above
-            new = codec(value) if is_codec(value) else reducer(value) if isinstance(value, Reducer) else value
+            new = codec(value) if isinstance(value, Codec) else reducer(value) if isinstance(value, Reducer) else value
             if new is not value:
                 changes[each.name] = new
         return replace(self, **changes) if changes else self  # type: ignore[type-var]  # as above
 
     def contraction(self) -> Reducer:
         """Return the form of this reducer that contracts, for use under error feedback; ValueError without one."""
-        return self.with_members(contraction, lambda reducer: reducer.contraction())
+        return self.with_members(lambda codec: codec.contraction(), lambda reducer: reducer.contraction())
 
     def with_bound(self, ranks: int, op: str) -> Reducer:
         """Return this reducer with a bound on the result of `op` divided among its own encodings; see `allowance`."""
@@ -188,6 +210,10 @@ class Reducer(Spec, ABC):
     def running(self, state: State) -> Reducer:
         """Return the reducer that runs in a state: itself, unless it chooses among others."""
         return self
+
+    def parts(self, state: State) -> list[tuple[Reducer, State]]:
+        """Return the reducers that have a part of this state, each with that part."""
+        return [(reducer, state.nested(number)) for number, reducer in enumerate(self.inner)]
 
     @abstractmethod
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
@@ -221,7 +247,7 @@ class Reducer(Spec, ABC):
     def init(self, layout: Layout, dtype: str, feedback: bool = False, seed: int = 0, step: int = 0) -> State:
         """Return the state of a fresh start; `dtype` is the work dtype, "float32" or "float64"."""
         residuals = (np.zeros(layout.extent, dtype), np.zeros(layout.extent, dtype)) if feedback else (None, None)
-        return State(layout, dtype, seed, step, self.digest(layout, dtype, seed), *residuals)
+        return State(layout, dtype, self.digest(layout, dtype, seed), *residuals, seed=seed, step=step)
 
     def digest(self, layout: Layout, dtype: str, seed: int) -> int:
         """Return the digest in the headers of messages: 32 bits that ranks with other settings do not have."""
@@ -235,6 +261,8 @@ class Reducer(Spec, ABC):
             if state.residual is not None:
                 kept["residual"] = to_host(state.residual[unit.where])
             units[unit.name] = kept
+        for reducer, inner in self.parts(state):
+            units |= reducer.export(inner)
         return units
 
     def kept(self, state: State, unit: str) -> Mapping[str, Array]:
@@ -247,7 +275,8 @@ class Reducer(Spec, ABC):
             residual = units.get(unit.name, {}).get("residual")
             if residual is not None and state.residual is not None:
                 state.residual[unit.where] = residual
-        return state
+        parts = tuple(reducer.restore(inner, units).part for reducer, inner in self.parts(state))
+        return replace(state, inner=parts) if parts else state
 
     def absorb(self, comm: Comm, dropped: Array, state: State) -> None:
         """Add what the final rounding dropped, (extent,), to the residual of each element's owner, in place.
@@ -257,10 +286,13 @@ class Reducer(Spec, ABC):
         if comm.rank == 0 and state.residual is not None:
             for unit in state.layout.units:
                 state.residual[unit.where] += dropped[unit.where]
+        for reducer, inner in self.parts(state):
+            reducer.absorb(comm, dropped, inner)
 
     def absorbing(self, state: State) -> tuple[Unit, ...]:
         """Return the units whose rounding `absorb` remembers: those with a residual on some rank."""
-        return () if state.residual is None else state.layout.units
+        inner = tuple(unit for reducer, inner in self.parts(state) for unit in reducer.absorbing(inner))
+        return inner if state.residual is None else state.layout.units
 
 
 def walk(reducer: Reducer) -> Iterator[Reducer]:
@@ -275,31 +307,6 @@ def rebuild(reducer: Reducer, change: Callable[[Reducer], Reducer]) -> Reducer:
     return change(reducer.with_members(lambda codec: codec, lambda inner: rebuild(inner, change)))
 
 
-def contraction(codec: Codec) -> Codec:
-    """Return the form of a codec that contracts, for use under error feedback; ValueError without one."""
-    if codec.contractive:
-        return codec
-    settings = {each.name: getattr(codec, each.name) for each in fields(codec)}  # type: ignore[arg-type]
-    changes: dict[str, Any] = {name: contraction(value) for name, value in settings.items() if is_codec(value)}
-    if "scaled" in settings:
-        changes["scaled"] = False
-    try:
-        found: Codec = replace(codec, **changes)  # type: ignore[type-var]
-    except ValueError:  # a deterministic codec has no `scaled`
-        found = codec
-    if not found.contractive:
-        raise ValueError(
-            f"error feedback needs a contraction, and {codec} neither is one nor has one beside it; use another codec, "
-            f"or a reducer without feedback, as in two_stage({codec})"
-        )
-    return found
-
-
-def is_codec(value: object) -> TypeGuard[Codec]:
-    """Whether a value is a codec."""
-    return hasattr(value, "decode_add")
-
-
 def check_place(reducer: Reducer, device: bool) -> None:
     """Raise TypeError for a reducer that cannot sum arrays on a GPU, where they are."""
     if device and not reducer.on_gpu:
@@ -311,12 +318,12 @@ def check_place(reducer: Reducer, device: bool) -> None:
 
 def check_codec(reducer: Reducer, codec: object) -> Codec:
     """Return a codec; TypeError for anything else."""
-    if not is_codec(codec):
+    if not isinstance(codec, Codec):
         raise TypeError(f"{type(reducer).__name__} takes a codec such as topk(density=0.01), got {codec!s}")
     return codec
 
 
-def rescale(state: State, factor: float) -> None:
+def rescale(state: StatePart, factor: float) -> None:
     """Multiply all residuals in place, for example when the loss scale changes."""
     if state.residual is not None:
         np.multiply(state.residual, factor, out=state.residual)
@@ -324,7 +331,7 @@ def rescale(state: State, factor: float) -> None:
         rescale(inner, factor)
 
 
-def scaled(state: State, factor: float) -> State:
+def scaled(state: P, factor: float) -> P:
     """Return a copy of a state with its residuals multiplied."""
     residual = None if state.residual is None else state.residual * state.residual.dtype.type(factor)
     return replace(state, residual=residual, inner=tuple(scaled(inner, factor) for inner in state.inner))

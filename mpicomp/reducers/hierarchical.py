@@ -22,7 +22,7 @@ last read it: so there is no third meeting, and calls of different layouts may f
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -49,18 +49,12 @@ WORD = 4  # bytes that a meeting reduces
 
 
 @dataclass(frozen=True)
-class ShardState(State):
-    """A state since its first step on nodes of several ranks: the inner one is that of this rank's shard."""
-
-    shards: NodeShards = field(kw_only=True)
-
-
-@dataclass(frozen=True)
 class Hierarchical(Wrapper):
     """Sum exactly within each node, and by `reducer` between nodes, on as many shards as the smallest node has ranks.
 
     Where every rank is on a node of its own this is `reducer` itself; on one node only, the exact sum. Its state is
-    that of `reducer` for the whole layout until the first step shows which shard this rank owns.
+    that of `reducer` for the whole layout until the first step shows which shard this rank owns. Then `extra` holds the
+    `NodeShards`, and the inner state is that of the shard.
     """
 
     spec_name: ClassVar[str] = "hierarchical"
@@ -100,15 +94,16 @@ class Hierarchical(Wrapper):
     ) -> tuple[Reduction, State]:
         """See Reducer. The first call makes groups of ranks; later ones keep windows of the largest size so far."""
         out = np.empty_like(x) if out is None else out
-        if isinstance(state, ShardState) and state.shards.topology != comm.topology:
+        shards = _shards(state)
+        if shards is not None and shards.topology != comm.topology:
             fresh = self.init(state.layout, state.dtype, state.inner[0].residual is not None, state.seed, state.step)
-            state = self.restore(fresh, self.export(state))
+            state, shards = self.restore(fresh, self.export(state)), None
         if _flat(comm.topology):
             return self.reducer.reduce(comm, x, state, out, work)
         sequence = comm.next_call()
         if not state.layout.size:
             return Reduction(out), state.advanced()
-        sharded, rest = (state, None) if isinstance(state, ShardState) else self._sharded(comm, state)
+        sharded, rest = self._sharded(comm, state) if shards is None else (state, None)
         work = work or Workspace()
         step = _Step(self.reducer, comm, sharded, work, sequence)
         if len(step.shards.node) > 1:
@@ -117,9 +112,9 @@ class Hierarchical(Wrapper):
             step.alone(x, rest, out)
         if step.poisoned:
             return poisoned_total(out, state.layout), state
-        return Reduction(out, divided=work.divisor), replace(sharded, step=state.step + 1, inner=(step.after,))
+        return Reduction(out, divided=work.divisor), sharded.advanced(inner=(step.after.part,))
 
-    def _sharded(self, comm: Comm, whole: State) -> tuple[ShardState, Array | None]:
+    def _sharded(self, comm: Comm, whole: State) -> tuple[State, Array | None]:
         """Return the state of this rank's shard, and its residual of other shards: (extent,), None if that is zero."""
         shards = NodeShards(whole.layout, comm.topology, comm.rank)
         inner = self.reducer.init(shards.inner, whole.dtype, whole.residual is not None, whole.seed, whole.step)
@@ -132,19 +127,22 @@ class Hierarchical(Wrapper):
                 rest[home.where] = 0
             inner = self.reducer.restore(inner, {unit.name: found})
         digest = self.digest(whole.layout, whole.dtype, whole.seed)
-        state = ShardState(whole.layout, whole.dtype, whole.seed, whole.step, digest, inner=(inner,), shards=shards)
+        state = State(
+            whole.layout, whole.dtype, digest, inner=(inner.part,), extra=shards, seed=whole.seed, step=whole.step
+        )
         return state, rest if rest is not None and rest.any() else None
 
     def export(self, state: State) -> Units:
         """See Reducer: whole units, with a residual of zero outside this rank's shard."""
-        if not isinstance(state, ShardState):
+        shards = _shards(state)
+        if shards is None:
             return self.reducer.export(state)
-        (inner,) = state.inner
+        inner = state.nested()
         units: Units = {unit.name: {} for unit in state.layout.units}
         if inner.residual is not None:
             units = {unit.name: {"residual": np.zeros(unit.size, state.dtype)} for unit in state.layout.units}
         kept = self.reducer.export(inner)
-        for unit, home in state.shards.mine:
+        for unit, home in shards.mine:
             for name, array in kept[unit.name].items():
                 if name == "residual":
                     units[home.unit.name][name][home.start : home.stop] = array
@@ -154,16 +152,17 @@ class Hierarchical(Wrapper):
 
     def absorbing(self, state: State) -> tuple[Unit, ...]:
         """See Reducer."""
-        if not isinstance(state, ShardState):
+        if _shards(state) is None:
             return self.reducer.absorbing(state)
         return () if state.inner[0].residual is None else state.layout.units
 
     def absorb(self, comm: Comm, dropped: Array, state: State) -> None:
         """See Reducer."""
-        if not isinstance(state, ShardState):
+        shards = _shards(state)
+        if shards is None:
             self.reducer.absorb(comm, dropped, state)
             return
-        (inner,), shards = state.inner, state.shards
+        inner = state.nested()
         if inner.residual is None or not shards.inner.size:
             return
         shard = np.empty(shards.inner.size, dropped.dtype)
@@ -178,9 +177,9 @@ class Hierarchical(Wrapper):
 class _Step:
     """One reduction where some rank shares its node with another."""
 
-    def __init__(self, reducer: Reducer, comm: Comm, state: ShardState, work: Workspace, sequence: int) -> None:
+    def __init__(self, reducer: Reducer, comm: Comm, state: State, work: Workspace, sequence: int) -> None:
         self.reducer, self.comm, self.state, self.work, self.sequence = reducer, comm, state, work, sequence
-        self.shards = state.shards
+        self.shards: NodeShards = state.extra
         self.after = state.nested()
         self.poisoned = False
         self.failure: ConfigMismatchError | None = None
@@ -277,6 +276,11 @@ class _Step:
         window.sync()
         barrier(node)
         window.sync()
+
+
+def _shards(state: State) -> NodeShards | None:
+    """Return the shards of a state; None of one that is the inner reducer's, for the whole layout."""
+    return state.extra if isinstance(state.extra, NodeShards) else None
 
 
 def _flat(topology: Topology) -> bool:

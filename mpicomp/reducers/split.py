@@ -29,14 +29,14 @@ import numpy as np
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec, Key
 from mpicomp.codecs.checks import check_bool, is_number
-from mpicomp.codecs.sparse import check_values
+from mpicomp.codecs.sparse import Selecting, check_values
 from mpicomp.comm.collectives import peers
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
 from mpicomp.kernels import host_kernels
 from mpicomp.reducers.base import Reducer, Reduction, State, check_codec, coding, poisoned_total
-from mpicomp.reducers.parts.entries import Entries, EntryCodec, Selecting, check_selecting, select_units
+from mpicomp.reducers.parts.entries import Entries, EntryCodec, check_selecting, select_units
 from mpicomp.reducers.parts.layout import Layout
 from mpicomp.reducers.parts.messages import encode, residuals
 from mpicomp.reducers.parts.parcels import WHOLE, Parcel, Parcels
@@ -67,8 +67,8 @@ class Split(Reducer):
 
     def __post_init__(self) -> None:
         check_selecting("split", check_codec(self, self.codec))
-        check_bool(self, "cut")
-        if self.cut and not hasattr(self.codec, "density"):
+        check_bool(cut=self.cut)
+        if self.cut and self.codec.density is None:
             raise ValueError(f"cut needs a codec that says how many entries to keep, such as topk, got {self.codec}")
         if self.dense_after is not None:
             if not is_number(self.dense_after) or not 0.0 < self.dense_after < 1.0:

@@ -15,6 +15,7 @@ import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
+from mpicomp.codecs.sparse import Selecting
 from mpicomp.comm.collectives import begin_receive, begin_send, receive, send
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
@@ -22,7 +23,7 @@ from mpicomp.comm.watch import wait
 from mpicomp.cost import Cost, Work
 from mpicomp.kernels import host_kernels
 from mpicomp.reducers.base import Reducer, Reduction, State, check_codec, coding, poisoned_total
-from mpicomp.reducers.parts.entries import Entries, EntryCodec, Selecting, check_selecting, select_units
+from mpicomp.reducers.parts.entries import Entries, EntryCodec, check_selecting, select_units
 from mpicomp.reducers.parts.layout import Layout
 from mpicomp.reducers.parts.messages import Message, check_header, message_nbytes, residuals
 from mpicomp.reducers.parts.workspace import Workspace

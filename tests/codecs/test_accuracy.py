@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from codec_members import CODECS_TESTED, cut, decoded, encoded, message, rounds_at_random
 
-from mpicomp.codecs import CODECS, Key, RandomK, Rotated, Sign
+from mpicomp.codecs import Key, RandomK, Rotated, Sign
 from mpicomp.codecs.rotation import KASHIN_TILE, TILE
+from mpicomp.registry import CODECS
 
 LENGTHS = sorted({1, 2, 3, 255, 257, *(2**k - 1 for k in range(1, 14)), *(2**k + 1 for k in range(1, 14))})
 KINDS = ("normal", "heavy", "huge", "denormal", "equal")
@@ -84,7 +85,7 @@ def test_the_error_of_tiles_is_what_the_codec_says(codec, dtype):
 @every_dtype
 def test_a_scale_never_loses_more_than_all(dtype):
     """One element in one chunk of 32: the scale of DRIVE would multiply all of the others' signs by 32."""
-    codec = Rotated(Sign(), scaled=True)
+    codec = Rotated(Sign(), rescale=True)
     for size in (*LENGTHS, 8193, TILE, TILE + 1, TILE + 3):
         for place in {0, size // 2, size - 1}:
             x = np.zeros(size, dtype)

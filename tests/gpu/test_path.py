@@ -24,7 +24,7 @@ SPECS = [
     "two_stage(uniform(bits=2, block=16, stochastic=True))",
     "error_feedback(two_stage(sign))",
     "error_feedback(gather(cast(dtype=bf16)))",
-    "error_feedback(two_stage(threshold(value=1.5)))",
+    "error_feedback(two_stage(threshold(at=1.5)))",
     "two_stage(randomk(density=0.25))",
     "dense",
     "dense(algorithm=two_shot)",

@@ -19,9 +19,9 @@ from product.bounds import unit_error, worst
 from product.case import Case, Wrong, refused, right_or_refused
 from product.run import environ
 
-from mpicomp.codecs import CODECS, Sign, Uniform
+from mpicomp.codecs import Sign, Uniform
 from mpicomp.reducers import Reducer
-from mpicomp.registry import REDUCERS, parse
+from mpicomp.registry import CODECS, REDUCERS, parse
 from mpicomp.specs import Spec
 
 ROOT = Path(__file__).parents[2]
@@ -102,7 +102,7 @@ def test_every_member_is_found() -> None:
 
 def test_a_new_member_is_drawn_without_being_added(monkeypatch: pytest.MonkeyPatch) -> None:
     @dataclass(frozen=True)
-    class Newest(Sign, Spec):
+    class Newest(Sign):
         spec_name: ClassVar[str] = "newest"
         level: float = 0.5
 

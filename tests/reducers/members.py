@@ -42,7 +42,7 @@ MORE_CONTRACTIONS = [
     "blocktopk(density=0.1, block=64)",
     "randomk(density=0.2, scaled=False, values=uniform(bits=8))",
     "rotated(sign)",
-    "threshold(value=1.5)",
+    "threshold(at=1.5)",
     "sampled_topk(density=0.1)",
     "bounded(abs=0.05)",
 ]

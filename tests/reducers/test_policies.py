@@ -180,7 +180,7 @@ def test_unbiased_codecs_are_refused_under_feedback_with_the_spec_to_use(
         ("qsgd", "qsgd(scaled=False)"),
         ("ternary(clip=2.5)", "ternary(clip=2.5, scaled=False)"),
         ("rotated(dorefa)", "rotated(dorefa(scaled=False))"),
-        ("rotated(sign, scaled=True)", "rotated(sign)"),
+        ("rotated(sign, rescale=True)", "rotated(sign)"),
         ("topk(density=0.1, values=natural)", "topk(density=0.1, values=natural(scaled=False))"),
         ("randomk(density=0.1, values=sign)", "randomk(density=0.1, scaled=False, values=sign)"),
     ],

@@ -24,12 +24,12 @@ SPECS = [
     "split(topk(density=0.2))",
     "split(blocktopk(density=0.2, block=64, values=bf16))",
     "split(sampled_topk(density=0.2, values=uniform(bits=4, block=32)))",
-    "split(threshold(value=1.5))",
+    "split(threshold(at=1.5))",
     "split(topk(density=0.2), cut=True)",
     "split(sampled_topk(density=0.2), cut=True)",
     "split(blocktopk(density=0.2, block=64, values=uniform(bits=4, block=32)), cut=True)",
     "split(topk(density=0.2, values=bf16), dense_after=0.4)",
-    "split(threshold(value=1.5), dense_after=0.3, dense=uniform(bits=4, block=32))",
+    "split(threshold(at=1.5), dense_after=0.3, dense=uniform(bits=4, block=32))",
 ]
 
 
@@ -240,7 +240,7 @@ def test_the_bound_of_entries_holds_however_they_fall(data: st.DataObject) -> No
     [
         ("split(uniform(bits=4))", "takes a codec that sends index-value pairs .*use two_stage"),
         ("split(randomk(density=0.1))", "takes a codec that sends index-value pairs"),
-        ("split(threshold(value=1.0), cut=True)", "says how many entries to keep"),
+        ("split(threshold(at=1.0), cut=True)", "says how many entries to keep"),
         ("split(topk(density=0.1), dense_after=1.5)", "dense_after must be a share"),
         ("split(topk(density=0.1), cut=True, dense_after=0.5)", "no use where entries are cut"),
         ("split(topk(density=0.1), dense=bf16)", "dense needs dense_after"),

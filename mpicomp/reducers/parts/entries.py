@@ -9,40 +9,23 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.codecs import indices
 from mpicomp.codecs.base import Codec, Key
-from mpicomp.codecs.sparse import Values, indices_field, padded, write_indices
+from mpicomp.codecs.sparse import Selecting, Values, indices_field, padded, write_indices
 from mpicomp.kernels import host_kernels
 from mpicomp.reducers.base import State
 from mpicomp.reducers.parts.messages import encode, residuals
 from mpicomp.wire import Field, Payload
 
 
-class Selecting(Codec, Protocol):
-    """A codec that sends some elements and where they are."""
-
-    @property
-    def values(self) -> Codec | None:
-        """What encodes the elements that are sent."""
-        ...
-
-    def kept(self, size: int) -> int:
-        """Return how many of `size` elements are sent at most."""
-        ...
-
-    def pick(self, x: Array, old: Array | None, new: Array | None) -> tuple[Array, Array]:
-        """Return the elements of x + old that are sent, (k,), and where they are, uint32; `new` gets the others."""
-        ...
-
-
 def check_selecting(reducer: str, codec: Codec) -> Selecting:
     """Raise ValueError for a codec that sends no indices."""
-    if not hasattr(codec, "pick"):
+    if not codec.selects:
         raise ValueError(
             f"{reducer} takes a codec that sends index-value pairs (topk, blocktopk, sampled_topk, threshold), got "
             f"{codec}; use two_stage({codec})"

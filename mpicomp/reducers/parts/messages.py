@@ -131,10 +131,10 @@ class Message(Envelope):
         sources = self.packed if packed else self.places
         for piece, source, place, payload in zip(self.pieces, sources, self.places, self.payloads, strict=False):
             old, new = residuals(state, place)
-            if not codec.loud and kernels_for(x).nonfinite(x[source], old):
+            if not codec.marks_nonfinite and kernels_for(x).nonfinite(x[source], old):
                 return
             used.append(encode(codec, x[source], old, payload, new, state.key(piece, stage, rank), self.shrink))
-            if codec.loud and not self.device and not np.isfinite(payload[0]).all():
+            if codec.marks_nonfinite and not self.device and not np.isfinite(payload[0]).all():
                 return
         self._used = used
         if self.device:
@@ -146,7 +146,7 @@ class Message(Envelope):
             return False
         if self.device:
             self.wait_idle()
-            if self.codec.loud and not all(np.isfinite(payload[0]).all() for payload in self.host_payloads):
+            if self.codec.marks_nonfinite and not all(np.isfinite(payload[0]).all() for payload in self.host_payloads):
                 return False
         if self.pieces and not self.fixed:
             self.length = self.layout.close_up(self.host, self._used)
@@ -156,7 +156,9 @@ class Message(Envelope):
     def cannot_overflow(self) -> bool:
         """Whether no sum of such messages overflows, over any number of ranks, as far as the first fields show."""
         payloads = self.host_payloads if self.fixed else self.layout.cut(self.host, self.host)
-        return self.codec.loud and all(bool(np.abs(payload[0]).max(initial=0) < SAFE) for payload in payloads)
+        return self.codec.marks_nonfinite and all(
+            bool(np.abs(payload[0]).max(initial=0) < SAFE) for payload in payloads
+        )
 
     def decode(self, out: Array, state: State, stage: int, rank: int, scale: float = 1.0) -> None:
         """Set the pieces of `out` to scale times what was encoded."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mpicomp.arrays import Array
+from mpicomp.codecs.base import Codec
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost
-from mpicomp.reducers.base import Level, Reducer, Reduction, State, Units, is_codec
+from mpicomp.reducers.base import Level, Reducer, Reduction, State, Units
 from mpicomp.reducers.parts.layout import Layout, Unit
 from mpicomp.reducers.parts.workspace import Workspace
 
@@ -29,7 +30,7 @@ class Policy(Reducer):
     def check(self, inner: object) -> None:
         """Raise TypeError for a value that is no reducer, ValueError for one that must stand outside this policy."""
         name = self.spec_name
-        if is_codec(inner):
+        if isinstance(inner, Codec):
             raise TypeError(f"{name} takes a reducer, got the codec {inner!s}; write {name}(gather({inner!s}))")
         if not isinstance(inner, Reducer):
             raise TypeError(f"{name} takes a reducer such as gather(topk(density=0.01)), got {inner!r}")

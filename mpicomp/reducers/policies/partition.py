@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -12,7 +12,7 @@ from mpicomp.arrays import Array
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost
-from mpicomp.reducers.base import End, Level, Reducer, Reduction, State, Units, complete
+from mpicomp.reducers.base import End, Level, Reducer, Reduction, State, complete
 from mpicomp.reducers.parts.layout import Layout, Unit
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.reducers.policies.base import Policy
@@ -52,8 +52,8 @@ class Partition(Policy):
 
     def init(self, layout: Layout, dtype: str, feedback: bool = False, seed: int = 0, step: int = 0) -> State:
         """See Reducer."""
-        inner = tuple(reducer.init(part, dtype, feedback, seed, step) for reducer, part in self._branches(layout))
-        return State(layout, dtype, seed, step, 0, inner=inner)
+        inner = tuple(reducer.init(part, dtype, feedback, seed, step).part for reducer, part in self._branches(layout))
+        return State(layout, dtype, 0, inner=inner, seed=seed, step=step)
 
     def reduce(
         self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
@@ -66,7 +66,7 @@ class Partition(Policy):
             of_large = _begin(self.large, comm, x, state.nested(1), out, work.inner("large"))()
         finally:  # also after an error: no message may stay under way
             of_small = end()
-        poisoned, finite, states = False, True, []
+        poisoned, finite, parts = False, True, []
         for reduction, after in (of_small, of_large):
             sound = reduction.finite
             poisoned |= reduction.poisoned
@@ -74,29 +74,8 @@ class Partition(Policy):
                 sound = complete(reduction, after.layout, work.divisor)
                 poisoned |= not sound
             finite &= sound
-            states.append(after)
-        after = replace(state, step=state.step + 1, inner=tuple(states))
-        return Reduction(out, poisoned, divided=work.divisor, finite=finite), after
-
-    def export(self, state: State) -> Units:
-        """See Reducer."""
-        exports = [reducer.export(inner) for reducer, inner in zip(self.inner, state.inner, strict=True)]
-        return {name: kept for units in exports for name, kept in units.items()}
-
-    def restore(self, state: State, units: Units) -> State:
-        """See Reducer."""
-        pairs = zip(self.inner, state.inner, strict=True)
-        return replace(state, inner=tuple(reducer.restore(inner, units) for reducer, inner in pairs))
-
-    def absorb(self, comm: Comm, dropped: Array, state: State) -> None:
-        """See Reducer."""
-        for reducer, inner in zip(self.inner, state.inner, strict=True):
-            reducer.absorb(comm, dropped, inner)
-
-    def absorbing(self, state: State) -> tuple[Unit, ...]:
-        """See Reducer."""
-        pairs = zip(self.inner, state.inner, strict=True)
-        return tuple(unit for reducer, inner in pairs for unit in reducer.absorbing(inner))
+            parts.append(after.part)
+        return Reduction(out, poisoned, divided=work.divisor, finite=finite), state.advanced(inner=tuple(parts))
 
 
 def _begin(reducer: Reducer, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> End:
