@@ -10,14 +10,15 @@ from typing import ClassVar
 import numpy as np
 
 from mpicomp.arrays import Array, on_device, on_host
-from mpicomp.comm.collectives import allreduce, as_bytes, begin_exchange, begin_receive, begin_send
+from mpicomp.comm.collectives import allreduce, as_bytes, begin_exchange, peers
 from mpicomp.comm.communicator import Comm
+from mpicomp.comm.exchange import Exchange
 from mpicomp.comm.topology import Topology
-from mpicomp.comm.transport import Request
 from mpicomp.comm.watch import wait
 from mpicomp.cost import Cost, Work
 from mpicomp.reducers.base import End, Reducer, Reduction, State, nonfinite
 from mpicomp.reducers.parts.layout import Layout, cut_up, even_cuts
+from mpicomp.reducers.parts.pipeline import round_robin
 from mpicomp.reducers.parts.ring import ring_cost, ring_slots, ring_sum
 from mpicomp.reducers.parts.workspace import Workspace
 
@@ -47,38 +48,28 @@ def two_shot_sum(comm: Comm, flat: Array, total: Array, rows: Array, operation: 
     parts = [cut_up(cut, GROUP // flat.itemsize) for cut in cuts]
     size = _length(cuts[me])
     received = rows[: ranks * size].reshape(ranks, size)  # (ranks, size of my cut); mine holds the sum
-    arrivals: list[list[list[Request]]] = [[] for _ in range(ranks)]
-    shares: list[list[list[Request]]] = [[] for _ in range(ranks)]
-    for distance in range(1, ranks):
-        peer = (me - distance) % ranks
-        for part in parts[me]:
-            place = slice(part.start - cuts[me].start, part.stop - cuts[me].start)
-            arrivals[peer].append(begin_receive(comm, as_bytes(received[peer, place]), peer))
-        shares[peer] = [begin_receive(comm, as_bytes(total[part]), peer) for part in parts[peer]]
-    sends: list[Request] = []
-    for number in range(max(map(len, parts))):
-        for distance in range(1, ranks):
-            peer = (me + distance) % ranks
-            for part in parts[peer][number : number + 1]:
-                sends += begin_send(comm, as_bytes(flat[part]), peer)
-    for number, part in enumerate(parts[me]):
-        place = slice(part.start - cuts[me].start, part.stop - cuts[me].start)
-        share = received[me, place]  # what is sent; a result in `total` is the caller's
-        for rank in range(ranks):
-            if rank != me:
-                wait(comm, arrivals[rank][number], f"{operation}, stage 1")
-            row = flat[part] if rank == me else received[rank, place]
-            if rank == 0:
-                share[...] = row
-            else:
-                share += row
-        for distance in range(1, ranks):
-            sends += begin_send(comm, as_bytes(share), (me + distance) % ranks)
-        total[part] = share
-    for peer in range(ranks):
-        for requests in shares[peer]:
-            wait(comm, requests, f"{operation}, stage 2")
-    wait(comm, sends, operation)
+    inside = [slice(part.start - cuts[me].start, part.stop - cuts[me].start) for part in parts[me]]
+    first, second = Exchange(comm, f"{operation}, stage 1"), Exchange(comm, f"{operation}, stage 2")
+    first.receive([[as_bytes(row[place]) for place in inside] for row in received])
+    second.receive([[as_bytes(total[part]) for part in cut] for cut in parts])
+    order = peers(me, ranks)
+    with second, first:
+        for peer, number in round_robin(parts, order):
+            first.send(as_bytes(flat[parts[peer][number]]), peer)
+        for number, (part, place) in enumerate(zip(parts[me], inside, strict=True)):
+            share = received[me, place]  # this is sent; a result in `total` is the caller's
+            for rank in range(ranks):
+                first.arrived(rank, number)
+                row = flat[part] if rank == me else received[rank, place]
+                if rank == 0:
+                    share[...] = row
+                else:
+                    share += row
+            for peer in order:
+                second.send(as_bytes(share), peer)
+            total[part] = share
+        for peer, number in round_robin(parts, order):
+            second.arrived(peer, number)
 
 
 def _begin_one_round(comm: Comm, flat: Array, total: Array, rows: Array, operation: str) -> Callable[[], None]:
