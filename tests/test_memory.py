@@ -160,9 +160,9 @@ def test_a_call_that_is_refused_leaves_a_new_memory_new() -> None:
         ("sign", [1.0], TypeError, "NumPy array"),
         ("sign", [], ValueError, "empty list"),
         ("sign", [np.ones(3, np.float32), np.ones(3)], ValueError, "one dtype"),
-        ("topk(density=3)", np.ones(3), mpicomp.specs.SpecError, "density"),
+        ("topk(density=3)", np.ones(3), mpicomp.errors.SpecError, "density"),
         (7, np.ones(3), TypeError, "int"),
-        ("two_means", np.ones(3), mpicomp.specs.SpecError, "two_means"),
+        ("two_means", np.ones(3), mpicomp.errors.SpecError, "two_means"),
         ("rotated(sign, kashin=True)", np.ones(3), ValueError, "contraction"),
         (
             "error_feedback(split(topk(density=0.3), dense_after=0.5, dense=uniform(bits=2, stochastic=True)))",

@@ -19,8 +19,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: E402
 
 import mpicomp.torch  # noqa: E402
 from mpicomp.comm import collectives  # noqa: E402
-from mpicomp.errors import CommunicatorError, ConfigMismatchError  # noqa: E402
-from mpicomp.specs import SpecError  # noqa: E402
+from mpicomp.errors import CommunicatorError, ConfigMismatchError, SpecError  # noqa: E402
 
 pytestmark = pytest.mark.mpi
 
