@@ -163,7 +163,7 @@ def _disagreement(statements: list[Statement]) -> str:
         lines.append(f"  {name_ranks(ranks)}: {line}{end}")
     if moded:
         lines.append(
-            "a library has changed the thread's floating-point mode on some ranks, as torch.set_flush_denormal does: set "
-            "the same one on all ranks"
+            "a library has changed the thread's floating-point mode on some ranks, as torch.set_flush_denormal does: "
+            "set the same one on all ranks"
         )
     return "\n".join(lines)

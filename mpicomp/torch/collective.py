@@ -15,10 +15,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from mpicomp.arrays import Array
 from mpicomp.comm import collectives
 from mpicomp.comm.agreement import agree, confirm, digest_of
 from mpicomp.comm.communicator import Comm
+from mpicomp.comm.share import padded, unpadded
 from mpicomp.torch.streams import device_of
 from mpicomp.torch.tensors import check_local
 from mpicomp.torch.worker import Work, Worker
@@ -144,20 +144,15 @@ def confirm_routes(comm: Comm, operation: str, sent: Sequence[str], received: Se
     down = (digest_of(f"{peer} {comm.rank} {text}") for peer, text in enumerate(received))
     mine = np.array([(sum(up) - sum(down)) % 2**64], np.uint64)
     total = np.empty_like(mine)
-    announced = [np.zeros(TEXT, np.uint8) for _ in received]
+    announced = [np.empty(TEXT, np.uint8) for _ in received]
     with breaking(comm, operation):
         collectives.allreduce(comm, mine, total)
         if total[0] == 0:
             return
-        collectives.exchange(comm, [_padded(text) for text in sent], announced, "agreement")
-    told = [array.tobytes().rstrip(b"\0").decode(errors="replace") for array in announced]
+        collectives.exchange(comm, [padded(text, TEXT) for text in sent], announced, "agreement")
     wrong = [
         f"expects {mine or 'nothing'} from rank {peer}, which sends {theirs or 'nothing'}"
-        for peer, (mine, theirs) in enumerate(zip(received, told, strict=True))
+        for peer, (mine, theirs) in enumerate(zip(received, map(unpadded, announced), strict=True))
         if mine[:TEXT] != theirs
     ]
     agree(comm, f"{operation} {'; '.join(wrong) or 'expects what the others send'} (as rank {comm.rank})")
-
-
-def _padded(text: str) -> Array:
-    return np.frombuffer(text.encode()[:TEXT].ljust(TEXT, b"\0"), np.uint8)
