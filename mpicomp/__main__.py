@@ -57,10 +57,10 @@ def plan(fresh: bool, sizes: Sequence[int], allow: Sequence[str], file: str | No
         if first:
             show([], refusal)
         return 1
+    from mpicomp.errors import SpecError
     from mpicomp.planner.auto import Auto
     from mpicomp.planner.survey import known_machine, survey, table
     from mpicomp.registry import parse
-    from mpicomp.specs import SpecError
 
     try:
         auto = Auto(allow=tuple(parse(spec) for spec in allow or DEFAULT_LOSSY))

@@ -48,6 +48,7 @@ def test_info_without_a_launcher() -> None:
     assert "MISMATCH" not in done.stdout
 
 
+@pytest.mark.jobs
 @pytest.mark.skipif(MPIRUN is None, reason="there is no mpirun")
 def test_info_under_mpirun_prints_once() -> None:
     done = run(str(MPIRUN), "-n", "3", sys.executable, "-m", "mpicomp", "info")
@@ -58,6 +59,7 @@ def test_info_under_mpirun_prints_once() -> None:
     assert re.fullmatch(r"1 \(ranks by node: \S+: 3\)", shown["nodes"])
 
 
+@pytest.mark.jobs
 @pytest.mark.skipif(MPIRUN is None, reason="there is no mpirun")
 def test_plan_under_mpirun(tmp_path: Path) -> None:
     command = (str(MPIRUN), "-n", "2", sys.executable, "-m", "mpicomp", "plan", "--size", "4KiB", "256KiB")

@@ -61,17 +61,17 @@ def test_many_at_once_and_a_blocking_call_that_waits_its_turn() -> None:
     """Of a memory each call sees what the one before has left."""
 
     def f(comm: Comm) -> list[bytes]:
-        state = mpicomp.state("topk(density=0.1)", F32)
+        memory = mpicomp.memory("topk(density=0.1)", F32)
         xs = [np.random.default_rng([comm.rank, step]).standard_normal((3, 4)).astype(np.float32) for step in range(6)]
         for x in xs:
             x.setflags(write=False)
-        begun = [mpicomp.iallreduce(comm, x, "topk(density=0.1)", state=state) for x in xs[:4]]
-        blocking = [mpicomp.allreduce(comm, x, "topk(density=0.1)", state=state) for x in xs[4:]]
+        begun = [mpicomp.iallreduce(comm, x, "topk(density=0.1)", memory=memory) for x in xs[:4]]
+        blocking = [mpicomp.allreduce(comm, x, "topk(density=0.1)", memory=memory) for x in xs[4:]]
         assert all(request.test() for request in begun)
         found = [*(request.wait() for request in begun), *blocking]
-        alone = mpicomp.state("topk(density=0.1)", F32)
+        alone = mpicomp.memory("topk(density=0.1)", F32)
         assert [x.tobytes() for x in found] == [
-            mpicomp.allreduce(comm, x, "topk(density=0.1)", state=alone).tobytes() for x in xs
+            mpicomp.allreduce(comm, x, "topk(density=0.1)", memory=alone).tobytes() for x in xs
         ]
         return [x.tobytes() for x in found]
 
