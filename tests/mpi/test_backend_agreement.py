@@ -6,28 +6,16 @@ from collections.abc import Callable
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-import torch.distributed as dist  # noqa: E402
+import torch
+import torch.distributed as dist
+from process_group import me, process_group, size  # noqa: F401 (the fixture is used by all tests)
 
-import mpicomp.torch  # noqa: E402
-from mpicomp.errors import CommunicatorError, ConfigMismatchError  # noqa: E402
+import mpicomp.torch
+from mpicomp.errors import CommunicatorError, ConfigMismatchError
 
 pytestmark = pytest.mark.mpi(min_size=2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _group():
-    if not dist.is_initialized():
-        dist.init_process_group("mpicomp")
-
-
-def me() -> int:
-    return dist.get_rank()
-
-
-def size() -> int:
-    return dist.get_world_size()
 
 
 def odd() -> bool:

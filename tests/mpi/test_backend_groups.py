@@ -8,30 +8,18 @@ import weakref
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-import torch.distributed as dist  # noqa: E402
-from torch import nn  # noqa: E402
+import torch
+import torch.distributed as dist
+from process_group import me, process_group, size  # noqa: F401 (the fixture is used by all tests)
+from torch import nn
 
-import mpicomp.torch  # noqa: E402
-from mpicomp.torch.backend import MPIProcessGroup  # noqa: E402
-from mpicomp.torch.launch import group_comm  # noqa: E402
+import mpicomp.torch
+from mpicomp.torch.backend import MPIProcessGroup
+from mpicomp.torch.launch import group_comm
 
 pytestmark = pytest.mark.mpi
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _group():
-    if not dist.is_initialized():
-        dist.init_process_group("mpicomp")
-
-
-def me() -> int:
-    return dist.get_rank()
-
-
-def size() -> int:
-    return dist.get_world_size()
 
 
 def threads() -> int:

@@ -4,23 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-import torch.distributed as dist  # noqa: E402
-
-import mpicomp.torch  # noqa: E402, F401
+import torch
+import torch.distributed as dist
+from process_group import me, process_group  # noqa: F401 (the fixture is used by all tests)
 
 pytestmark = pytest.mark.mpi(min_size=2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _group():
-    if not dist.is_initialized():
-        dist.init_process_group("mpicomp")
-
-
-def me() -> int:
-    return dist.get_rank()
 
 
 def pair() -> bool:
