@@ -1,7 +1,7 @@
 """How torch creates a process group of this library: the entry in torch's table of backends, and its function.
 
 The ranks connect to a port of rank 0 whenever torch is initialised. A rank that initialises it again may still find the
-old store at that port, which then closes: torch fails so with any backend. So the port, unless the user set it, changes.
+old store at that port, which then closes: torch fails so with any backend. So a port that the user did not set changes.
 """
 
 from __future__ import annotations

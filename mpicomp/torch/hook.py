@@ -10,6 +10,7 @@ backward, a bucket that holds NaN or infinity, and with `scaler` a whole step th
 # No `from __future__ import annotations` here: DDP compares the annotations of the hook with types.
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mpicomp.api.lifecycle import BucketReductions
 from mpicomp.codecs.base import Codec
-from mpicomp.comm.agreement import agree, confirm, digest_of, mixed
+from mpicomp.comm.agreement import agree, confirm, digest_of, mixed, refuse
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.watch import Traffic
 from mpicomp.planner.allowance import divided
@@ -192,8 +193,7 @@ def compress(
     try:
         hook, description = _hook(ddp, group, method, seed, min_size, min_ndim, scaler)
     except (TypeError, ValueError, RuntimeError) as error:
-        refusal = error  # Python deletes the name `error` at the end of this block
-        group.worker.submit(lambda: agree(group.comm, "", refusal)).wait()
+        group.worker.submit(partial(refuse, group.comm, error)).wait()
         raise
     group.worker.submit(lambda: agree(group.comm, description)).wait()
     ddp.register_comm_hook(hook, reduce_bucket)
@@ -211,7 +211,7 @@ def _hook(
 ) -> tuple[Hook, str]:
     """Return the hook, and its description for the other ranks; communicates nothing."""
     if ddp._comm_hooks:
-        raise RuntimeError("this DDP model has a communication hook already; torch allows one and cannot remove it: wrap the model in a new one")
+        raise RuntimeError("this DDP model has a communication hook already; torch allows one, and cannot remove it")
     for name, module in ddp.module.named_modules():
         if getattr(module, "sparse", False) and isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag):
             raise ValueError(f"{name or 'the model'} has sparse gradients; set sparse=False to compress them")
