@@ -1,4 +1,4 @@
-"""What torch asks of every process group: its name, and who this rank is."""
+"""What torch asks of every process group: names, rank and size."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ else:
 
 
 class Identity(_ProcessGroup):
-    """A process group over a communicator, without any operation."""
+    """A process group over a communicator, without operations."""
 
     def __init__(self, comm: Comm) -> None:
         super().__init__(comm.rank, comm.size)
         self.comm = comm
         self._name = self._description = ""
 
-    # torch's own class forgets the names that a Python subclass is given, and functional collectives need them.
+    # torch's class does not store names for a Python subclass, and functional collectives need them.
     def setGroupName(self, name: str) -> None:
         """Store the name."""
         self._name = name

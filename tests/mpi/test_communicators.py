@@ -55,7 +55,7 @@ def use(comm: Any, number: int) -> None:
 
 def test_communicators_come_and_go(world: Any) -> None:
     """Thousands of them by the case `communicators_freed`; of a hundred a leak shows in threads and descriptors."""
-    found, kept, given_up = [], [], list(communicator._given_up)  # by tests of errors that ran before
+    found, kept, abandoned = [], [], list(communicator._abandoned)  # by tests of errors that ran before
     for number in range(150):
         comm = world.Dup()
         use(comm, number)
@@ -67,7 +67,7 @@ def test_communicators_come_and_go(world: Any) -> None:
     assert found[0][:2] == found[1][:2]
     assert found[1][2] - found[0][2] < 8 * 1024
     assert [ref() for ref in kept] == [None] * len(kept)
-    assert communicator._given_up == given_up
+    assert communicator._abandoned == abandoned
 
 
 def test_a_communicator_that_was_freed_at_once(world: Any) -> None:
