@@ -122,10 +122,11 @@ def _world() -> Any:
     return mpi.COMM_WORLD if mpi.COMM_WORLD.Get_size() > 1 else None
 
 
-def report(reason: str) -> None:
+def report(reason: str, stack: bool = True) -> None:
     """Print why this rank ends the job, and its stack; the caller ends it."""
     print(f"mpicomp: {reason}. The job ends here.", file=sys.stderr)
-    traceback.print_stack()
+    if stack:
+        traceback.print_stack()
     drain()
 
 
@@ -166,13 +167,9 @@ def _at_end() -> None:
     end = time.monotonic() + PATIENCE
     while not notices.all_left():
         if time.monotonic() > end:
-            rank, size = world.Get_rank(), world.Get_size()
-            print(
-                f"mpicomp: rank {rank} of {size} ended with status {status} (after {notices.last_number()} "
-                f"collectives) while others continue. The job ends here.",
-                file=sys.stderr,
-            )
-            drain()
+            rank = f"rank {world.Get_rank()} of {world.Get_size()}"
+            done = notices.last_number()
+            report(f"{rank} ended with status {status} (after {done} collectives) while others continue", stack=False)
             abort(status)
         time.sleep(0.01)
 

@@ -14,12 +14,12 @@ from mpicomp.comm.communicator import Comm
 
 def shared(comm: Comm, data: Any) -> Any:
     """Return rank 0's `data`, numbers, texts, lists and dicts with text keys, on all ranks. Collective."""
-    message = np.frombuffer(json.dumps(data).encode(), np.uint8) if comm.rank == 0 else np.empty(0, np.uint8)
-    length = np.array([message.size], "<u8")
+    text = json.dumps(data).encode() if comm.rank == 0 else b""
+    length = np.array([len(text)], "<u8")
     broadcast(comm, length.view(np.uint8), 0)
-    message = message.copy() if comm.rank == 0 else np.empty(int(length[0]), np.uint8)
+    message = np.frombuffer(text, np.uint8).copy() if comm.rank == 0 else np.empty(int(length[0]), np.uint8)
     broadcast(comm, message, 0)
-    return json.loads(message.tobytes())
+    return json.loads(text or message.tobytes())
 
 
 def texts(comm: Comm, text: str, nbytes: int, operation: str) -> list[str]:

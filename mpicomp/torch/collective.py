@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,10 @@ from mpicomp.comm.communicator import Comm
 from mpicomp.comm.share import padded, unpadded
 from mpicomp.torch.streams import device_of
 from mpicomp.torch.tensors import check_local
-from mpicomp.torch.worker import Work, Worker
+from mpicomp.torch.worker import Work
+
+if TYPE_CHECKING:
+    from mpicomp.torch.backend import MPIProcessGroup
 
 TEXT = 64  # bytes of the description of one message when the ranks disagree
 
@@ -42,13 +45,6 @@ class Collective(NamedTuple):
     """Find disagreement that the description cannot show, before anything else is sent."""
 
 
-class Group(Protocol):
-    """A communicator and its communication thread."""
-
-    comm: Comm
-    worker: Worker
-
-
 Prepare = Callable[..., Collective]
 """Checks arguments, given a group and them, and raises for wrong ones; communicates nothing."""
 
@@ -60,7 +56,7 @@ def collective(prepare: Prepare) -> Callable[..., Work]:
     """
 
     @functools.wraps(prepare)
-    def begin(group: Group, *args: Any, **kwargs: Any) -> Work:
+    def begin(group: MPIProcessGroup, *args: Any, **kwargs: Any) -> Work:
         group.worker.check_open()
         try:
             prepared = prepare(group, *args, **kwargs)

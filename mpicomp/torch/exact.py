@@ -19,16 +19,9 @@ from mpicomp.torch.tensors import bytes_of, flat, on_cpu
 
 Tensor = torch.Tensor
 
-_OPS: list[tuple[Any, str]] = [
-    (dist.ReduceOp.SUM, "sum"),
-    (dist.ReduceOp.AVG, "avg"),
-    (dist.ReduceOp.MAX, "max"),
-    (dist.ReduceOp.MIN, "min"),
-    (dist.ReduceOp.PRODUCT, "prod"),
-    (dist.ReduceOp.BAND, "band"),
-    (dist.ReduceOp.BOR, "bor"),
-    (dist.ReduceOp.BXOR, "bxor"),
-]
+_OPS = dict(SUM="sum", AVG="avg", MAX="max", MIN="min", PRODUCT="prod", BAND="band", BOR="bor", BXOR="bxor")
+"""torch's names of reductions, and ours."""
+
 _BOOL_OPS = {"sum": "max", "max": "max", "bor": "max", "prod": "min", "min": "min", "band": "min", "bxor": "bxor"}
 """For each reduction of truth values the reduction of bytes 0 and 1 with the same result."""
 
@@ -46,9 +39,9 @@ _PAIRWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 def op_name(reduce_op: Any, tensors: Sequence[Tensor]) -> str:
     """Return the name of a torch reduction; ValueError where it is not defined for these tensors."""
-    name = next((name for op, name in _OPS if reduce_op == op), None)
+    name = next((name for op, name in _OPS.items() if reduce_op == getattr(dist.ReduceOp, op)), None)
     if name is None:
-        raise ValueError(f"mpicomp cannot reduce with {reduce_op}; it has {', '.join(n.upper() for _, n in _OPS)}")
+        raise ValueError(f"mpicomp cannot reduce with {reduce_op}; it has {', '.join(_OPS)}")
     for tensor in tensors:
         floating = tensor.is_floating_point() or tensor.is_complex()
         if name in ("band", "bor", "bxor") and floating:
