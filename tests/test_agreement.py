@@ -44,9 +44,9 @@ def test_all_ranks_raise_and_name_those_that_differ(ranks: int) -> None:
         assert isinstance(error, ConfigMismatchError)
         title, *lines = str(error).splitlines()
         assert title == "the ranks disagree on this operation:"
-        said = {re.sub(r" \[[0-9a-f]{16}\]$", "", line) for line in lines}
+        found = {re.sub(r" \[[0-9a-f]{16}\]$", "", line) for line in lines}
         others = ", ".join(map(str, range(odd)))
-        assert said == {
+        assert found == {
             f"  rank {odd}: topk(density=0.1)",
             f"  rank{'s' if odd > 1 else ''} {others}: topk(density=0.01)",
         }
@@ -128,7 +128,7 @@ def test_a_mixed_digest_is_none_of_a_refusal_and_depends_on_every_number(digest:
 
 def test_a_description_is_asked_for_only_where_ranks_disagree() -> None:
     def never() -> str:
-        raise AssertionError("nobody wants to know")
+        raise AssertionError("the description is not needed")
 
     Team(3).run(lambda comm: confirm(comm, 7, never))
     errors = Team(3).attempt(lambda comm: confirm(comm, 7 + comm.rank // 2, lambda: f"plan {comm.rank // 2}"))

@@ -190,35 +190,40 @@ def compress(
     if not isinstance(ddp, DistributedDataParallel):
         raise TypeError(f"compress takes a DistributedDataParallel model, got {type(ddp).__name__}")
     group = tensor_group(ddp.process_group)
+    ranks = group.comm.size
     try:
-        hook, description = _hook(ddp, group, method, seed, min_size, min_ndim, scaler)
+        parameters = _parameters(ddp)
+        layout, sizes = _layout(parameters)
+        common = max(sizes, key=sizes.__getitem__)
+        reducer = divided(resolve_partitioned(method, layout, common, ranks, min_size, min_ndim), ranks, "mean")
+        what = describe(reducer, layout, ", ".join(sizes), "mean", seed, 0)
+        check_place(reducer, device_of(parameters.values()) is not None)
     except (TypeError, ValueError, RuntimeError) as error:
         group.worker.submit(partial(refuse, group.comm, error)).wait()
         raise
-    group.worker.submit(lambda: agree(group.comm, description)).wait()
+    scaled = "with a scaler" if scaler is not None and scaler.is_enabled() else "without scaler"
+    group.worker.submit(lambda: agree(group.comm, f"compress, {scaled}, {what}")).wait()
+    hook = Hook(group, parameters, reducer, seed, scaler)
     ddp.register_comm_hook(hook, reduce_bucket)
     return hook
 
 
-def _hook(
-    ddp: DistributedDataParallel,
-    group: MPIProcessGroup,
-    method: str | Codec | Reducer,
-    seed: int,
-    min_size: int,
-    min_ndim: int,
-    scaler: torch.amp.GradScaler | None,
-) -> tuple[Hook, str]:
-    """Return the hook, and its description for the other ranks; communicates nothing."""
+def _parameters(ddp: DistributedDataParallel) -> dict[str, torch.nn.Parameter]:
+    """Return the parameters whose gradients DDP reduces; raises for a model that cannot be compressed."""
     if ddp._comm_hooks:
         raise RuntimeError("this DDP model has a communication hook already; torch allows one, and cannot remove it")
     for name, module in ddp.module.named_modules():
-        if getattr(module, "sparse", False) and isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag):
+        if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag) and module.sparse:
             raise ValueError(f"{name or 'the model'} has sparse gradients; set sparse=False to compress them")
     ignored = set(getattr(ddp.module, "_ddp_params_and_buffers_to_ignore", ()))
     parameters = {n: p for n, p in ddp.module.named_parameters() if p.requires_grad and n not in ignored}
     check_local(parameters.values())
-    sizes: dict[str, int] = {}  # elements of each dtype
+    return parameters
+
+
+def _layout(parameters: dict[str, torch.nn.Parameter]) -> tuple[Layout, dict[str, int]]:
+    """Return the layout of all parameters, and the number of elements of each dtype; TypeError for another dtype."""
+    sizes: dict[str, int] = {}
     units: list[Unit] = []
     for name, parameter in parameters.items():
         if parameter.dtype not in NAMES:
@@ -227,11 +232,4 @@ def _hook(
         units.append(Unit(name, tuple(parameter.shape), sum(sizes.values())))
         dtype = NAMES[parameter.dtype]
         sizes[dtype] = sizes.get(dtype, 0) + parameter.numel()
-    layout, common = Layout(tuple(units)), max(sizes, key=sizes.__getitem__)
-    ranks = group.comm.size
-    reducer = divided(resolve_partitioned(method, layout, common, ranks, min_size, min_ndim), ranks, "mean")
-    what = describe(reducer, layout, ", ".join(sizes), "mean", seed, 0)
-    scaled = "with a scaler" if scaler is not None and scaler.is_enabled() else "without scaler"
-    check_place(reducer, device_of(parameters.values()) is not None)
-    hook = Hook(group, parameters, reducer, seed, scaler)
-    return hook, f"compress, {scaled}, {what}"
+    return Layout(tuple(units)), sizes

@@ -1,6 +1,6 @@
 """Messages between two ranks, outside the order of the collectives.
 
-Two ranks that first send to each other and then receive would wait for ever if one thread executed operations in order.
+Two ranks that first send to each other and then receive would wait forever if one thread executed operations in order.
 So the caller begins a message, on a separate communicator, and the thread that waits for it completes it.
 
 **No message matches a receive of another size**: Open MPI 5 writes beyond the end of a receive that is too small. A

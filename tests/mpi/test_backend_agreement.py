@@ -98,7 +98,7 @@ def test_the_text_says_who_does_what() -> None:
     assert "all_reduce(sum) of (4,) float32" in text
 
 
-def test_rows_that_nobody_sends() -> None:
+def test_rows_that_no_rank_sends() -> None:
     """Rank 0 sends one row more to rank 1 than that expects; each rank's own splits are fine."""
     to = [1] * size()
     to[1] += me() == 0
@@ -161,7 +161,7 @@ def test_what_one_rank_refuses_the_others_hear_of(name: str) -> None:
     right()
 
 
-def test_disagreement_is_seen_by_whoever_waits() -> None:
+def test_a_wait_raises_a_disagreement() -> None:
     """Also where the next collective was begun before anybody waited."""
     first = dist.all_reduce(full(other()), async_op=True)
     x = full(3)

@@ -59,7 +59,7 @@ def test_a_destroyed_group_says_so() -> None:
 
 
 @pytest.mark.mpi(min_size=2)
-def test_messages_that_nobody_waited_for_are_given_up() -> None:
+def test_messages_without_a_wait_are_abandoned() -> None:
     """One that has not left, and one that never comes."""
     group = dist.new_group()
     works = []

@@ -1,4 +1,4 @@
-"""Messages between two ranks of a process group: sizes and dtypes that differ, and works that nobody waits for."""
+"""Messages between two ranks of a process group: sizes and dtypes that differ, and works without a wait."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_tags() -> None:
     right()
 
 
-def test_a_work_that_nobody_holds_keeps_its_memory() -> None:
+def test_a_work_without_references_keeps_its_memory() -> None:
     n = 500_000
     if me() == 0:
         for number in range(100):
