@@ -22,7 +22,7 @@ from mpicomp.codecs import Uniform
 from mpicomp.codecs.checks import check_integer, packed_bytes
 from mpicomp.comm.collectives import allreduce
 from mpicomp.comm.communicator import Comm
-from mpicomp.comm.transport import Topology
+from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
 from mpicomp.kernels import host_kernels
 from mpicomp.reducers.base import Reduction, Remembering, State, coding, poisoned_total

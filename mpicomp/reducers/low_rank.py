@@ -24,7 +24,7 @@ from mpicomp.arrays import Array
 from mpicomp.codecs.base import Key, stream_of
 from mpicomp.comm.collectives import allreduce
 from mpicomp.comm.communicator import Comm
-from mpicomp.comm.transport import Topology
+from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
 from mpicomp.kernels import host_kernels
 from mpicomp.reducers.base import Reduction, Remembering, State, Units, poisoned_total

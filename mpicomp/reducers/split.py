@@ -31,7 +31,7 @@ from mpicomp.codecs.base import Codec, Key
 from mpicomp.codecs.checks import check_bool, is_number
 from mpicomp.codecs.sparse import check_values
 from mpicomp.comm.communicator import Comm
-from mpicomp.comm.transport import Topology
+from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
 from mpicomp.kernels import host_kernels
 from mpicomp.reducers.base import Reduction, Remembering, State, check_codec, coding, poisoned_total

@@ -17,7 +17,7 @@ from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
 from mpicomp.comm.collectives import begin_receive, begin_send, receive, send
 from mpicomp.comm.communicator import Comm
-from mpicomp.comm.transport import Topology
+from mpicomp.comm.topology import Topology
 from mpicomp.comm.watch import wait
 from mpicomp.cost import Cost, Work
 from mpicomp.kernels import host_kernels

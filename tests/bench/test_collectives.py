@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.jobs
+
 ROOT = Path(__file__).parents[2]
 BENCH = ROOT / "bench"
 MPIRUN = Path(sys.executable).with_name("mpirun")

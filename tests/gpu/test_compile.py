@@ -8,6 +8,8 @@ from mpicomp.kernels.gpu.launch import C_TYPES, FOLDER, OPTIONS, Source
 
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings is not installed")
 
+pytestmark = pytest.mark.nvrtc
+
 CAPABILITIES = ("75", "80", "86", "90", "100")
 
 
