@@ -4,8 +4,8 @@
 
 **Elias-Fano** (Elias 1974, Fano 1971) of k indices below size, with a width of w bits: the w lowest bits of index
 number j are bits j w .. j w + w - 1 of the first ceil(k w / 8) bytes; of the bits of the bytes that follow, as many as
-hold k + ((size - 1) >> w) bits, bit (index >> w) + j is set. Bits are counted from the lowest of the first byte; what
-is left of either part's last byte is zero.
+hold k + ((size - 1) >> w) bits, bit (index >> w) + j is set. Bits are counted from the lowest of the first byte; the
+rest of either part's last byte is zero.
 """
 
 from __future__ import annotations

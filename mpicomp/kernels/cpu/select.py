@@ -54,7 +54,7 @@ def _sample(x: Any, old: Any, out: Any, run: int) -> None:
     """Read runs of `run` neighbours of x + old; out.size is a multiple of it."""
     runs = out.size // run
     stride = x.size // runs
-    places = np.empty(AHEAD, np.int64)  # of runs that have been asked for
+    places = np.empty(AHEAD, np.int64)  # of runs that are being prefetched
     for i in range(runs + AHEAD):
         slot = i % AHEAD
         if i >= AHEAD:

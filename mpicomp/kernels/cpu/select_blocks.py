@@ -42,7 +42,7 @@ def _block_top_k(x: Any, old: Any, new: Any, block: int, k: int, values: Any, in
             step = min(step + step, infinite)
             if low < high:
                 found = reaching(buffer, 0, size, at)
-        # `at` parts just `left` elements from the rest, or all that reach low == high are more and some of them tie
+        # exactly `left` elements reach `at`, or more reach low == high, and of those equal to it some are chosen
         exact, ties = (at, size) if found == left and low < high else (low, left - exceeding)
         guess = exact
         if new.size:
