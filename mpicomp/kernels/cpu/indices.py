@@ -19,7 +19,7 @@ from mpicomp.errors import WireFormatError
 from mpicomp.kernels.cpu.bits import clear, load64, lowest, ones, prefetch, store64
 from mpicomp.kernels.cpu.compile import inline, kernel
 
-ZERO, ONE, WORD = np.uint64(0), np.uint64(1), np.uint64(64)
+ZERO, ONE = np.uint64(0), np.uint64(1)
 S6, LOW3, LOW6 = np.uint64(6), np.uint64(7), np.uint64(63)
 STEP = 1024  # elements that are prefetched together
 
