@@ -163,7 +163,8 @@ class Selection:
     ties: int
     count: int
 
-    def write(self, values: Array, indices: Array, zero: bool = False) -> None:  # noqa: D102
+    def write(self, values: Array, indices: Array, zero: bool = False) -> None:
+        """See `mpicomp.kernels.Selection`."""
         if self.count:
             new = self.source if zero else self.source[:0].copy()
             _emit(self.source, new, self.marks, self.found, np.uint64(self.threshold), self.ties, values, indices)

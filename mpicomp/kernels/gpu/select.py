@@ -47,7 +47,8 @@ class Selection:
     bound: int
     count: int
 
-    def write(self, values: Array, indices: Array, zero: bool = False) -> None:  # noqa: D102
+    def write(self, values: Array, indices: Array, zero: bool = False) -> None:
+        """See `mpicomp.kernels.Selection`."""
         if self.count:
             x, listed = self.source, self.candidates
             number = tiles(x)
