@@ -1,20 +1,21 @@
-"""What `train.py` measures, shows and writes: progress while it runs, a table and a JSON file at the end."""
+"""The measurements of `train.py`: its row, bytes and seconds of the steps, and the progress on the screen."""
 
-import dataclasses
 import hashlib
-import json
 import resource
-import sys
 import time
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from rich import progress
+from rich.console import Console
+
+from bench import report
 
 
-@dataclasses.dataclass
-class Row:
+@dataclass(frozen=True, kw_only=True)
+class Row(report.Row):
     """The figures of one run: means over ranks, of the training steps alone, without the evaluation between them."""
 
     task: str
@@ -26,15 +27,34 @@ class Row:
     metric_name: str
     metric: float  # accuracy in percent, or bits per character
     unigram_bits: float | None
-    wire_bytes_per_rank: float  # a step, sent to other ranks, headers included
-    dense_bytes_per_rank: float  # a step, 8 n (P - 1) / P
-    seconds: float  # all steps; the first may compile kernels
-    comm_seconds: float  # in communication, waiting for slower ranks included; partly behind the backward pass
+    wire_bytes_per_rank: float  # per step, sent to other ranks, headers included
+    dense_bytes_per_rank: float  # per step, 8 n (P - 1) / P
+    seconds: float  # of all steps; the first may compile kernels
+    comm_seconds: float  # in communication, waits for slower ranks included; it partly overlaps the backward pass
     step_seconds: float  # the median step
     comm_step_seconds: float
-    peak_rss_bytes: int  # the largest rank's, since its start
+    peak_rss_bytes: int  # of the largest rank, since its start
     replicas_identical: bool
     curve: list[tuple[int, float]]  # (step, metric)
+
+    @property
+    def title(self) -> str:
+        """See report.Row."""
+        return f"{self.task}, {self.ranks} ranks, {self.steps} steps, seed {self.seed}"
+
+    def cells(self) -> dict[str, str]:
+        """See report.Row."""
+        ratio = f"{self.dense_bytes_per_rank / self.wire_bytes_per_rank:.1f}x" if self.wire_bytes_per_rank else "-"
+        return {
+            "reducer": self.reducer,
+            "resolved": self.resolved,
+            self.metric_name: f"{self.metric:.3f}",
+            "bytes/step": f"{self.wire_bytes_per_rank:,.0f}",
+            "dense/this": ratio,
+            "ms/step": f"{1e3 * self.step_seconds:.1f}",
+            "ms in comm": f"{1e3 * self.comm_step_seconds:.1f}",
+            "replicas": "identical" if self.replicas_identical else "DIFFER",
+        }
 
 
 class Meter:
@@ -84,7 +104,7 @@ def replicas_identical(model: torch.nn.Module) -> bool:
 
 
 class Progress:
-    """A bar if rich is installed and the output a terminal, else ten lines a run.
+    """A bar where the output is a terminal, else ten lines per run.
 
     MPICH's mpirun hides the terminal from the ranks; FORCE_COLOR=1 shows the bar all the same.
     """
@@ -119,12 +139,7 @@ class Progress:
 
 
 def live_bar(title: str, steps: int) -> Any:
-    """Return rich's progress bar, or None where it would not be seen or is not installed."""
-    try:
-        from rich import progress
-        from rich.console import Console
-    except ImportError:
-        return None
+    """Return rich's progress bar, or None where the output is no terminal."""
     console = Console()
     if not console.is_terminal:
         return None
@@ -133,23 +148,3 @@ def live_bar(title: str, steps: int) -> Any:
     bar = progress.Progress(*columns, console=console)
     bar.add_task(title, total=steps, note="")
     return bar
-
-
-def print_table(rows: list[Row]) -> None:
-    """Print one line per run; what the columns mean stands in `Row`."""
-    titles = [rows[0].metric_name, "bytes/step", "dense/this", "ms/step", "ms in comm", "replicas", "reducer"]
-    lines = [titles]
-    for row in rows:
-        ratio = f"{row.dense_bytes_per_rank / row.wire_bytes_per_rank:.1f}x" if row.wire_bytes_per_rank else "-"
-        milliseconds = [f"{1e3 * value:.1f}" for value in (row.step_seconds, row.comm_step_seconds)]
-        figures = [f"{row.metric:.3f}", f"{row.wire_bytes_per_rank:,.0f}", ratio, *milliseconds]
-        lines.append([*figures, "identical" if row.replicas_identical else "DIFFER", row.resolved])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(titles) - 1)]
-    for line in lines:
-        print("  ".join([*(text.rjust(width) for text, width in zip(line, widths, strict=False)), line[-1]]))
-    sys.stdout.flush()
-
-
-def write_json(file: str, rows: list[Row]) -> None:
-    """Write the rows as a JSON list."""
-    Path(file).write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")

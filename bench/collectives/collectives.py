@@ -1,14 +1,15 @@
-"""Time allreduces side by side, compressed and not: `mpirun -n 4 python bench/collectives.py`.
+"""Time allreduces side by side, compressed and not: `mpirun -n 4 python bench/collectives/collectives.py`.
 
-Ours beside MPI's own and torch's gloo, in turn, so that what disturbs one disturbs the others. What the columns mean
-stands in `collectives_report.Row`. Slow networks come from `bench/cluster.py`. Instead of this comparison:
+mpicomp beside MPI's own allreduce and torch's gloo, in turn, so that a disturbance of one disturbs the others.
+`rows.py` says what the columns mean. Slow networks come from `bench/cluster/cluster.py`. Instead of this comparison:
 
 - `--ddp` times training steps of DistributedDataParallel, with torch's own hooks as peers;
-- `--auto` holds `auto` against `dense`, and a plan against MPI's own call and against a plain call;
-- `--overlap` shows what a reduction in the background takes from the computation beside it;
-- `--read FILE` only prints and draws what earlier runs wrote.
+- `--auto` compares `auto` with `dense`, and a plan with MPI's own call and with a plain call;
+- `--overlap` measures how much a reduction in the background slows the computation beside it;
+- `--error` measures the error after 1, 10 and 100 steps of error feedback, beside the bytes of a step;
+- `--read FILE` only prints and draws the rows of earlier runs.
 
-With `--device gpu` the arrays are CuPy's, on the GPU of each rank; a time ends when the result is there.
+With `--device gpu` the arrays are CuPy's, on the GPU of each rank; a time ends when the result is complete.
 """
 
 from __future__ import annotations
@@ -18,19 +19,22 @@ import math
 import os
 import re
 import sys
-from dataclasses import asdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# ruff: noqa: E402 - the libraries read these when they are imported
+# ruff: noqa: E402
+if not __package__:  # run as a script: `bench` is a package in the root of the repository
+    sys.path[0] = str(Path(__file__).parents[2])
 for _library in ("OMP", "MKL", "OPENBLAS", "NUMEXPR"):
-    os.environ.setdefault(f"{_library}_NUM_THREADS", "1")  # the ranks share the cores
+    os.environ.setdefault(f"{_library}_NUM_THREADS", "1")  # the ranks share the cores; before the imports
 
-from collectives_plots import write_plots
-from collectives_report import HOOKS, Row, figures, identity, merge, print_plans, print_rows, print_streams, read
+from bench import report
+from bench.collectives.rows import KINDS, Row, Run, bandwidths, draw, print_streams
+from bench.command import Parser, count_of
 
 if TYPE_CHECKING:
-    from collectives_systems import System, World
+    from bench.collectives.systems import System, World
 
 REDUCERS = (
     "dense",
@@ -39,18 +43,48 @@ REDUCERS = (
     "error_feedback(low_rank(rank=4))",
 )
 AUTO = "error_feedback(auto(allow=(topk(density=0.01), two_stage(uniform(bits=4)), low_rank(rank=4))))"
+EVERY = (
+    *REDUCERS,
+    "gather(topk(density=0.01))",
+    "integer",
+    "split(topk(density=0.01))",
+    "tree(topk(density=0.01))",
+    "shared_support(randomk(density=0.01))",
+    "hierarchical(two_stage(uniform(bits=4)))",
+    AUTO,
+    "after(100, error_feedback(gather(topk(density=0.01))))",
+    "partition(dense, error_feedback(low_rank(rank=4)))",
+)
+"""At least a spec per registered reducer and policy."""
+ERROR = (
+    "topk(density=0.01)",
+    "topk(density=0.001)",
+    "randomk(density=0.01)",
+    "sign",
+    "uniform(bits=2)",
+    "error_feedback(two_stage(uniform(bits=4)))",
+    "bf16",
+    "error_feedback(low_rank(rank=4))",
+    "gather(topk(density=0.01))",
+    "two_stage(uniform(bits=4))",
+)
+"""Of --error; the last two have no error feedback."""
+USUAL = {"auto": ("auto",), "overlap": ("dense",), "ddp": (*REDUCERS, AUTO), "error": ERROR, "every": EVERY}
+HOOKS = ("dense", "fp16", "powersgd", "powersgd-default")
+"""Of gloo: torch's own; PowerSGD of rank 4 with all gradients in a single bucket, and with the default buckets."""
 SIZES = (1 << 10, 1 << 15, 1 << 20, 1 << 24)
 LEAST_ROUNDS = 5
 UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
-def compare(world: World, args: argparse.Namespace) -> list[Row]:
+def compare(world: World, args: argparse.Namespace) -> Iterator[Row]:
     """Measure every system at every size."""
-    from collectives_systems import Gloo, Native, Ours
+    from bench.collectives.systems import Gloo, Native, Ours
+    from bench.collectives.timing import repetitions_of
 
     systems: list[System] = []
     if args.device == "gpu":
-        from collectives_gpu import systems_on_gpu
+        from bench.collectives.gpu import systems_on_gpu
 
         systems += systems_on_gpu(world, args.system, args.reducer)
     else:
@@ -60,51 +94,49 @@ def compare(world: World, args: argparse.Namespace) -> list[Row]:
             systems.append(Native(world, "dense"))
     if "gloo" in args.system:
         systems.append(Gloo(world, args.patience))
-    rows: list[Row] = []
     try:
         for nbytes in args.size or SIZES:
             streams = [world.stream()] if args.stream else []
-            found = compare_at(world, systems, nbytes, args, 10 if nbytes < 1 << 16 else 3 if nbytes < 1 << 20 else 1)
+            found = compare_at(world, systems, nbytes, args, repetitions_of(nbytes))
             if args.stream:
                 streams.append(world.stream())
                 if world.me == 0:
                     print_streams(streams, found)
-            rows += found
+            yield from found
     finally:
         for system in systems:
             system.close()
-    return rows
 
 
-def compare_ddp(world: World, args: argparse.Namespace) -> list[Row]:
+def compare_ddp(world: World, args: argparse.Namespace) -> Iterator[Row]:
     """Measure training steps of every system."""
-    from collectives_ddp import rows, systems
-    from collectives_step import gradient_bytes
+    from bench.collectives.ddp import rows, systems
+    from bench.collectives.step import gradient_bytes
 
     specs = args.reducer if "mpicomp" in args.system else []
     hooks = args.hook if "gloo" in args.system else []
     with systems(world, specs, hooks, args.width, args.views, args.patience) as found:
-        return list(rows(compare_at(world, found, gradient_bytes(args.width), args, 1)))
+        yield from rows(compare_at(world, found, gradient_bytes(args.width), args, 1))
 
 
 def compare_at(
     world: World, systems: list[System], nbytes: int, args: argparse.Namespace, repetitions: int
 ) -> list[Row]:
-    """Measure every system at one size: judge its first reduction, warm up, count bytes, then rounds in turn."""
+    """Measure every system at one size: judge its first reduction, warm up, count bytes, then time rounds in turn."""
     measured = [Measured(world, system, nbytes, args.seed) for system in systems]
     for each in measured:
         each.begin(repetitions, args.warm_up, args.seconds)
     rounds = 0
     for rounds in world.rounds(LEAST_ROUNDS, args.rounds, args.seconds):
         for place in range(len(measured)):
-            measured[(place + rounds) % len(measured)].go_on(repetitions)
+            measured[(place + rounds) % len(measured)].round(repetitions)
     if world.me == 0:
         print(f"{nbytes:,} bytes: {rounds} rounds of {repetitions}", flush=True)
     return [each.row() for each in measured]
 
 
 class Measured:
-    """A system at one size, and what was found so far; the same on all ranks."""
+    """A system at one size, and its figures so far, which are the same on all ranks."""
 
     def __init__(self, world: World, system: System, nbytes: int, seed: int) -> None:
         self.world, self.system, self.nbytes, self.seed = world, system, nbytes, seed
@@ -131,13 +163,13 @@ class Measured:
             self.sent = None if slot.sent is None else int(world.most([slot.sent])[0])
             self.network = None if before is None or after is None else (after - before) / (repetitions + slot.untimed)
 
-    def go_on(self, repetitions: int) -> None:
-        """Take part in a round."""
+    def round(self, repetitions: int) -> None:
+        """Time a slot."""
         if (slot := self._slot(repetitions)) is not None:
             self.seconds += self.world.most(slot.seconds).tolist()
 
     def _slot(self, repetitions: int, judged: bool = False) -> Any:
-        """Measure with data that no slot had before."""
+        """Measure a slot with fresh data."""
         self.seed += 1
         slot = self.system.slot(self.seed, repetitions, judged)
         if slot is None:
@@ -147,22 +179,20 @@ class Measured:
         return slot
 
     def row(self) -> Row:
-        """Sum up."""
-        from collectives_timing import median, p95
+        """Return the row."""
+        from bench.collectives.timing import median, p95
 
         world = self.world
         seconds = median(self.seconds) if self.seconds else None
         finite = self.error is not None and math.isfinite(self.error)
+        algbw, busbw = bandwidths(self.nbytes, world.ranks, seconds)
         return Row(
-            self.system.name,
-            self.system.reducer,
-            world.ranks,
-            world.hosts,
-            world.rate,
-            self.nbytes,
-            seconds,
-            p95(self.seconds) if self.seconds else None,
-            *figures(self.nbytes, world.ranks, seconds),
+            **world.run(self.system.reducer, self.nbytes),
+            system=self.system.name,
+            median_s=seconds,
+            p95_s=p95(self.seconds) if self.seconds else None,
+            algbw=algbw,
+            busbw=busbw,
             wire_bytes=self.sent,
             network_bytes=self.network,
             relative_error=self.error if finite else None,
@@ -171,40 +201,31 @@ class Measured:
         )
 
 
-# -------------------------------------------------------------------------------------------------- the command line
+# ------------------------------------------------------------------------------------------------------ command line
 
 
 def size_of(text: str) -> int:
     """Read a size in bytes of float32 elements: 4096, 16MiB or 2^24."""
-    if power := re.fullmatch(r"2\^(\d+)", text):
-        nbytes = 1 << int(power[1])
-    elif (number := re.fullmatch(r"(\d+) ?([KMG]?i?B?)", text)) and number[2] in UNITS:
-        nbytes = int(number[1]) * UNITS[number[2]]
-    else:
-        raise argparse.ArgumentTypeError(f"a size is e.g. 4096, 16MiB or 2^24, in bytes; got {text!r}")
+    match = re.fullmatch(r"(.*?) ?([KMG]iB|B)?", text)
+    try:
+        assert match
+        nbytes = count_of(match[1]) * UNITS[match[2] or ""]
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"a size is e.g. 4096, 16MiB or 2^24, in bytes; got {text!r}") from None
     if nbytes % 4 or not 4 <= nbytes <= 1 << 36:
         raise argparse.ArgumentTypeError(f"a size holds whole float32 elements, 4 bytes to 64 GiB; got {text!r}")
     return nbytes
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser that every rank runs and rank 0 speaks for."""
-
-    def _print_message(self, message: str, file: Any = None) -> None:
-        rank = next((os.environ[name] for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK") if name in os.environ), "0")
-        if rank == "0":
-            super()._print_message(message, file)
-
-
 def arguments(words: list[str]) -> argparse.Namespace:
     """Read and check the command line, before anything is measured."""
-    parser = Parser(
-        description=(__doc__ or "").partition("\n\n")[2], formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--ddp", action="store_true", help="compare training steps")
-    mode.add_argument("--auto", action="store_true", help="auto against dense, and what a plan adds")
+    mode.add_argument("--auto", action="store_true", help="auto beside dense, and the cost of a plan")
     mode.add_argument("--overlap", action="store_true", help="a reduction in the background of a computation")
+    mode.add_argument("--error", action="store_true", help="the error after 1, 10 and 100 steps of feedback")
+    mode.add_argument("--every", action="store_true", help="compare a method per reducer that exists")
     mode.add_argument("--read", action="append", metavar="FILE", help="measure nothing; may be repeated")
     parser.add_argument("--size", action="append", type=size_of, metavar="BYTES", help="4096, 16MiB, 2^24; repeatable")
     parser.add_argument("--reducer", action="append", metavar="SPEC", help="may be repeated; default: the mode's")
@@ -221,81 +242,65 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=60, help="after which a size makes no more rounds than needed")
     parser.add_argument("--patience", type=float, default=60, help="seconds after which a peer has hung (default: 60)")
     parser.add_argument("--seed", type=int, default=0, help="of the data")
-    parser.add_argument("--stream", action="store_true", help="hold dense against bulk TCP streams of the same run")
+    parser.add_argument("--stream", action="store_true", help="compare dense with bulk TCP streams of the same run")
     parser.add_argument("--json", metavar="FILE", help="write the rows there; those of other measurements stay")
     parser.add_argument("--plot", metavar="PREFIX", help="draw PREFIX-size.png, PREFIX-ranks.png, PREFIX-error.png")
     args = parser.parse_args(words)
     args.system = args.system or ["mpicomp", "mpi", *(["gloo"] if args.device == "cpu" else [])]
     args.hook = args.hook or list(HOOKS)
-    usual = {"auto": ["auto"], "overlap": ["dense"], "ddp": [*REDUCERS, AUTO]}
-    mode_name = next((name for name in usual if getattr(args, name)), "")
-    args.reducer = args.reducer or usual.get(mode_name, list(REDUCERS))
+    args.mode = next((name for name in USUAL if vars(args)[name]), "")
+    args.reducer = args.reducer or list(specs(args.mode))
     if args.warm_up is None:
         args.warm_up = 16 if args.ddp or args.auto else 4
-    if args.device == "gpu" and (mode_name or "gloo" in args.system):
-        parser.error(f"--device gpu compares mpicomp and mpi, without --{mode_name or 'system gloo'}")
-    for name in ("rounds", "pairs"):
-        if getattr(args, name) < LEAST_ROUNDS:
-            parser.error(f"--{name} must be at least {LEAST_ROUNDS}, got {getattr(args, name)}")
-    for name in ("width", "warm_up", "seconds", "patience"):
-        if not 0 < getattr(args, name) < math.inf:
-            parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
-    for name in ("json", "plot"):
-        file = getattr(args, name)
-        if file and not Path(file).absolute().parent.is_dir():
-            parser.error(f"--{name}: there is no folder {Path(file).parent}")
-    for file in args.read or ():
-        if not Path(file).is_file():
-            parser.error(f"--read: there is no file {file}")
+    if args.device == "gpu" and (args.mode or "gloo" in args.system):
+        parser.error(f"--device gpu compares mpicomp and mpi, without --{args.mode or 'system gloo'}")
+    parser.at_least(args, LEAST_ROUNDS, "rounds", "pairs")
+    parser.positive(args, "width", "warm_up", "seconds", "patience")
+    parser.files(args, "json", "plot")
     if args.views and not args.ddp:
         parser.error("--views says how --ddp is measured")
     if args.stream and "MPICOMP_CLUSTER" not in os.environ:
-        parser.error("--stream needs hosts with TCP between them: run this under bench/cluster.py")
+        parser.error("--stream needs hosts with TCP between them: run this under bench/cluster/cluster.py")
     if not args.read:
         from mpicomp.registry import parse
 
-        try:
-            for spec in args.reducer:
-                parse(spec)
-        except ValueError as error:
-            parser.error(f"--reducer: {error}")
+        parser.specs("--reducer", args.reducer, parse)
     return args
 
 
+def specs(mode: str = "every") -> tuple[str, ...]:
+    """Return the specs that a mode runs by default; `every`: at least one per registered reducer and policy."""
+    return USUAL.get(mode, REDUCERS)
+
+
 def main() -> None:
-    """Measure what was asked for, then print it, keep it and draw it on rank 0."""
+    """Measure what the command line asks for, then print, keep and draw the rows on rank 0."""
     args = arguments(sys.argv[1:])
     if args.read:
-        show(list({identity(row): row for file in args.read for row in read(file)}.values()), args.plot)
+        show(report.read(args.read, KINDS), args.plot)
         return
     if args.device == "gpu":
-        import gpu
+        from bench import device
 
-        gpu.choose()
-    from collectives_systems import World
+        device.choose()
+    from bench.collectives import error, plans
+    from bench.collectives.systems import World
 
     world = World()
-    if args.auto or args.overlap:
-        import collectives_plans
-
-        rows = list((collectives_plans.auto if args.auto else collectives_plans.overlap)(world, args))
-    else:
-        rows = [asdict(row) for row in (compare_ddp if args.ddp else compare)(world, args)]
+    modes = {"auto": plans.auto, "overlap": plans.overlap, "error": error.error, "ddp": compare_ddp}
+    rows: list[Run] = report.collect(modes.get(args.mode, compare)(world, args), args.json, world.me == 0)
     if world.me:
         return
-    if args.json:
-        merge(args.json, rows)
     show(rows, args.plot)
-    if any(row["system"] == "mpicomp" and row["identical"] is False for row in rows if "system" in row):
+    if any(isinstance(row, Row) and row.system == "mpicomp" and row.identical is False for row in rows):
         sys.exit("the ranks' results differ: this must not happen, please report it")
 
 
-def show(rows: list[dict[str, Any]], plot: str | None) -> None:
-    """Print the tables, and draw the charts."""
-    print_rows([row for row in rows if "system" in row])
-    print_plans([row for row in rows if "mode" in row])
+def show(rows: list[Run], plot: str | None) -> None:
+    """Print the tables, and draw the pictures."""
+    report.print_tables(rows)
     if plot:
-        print("drawn:", ", ".join(write_plots(plot, rows)) or "nothing, for want of rows")
+        print("drawn:", ", ".join(draw(plot, rows)) or "nothing: too few rows for a picture")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""A peer system in processes of its own, one beside each rank: it may crash or hang, and the others go on.
+"""A peer system in a separate process beside each rank: it may crash or hang, and the benchmark continues.
 
-`Peer` starts this file as a program and commands it by lines of JSON over pipes. The program is torch with gloo and
-knows no MPI; it sleeps while it is not asked for anything, and ends when its standard input does, or its parent.
+`Peer` starts this file as a program and sends it commands as lines of JSON over pipes. The program runs torch with gloo
+and no MPI; it sleeps between commands, and ends when its standard input or its parent ends.
 """
 
 from __future__ import annotations
@@ -19,25 +19,29 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-from collectives_timing import Arrays, Slot, measure
+if not __package__:  # run as a script: `bench` is a package in the root of the repository
+    sys.path[0] = str(Path(__file__).parents[2])
+
+from bench.collectives.timing import Arrays, Slot, measure
 
 PROGRAM = __file__
 
 
 class PeerLost(Exception):
-    """The process crashed or gave no answer in time, and is gone; the message says which."""
+    """The process crashed or gave no answer in time, and has ended; the message says which."""
 
 
 class Peer:
-    """A process of this rank that runs a peer. Its answers are waited for without taking any of the processor."""
+    """A process of this rank that runs a peer. A wait for its answer takes no processor time."""
 
     def __init__(self, environment: dict[str, str] | None = None) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         self._rest = b""
-        # What a launcher told this process is not meant for the child, which is no MPI process.
+        # The child is no MPI process: the variables of the launcher would mislead it.
         launcher = ("PMI", "OMPI_", "PRTE_", "MPI_", "HYDI_", "HYDRA_", "MASTER_", "RANK", "LOCAL_RANK", "WORLD_SIZE")
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(launcher)}
         self._process = subprocess.Popen(
@@ -50,11 +54,11 @@ class Peer:
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """The id of the process."""
         return self._process.pid
 
     def ask(self, do: str, seconds: float, **what: Any) -> Any:
-        """Have something done and return the answer; raises PeerLost after so many seconds without one."""
+        """Send a command and return the answer; raises PeerLost after so many seconds without one."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps({"do": do, **what}).encode() + b"\n")
@@ -77,18 +81,18 @@ class Peer:
         return json.loads(line)
 
     def _lost(self, how: str) -> PeerLost:
-        """End the process and say what became of it, with the last thing it said."""
+        """End the process, and return the error that names the cause and the last line of its standard error."""
         code = self.close(10 if how == "crashed" else 0)
         if how == "crashed":
             how += f" with {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
         self._errors.seek(0)
-        said = [line.strip() for line in self._errors.read().decode(errors="replace").splitlines() if line.strip()]
-        return PeerLost(f"{how}{': ' + said[-1][:300] if said else ''}")
+        lines = [line.strip() for line in self._errors.read().decode(errors="replace").splitlines() if line.strip()]
+        return PeerLost(f"{how}{': ' + lines[-1][:300] if lines else ''}")
 
     def close(self, patience: float) -> int:
-        """End the process, in good order if it does so within some seconds, and return its exit code."""
+        """End the process, by a signal unless it ends by itself within `patience` seconds; return its exit code."""
         assert self._process.stdin is not None
-        with contextlib.suppress(OSError):  # what was not sent yet has nobody to go to
+        with contextlib.suppress(OSError):  # the process may be gone
             self._process.stdin.close()
         try:
             return self._process.wait(patience)
@@ -101,12 +105,12 @@ class Peer:
 
 
 def serve(jobs: dict[str, Callable[..., Any]]) -> NoReturn:
-    """Answer the parent's commands until there are no more, then exit."""
+    """Answer the parent's commands until its end of the pipe is closed, then exit."""
     if sys.platform == "linux":
-        # A collective that hangs in C++ never comes back to the end of its input.
+        # A collective that hangs in C++ never returns to read the end of the input.
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # output of libraries is no answer
     sys.excepthook = fail
     for line in sys.stdin:
         what = json.loads(line)
@@ -115,7 +119,7 @@ def serve(jobs: dict[str, Callable[..., Any]]) -> NoReturn:
 
 
 def fail(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> NoReturn:
-    """Print an error that nobody caught and exit: threads of a library that wait for lost peers must not hold it up."""
+    """Print an uncaught error and exit at once: threads of a library may wait for lost peers for ever."""
     traceback.print_exception(kind, error, trace)
     os._exit(1)
 
@@ -130,7 +134,7 @@ class Gloo:
         self.me, self.ranks = 0, 1
 
     def serve(self) -> int:
-        """Be the rendezvous of the group: return its port."""
+        """Open the rendezvous of the group and return its port."""
         from torch._C._distributed_c10d import TCPStore
 
         self.store = TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
@@ -148,12 +152,12 @@ class Gloo:
         return True
 
     def open(self, nbytes: int) -> bool:
-        """Make room for arrays of this size."""
+        """Allocate arrays of this size."""
         self.arrays = Arrays(nbytes)
         return True
 
     def slot(self, seed: int, repetitions: int, judged: bool) -> dict[str, Any]:
-        """Sum arrays; gloo does so in place, and the copy that it works on is made before the clock runs."""
+        """Sum arrays; gloo sums in place, in a copy that is made before the time begins."""
         import torch
         import torch.distributed as dist
 
@@ -169,14 +173,14 @@ class Gloo:
         return slot.to_json()
 
     def meet(self) -> None:
-        """Return when all are there; gloo's barrier sleeps while it waits."""
+        """Wait for all ranks; gloo's barrier sleeps while it waits."""
         import torch.distributed as dist
 
         dist.barrier()
 
     def train(self, hook: str, width: int, views: bool) -> bool:
         """Make the DDP model whose gradients `step` reduces."""
-        from collectives_step import gloo_trainer
+        from bench.collectives.step import gloo_trainer
 
         self.trainer = gloo_trainer(hook, width, views, self.meet, self.me, self.ranks)
         return True

@@ -1,4 +1,4 @@
-"""The systems of `collectives.py --device gpu`: the same, on arrays in the memory of each rank's GPU."""
+"""The systems of `collectives.py --device gpu`, on arrays in the memory of each rank's GPU."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
 import numpy as np
-from collectives_systems import Native, Ours, System, World
-from collectives_timing import Array, Arrays
 
+from bench.collectives.systems import Native, Ours, System, World
+from bench.collectives.timing import Array, Arrays
 from mpicomp.arrays import fetch, pinned, put, to_device, to_host
 from mpicomp.device import gpu_aware
 
@@ -44,7 +44,7 @@ class GPUArrays(Arrays):
         return run
 
     def poison(self) -> None:
-        """Forget the last result, and let everything that was begun on the GPU end before a time begins."""
+        """See Arrays; the GPU is idle when a time begins."""
         self.result.fill(np.nan)
         self._stream.synchronize()
 
@@ -60,7 +60,7 @@ class ThroughHost(Native):
         super().__init__(world, reducer, GPUArrays)
         self.device = "gpu through the host"
 
-    def made(self, x: Array, out: Array) -> Callable[[], object]:
+    def call(self, x: Array, out: Array) -> Callable[[], object]:
         """See InProcess."""
         given, result = (pinned(x.nbytes).view(x.dtype).reshape(x.shape) for _ in range(2))
 

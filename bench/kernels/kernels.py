@@ -1,8 +1,8 @@
-"""Time every codec on one thread against memcpy of the same array: `python bench/kernels.py --size 2^24`.
+"""Time every codec on one thread against memcpy of the same array: `python bench/kernels/kernels.py --size 2^24`.
 
-An op and a memcpy alternate in one process, so that what disturbs one disturbs the other. Beside ours stand the
-obvious NumPy and torch ways (`kernels_peers.py`); what the columns mean stands in `kernels_report.Row`. Every result
-is checked before it is timed. `--device gpu` does so on a GPU: see `kernels_gpu.py`.
+An op and a memcpy alternate in one process, so that a disturbance of one disturbs the other. Beside ours stand the
+usual NumPy and torch ways (`peers.py`); `rows.Row` says what the columns mean. Every result is checked before it is
+timed. `--device gpu` does so on a GPU: see `gpu.py`. `--read FILE` only prints and draws the rows of earlier runs.
 """
 
 from __future__ import annotations
@@ -13,23 +13,28 @@ import itertools
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# ruff: noqa: E402 - the libraries read these when they are imported
+# ruff: noqa: E402
+if not __package__:  # run as a script: `bench` is a package in the root of the repository
+    sys.path[0] = str(Path(__file__).parents[2])
 for _library in ("OMP", "MKL", "OPENBLAS", "NUMEXPR"):
-    os.environ[f"{_library}_NUM_THREADS"] = "1"
+    os.environ[f"{_library}_NUM_THREADS"] = "1"  # before the libraries are imported
 
 import numpy as np
-from kernels_peers import peers_of
-from kernels_report import ALL_OPS, OPS, Row, print_table, title, write_json, write_plot
-from kernels_subjects import Arrays, EliasFano, Subject, elias_fano, figures, ours, theirs
 
+from bench import report
+from bench.command import Parser, count_of
+from bench.kernels.peers import peers_of
+from bench.kernels.rows import ALL_OPS, KINDS, OPS, Row, draw
+from bench.kernels.subjects import Arrays, EliasFano, Subject, elias_fano, figures, ours, theirs
 from mpicomp.codecs import CODECS
 from mpicomp.registry import ALIASES
-from mpicomp.specs import SpecError, parse
+from mpicomp.specs import parse
 
 SPECS = (
     "topk(density=0.01)",
@@ -129,7 +134,6 @@ def measured(args: argparse.Namespace) -> Iterator[Row]:
         arrays = Arrays.of(data, size)
         for codec in args.codecs:
             for subject in subjects(codec, arrays, args.system):
-                print(f"{title(size)} {data} {subject.system} {codec}", flush=True)
                 for op in args.op:
                     if op in subject.ops:
                         yield measure(codec, subject, op, arrays, args.pairs)
@@ -147,40 +151,28 @@ def processor() -> str:
 # ------------------------------------------------------------------------------------------------------ command line
 
 
-def size_of(text: str) -> int:
-    """Read a number of elements: 16777216 or 2^24."""
-    base, _, exponent = text.partition("^")
-    size = int(base) ** int(exponent) if exponent else int(base)
-    if not 1 <= size <= 1 << 32:
-        raise ValueError(text)
-    return size
-
-
 def known(spec: str) -> Any:
     """Return what a spec means; raises SpecError."""
     return parse(spec, {**CODECS, "elias_fano": EliasFano}, ALIASES)
 
 
-def arguments() -> argparse.Namespace:
+def arguments(words: list[str]) -> argparse.Namespace:
     """Read and check the command line, before anything is measured."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(__doc__)
     parser.add_argument("--codec", action="append", metavar="SPEC", help="may be repeated; default: all families")
-    parser.add_argument("--size", action="append", type=size_of, metavar="N", help="elements, 16777216 or 2^24")
+    parser.add_argument("--size", action="append", type=count_of, metavar="N", help="elements, 16777216 or 2^24")
     parser.add_argument("--op", action="append", choices=ALL_OPS, help="may be repeated; default: all")
     parser.add_argument("--data", action="append", choices=DATA, help="default: both")
     parser.add_argument("--device", choices=SYSTEMS, default="cpu", help="where the arrays are (default: cpu)")
     every = sorted({system for systems in SYSTEMS.values() for system in systems})
     parser.add_argument("--system", action="append", choices=every, help="default: all that the device has")
     parser.add_argument("--pairs", type=int, default=15, help="of an op and a memcpy, at least (default: 15)")
-    parser.add_argument("--json", metavar="FILE", help="write the rows there")
+    parser.add_argument("--json", metavar="FILE", help="write the rows there; those of other measurements stay")
     parser.add_argument("--plot", metavar="FILE", help="draw the largest size there, say kernels.png")
-    args = parser.parse_args()
-    if args.pairs < 1:
-        parser.error(f"--pairs must be at least 1, got {args.pairs}")
-    for name in ("json", "plot"):
-        file = getattr(args, name)
-        if file and not Path(file).absolute().parent.is_dir():
-            parser.error(f"--{name}: there is no folder {Path(file).parent}")
+    parser.add_argument("--read", action="append", metavar="FILE", help="measure nothing; may be repeated")
+    args = parser.parse_args(words)
+    parser.at_least(args, 1, "pairs")
+    parser.files(args, "json", "plot")
     args.data = tuple(args.data or DATA)
     args.system = tuple(args.system or SYSTEMS[args.device])
     for system in args.system:
@@ -189,38 +181,31 @@ def arguments() -> argparse.Namespace:
     args.op = tuple(args.op or (OPS if args.device == "cpu" else ALL_OPS))
     if args.device == "cpu" and "round_trip" in args.op:
         parser.error("--op round_trip is the way from a GPU to the host and back: it needs --device gpu")
-    try:
-        args.codecs = [known(spec) for spec in args.codec or specs(args.device)]
-    except SpecError as error:
-        parser.error(f"--codec: {error}")
+    args.codecs = parser.specs("--codec", args.codec or specs(args.device), known)
     return args
 
 
-def specs(device: str) -> tuple[str, ...]:
-    """Return what runs by default."""
+def specs(device: str = "cpu") -> tuple[str, ...]:
+    """Return the specs that run by default: at least one per registered codec."""
     return SPECS if device == "cpu" else (*SPECS, *ONE_PER_CENT)
 
 
 def main() -> None:
-    """Measure everything that was asked for, then print the table."""
-    args = arguments()
-    if args.device == "gpu":
-        import gpu
-        import kernels_gpu
+    """Measure everything that is asked for, then print the tables."""
+    args = arguments(sys.argv[1:])
+    if args.read:
+        rows = report.read(args.read, KINDS)
+    elif args.device == "gpu":
+        from bench import device
+        from bench.kernels import gpu
 
-        gpu.choose()
-        found = kernels_gpu.measured(args)
+        device.choose()
+        rows = report.collect(gpu.measured(args), args.json)
     else:
-        found = measured(args)
-    rows: list[Row] = []
-    for row in found:
-        rows.append(row)
-        if args.json:
-            write_json(args.json, rows)
-    print_table(rows)
-    drawn = [row for row in rows if row.op in OPS]
-    if args.plot and drawn:
-        write_plot(args.plot, drawn)
+        rows = report.collect(measured(args), args.json)
+    report.print_tables(rows)
+    if args.plot:
+        print("drawn:", ", ".join(draw(args.plot, rows)))
 
 
 if __name__ == "__main__":

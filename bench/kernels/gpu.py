@@ -1,12 +1,12 @@
 """`kernels.py --device gpu`: every codec on CuPy arrays, as a share of the GPU's own copy bandwidth.
 
-An op and a copy within the GPU's memory alternate on one stream; CUDA events between them, queued like them, tell the
-times. The host waits for nothing in between, so that it prepares launches while the GPU is at work: where an op takes
-longer than its launches, launches cost nothing. Calls rotate among sets of arrays that together exceed the L2 cache
-several times. Before anything is timed the CPU computes the same, and a codec must write the same bytes on both.
+An op and a copy within the GPU's memory alternate on one stream, and CUDA events between them measure the times. The
+host does not wait in between and prepares launches while the GPU works: where an op takes longer than its launches,
+launches cost nothing. Calls rotate among sets of arrays that together exceed the L2 cache several times. Before the
+timing the CPU computes the same, and a codec must write the same bytes on both.
 
-The round trip of a bucket of 25 MiB, which is what DDP reduces at a time, is encoded, its payload copied to pinned host
-memory and back, and decoded; beside it the dense bucket goes to pinned memory and back.
+In a round trip a bucket of 25 MiB, the size that DDP reduces at a time, is encoded, its payload is copied to pinned
+host memory and back, and decoded; beside it the dense bucket is copied to pinned memory and back.
 """
 
 from __future__ import annotations
@@ -19,14 +19,26 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import gpu
 import numpy as np
 import torch
-from kernels_gpu_report import TRIPS, GPURow, TripRow, bytes_moved
-from kernels_peers import peers_of
-from kernels_report import OPS, Row, title
-from kernels_subjects import KEY, Arrays, EliasFano, Subject, elias_fano, figures, ops_of, ours, room, sent, theirs
 
+from bench import device
+from bench.kernels.peers import peers_of
+from bench.kernels.rows import OPS, TRIPS, GPURow, Row, TripRow
+from bench.kernels.subjects import (
+    KEY,
+    Arrays,
+    EliasFano,
+    Subject,
+    bytes_moved,
+    elias_fano,
+    figures,
+    ops_of,
+    ours,
+    room,
+    sent,
+    theirs,
+)
 from mpicomp.arrays import Array, empty, fetch, pinned, put, to_device, to_host
 from mpicomp.codecs import Codec
 from mpicomp.wire import MessageLayout
@@ -41,13 +53,12 @@ WARM_UP = 0.1  # seconds, and at least three calls: compilation, and a clock tha
 
 
 def measured(args: argparse.Namespace) -> Iterator[Row]:
-    """Measure what was asked for."""
+    """Yield a row per measurement that the command line asks for."""
     for size, data in itertools.product(args.size or SIZES, args.data):
         host = Arrays.of(data, size)
         sets = sets_of(host)
         for codec in args.codecs:
             for same in subjects(codec, host, sets, args.system):
-                print(f"{title(size)} {data} {same[0].system} {codec}", flush=True)
                 for op in OPS:
                     if op in args.op and op in same[0].ops:
                         yield measure(codec, same, op, sets, args.pairs)
@@ -57,13 +68,12 @@ def measured(args: argparse.Namespace) -> Iterator[Row]:
             sets = sets_of(host)
             for codec in args.codecs:
                 if str(codec) in TRIPS:
-                    print(f"round trip of {title(BUCKET)} {data} {codec}", flush=True)
                     yield measure_trip(codec, host, sets, args.pairs)
 
 
 def sets_of(host: Arrays) -> list[Arrays]:
-    """Return the same arrays on the GPU, as often as it takes to find none in the cache when its turn comes."""
-    count = -(-CACHES * gpu.properties()["l2CacheSize"] // host.x.nbytes)
+    """Return copies of the arrays on the GPU: so many that none is in the cache when its turn comes."""
+    count = -(-CACHES * device.properties()["l2CacheSize"] // host.x.nbytes)
     return [
         Arrays(
             host.data, to_device(host.x), to_device(host.old), *(empty(host.x.size, "float32", True) for _ in range(3))
@@ -72,7 +82,7 @@ def sets_of(host: Arrays) -> list[Arrays]:
     ]
 
 
-# ------------------------------------------------------------------------------------------------ what is timed
+# -------------------------------------------------------------------------------------------------------- subjects
 
 
 def subjects(codec: Any, host: Arrays, sets: list[Arrays], systems: tuple[str, ...]) -> Iterator[list[Subject]]:
@@ -124,7 +134,7 @@ def as_bytes(x: Array) -> Array:
 
 
 def copying(arrays: Arrays) -> Call:
-    """Return the copy that ops are held against: CUDA's own, within the GPU's memory."""
+    """Return the copy that ops are compared with: CUDA's own, within the GPU's memory."""
     import cupy
 
     source, target, stream = arrays.x, arrays.copy, cupy.cuda.get_current_stream()
@@ -132,7 +142,7 @@ def copying(arrays: Arrays) -> Call:
 
 
 def trip(codec: Codec, arrays: Arrays, wait: bool) -> Call:
-    """Return the way of a bucket by its payload; with `wait` the host waits for the payload, as it does to send it."""
+    """Return the round trip of a bucket as a payload; with `wait` the host waits for it, as before a send."""
     layout = MessageLayout([codec.fields(arrays.x.size, "float32")])
     message, received = (empty(layout.nbytes, "uint8", True) for _ in range(2))
     host = pinned(layout.nbytes)
@@ -147,7 +157,7 @@ def trip(codec: Codec, arrays: Arrays, wait: bool) -> Call:
 
 
 def dense_trip(arrays: Arrays, wait: bool) -> Call:
-    """Return the way of a bucket as it is."""
+    """Return the round trip of an uncompressed bucket."""
     host = pinned(arrays.x.nbytes).view(np.float32)
     return lambda: there_and_back(arrays.x, host, arrays.copy, wait)
 
@@ -164,7 +174,7 @@ def there_and_back(x: Array, host: Array, out: Array, wait: bool) -> None:
 
 
 def alternate(calls: Sequence[Call], copies: Sequence[Call], pairs: int) -> tuple[list[float], list[float]]:
-    """Return the seconds that the GPU took for each of `pairs` calls and as many copies, queued in turn.
+    """Return the GPU's seconds for each of `pairs` calls and as many copies, queued in turn.
 
     Call i works on set i, and the copy after it on the set farthest from it.
     """
@@ -194,7 +204,7 @@ def alternate(calls: Sequence[Call], copies: Sequence[Call], pairs: int) -> tupl
 
 
 def alternate_waiting(call: Call, copy: Call, pairs: int) -> tuple[list[float], list[float]]:
-    """Return the seconds from the host's start of each call and copy, the GPU idle, to their end."""
+    """Return the seconds from the start of each call and copy on an idle GPU to their end, by the host's clock."""
     import cupy
 
     stream = cupy.cuda.get_current_stream()
@@ -212,7 +222,7 @@ def alternate_waiting(call: Call, copy: Call, pairs: int) -> tuple[list[float], 
 
 
 def warm_up(pair: Callable[[], tuple[Call, Call]], stream: Any) -> None:
-    """Make calls until the GPU runs as fast as it does under load."""
+    """Call until the GPU's clock has risen with the load."""
     until = time.perf_counter() + WARM_UP
     for turn in itertools.count():
         if turn >= 3 and time.perf_counter() > until:
@@ -237,7 +247,7 @@ def measure(codec: Any, same: list[Subject], op: str, sets: list[Arrays], pairs:
 
 
 def measure_trip(codec: Codec, host: Arrays, sets: list[Arrays], pairs: int) -> TripRow:
-    """Time the way of a bucket to the host and back."""
+    """Time the round trip of a bucket."""
     subject, arrays = ours(codec, host), sets[0]
     host.out.fill(0)
     subject.ops["decode_add"]()
@@ -257,10 +267,10 @@ def measure_trip(codec: Codec, host: Arrays, sets: list[Arrays], pairs: int) -> 
 
 
 def against(taken: list[float], copied: list[float]) -> dict[str, Any]:
-    """Return the columns that say where, how often and against what was measured."""
+    """Return the columns of the device, the number of pairs and the copies."""
     return {
         "device": "gpu",
-        "processor": gpu.properties()["name"].decode(),
+        "processor": device.properties()["name"].decode(),
         "pairs": len(taken),
         "memcpy_seconds": statistics.median(copied),
         "over_memcpy": statistics.median(taken) / statistics.median(copied),

@@ -1,6 +1,6 @@
 """The systems of `collectives.py --ddp`: DistributedDataParallel with our hook, with torch's own, and without any.
 
-Ours live in the ranks; each of torch's hooks lives in processes and a process group of its own.
+Ours run in the processes of the ranks; each of torch's hooks runs in separate processes and a process group.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
-from collectives_report import DDPRow, Row, figures, least_bytes
-from collectives_step import Trainer, model
-from collectives_systems import Group, System, World
-from collectives_timing import Slot
 from torch.nn.parallel import DistributedDataParallel
 
 import mpicomp.torch
+from bench.collectives.rows import DDPRow, Row, bandwidths, least_bytes
+from bench.collectives.step import Trainer, model
+from bench.collectives.systems import Group, System, World
+from bench.collectives.timing import Slot
 
 
 class Ours:
@@ -48,7 +48,7 @@ class Ours:
 
 
 class Torch:
-    """DDP over gloo with one of torch's hooks, in processes of its own."""
+    """DDP over gloo with one of torch's hooks, in separate processes."""
 
     name, device = "gloo", "cpu"
 
@@ -92,14 +92,14 @@ def systems(
 
 
 def rows(found: list[Row]) -> list[DDPRow]:
-    """Add what is left of a step's time without that of `none`, the first row."""
+    """Add the time of a step minus that of `none`, the first row."""
     alone = found[0].median_s
     assert found[0].system == "none"
     assert alone is not None
     made = []
     for row in found:
         added = None if row.median_s is None else row.median_s - alone
-        algbw, busbw = figures(row.nbytes, row.ranks, added)
+        algbw, busbw = bandwidths(row.nbytes, row.ranks, added)
         changed = {**asdict(row), "algbw": algbw, "busbw": busbw}
         if row.system == "none":
             changed |= {"wire_bytes": 0, "identical": None}

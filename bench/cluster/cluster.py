@@ -1,25 +1,26 @@
 """Run a command on N hosts of one machine, with real TCP at a chosen rate between them.
 
-    python bench/cluster.py --hosts 4 --rate 1gbit -- python bench/collectives.py
+    python bench/cluster/cluster.py --hosts 4 --rate 1gbit -- python bench/collectives/collectives.py
 
-COMMAND runs on hosts x ranks-per-host ranks under mpirun (MPICH or Open MPI, whichever this interpreter has). A host is
-a network namespace with a name and shared memory of its own, so hosts reach one another by TCP only. Afterwards stands
-what the network carried (`tc -s`, all headers, and the few kB of MPI's start) beside the bytes that the ranks counted.
+COMMAND runs on hosts x ranks-per-host ranks under mpirun (MPICH or Open MPI, as this interpreter has). A host is a
+network namespace with its own name and shared memory, so hosts reach one another by TCP only. The last line compares
+the bytes on the network (`tc -s`: with all headers and the few kB of MPI's start) with those that the ranks counted.
 
-For the ranks' program, once this folder is on its path:
+For the program of the ranks, with the root of the repository on its path:
 
-    from cluster import bulk_stream, network_bytes, report_bytes
+    from bench.cluster.cluster import bulk_stream, network_bytes, report_bytes
 
 - `MPICOMP_CLUSTER` is `HOSTS,RATE` (unset elsewhere), `MPICOMP_CLUSTER_HOST` this host's number, and
   `MPICOMP_CLUSTER_ADDRS` the addresses of all;
-- `network_bytes()` is what this host has sent so far, for a difference in mid-run;
-- `report_bytes(rank, counted, modelled)` hands over what is printed at the end;
-- `bulk_stream()` measures what one TCP stream gets, each way at once.
+- `network_bytes()` returns the bytes that this host has sent so far, for differences during a run;
+- `report_bytes(rank, counted, modelled)` passes on the numbers of the last line;
+- `bulk_stream()` measures the rate of one TCP stream, both ways at once.
 
-Two cores carry four hosts at 1gbit (a stream gets 950 Mb/s each way) but not at 10gbit (6.3 Gb/s; two hosts 8.8). MPICH
+Two cores carry four hosts at 1gbit (950 Mb/s per stream each way) but not at 10gbit (6.3 Gb/s; two hosts 8.8). MPICH
 takes 218 to 250 ms for an Allreduce of 16 MiB by `--netmod ofi`, 300 to 430 ms by `ucx`, and Open MPI 310 to 440 ms;
 with headers the least possible is 210. Exchanges of 8 bytes take 0.05 to 0.1 ms by ofi and 0.1 to 0.2 ms by the others.
-While something else has a core, ranks that wait by polling take it from those that have work, up to some ms a message.
+While another process has a core, ranks that wait by polling take the other from ranks that have work: up to some ms
+per message.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from netns import MOST_HOSTS, SWITCH, Cluster, Rate, Unavailable, sent_bytes
+if not __package__:  # run as a script: `bench` is a package in the root of the repository
+    sys.path[0] = str(Path(__file__).parents[2])
+
+from bench.cluster.netns import MOST_HOSTS, SWITCH, Cluster, Rate, Unavailable, sent_bytes
 
 PORT = 47077  # of bulk_stream
 
@@ -49,20 +53,20 @@ PORT = 47077  # of bulk_stream
 
 
 def network_bytes() -> int | None:
-    """Bytes this host sent so far, as `tc` counts them (see netns.sent_bytes); None outside a cluster."""
+    """Return the bytes that this host has sent so far (see netns.sent_bytes); None outside a cluster."""
     return sent_bytes() if "MPICOMP_CLUSTER" in os.environ else None
 
 
 def report_bytes(rank: int, counted: int, modelled: int | None = None) -> None:
-    """Leave the bytes this rank counted for the report at the end; outside a cluster this does nothing."""
+    """Keep the bytes that this rank counted for the report at the end; outside a cluster this does nothing."""
     if folder := os.environ.get("MPICOMP_BENCH_BYTES"):
         Path(folder, f"rank-{rank}.json").write_text(json.dumps({"counted": counted, "modelled": modelled}))
 
 
 def bulk_stream(seconds: float = 2.0) -> float:
-    """Payload bits per second of one TCP stream to this host, while each host streams to the next in a ring.
+    """Return payload bits per second of a TCP stream to this host, while each host streams to the next in a ring.
 
-    To be called by one rank of every host at about the same time, with nothing else on the network.
+    One rank of every host calls it at about the same time, without other traffic.
     """
     me, addresses = int(os.environ["MPICOMP_CLUSTER_HOST"]), os.environ["MPICOMP_CLUSTER_ADDRS"].split(",")
     if len(addresses) == 1:
@@ -75,7 +79,7 @@ def bulk_stream(seconds: float = 2.0) -> float:
 
     def send() -> None:
         block, end = bytes(1 << 20), time.monotonic() + seconds
-        with contextlib.suppress(OSError):  # the receiver says what is wrong
+        with contextlib.suppress(OSError):  # the receiver reports the error
             while time.monotonic() < end:
                 onward.sendall(block)
             onward.shutdown(socket.SHUT_WR)
@@ -83,7 +87,7 @@ def bulk_stream(seconds: float = 2.0) -> float:
     with onward, incoming:
         sender = threading.Thread(target=send)
         sender.start()
-        # Begin the measurement when both ways are at full speed, and end it before one of them stops.
+        # Measure while both ways are at full speed: not at the beginning, not at the end.
         start, end = time.monotonic() + 0.2 * seconds, time.monotonic() + 0.9 * seconds
         block, received, first, last = bytearray(1 << 20), 0, math.inf, 0.0
         while count := incoming.recv_into(block):
@@ -97,7 +101,7 @@ def bulk_stream(seconds: float = 2.0) -> float:
 
 
 def _connect(address: str) -> socket.socket:
-    for _ in range(1500):  # the other host may take 30 s to get here
+    for _ in range(1500):  # the other host may be 30 s later
         with contextlib.suppress(ConnectionRefusedError):
             return socket.create_connection((address, PORT), timeout=30)
         time.sleep(0.02)
@@ -172,12 +176,13 @@ def run(cluster: Cluster, kind: str, mpirun: str, args: argparse.Namespace) -> i
 
 
 def stream(cluster: Cluster) -> int:
-    """Measure a bulk stream between the hosts, which print what they got."""
+    """Measure a bulk stream between the hosts, which print the rates they received."""
     program = (
-        "import os, sys; sys.path.insert(0, sys.argv[1]); from cluster import bulk_stream; speed = bulk_stream(); "
+        "import os, sys; sys.path.insert(0, sys.argv[1]); from bench.cluster.cluster import bulk_stream; "
+        "speed = bulk_stream(); "
         "print(f'host {os.environ[\"MPICOMP_CLUSTER_HOST\"]} received {speed / 1e6:.1f} Mb/s')"
     )
-    command = [sys.executable, "-c", program, str(Path(__file__).parent)]
+    command = [sys.executable, "-c", program, str(Path(__file__).parents[2])]
     processes = [cluster.start(command, {}, host, stdout=subprocess.PIPE) for host in range(cluster.hosts)]
     for process in processes:
         print(process.communicate(timeout=60)[0], end="", flush=True)
@@ -216,7 +221,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
     if args.stream and (command or args.hosts < 2):
         parser.error("--stream takes no COMMAND and two hosts or more")
     if not args.stream and not command:
-        parser.error("what to run? write it after --, e.g. `-- python bench/collectives.py`")
+        parser.error("what to run? write it after --, e.g. `-- python bench/collectives/collectives.py`")
     if command and command[0] in ("python", "python3"):
         command[0] = sys.executable
     args.command = command

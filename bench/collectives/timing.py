@@ -1,7 +1,7 @@
-"""How an allreduce is timed and judged, the same for every system, in the processes of peers too.
+"""Time and judge an allreduce: the same for every system, in the processes of peers too.
 
-A *slot* is a system's turn in a round: fresh data, then a few repetitions. All ranks meet before each repetition, and
-the output is poisoned, so that what a repetition before left there counts for nothing.
+A *slot* is a system's turn in a round: fresh data, then a few repetitions. Before each repetition all ranks meet, and
+the output is filled with NaN, so that a result of an earlier repetition never counts.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
-PART = 1 << 20  # elements that are drawn at a time, so that any rank can draw any part of another's data
+PART = 1 << 20  # elements drawn at a time: any rank can draw any part of another's data
 
 
 @dataclass(frozen=True)
 class Slot:
-    """What one rank measured in a slot."""
+    """The figures of one rank and slot."""
 
     seconds: list[float]
     digest: int
     """Of the last result."""
     sent: int | None
-    """Bytes a repetition, as the system counts them."""
+    """Bytes per repetition, as the system counts them."""
     squares: tuple[float, float] | None
     """Sums of squares over this rank's share of the elements: of the error, and of the exact sum."""
     untimed: int = 0
-    """Repetitions before those that were timed; their bytes went over the network too."""
+    """Repetitions before the timed ones; the network carried their bytes too."""
 
     def to_json(self) -> dict[str, Any]:
         """As plain data, for a pipe."""
@@ -41,9 +41,9 @@ class Slot:
 
 
 class Arrays:
-    """What an allreduce of `nbytes` works on: x and out, (rows, columns) float32, as square as the size allows.
+    """The operands of an allreduce of `nbytes`: x and out, (rows, columns) float32, as square as the size allows.
 
-    Both are drawn and judged on the host; where a system works, `ends` says.
+    Both are drawn and judged on the host; `ends` returns those that a system reads and writes.
     """
 
     device: ClassVar[str] = "cpu"
@@ -55,27 +55,27 @@ class Arrays:
         self.out.fill(np.nan)
 
     def fill(self, seed: int, me: int) -> None:
-        """Draw this rank's data: normal numbers, independent of other ranks' and other seeds'."""
+        """Draw this rank's data: normal numbers, independent for every rank and seed."""
         for part in range(0, self.size, PART):
             draw(self.x[part : part + PART], seed, me, part)
 
     def ends(self) -> tuple[Array, Array]:
-        """Return x and `out` where the system reads and writes them, (rows, columns)."""
+        """Return x and `out` as the system takes them, (rows, columns)."""
         return self.x.reshape(self.shape), self.out.reshape(self.shape)
 
     def complete(self, reduce: Callable[[], object]) -> Callable[[], object]:
-        """Return a call that ends when the result is there."""
+        """Return a call that ends when the result is complete."""
         return reduce
 
     def poison(self) -> None:
-        """Forget the last result."""
+        """Overwrite the last result with NaN."""
         self.out.fill(np.nan)
 
     def collect(self) -> None:
-        """Set `out` to the last result."""
+        """Copy the last result into `out` on the host."""
 
     def squares(self, seed: int, me: int, ranks: int) -> tuple[float, float]:
-        """Compare this rank's share of the parts with the exact sum, in float64; inf where the result is not finite."""
+        """Compare this rank's share of the parts with the exact sum, in float64; inf for NaN or infinity."""
         error = exact = 0.0
         drawn = np.empty(min(PART, self.size), np.float32)
         for part in range(me * PART, self.size, ranks * PART):
@@ -113,9 +113,9 @@ def measure(
     prepare: Callable[[], None] | None = None,
     sent: Callable[[], int] | None = None,
 ) -> Slot:
-    """Run a slot of a system on this rank: `reduce` sums x over ranks into out; `meet` returns when all are there.
+    """Run a slot of a system on this rank: `reduce` sums x over ranks into out; `meet` is a barrier.
 
-    `prepare` is what is done before that, if it is not to forget the last result.
+    `prepare` runs before the barrier, instead of `arrays.poison`.
     """
     arrays.fill(seed, me)
     before = sent() if sent else 0
@@ -135,6 +135,11 @@ def measure(
     return Slot(seconds, digest, counted, arrays.squares(seed, me, ranks) if judged else None)
 
 
+def repetitions_of(nbytes: int) -> int:
+    """Return the repetitions of a slot: many of a short reduction."""
+    return 10 if nbytes < 1 << 16 else 3 if nbytes < 1 << 20 else 1
+
+
 # Statistics
 
 
@@ -144,12 +149,12 @@ def median(values: Sequence[float]) -> float:
 
 
 def p95(values: Sequence[float]) -> float:
-    """Return the smallest value that at least 95 % of the values do not exceed."""
+    """Return the smallest value that 95 % of the values do not exceed."""
     return float(np.quantile(np.asarray(values), 0.95, method="inverted_cdf"))
 
 
 def upper_bound(values: Sequence[float], confidence: float = 0.95) -> float | None:
-    """Return what the median exceeds with a probability of at most 1 - confidence; None for too few values.
+    """Return a value that the median exceeds with a probability of at most 1 - confidence; None for too few values.
 
     An order statistic: independent values of any distribution fall below their median as a fair coin shows tails, so
     the k-th smallest lies below the median with the probability of k tails or more in n throws.

@@ -1,4 +1,4 @@
-"""What `kernels.py` times, on either device: the arrays, ours and the peers, each checked before it is timed."""
+"""The subjects of `kernels.py` on either device: arrays, our codecs and the peers, each checked before it is timed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-from kernels_peers import Peer
 
+from bench.kernels.peers import Peer
 from mpicomp.arrays import Array, empty, on_device, to_device, to_host
-from mpicomp.codecs import Key
+from mpicomp.codecs import Key, RandomK, Sign, Ternary
 from mpicomp.codecs import indices as index_codes
 from mpicomp.codecs.base import Codec
 from mpicomp.codecs.checks import kept
@@ -30,7 +30,7 @@ class EliasFano(Spec):
 
 
 class Arrays(NamedTuple):
-    """What the ops of one size and kind of data work on: float32, aligned, every page touched."""
+    """The operands of the ops, of one size and kind of data: float32, aligned, every page touched."""
 
     data: str
     x: Array
@@ -41,7 +41,7 @@ class Arrays(NamedTuple):
 
     @classmethod
     def of(cls, data: str, size: int) -> Arrays:
-        """Draw x and a residual, and make room for the results."""
+        """Draw x and a residual, and allocate the results."""
         x, old, new, out, copy = (empty(size, "float32") for _ in range(5))
         for seed, array in enumerate((x, old)):
             fill(array, data, seed)
@@ -80,7 +80,7 @@ def room(codec: Codec, like: Array) -> Payload:
 
 
 def sent(codec: Codec, payload: Payload, used: int) -> Payload:
-    """Return what of a payload is sent."""
+    """Return the part of a payload that is sent."""
     return payload if codec.fixed else (payload[0][:used],)
 
 
@@ -104,7 +104,7 @@ def ours(codec: Codec, arrays: Arrays) -> Subject:
     residual_nbytes = codec.encode_residual(x, old, payload, new, KEY)
     out.fill(0)
     codec.decode_add(sent(codec, payload, residual_nbytes), out, KEY)
-    assert np.array_equal(new, x + old - out), f"{codec}: encode_residual keeps another rest than x + old - decode"
+    assert np.array_equal(new, x + old - out), f"{codec}: the residual is not x + old - decode"
 
     for field in payload:
         field.view(np.uint8).fill(0xFF)
@@ -117,7 +117,7 @@ def ours(codec: Codec, arrays: Arrays) -> Subject:
     expected = old + out
     out[:] = old
     codec.decode_add(message, out, KEY)
-    assert np.array_equal(out, expected), f"{codec}: decode_add adds something else than decode"
+    assert np.array_equal(out, expected), f"{codec}: decode_add does not add the decoded array"
     return Subject("mpicomp", ops_of(codec, arrays, room(codec, x), message), used, error, residual_nbytes, touched)
 
 
@@ -136,18 +136,18 @@ def elias_fano(codec: EliasFano, arrays: Arrays, device: bool = False) -> Subjec
     }
     ops["encode"]()
     ops["decode_add"]()
-    assert np.array_equal(to_host(back), support), "elias_fano returns other indices than it was given"
+    assert np.array_equal(to_host(back), support), "elias_fano returns other indices than it is given"
     return Subject("mpicomp", ops, data.nbytes, 0.0, data.nbytes, k)
 
 
 def theirs(peer: Peer, codec: Codec, arrays: Arrays, mine: Subject) -> Subject:
-    """Return a peer; raises AssertionError where its code is not the codec's, though it should be."""
+    """Return a peer; raises AssertionError where it should code as the codec does and has another error."""
     x, old, out = (peer.array(array) for array in (arrays.x, arrays.old, arrays.out))
     payload = peer.encode(x)
     arrays.out.fill(0)
     peer.decode_add(payload, out)
     error = relative_error(to_host(arrays.out), to_host(arrays.x))
-    tolerance = 0.01 if getattr(codec, "stochastic", False) else 1e-3
+    tolerance = 0.01 if vars(codec).get("stochastic") else 1e-3
     same = math.isclose(error, mine.relative_error, rel_tol=tolerance, abs_tol=1e-7)
     assert same or not peer.same_code, f"{peer.system} {codec}: error {error}"
     ops = {
@@ -166,8 +166,8 @@ def relative_error(decoded: Array, x: Array) -> float:
 
 
 def figures(codec: Any, subject: Subject, op: str, arrays: Arrays, seconds: float) -> dict[str, Any]:
-    """Return the columns of a `kernels_report.Row` that both devices fill in alike."""
-    density, size = getattr(codec, "density", None), arrays.x.size
+    """Return the columns of a `rows.Row` that both devices fill in alike."""
+    density, size = vars(codec).get("density"), arrays.x.size
     return {
         "system": subject.system,
         "codec": str(codec),
@@ -180,3 +180,28 @@ def figures(codec: Any, subject: Subject, op: str, arrays: Arrays, seconds: floa
         "relative_error": subject.relative_error,
         "bits_per_kept": None if density is None else 8 * subject.nbytes / kept(density, size),
     }
+
+
+def bytes_moved(codec: Any, op: str, size: int, subject: Subject) -> int:
+    """Return how many bytes an op must move between the GPU and its memory, for `size` float32 elements.
+
+    encode              x is read, the payload written: 4 n + payload. `randomk` reads only the elements it keeps.
+    encode_residual     x and old are read, new and the payload written: 12 n + payload.
+    decode_add          the payload is read, out read and written: 8 n + payload; where only some elements change, 8
+                        bytes for each (memory moves 32 at a time, so such rows cannot come near the copy's bandwidth).
+
+    A scale of the whole array is known only after a first pass, and the array does not fit into the GPU's caches: a
+    second pass reads it again. So `sign` reads x and old twice in encode_residual, 20 n + payload (its encode needs no
+    scale for the signs and reads once), and `ternary` reads x twice in both encodings. Other second reads of a codec,
+    and intermediate results, are not counted.
+    """
+    if isinstance(codec, EliasFano):  # indices and their code
+        return 4 * subject.touched + subject.nbytes
+    twice = isinstance(codec, Ternary) or (isinstance(codec, Sign) and op == "encode_residual")
+    if op == "encode":
+        read = 4 * (subject.touched if isinstance(codec, RandomK) else size)
+        return read * (1 + twice) + subject.nbytes
+    if op == "encode_residual":
+        return 8 * size * (1 + twice) + 4 * size + subject.residual_nbytes
+    sparse = "values" in vars(codec)  # the field of every sparse codec
+    return 8 * (subject.touched if sparse else size) + subject.nbytes

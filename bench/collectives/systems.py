@@ -11,25 +11,25 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
-from cluster import bulk_stream, network_bytes
-from collectives_peer import Peer, PeerLost
-from collectives_report import least_bytes
-from collectives_timing import Array, Arrays, Slot, measure
 from mpi4py import MPI
 
 import mpicomp
+from bench.cluster.cluster import bulk_stream, network_bytes
+from bench.collectives.peer import Peer, PeerLost
+from bench.collectives.rows import least_bytes
+from bench.collectives.timing import Array, Arrays, Slot, measure
 from mpicomp.comm.collectives import barrier
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.transport import MPITransport
 
 
 class World:
-    """All ranks of this run, and what they tell each other beside what is measured."""
+    """All ranks of this run, and their communication beside the measured one."""
 
     def __init__(self) -> None:
         self.mpi = MPI.COMM_WORLD
         self.me, self.ranks = self.mpi.Get_rank(), self.mpi.Get_size()
-        self._comm = Comm(MPITransport(self.mpi.Dup()), timeout=3600)  # longer than a peer may hang on one rank
+        self._comm = Comm(MPITransport(self.mpi.Dup()), timeout=3600)  # longer than --patience
         nodes = self._comm.topology.nodes
         self.hosts, self.leads_host = len(nodes), any(node[0] == self.me for node in nodes)
         self.rate = os.environ["MPICOMP_CLUSTER"].partition(",")[2] if "MPICOMP_CLUSTER" in os.environ else None
@@ -37,10 +37,11 @@ class World:
         self._spins = together <= len(os.sched_getaffinity(0))
 
     def meet(self) -> None:
-        """Return when all ranks are there, on all at about the same time, without taking cores from peers' processes.
+        """Return on all ranks at about the same time, without taking cores from the processes of peers.
 
-        Who waits for long sleeps for long. So they meet twice, and the second time nobody has waited for long; where
-        every rank has a core they spin at last, since a reduction of a few microseconds is shorter than any sleep.
+        A rank that waits for long sleeps for long. So there are two barriers, and before the second every rank has
+        waited for a short time only. Where every rank has a core a barrier that spins follows, since a reduction of a
+        few microseconds is shorter than any sleep.
         """
         barrier(self._comm)
         barrier(self._comm)
@@ -48,7 +49,7 @@ class World:
             self.mpi.Barrier()
 
     def most(self, values: Any) -> Array:
-        """Return of each value the greatest of all ranks, (n,) float64."""
+        """Return the maximum over ranks of each value, (n,) float64."""
         return self._combine(values, MPI.MAX)
 
     def sum(self, values: Any) -> Array:
@@ -63,11 +64,11 @@ class World:
         return found
 
     def all(self, mine: bool) -> bool:
-        """Whether it is so on all ranks."""
+        """Return whether it is true on all ranks."""
         return not self.most([not mine])[0]
 
     def same(self, digest: int) -> bool:
-        """Whether all ranks have the same digest, of 56 bits."""
+        """Return whether all ranks have the same digest, of 56 bits."""
         low, high = digest & 0xFFFFFFF, digest >> 28  # float64 holds 53 bits
         most = self.most([low, -low, high, -high])
         return bool(most[0] == -most[1] and most[2] == -most[3])
@@ -80,7 +81,7 @@ class World:
         return int(word[0])
 
     def rounds(self, least: int, most: int, seconds: float) -> Iterator[int]:
-        """Count from 1 to `most`, or to fewer, but `least`, when rank 0 finds that so many seconds are over."""
+        """Count from 1 to `most`; once rank 0 finds the seconds over, stop after `least` at the earliest."""
         began = time.monotonic()
         for number in range(1, most + 1):
             yield number
@@ -88,7 +89,7 @@ class World:
                 return
 
     def network(self) -> float | None:
-        """Bytes that a host has sent so far, mean of hosts; None outside a cluster."""
+        """Return the bytes that a host has sent so far, mean of hosts; None outside a cluster."""
         if self.rate is None:
             return None
         self.meet()
@@ -96,14 +97,18 @@ class World:
         return float(self.sum([mine or 0])[0]) / self.hosts
 
     def stream(self) -> float:
-        """Bits per second of a bulk TCP stream to a host, while each streams to another; mean of hosts. Collective."""
+        """Return bits per second of a bulk TCP stream per host, each to the next; mean of hosts. Collective."""
         self.meet()
         mine = bulk_stream() if self.leads_host else 0.0
         return float(self.sum([mine])[0]) / self.hosts
 
+    def run(self, reducer: str, nbytes: int) -> dict[str, Any]:
+        """Return the fields of a `rows.Run`."""
+        return dict(reducer=reducer, ranks=self.ranks, hosts=self.hosts, rate=self.rate, nbytes=nbytes)
+
 
 class System(Protocol):
-    """What is measured."""
+    """A system that is measured."""
 
     name: str
     reducer: str
@@ -118,12 +123,12 @@ class System(Protocol):
         ...
 
     def close(self) -> None:
-        """End what was started."""
+        """End its processes and free its workspaces."""
         ...
 
 
 class InProcess(ABC):
-    """A system that lives in the ranks themselves."""
+    """A system in the processes of the ranks."""
 
     name = ""
 
@@ -135,14 +140,14 @@ class InProcess(ABC):
     def open(self, nbytes: int) -> None:
         """See System."""
         self.arrays = self.kind(nbytes)
-        self.reduce = self.arrays.complete(self.made(*self.arrays.ends()))
+        self.reduce = self.arrays.complete(self.call(*self.arrays.ends()))
 
     @abstractmethod
-    def made(self, x: Array, out: Array) -> Callable[[], object]:
-        """Return the call that is timed: it sums x over ranks into `out`."""
+    def call(self, x: Array, out: Array) -> Callable[[], object]:
+        """Return the call to time: it sums x over ranks into `out`."""
 
     def sent(self) -> int:
-        """Bytes that this rank has sent so far."""
+        """Return the bytes that this rank has sent so far."""
         return self.comm.traffic.bytes
 
     def slot(self, seed: int, repetitions: int, judged: bool = False) -> Slot | None:
@@ -154,15 +159,15 @@ class InProcess(ABC):
 
     def close(self) -> None:
         """See System."""
-        vars(self).pop("reduce", None)  # with its workspaces
+        vars(self).pop("reduce", None)  # it holds the workspaces
 
 
 class Ours(InProcess):
-    """mpicomp's plans. A bare codec means error feedback over the default reducer, as in the torch hook."""
+    """mpicomp's plans. As in the torch hook a bare codec means error feedback over the default reducer."""
 
     name = "mpicomp"
 
-    def made(self, x: Array, out: Array) -> Callable[[], object]:
+    def call(self, x: Array, out: Array) -> Callable[[], object]:
         """See InProcess."""
         plan = mpicomp.plan(self.world.mpi, x, self.reducer, memory=True)
         return lambda: plan(x, out=out)
@@ -173,7 +178,7 @@ class Native(InProcess):
 
     name = "mpi"
 
-    def made(self, x: Array, out: Array) -> Callable[[], object]:
+    def call(self, x: Array, out: Array) -> Callable[[], object]:
         """See InProcess."""
         return lambda: self.world.mpi.Allreduce(x, out)
 
@@ -188,7 +193,7 @@ class Native(InProcess):
 
 
 class Group:
-    """Peers' processes, one beside each rank: lost on all ranks as soon as one of them is. All calls are collective."""
+    """Peers' processes, one beside each rank; when one is lost all are. All calls are collective."""
 
     def __init__(self, world: World, name: str, patience: float) -> None:
         self.world, self.name, self.patience = world, name, patience
@@ -203,11 +208,11 @@ class Group:
         self.ask("join", 120, **where)
 
     def ask(self, do: str, seconds: float | None = None, **what: Any) -> Any:
-        """Have every process do something, and return this rank's answer; None, on all ranks, once one is lost."""
+        """Return the answer of this rank's process to a command; None, on all ranks, once a process is lost."""
         answer = self._ask(do, self.patience if seconds is None else seconds, **what)
         if self.world.all(answer is not None):
             return answer
-        self.close(0)  # a peer that waits for one that is gone
+        self.close(0)  # this peer waits for a lost one
         return None
 
     def _ask(self, do: str, seconds: float, **what: Any) -> Any:
@@ -228,7 +233,7 @@ class Group:
 
 
 class Gloo:
-    """torch's gloo, in processes of its own."""
+    """torch's gloo, in separate processes."""
 
     name, reducer, device = "gloo", "dense", "cpu"
 
@@ -253,12 +258,12 @@ class Gloo:
 
 
 def _modelled(slot: Slot, nbytes: int, ranks: int) -> Slot:
-    """Put in what is sent at least."""
+    """Fill in the least number of bytes."""
     return Slot(slot.seconds, slot.digest, least_bytes(nbytes, ranks), slot.squares)
 
 
 def _interface(world: World) -> dict[str, str]:
-    """Tell gloo which network to use; left to itself it looks up the host's name, which may have no address."""
+    """Return the environment that names gloo's network: by itself it uses the host's name, which may not resolve."""
     if "GLOO_SOCKET_IFNAME" in os.environ:
         return {}
     if world.rate is not None:

@@ -1,7 +1,7 @@
 """The two training tasks: small enough for two cores, real enough that a broken reducer shows.
 
-Both need nothing but what is on the machine: scikit-learn's bundled digits, and Python's own standard library as text.
-Rank 0 loads the data and broadcasts it, so all ranks hold the same bytes; each trains on its own share of every batch.
+Both need no download: scikit-learn brings the digits, and the text is Python's own standard library. Rank 0 loads the
+data and broadcasts it, so all ranks hold the same bytes; each trains on its own share of every batch.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ class Task(Protocol):
     name: str
     about: str  # one line on the data
     metric_name: str
-    unigram_bits: float | None  # what predicting single bytes by their frequency alone would cost
+    unigram_bits: float | None  # the entropy of single bytes: a prediction by frequency alone
     steps: int  # the default length of a run
     lr: float  # the default peak learning rate
 
@@ -57,7 +57,9 @@ class Digits:
         if ranks > self.train:
             raise ValueError(f"digits has {self.train} training images: too few for {ranks} ranks")
         self.batch = min(self.batch, self.train // ranks)
-        self.about = f"{self.train} training images, {len(labels) - self.train} test images, batch {self.batch} a rank"
+        self.about = (
+            f"{self.train} training images, {len(labels) - self.train} test images, batch {self.batch} per rank"
+        )
 
     def model(self) -> nn.Module:
         return nn.Sequential(nn.Linear(64, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10))
@@ -100,15 +102,15 @@ def load_digits() -> tuple[Tensor, Tensor]:
 class Charlm:
     """The next byte of the standard library's sources, from a small causal Transformer, in bits per character.
 
-    Many small steps of SGD, because error feedback sends a gradient late but whole: to a linear optimizer that is only
-    a delay, and the more steps there are, the less a delay costs. That is a reading, not a test; seen:
-    in a simulation top-k at 1 % ended 25 % behind dense (1200 steps of AdamW, rate 3e-3), where SGD as below ends 6 %
-    behind after 1600 steps and 3 % after 5000. Chosen among about ten settings by the held-out text that is reported.
+    Many small steps of SGD, because error feedback sends a gradient late but whole: a linear optimizer sees only a
+    delay, and a delay costs less among more steps. This is an explanation, not a test. In a simulation top-k at 1 %
+    ended 25 % behind dense (1200 steps of AdamW, rate 3e-3), where SGD as below ends 6 % behind after 1600 steps and
+    3 % after 5000. The settings are the best of about ten on the held-out text that is reported.
     """
 
     name, metric_name = "charlm", "bits_per_character"
     steps, lr, batch, context = 5000, 0.1, 2, 64
-    windows = 1024  # held-out windows that are judged, evenly spread
+    windows = 1024  # evenly spread over the held-out text
 
     def __init__(self) -> None:
         text = np.frombuffer(corpus() if dist.get_rank() == 0 else b"", np.uint8)
@@ -193,7 +195,7 @@ class Block(nn.Module):
         return y
 
 
-# Not the library's own, or tables and not text, or what some distributions of Python package apart.
+# Other packages, tables instead of text, and parts that some distributions of Python package separately.
 SKIP = {"site-packages", "dist-packages", "encodings", "pydoc_data", "test", "tests", "idlelib", "lib2to3", "distutils"}
 SKIP |= {"ensurepip", "tkinter", "turtledemo", "__pycache__"}
 
@@ -204,7 +206,7 @@ def corpus(root: str | None = None) -> bytes:
     files = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in SKIP and not name.startswith("config-")]
-        # _sysconfigdata is written by the build of this very interpreter
+        # _sysconfigdata differs from build to build of the interpreter
         files += [
             Path(folder, name) for name in names if name.endswith(".py") and not name.startswith("_sysconfigdata")
         ]

@@ -1,23 +1,27 @@
-"""Train a real model through compressed collectives, once per reducer: `mpirun -n 4 python bench/train.py`.
+"""Train a real model through compressed collectives, once per reducer: `mpirun -n 4 python bench/train/train.py`.
 
-`train` is the part to copy: an ordinary DistributedDataParallel loop with one line of mpicomp in it. Everything around
-it only measures. The tasks are in `train_tasks.py`, the progress display and the table in `train_report.py`.
+`train` is the part to copy: an ordinary DistributedDataParallel loop with one line of mpicomp in it. The rest only
+measures. The tasks are in `tasks.py`, the measurements in `meter.py`.
 """
 
 import argparse
-import math
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from train_report import Meter, Progress, Row, peak_rss_bytes, print_table, replicas_identical, write_json
-from train_tasks import TASKS, Task
+
+if not __package__:  # run as a script: `bench` is a package in the root of the repository
+    sys.path[0] = str(Path(__file__).parents[2])
 
 import mpicomp.torch
+from bench import report
+from bench.command import Parser
+from bench.train.meter import Meter, Progress, Row, peak_rss_bytes, replicas_identical
+from bench.train.tasks import TASKS, Task
 from mpicomp.registry import parse
 
 REDUCERS = (
@@ -44,7 +48,7 @@ def train(task: Task, spec: str, steps: int, lr: float, seed: int, progress: Pro
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step()
-        if step * 10 // steps > (step - 1) * 10 // steps:  # ten times a run
+        if step * 10 // steps > (step - 1) * 10 // steps:  # ten times per run
             curve.append((step, task.evaluate(ddp.module)))
         progress.show(step, loss, curve)
     sent, seconds, comm_seconds, step_seconds, comm_step_seconds = meter.mean_over_ranks()
@@ -76,17 +80,9 @@ def warm_up_then_decay(step: int, steps: int, share: float = 0.1) -> float:
     return min((step + 1) / (share * steps), (steps - step) / ((1 - share) * steps), 1.0)
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser that every rank runs and rank 0 speaks for."""
-
-    def _print_message(self, message: str, file: Any = None) -> None:
-        if os.environ.get("RANK", "0") == "0":
-            super()._print_message(message, file)
-
-
-def arguments() -> argparse.Namespace:
+def arguments(words: list[str]) -> argparse.Namespace:
     """Read and check the command line, before anything is trained."""
-    parser = Parser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser = Parser(__doc__)
     parser.add_argument("--task", choices=TASKS, default="digits")
     parser.add_argument("--reducer", action="append", metavar="SPEC", help="may be repeated; default: four of them")
     length = parser.add_mutually_exclusive_group()
@@ -94,43 +90,37 @@ def arguments() -> argparse.Namespace:
     length.add_argument("--epochs", type=int, help="passes over the training data")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the order of the batches")
     parser.add_argument("--lr", type=float, help="peak learning rate (default: the task's)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there")
-    args = parser.parse_args()
-    for name in ("steps", "epochs", "lr"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            parser.error(f"--{name} must be positive, got {value}")
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        parser.error(f"--json: there is no folder {Path(args.json).parent}")
+    parser.add_argument("--json", metavar="FILE", help="write the rows there; those of other measurements stay")
+    args = parser.parse_args(words)
+    parser.positive(args, "steps", "epochs", "lr")
+    parser.files(args, "json")
     args.reducer = args.reducer or REDUCERS
-    try:
-        for spec in args.reducer:
-            parse(spec)
-    except ValueError as error:
-        parser.error(f"--reducer: {error}")
+    parser.specs("--reducer", args.reducer, parse)
     return args
+
+
+def runs(task: Task, args: argparse.Namespace, quiet: bool) -> Iterator[Row]:
+    """Train once per reducer."""
+    steps = args.steps or (args.epochs * task.steps_per_epoch() if args.epochs else task.steps)
+    lr = args.lr or task.lr
+    if not quiet:
+        print(f"{task.name}: {task.about}, {dist.get_world_size()} ranks, {steps} steps, lr {lr}", flush=True)
+    for spec in args.reducer:
+        with Progress(spec, steps, task.metric_name, quiet) as progress:
+            row = train(task, spec, steps, lr, args.seed, progress)
+        yield row
 
 
 def main() -> None:
     """Train with each reducer in turn, then print the table on rank 0."""
-    args = arguments()
+    args = arguments(sys.argv[1:])
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # the ranks share the cores
     dist.init_process_group("mpicomp")
     leader = dist.get_rank() == 0
-    task = TASKS[args.task]()
-    steps = args.steps or (args.epochs * task.steps_per_epoch() if args.epochs else task.steps)
-    lr = args.lr or task.lr
+    rows = report.collect(runs(TASKS[args.task](), args, quiet=not leader), args.json, leader)
     if leader:
-        print(f"{task.name}: {task.about}, {dist.get_world_size()} ranks, {steps} steps, lr {lr}", flush=True)
-    rows = []
-    for spec in args.reducer:
-        with Progress(spec, steps, task.metric_name, quiet=not leader) as progress:
-            rows.append(train(task, spec, steps, lr, args.seed, progress))
-    if leader:
-        print_table(rows)
-        if args.json:
-            write_json(args.json, rows)
+        report.print_tables(rows)
     dist.destroy_process_group()
     if not all(row.replicas_identical for row in rows):
         sys.exit("the ranks' parameters differ at the end: this must not happen, please report it")

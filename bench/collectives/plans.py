@@ -1,16 +1,16 @@
-"""What `collectives.py --auto` and `--overlap` measure: plans held against each other, and against what they hide."""
+"""The measurements of `collectives.py --auto` and `--overlap`: plans beside each other, and beside a computation."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
-from collectives_systems import World
-from collectives_timing import Arrays, measure, median, upper_bound
 
 import mpicomp
+from bench.collectives.rows import AutoRow, OverlapRow
+from bench.collectives.systems import World
+from bench.collectives.timing import Arrays, measure, median, repetitions_of, upper_bound
 
 AUTO_SIZES = tuple(1 << power for power in range(10, 29, 2))  # 1 KiB to 256 MiB
 SMALL = 1 << 20  # bytes up to which MPI's own call and the plain call are timed as well
@@ -19,21 +19,21 @@ OVERLAP_SIZES = (1 << 24,)
 
 
 class Rounds:
-    """Calls of one size that take turns; of each the times, (rounds,), of a round the median of its repetitions."""
+    """Calls of one size that take turns, and the times of each, (rounds,): per round the median of its repetitions."""
 
     def __init__(self, world: World, arrays: Arrays, calls: dict[str, Callable[[], object]], seed: int) -> None:
         self.world, self.arrays, self.calls, self.seed = world, arrays, calls, seed
-        self.repetitions = 10 if arrays.nbytes < 1 << 16 else 3 if arrays.nbytes < 1 << 20 else 1
+        self.repetitions = repetitions_of(arrays.nbytes)
         self.seconds: dict[str, list[float]] = {name: [] for name in calls}
 
     def run(self, warm_up: int, least: int, most: int, seconds: float) -> int:
-        """Make `most` rounds, or fewer, but `least`, when the time is over; return how many."""
+        """Make up to `most` rounds until the time is over, `least` at least; return their number."""
         for _ in self.world.rounds(1, warm_up, seconds / 4):
             for name in self.calls:
                 self._turn(name, 1)
         number = 0
         for number in self.world.rounds(least, most, seconds):
-            # Who goes first changes from round to round, since the first may meet other caches than the second.
+            # The order alternates, since the first may find other contents in the caches than the second.
             for name in list(self.calls) if number % 2 else reversed(list(self.calls)):
                 self.seconds[name].append(self._turn(name, self.repetitions))
         return number
@@ -45,26 +45,26 @@ class Rounds:
         return median(world.most(slot.seconds).tolist())
 
     def ratios(self, name: str, other: str) -> list[float]:
-        """Of each round."""
+        """Return the ratio of each round."""
         return [a / b for a, b in zip(self.seconds[name], self.seconds[other], strict=True)]
 
     def difference(self, name: str, other: str) -> float | None:
-        """Median over rounds, in seconds; None where one of the two was not timed."""
+        """Return the median over rounds, in seconds; None where one of the two was not timed."""
         if not {name, other} <= self.calls.keys():
             return None
         return median([a - b for a, b in zip(self.seconds[name], self.seconds[other], strict=True)])
 
 
-def auto(world: World, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield for each size what auto takes over dense, and a plan over MPI's own call."""
+def auto(world: World, args: argparse.Namespace) -> Iterator[AutoRow]:
+    """Yield for each size the times of auto beside dense, and of a plan beside MPI's own call."""
     for nbytes in args.size or AUTO_SIZES:
         arrays = Arrays(nbytes)
         for spec in args.reducer:
             yield _auto_at(world, arrays, spec, args)
 
 
-def _auto_at(world: World, arrays: Arrays, spec: str, args: argparse.Namespace) -> dict[str, Any]:
-    x, out = arrays.x.reshape(arrays.shape), arrays.out.reshape(arrays.shape)
+def _auto_at(world: World, arrays: Arrays, spec: str, args: argparse.Namespace) -> AutoRow:
+    x, out = arrays.ends()
     chosen, dense = mpicomp.plan(world.mpi, x, spec), mpicomp.plan(world.mpi, x, "dense")
     calls: dict[str, Callable[[], object]] = {
         "auto": lambda: chosen(x, out=out),
@@ -76,42 +76,37 @@ def _auto_at(world: World, arrays: Arrays, spec: str, args: argparse.Namespace) 
     rounds = Rounds(world, arrays, calls, args.seed)
     pairs = rounds.run(args.warm_up, LEAST_PAIRS, args.pairs, args.seconds)
     ratios = rounds.ratios("auto", "dense")
-    return {
-        "mode": "auto",
-        "reducer": spec,
-        "chosen": str(chosen),
-        "ranks": world.ranks,
-        "hosts": world.hosts,
-        "rate": world.rate,
-        "nbytes": arrays.nbytes,
-        "pairs": pairs,
-        "auto_s": median(rounds.seconds["auto"]),
-        "dense_s": median(rounds.seconds["dense"]),
-        "ratio": median(ratios),
-        "ratio_upper_95": upper_bound(ratios),
-        "mpi_s": median(rounds.seconds["mpi"]) if "mpi" in calls else None,
-        "plan_added_s": rounds.difference("dense", "mpi"),
-        "agreement_s": rounds.difference("plain", "dense"),
-    }
+    return AutoRow(
+        **world.run(spec, arrays.nbytes),
+        chosen=str(chosen),
+        pairs=pairs,
+        auto_s=median(rounds.seconds["auto"]),
+        dense_s=median(rounds.seconds["dense"]),
+        ratio=median(ratios),
+        ratio_upper_95=upper_bound(ratios),
+        mpi_s=median(rounds.seconds["mpi"]) if "mpi" in calls else None,
+        plan_added_s=rounds.difference("dense", "mpi"),
+        agreement_s=rounds.difference("plain", "dense"),
+    )
 
 
-def overlap(world: World, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield for each size and method how long a reduction and a computation take, alone and together."""
+def overlap(world: World, args: argparse.Namespace) -> Iterator[OverlapRow]:
+    """Yield for each size and method the times of a reduction and a computation, alone and together."""
     for nbytes in args.size or OVERLAP_SIZES:
         arrays = Arrays(nbytes)
         for spec in args.reducer:
             yield _overlap_at(world, arrays, spec, args)
 
 
-def _overlap_at(world: World, arrays: Arrays, spec: str, args: argparse.Namespace) -> dict[str, Any]:
-    x, out = arrays.x.reshape(arrays.shape), arrays.out.reshape(arrays.shape)
+def _overlap_at(world: World, arrays: Arrays, spec: str, args: argparse.Namespace) -> OverlapRow:
+    x, out = arrays.ends()
     plan = mpicomp.plan(world.mpi, x, spec)
 
     def communicate() -> None:
         plan.start(x, out=out).wait()
 
     work = Work()
-    for _ in range(3):  # a longer computation is not so many short ones: clocks change, and others want the core
+    for _ in range(3):  # a longer computation is relatively slower: clocks change, other processes run
         first = Rounds(world, arrays, {"comm": communicate, "compute": work.run}, args.seed)
         first.run(args.warm_up, LEAST_PAIRS, LEAST_PAIRS, args.seconds)
         work.times = max(1, round(work.times * median(first.seconds["comm"]) / median(first.seconds["compute"])))
@@ -124,19 +119,14 @@ def _overlap_at(world: World, arrays: Arrays, spec: str, args: argparse.Namespac
     rounds = Rounds(world, arrays, {"comm": communicate, "compute": work.run, "both": both}, args.seed)
     count = rounds.run(args.warm_up, LEAST_PAIRS, args.rounds, args.seconds)
     compute, comm, together = (median(rounds.seconds[name]) for name in ("compute", "comm", "both"))
-    return {
-        "mode": "overlap",
-        "reducer": spec,
-        "ranks": world.ranks,
-        "hosts": world.hosts,
-        "rate": world.rate,
-        "nbytes": arrays.nbytes,
-        "rounds": count,
-        "compute_s": compute,
-        "comm_s": comm,
-        "both_s": together,
-        "excess": (together - max(compute, comm)) / comm,
-    }
+    return OverlapRow(
+        **world.run(spec, arrays.nbytes),
+        rounds=count,
+        compute_s=compute,
+        comm_s=comm,
+        both_s=together,
+        excess=(together - max(compute, comm)) / comm,
+    )
 
 
 class Work:
@@ -148,6 +138,6 @@ class Work:
         self.times = 1
 
     def run(self) -> None:
-        """Compute; NumPy lets go of the interpreter inside each product, of about half a millisecond."""
+        """Compute; NumPy releases the GIL inside each product, of about half a millisecond."""
         for _ in range(self.times):
             np.matmul(self.a, self.a, out=self.product)

@@ -1,7 +1,7 @@
-"""What a user would write with NumPy or torch for the same codes; `kernels.py` times it beside ours.
+"""The code that a user would write with NumPy or torch for the same codes; `kernels.py` times it beside ours.
 
-Each peer is an encoder and a decoder made of whole-array operations. They allocate their results, as such code does.
-On a GPU torch's are the same, and bitsandbytes, where it is installed, quantises blocks by kernels of its own.
+Each peer is an encoder and a decoder made of whole-array operations, which allocate their results, as such code does.
+On a GPU torch's are the same, and bitsandbytes, where it is installed, quantises blocks with its own kernels.
 """
 
 from __future__ import annotations

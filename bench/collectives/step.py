@@ -10,14 +10,15 @@ import time
 from collections.abc import Callable
 
 import torch
-from collectives_timing import Slot
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from bench.collectives.timing import Slot
 
 LAYERS, BATCH = 4, 4
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 MOST_KEPT = 1 << 30  # bytes
-DENSE_STEPS = 2  # that PowerSGD needs before it compresses: DDP makes its buckets anew after the first
+DENSE_STEPS = 2  # before PowerSGD compresses: DDP rebuilds its buckets after the first step
 
 
 def model(width: int) -> nn.Module:
@@ -46,10 +47,10 @@ def gloo_model(hook: str, width: int, views: bool) -> DistributedDataParallel:
 
 
 def keep_memory() -> None:
-    """Let malloc keep what is freed.
+    """Let malloc keep freed memory.
 
-    Else gradients, made anew in every step, come from the system page by page or not at all so, as the heap happens to
-    lie: up to a third of a step without reduction, and it falls on systems by chance.
+    By default the gradients, which every step allocates anew, may come from the system page by page, depending on the
+    layout of the heap. That takes up to a third of a step without reduction, and hits systems by chance.
     """
     libc = ctypes.CDLL(None)
     for parameter in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
@@ -60,7 +61,7 @@ def keep_memory() -> None:
 class Trainer:
     """Steps of a DDP model on this rank: forward and backward. The weights stay, so that all systems do the same.
 
-    Without `reduced` nothing is reduced: no_sync. The first `skipped` steps are not those to be judged.
+    Without `reduced` nothing is reduced: no_sync. The judged step follows `skipped` others.
     """
 
     def __init__(
@@ -79,9 +80,9 @@ class Trainer:
         self.width = next(ddp.parameters()).shape[1]
 
     def slot(self, seed: int, steps: int, judged: bool) -> Slot:
-        """Time some steps as they are in the middle of a training, and judge the gradients of the last.
+        """Time steps as in the middle of a training, and judge the gradients of the last.
 
-        One step goes before them, since other systems had their turn.
+        One step goes before them untimed, since the caches hold the data of other systems.
         """
         if judged:
             for _ in range(self.skipped):
@@ -103,7 +104,7 @@ class Trainer:
         for gradient in gradients:
             digest.update(gradient.numpy().data)
         squares = self._squares(gradients, seed) if judged and self.reduced else None
-        self.ddp.zero_grad()  # other systems take their turns now
+        self.ddp.zero_grad()  # memory for the other systems
         return Slot(seconds[1:], int.from_bytes(digest.digest(), "little"), sent, squares, untimed=1)
 
     def _batch(self, seed: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -126,7 +127,7 @@ class Trainer:
         return found
 
     def _squares(self, gradients: list[torch.Tensor], seed: int) -> tuple[float, float]:
-        """Compare every ranks-th gradient with the exact mean: this rank does all ranks' steps itself."""
+        """Compare every ranks-th gradient with the exact mean, from all ranks' steps, which this rank repeats."""
         mine = slice(self.me, None, self.ranks)
         exact = [torch.zeros_like(gradient, dtype=torch.float64) for gradient in gradients[mine]]
         results = gradients[mine]
@@ -144,5 +145,5 @@ def _square(x: torch.Tensor) -> float:
 
 
 def gloo_trainer(hook: str, width: int, views: bool, meet: Callable[[], None], me: int, ranks: int) -> Trainer:
-    """Return the trainer of a peer's process."""
+    """Return the trainer of a process of a peer."""
     return Trainer(gloo_model(hook, width, views), meet, me, ranks, DENSE_STEPS if hook.startswith("powersgd") else 0)

@@ -1,11 +1,11 @@
-"""Hosts as network namespaces around a switch, with links of a chosen rate: the machinery of `cluster.py`.
+"""Hosts as network namespaces around a switch, with links of a chosen rate: the implementation of `cluster.py`.
 
 A cluster is 1 + N network namespaces: `mcPIDxHEX-sw` holds a bridge, and `mcPIDxHEX-I` holds host I, joined to it by a
-veth pair (`eth0` in the host, `portI` at the switch). Nothing is made in the machine's own network, so several clusters
-can use the same addresses, and whoever deletes the namespaces has deleted everything.
+veth pair (`eth0` in the host, `portI` at the switch). The machine's own network stays as it is, so several clusters can
+use the same addresses, and nothing remains once the namespaces are deleted.
 
-Cleaning up is left to a process in a session of its own that waits until its standard input ends, which it also does
-when this process is killed: then it ends the processes in the namespaces (no others) and deletes these.
+A separate process in its own session cleans up. It waits for the end of its standard input, which comes also when this
+process is killed; then it ends the processes in the namespaces (no others) and deletes the namespaces.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ NETWORK = "10.77.0.{}"
 SWITCH = NETWORK.format(254)
 
 AGENT = """#!/bin/sh
-# Run a command on a host of this cluster, called as ssh is: agent [-OPTION...] ADDRESS COMMAND...
+# Run a command on a host of this cluster, with the arguments of ssh: agent [-OPTION...] ADDRESS COMMAND...
 while [ "${{1#-}}" != "$1" ]; do shift; done
 export MPICOMP_CLUSTER_HOST=$((${{1##*.}} - 1))
 name={tag}-$MPICOMP_CLUSTER_HOST
 shift
-# A host has a name of its own, by which MPI libraries tell hosts apart, and shared memory of its own.
+# A host has its own name, by which MPI libraries distinguish hosts, and its own shared memory.
 exec ip netns exec $name unshare --uts sh -c "echo $name >/proc/sys/kernel/hostname
 mount --bind {folder}/hosts /etc/hosts; mount -t tmpfs shm /dev/shm
 $*"
@@ -43,12 +43,12 @@ $*"
 
 
 class Unavailable(Exception):
-    """This machine cannot do what was asked; the message says what is missing."""
+    """This machine cannot build the cluster; the message says what is missing."""
 
 
 @dataclass(frozen=True)
 class Rate:
-    """A rate as `tc` writes it, e.g. 100mbit; `none` is as fast as it goes."""
+    """A rate as `tc` writes it, e.g. 100mbit; `none` is unlimited."""
 
     text: str
 
@@ -58,18 +58,19 @@ class Rate:
 
     @property
     def bits(self) -> float:
-        """Bits per second; 0 for what is no rate."""
+        """Bits per second; 0 for `none` and for other texts."""
         match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg])bit", self.text)
         return float(match[1]) * {"k": 1e3, "m": 1e6, "g": 1e9}[match[2]] if match else 0
 
     def shaping(self) -> tuple[str, str]:
-        """What `tc qdisc add` wants to be told, and `ip link set`.
+        """Return the arguments of `tc qdisc add`, and those of `ip link set`.
 
-        A token bucket lets a burst pass unshaped after every pause, and one that is too small for late timers loses
-        bandwidth. So there are two: 1 ms worth to make up for lateness, and a small one at 1.2 times the rate, so that
-        a short message takes its time too, all but its first 9 kB (100mbit), 18 kB (1gbit) or 144 kB (10gbit). What
-        exceeds the small one is cut into packets, which is slow, so TCP hands over less at once. Smaller ones cost two
-        cores 10 % of the bandwidth of four hosts at 1gbit. The queue is that of a switch, 50 ms.
+        A token bucket passes a burst unshaped after every pause, and a small bucket loses bandwidth when timers are
+        late. So there are two buckets: one holds 1 ms of data, which makes up for late timers, and a small one at 1.2
+        times the rate shapes short messages too, except for the first 9 kB (100mbit), 18 kB (1gbit) or 144 kB (10gbit).
+        Segments larger than the small bucket are cut into packets, which is slow, so TCP passes on smaller segments.
+        Smaller buckets cost two cores 10 % of the bandwidth of four hosts at 1gbit. The queue holds 50 ms, as a
+        switch's.
         """
         if not self.bits:
             return "pfifo limit 10000", ""
@@ -81,7 +82,7 @@ class Rate:
 
 
 def missing() -> list[str]:
-    """What stands in the way of a cluster on this machine, for a person to read."""
+    """Return texts that name each requirement of a cluster that this machine lacks."""
     lacks = []
     if sys.platform != "linux":
         return ["Linux, for its network namespaces"]
@@ -96,7 +97,7 @@ def missing() -> list[str]:
 
 
 def call(command: str, stdin: str = "", hint: str = "") -> str:
-    """Run a tool to its end and return what it printed."""
+    """Run a tool to its end and return its output."""
     done = subprocess.run(shlex.split(command), input=stdin, capture_output=True, text=True, check=False)
     if done.returncode:
         raise Unavailable(f"`{command}` failed: {done.stderr.strip()}{hint and f' ({hint})'}")
@@ -104,7 +105,7 @@ def call(command: str, stdin: str = "", hint: str = "") -> str:
 
 
 class Cluster:
-    """N hosts with links of a rate each way (and a delay one way), for the time of a `with`."""
+    """N hosts with links of a rate each way (and a delay one way), within a `with`."""
 
     def __init__(self, hosts: int, rate: Rate, delay: str | None = None) -> None:
         if lacks := missing():
@@ -133,7 +134,7 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.reaper.communicate()  # ends its input, and waits for it
+        self.reaper.communicate()  # closes its input, and waits for its end
 
     def _build(self) -> None:
         (self.folder / "hosts").write_text(
@@ -157,7 +158,7 @@ class Cluster:
         for name, address in zip(self.names, self.addresses, strict=True):
             call(f"ip -n {name} -batch -", f"addr add {address}/24 dev eth0\nlink set dev eth0 up {segment}\n")
             call(f"tc -n {name} qdisc add dev eth0 root {queue}")
-        # The other direction: a real link receives no faster than it sends.
+        # The other direction: a real link receives at the rate at which it sends.
         for host in range(self.hosts):
             add = f"tc -n {self.switch} qdisc add dev port{host}"
             if self.delay is None:
@@ -185,26 +186,26 @@ class Cluster:
         )
 
     def sent(self) -> int:
-        """Bytes that all hosts sent so far."""
+        """Return the bytes that all hosts have sent so far."""
         return sum(sent_bytes(f"-n {name}") for name in self.names)
 
 
 def sent_bytes(namespace: str = "") -> int:
-    """Bytes a host sent, all that the wire would carry but preamble, checksum and gap.
+    """Return the bytes that a host sent: those on a wire except for preamble, checksum and gap.
 
-    `tc` counts the headers of every packet. `/sys/class/net/eth0/statistics/tx_bytes` counts those of a segment that
-    TCP hands over in one piece only once, which is 3 to 4 % less.
+    `tc` counts the headers of every packet. `/sys/class/net/eth0/statistics/tx_bytes` counts one header per segment of
+    TCP, which becomes several packets: 3 to 4 % less.
     """
     queues = json.loads(call(f"tc {namespace} -s -j qdisc show dev eth0"))
     return int(next(queue["bytes"] for queue in queues if queue.get("root")))
 
 
 def reap(tag: str, folder: str) -> None:
-    """Wait for the end of the cluster, then end what runs in its namespaces and delete them."""
+    """Wait for the end of the cluster, then end the processes in its namespaces and delete the namespaces."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     sys.stdin.read()
-    # First mpirun, which ends its ranks in good order, then whatever is left.
+    # First mpirun, which ends its ranks in good order, then the remaining processes.
     for name, number, patience in ((f"{tag}-sw", signal.SIGTERM, 2.0), ("", signal.SIGKILL, 10.0)):
         deadline = time.monotonic() + patience
         while pids := processes(name or f"{tag}-"):
@@ -220,13 +221,13 @@ def reap(tag: str, folder: str) -> None:
 
 
 def namespaces(prefix: str) -> list[str]:
-    """Names of the namespaces that begin with `prefix`."""
+    """Return the names of the namespaces that begin with `prefix`."""
     lines = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=False).stdout.splitlines()
     return [line.split()[0] for line in lines if line.startswith(prefix)]
 
 
 def processes(prefix: str) -> list[int]:
-    """Processes in the namespaces whose name begins with `prefix`."""
+    """Return the processes in the namespaces whose name begins with `prefix`."""
     found = []
     for name in namespaces(prefix):
         done = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False)
