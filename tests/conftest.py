@@ -1,4 +1,8 @@
-"""How the tests run, alone and under `mpirun`.
+"""How the tests run: the fast loop, the gate, and under `mpirun`.
+
+`pytest` without further arguments is the fast loop: pyproject.toml deselects the markers `slow`, `nvrtc`, `jobs` and
+`product`, and of a test with many parameters all but a sample is marked `slow` here (tests/selection.py). `-m ""` runs
+everything, as tests/run.sh does; a test that is named by its id always runs.
 
 Alone (`python -m pytest`) the tests marked `mpi` are skipped. Under `mpirun -n N python -m mpi4py -m pytest tests/mpi
 --only-mpi` every rank runs the same tests in the same order, and MPI leaves a lot to be desired: a rank that fails
@@ -7,8 +11,10 @@ leaves the others waiting for it, for ever and without a word. So here
 - the first failure or error on any rank prints its report with the rank and aborts the job;
 - every test has a deadline, after which all stacks are printed with the rank and the job is aborted: 50 s under MPI
   (MPICOMP_TEST_DEADLINE, or the marker `deadline(seconds)`), 600 s alone;
-- only rank 0 writes to the terminal, and it says how many tests ran, since a world too small for a test's `min_size`
-  skips it silently: fewer than MPICOMP_EXPECT_MPI_TESTS fail the run.
+- only rank 0 writes to the terminal, and it says how many tests ran. A world too small for a test's `min_size` skips
+  it; with MPICOMP_TESTS_RAN rank 0 writes into that folder which tests ran, and tests/run.sh compares.
+
+With `CI` in the environment other skips are failures: see tests/strict.py.
 """
 
 from __future__ import annotations
@@ -17,6 +23,7 @@ import faulthandler
 import os
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +33,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import pytest
+import selection
+import strict
 from _pytest.config import create_terminal_writer
 
 LARGEST_WORLD = 4  # ranks; tests/run.sh runs no more, so a test that needs more would never run
@@ -60,7 +69,7 @@ class World:
         with capture.global_and_fixture_disabled():
             self.stderr = os.fdopen(os.dup(2), "w", buffering=1)  # pytest's capturing never reaches this one
         self.deadline = float(os.environ.get("MPICOMP_TEST_DEADLINE", "50" if self.comm else "600"))  # seconds
-        self.ran = 0
+        self.ran: list[str] = []  # tests, by their ids
 
     def say(self, text: str) -> None:
         head = f"[rank {self.me} of {self.size}] " if self.comm else ""
@@ -113,11 +122,28 @@ def pytest_unconfigure() -> None:
         world.stderr.close()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    tests: defaultdict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        tests[item.nodeid.partition("[")[0]].append(item)
+    for instances in tests.values():
+        ids = [item.nodeid.partition("[")[2].removesuffix("]") for item in instances]
+        for item, keep in zip(instances, selection.kept(ids), strict=True):
+            if not keep:
+                item.add_marker("slow")
+    if any("::" in argument for argument in config.args) and config.option.markexpr == _default_markers(config):
+        config.option.markexpr = ""
     for item in items:
         for mark in item.iter_markers("mpi"):
             if mark.kwargs.get("min_size", 1) > LARGEST_WORLD:
                 raise pytest.UsageError(f"{item.nodeid} needs more than {LARGEST_WORLD} ranks and would never run")
+
+
+def _default_markers(config: pytest.Config) -> str:
+    """The expression that pyproject.toml gives to `-m`."""
+    options: list[str] = config.getini("addopts")
+    return options[options.index("-m") + 1] if "-m" in options else ""
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -134,7 +160,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     report: Any = yield
     if report.when == "call" and not report.skipped:
-        world.ran += 1
+        world.ran.append(item.nodeid)
+    strict.refuse_skip(report, [mark.name for mark in item.iter_markers()])
     if report.failed and world.size > 1:
         sections = [f"--- {title}\n{content}" for title, content in report.sections if content]
         world.say("\n".join([f"FAILED in {report.when}: {item.nodeid}", report.longreprtext, *sections]))
@@ -145,6 +172,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
     report: Any = yield
+    strict.refuse_skip(report, ())
     if report.failed and world.size > 1:
         world.say(f"ERROR in collection: {collector.nodeid}\n{report.longreprtext}")
         world.abort()
@@ -162,21 +190,17 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if not world.comm:
         return
     timer = world.arm("the end of the session", 30)
-    counts = world.comm.allgather(world.ran)
+    counts = world.comm.allgather(len(world.ran))
     world.disarm(timer)
-    expected = int(os.environ.get("MPICOMP_EXPECT_MPI_TESTS", "0"))
-    if len(set(counts)) > 1 or world.ran < expected:
+    if len(set(counts)) > 1:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-    if session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and not expected:
-        session.exitstatus = pytest.ExitCode.OK
+    if world.me == 0 and (folder := os.environ.get("MPICOMP_TESTS_RAN")):
+        from mpi4py import MPI
+
+        collected = [item.nodeid for item in session.items if item.get_closest_marker("mpi")]
+        strict.write_record(folder, MPI.get_vendor()[0], world.size, collected, world.ran)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    if not world.comm:
-        return
-    expected = int(os.environ.get("MPICOMP_EXPECT_MPI_TESTS", "0"))
-    line = f"{world.ran} tests ran on each of {world.size} ranks"
-    if world.ran < expected:
-        terminalreporter.write_line(f"TOO FEW TESTS: {line}, expected at least {expected}", red=True)
-    else:
-        terminalreporter.write_line(f"{line} (expected at least {expected})")
+    if world.comm:
+        terminalreporter.write_line(f"{len(world.ran)} tests ran on each of {world.size} ranks")

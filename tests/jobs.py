@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,11 @@ LAUNCHERS = ("PMI", "PMIX", "OMPI", "PRTE", "SLURM", "MPI_LOCAL", "HYDRA")
 ROOT = str(Path(__file__).parents[1])
 LIMIT = 60  # seconds for a job, kernels compiled on the way included
 
-needs_mpirun = pytest.mark.skipif(MPIRUN is None, reason="there is no mpirun")
+
+def needs_mpirun(test: Callable[..., None]) -> Callable[..., None]:
+    """Mark a test that starts jobs: `jobs`, and skipped where there is no mpirun."""
+    return pytest.mark.jobs(pytest.mark.skipif(MPIRUN is None, reason="there is no mpirun")(test))
+
 
 START = """
 import os, sys, threading, time

@@ -49,7 +49,7 @@ def part(module: str) -> str:
 
 
 def imported(source: str, module: str) -> Iterator[str]:
-    """Every module that a source imports anywhere, also inside functions."""
+    """Every module that a source imports anywhere, also inside functions and by a name in a text."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -59,11 +59,25 @@ def imported(source: str, module: str) -> Iterator[str]:
                 name = f"{node.module}.{alias.name}"
                 if name == "mpicomp.__version__":  # a constant, set before anything else
                     continue
-                yield name if node.module == "mpicomp" and name in SOURCES else str(node.module)
+                yield name if name in SOURCES else str(node.module)
+        elif isinstance(node, ast.Constant) and node.value in SOURCES and node.value != "mpicomp":
+            yield str(node.value)  # a module's name in a table, which something imports later
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name):
             function = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
-            if function in ("import_module", "__import__") and node.args and isinstance(node.args[0], ast.Constant):
-                yield str(node.args[0].value)
+            if function in ("import_module", "__import__"):
+                yield from computed(node.args[0], f"{module}, line {node.lineno}")
+
+
+def computed(argument: ast.expr, where: str) -> Iterator[str]:
+    """The modules that an `import_module` may mean; of `f"mpicomp.{name}"` all that begin so."""
+    if isinstance(argument, ast.Constant):
+        assert not str(argument.value).startswith("."), f"{where}: relative import"
+        yield str(argument.value)
+        return
+    parts = argument.values if isinstance(argument, ast.JoinedStr) else []
+    start = parts[0].value if parts and isinstance(parts[0], ast.Constant) else ""
+    assert str(start).startswith("mpicomp.") or where.startswith("mpicomp,"), f"{where}: say which module is imported"
+    yield from (name for name in SOURCES if str(start) != "mpicomp." and start and name.startswith(str(start)))
 
 
 def wrong_imports(module: str, source: str) -> list[str]:
@@ -96,11 +110,24 @@ def test_imports_point_down(module: str) -> None:
         ("mpicomp.reducers.gather", "from mpi4py import MPI"),
         ("mpicomp.reducers.gather", "import mpicomp"),
         ("mpicomp.torch.hook", "import importlib\nimportlib.import_module('cupy.cuda')"),
+        ("mpicomp.torch.hook", "LAZY = {'rounds': 'mpicomp.__main__'}"),
+        ("mpicomp.wire", "from mpicomp import reducers"),
+        ("mpicomp.wire", "from mpicomp import allreduce"),
+        ("mpicomp.wire", "from mpicomp.kernels import cpu"),
+        ("mpicomp.wire", "LAZY = {'gather': 'mpicomp.reducers.gather'}"),
+        ("mpicomp.codecs.sign", "import importlib\nimportlib.import_module(f'mpicomp.reducers.{name}')"),
+        ("mpicomp.reducers.gather", "__import__('mpi4py.MPI')"),
         ("mpicomp.federated.rounds", "from mpicomp.torch import hook"),
     ],
 )
 def test_wrong_imports_are_found(module: str, source: str) -> None:
     assert wrong_imports(module, source) != []
+
+
+@pytest.mark.parametrize("argument", ["name", "f'{package}.gather'", "'.gather', 'mpicomp.reducers'", "'a' + 'b'"])
+def test_an_import_that_cannot_be_read_is_refused(argument: str) -> None:
+    with pytest.raises(AssertionError, match=r"mpicomp\.wire, line 2"):
+        wrong_imports("mpicomp.wire", f"from importlib import import_module\nimport_module({argument})")
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:

@@ -48,6 +48,7 @@ def test_info_without_a_launcher() -> None:
     assert "MISMATCH" not in done.stdout
 
 
+@pytest.mark.jobs
 @pytest.mark.skipif(MPIRUN is None, reason="there is no mpirun")
 def test_info_under_mpirun_prints_once() -> None:
     done = run(str(MPIRUN), "-n", "3", sys.executable, "-m", "mpicomp", "info")
@@ -58,6 +59,7 @@ def test_info_under_mpirun_prints_once() -> None:
     assert re.fullmatch(r"1 \(ranks by node: \S+: 3\)", shown["nodes"])
 
 
+@pytest.mark.jobs
 @pytest.mark.skipif(MPIRUN is None, reason="there is no mpirun")
 def test_plan_under_mpirun(tmp_path: Path) -> None:
     command = (str(MPIRUN), "-n", "2", sys.executable, "-m", "mpicomp", "plan", "--size", "4KiB", "256KiB")
@@ -190,10 +192,3 @@ def test_is_first_process() -> None:
     assert environment.is_first_process({"SLURM_PROCID": "0"})
     assert not environment.is_first_process({"SLURM_PROCID": "1"})
     assert environment.is_first_process({"PMI_RANK": "0", "SLURM_PROCID": "1"})
-
-
-def test_gpu_aware_falls_back_on_what_the_user_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "_loaded_mpi", lambda: None)
-    assert environment.gpu_aware({}).startswith("unknown (this MPI does not say")
-    assert environment.gpu_aware({"MPICH_GPU_SUPPORT_ENABLED": "1"}) == "yes (MPICH_GPU_SUPPORT_ENABLED=1)"
-    assert environment.gpu_aware({"MPICH_GPU_SUPPORT_ENABLED": "0"}) == "no (MPICH_GPU_SUPPORT_ENABLED=0)"

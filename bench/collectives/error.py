@@ -29,7 +29,7 @@ def error(world: World, args: argparse.Namespace) -> Iterator[ErrorRow]:
 
 def _error_of(world: World, arrays: Arrays, spec: str, seed: int) -> ErrorRow:
     x, out = arrays.ends()
-    plan = mpicomp.plan(world.mpi, x, spec, memory=True)
+    plan = mpicomp.plan(world.mpi, x, spec, feedback=True)
     traffic = Comm.of(world.mpi).traffic
     total, before = np.zeros(arrays.shape), traffic.bytes
     errors: dict[str, Any] = {}

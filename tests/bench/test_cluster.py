@@ -239,6 +239,7 @@ def test_outside_a_cluster_there_is_no_network(
 # What needs them
 
 
+@pytest.mark.jobs
 @pytest.mark.usefixtures("hosts")
 def test_bytes_of_the_network_beside_bytes_counted(tmp_path: Path) -> None:
     (tmp_path / "exchange.py").write_text(EXCHANGE)
@@ -252,6 +253,7 @@ def test_bytes_of_the_network_beside_bytes_counted(tmp_path: Path) -> None:
     assert 1 <= float(out.split()[-1]) <= 1.09
 
 
+@pytest.mark.jobs
 @pytest.mark.usefixtures("hosts")
 def test_ranks_of_a_host_share_memory_and_hosts_do_not() -> None:
     program = "from mpi4py import MPI; comm = MPI.COMM_WORLD; node = comm.Split_type(MPI.COMM_TYPE_SHARED)"
@@ -261,6 +263,7 @@ def test_ranks_of_a_host_share_memory_and_hosts_do_not() -> None:
     assert "nodes [(2, [0, 1]), (2, [0, 1]), (2, [2, 3]), (2, [2, 3])]" in out
 
 
+@pytest.mark.jobs
 @pytest.mark.usefixtures("hosts")
 def test_a_bulk_stream_gets_the_rate_both_ways() -> None:
     code, out, err = run("--hosts", "2", "--rate", "100mbit", "--stream")
@@ -270,11 +273,13 @@ def test_a_bulk_stream_gets_the_rate_both_ways() -> None:
         assert 80 <= speed <= 97, out  # 95.6 is all there is beside headers; other tests may slow it down
 
 
+@pytest.mark.jobs
 @pytest.mark.usefixtures("hosts")
 def test_the_exit_code_is_the_command_s() -> None:
     assert run("--hosts", "2", "--", "sh", "-c", "exit 3")[0] == 3
 
 
+@pytest.mark.jobs
 @pytest.mark.usefixtures("hosts")
 def test_the_time_limit_ends_the_job() -> None:
     code, _, err = run("--hosts", "2", "--timeout", "1", "--", "sleep", "50")
@@ -282,6 +287,7 @@ def test_the_time_limit_ends_the_job() -> None:
     assert "not over after 1 s, ended" in err
 
 
+@pytest.mark.jobs
 @pytest.mark.usefixtures("hosts")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_nothing_is_left_of_one_that_was_killed(tmp_path: Path, number: signal.Signals) -> None:

@@ -41,6 +41,7 @@ def kernels(run: Any) -> Any:
     return kernels
 
 
+@pytest.mark.jobs
 def test_every_system_op_and_kind_of_data_has_a_row(kernels: Any, tmp_path: Path) -> None:
     file, plot = tmp_path / "rows.json", tmp_path / "plot.png"
     specs = ["topk(density=0.01)", "uniform(bits=4, block=256)", "sign", "bf16"]
@@ -73,6 +74,7 @@ def test_every_system_op_and_kind_of_data_has_a_row(kernels: Any, tmp_path: Path
     assert read.stdout == done.stdout[done.stdout.index("2^14 float32") :].partition("drawn:")[0]
 
 
+@pytest.mark.jobs
 def test_size_op_data_and_system_select(kernels: Any, tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     selection = ["--size", "16384", "--op", "decode_add", "--data", "normal", "--system", "mpicomp"]

@@ -53,6 +53,7 @@ def on_stand_in(kernels: Any, tmp_path: Path) -> Any:
     return on_stand_in
 
 
+@pytest.mark.jobs
 def test_every_op_has_a_row_and_a_bucket_goes_to_the_host_and_back(on_stand_in: Any, tmp_path: Path) -> None:
     file, plot = tmp_path / "rows.json", tmp_path / "plot.png"
     specs = ["topk(density=0.01)", "uniform", "sign", "cast(dtype=bf16)", "threshold(value=2.5758)"]
@@ -80,6 +81,7 @@ def test_every_op_has_a_row_and_a_bucket_goes_to_the_host_and_back(on_stand_in: 
     assert "missed: 2^12 normal mpicomp sign round_trip: " in done.stdout  # launches cost more here than any copy
 
 
+@pytest.mark.jobs
 def test_other_bytes_than_the_cpus_end_the_run(on_stand_in: Any) -> None:
     wrong = (
         "from mpicomp.codecs import Cast\n"
@@ -95,6 +97,7 @@ def test_other_bytes_than_the_cpus_end_the_run(on_stand_in: Any) -> None:
     assert "cast(dtype=bf16): the GPU writes other bytes" in done.stderr
 
 
+@pytest.mark.jobs
 def test_without_cupy_one_line_says_so(kernels: Any, tmp_path: Path) -> None:
     (tmp_path / "cupy.py").write_text("raise ImportError('libcuda.so.1\\nis not there')")
     program = tmp_path / "driver.py"
@@ -109,6 +112,7 @@ def test_without_cupy_one_line_says_so(kernels: Any, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.jobs
 @pytest.mark.parametrize(
     ("before", "message"),
     [

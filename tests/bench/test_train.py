@@ -41,6 +41,7 @@ def train(run: Any) -> Any:
     return train
 
 
+@pytest.mark.jobs
 def test_digits_writes_a_row_per_reducer(train: Any, tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     done = train("--steps", "3", "--reducer", "dense", "--reducer", "topk(density=0.01)", "--json", str(file))
@@ -67,6 +68,7 @@ def test_digits_writes_a_row_per_reducer(train: Any, tmp_path: Path) -> None:
     assert topk["resolved"] in done.stdout
 
 
+@pytest.mark.jobs
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -110,6 +110,7 @@ def test_importing_the_package_loads_no_compiler(tmp_path):
     assert result(start(code, tmp_path)) is False
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_compile_each_kernel_once(tmp_path):
     counts = [result(process) for process in [start(FEW, tmp_path) for _ in range(4)]]
     assert sum(compiled for compiled, _ in counts) == 3
@@ -117,6 +118,7 @@ def test_processes_that_start_together_compile_each_kernel_once(tmp_path):
     assert result(start(FEW, tmp_path)) == [0, 3]
 
 
+@pytest.mark.slow
 def test_a_killed_process_blocks_nobody(tmp_path):
     victim = start("from mpicomp.kernels.cpu import compile as c\n" + HOLD, tmp_path)
     assert victim.stdout.readline() == "held\n"
@@ -142,6 +144,7 @@ with c._once(dispatcher):
 """
 
 
+@pytest.mark.slow
 def test_a_changed_source_is_compiled_anew(tmp_path):
     assert result(start(FEW, tmp_path)) == [3, 0]
     changed = "from mpicomp.kernels.cpu import compile as c\nc._stamp = lambda: 'other'\n" + FEW
@@ -179,6 +182,7 @@ assert "said.append" in REPORT
 assert "said]" in REPORT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("suffix", "how"),
     [
@@ -204,6 +208,7 @@ def test_a_damaged_file_is_compiled_anew_and_named(tmp_path, suffix, how):
     assert result(start(FEW, tmp_path)) == [0, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["nbi", "nbc"])
 def test_a_file_that_can_be_neither_read_nor_replaced_stops_nothing(tmp_path, suffix):
     assert result(start(FEW, tmp_path)) == [3, 0]
@@ -215,6 +220,7 @@ def test_a_file_that_can_be_neither_read_nor_replaced_stops_nothing(tmp_path, su
         assert any(path.name in message for message in said)
 
 
+@pytest.mark.slow
 def test_machine_code_of_another_kernel_or_processor_is_not_run(tmp_path):
     assert result(start(FEW, tmp_path)) == [3, 0]
     (add,) = tmp_path.rglob("sums._add-*.nbc")
@@ -238,6 +244,7 @@ caching.CompileResultCacheImpl._locator_classes = [provided]
 """
 
 
+@pytest.mark.slow
 def test_without_a_folder_to_write_to_it_says_so_once_and_works(tmp_path):
     code = (
         NO_FOLDER
@@ -254,6 +261,7 @@ with warnings.catch_warnings(record=True) as said:
     assert result(start(code, tmp_path)) == [[3, 0], 1, True, ""]
 
 
+@pytest.mark.slow
 def test_without_its_own_folder_it_uses_a_private_one_below_tmp(tmp_path):
     first = result(start(NO_FOLDER + FEW, "", TMPDIR=str(tmp_path)))
     second = result(start(NO_FOLDER + FEW, "", TMPDIR=str(tmp_path)))
@@ -262,6 +270,7 @@ def test_without_its_own_folder_it_uses_a_private_one_below_tmp(tmp_path):
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.slow
 def test_a_folder_that_others_can_write_is_not_used(tmp_path):
     folder = tmp_path / "shared"
     folder.mkdir()
@@ -274,6 +283,7 @@ def test_a_folder_that_others_can_write_is_not_used(tmp_path):
     assert not compiling._own(tmp_path / "missing" / "deeper")
 
 
+@pytest.mark.slow
 @pytest.mark.deadline(900)
 def test_results_do_not_depend_on_the_processor(tmp_path):
     processes = [start(BITS, tmp_path, NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES="") for name in ("generic", "haswell")]

@@ -35,7 +35,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=int(os.environ.get("PRODUCT_SEED", "1")))
     parser.add_argument("--count", type=int, default=1500, help="combinations at least, of which a share may be run")
-    parser.add_argument("--third", action="store_true", help="run one in three of them")
+    share = parser.add_mutually_exclusive_group()
+    share.add_argument("--third", action="store_true", help="run one in three of them")
+    share.add_argument("--rest", action="store_true", help="run those that --third leaves out")
     parser.add_argument("--slow", action="store_true", help="8 and 16 ranks instead of 1, 2, 3, 5 and 7")
     parser.add_argument("--ranks", type=int, nargs="+", help="run those of these numbers of ranks only")
     parser.add_argument("--most", type=int, help="run so many at most")
@@ -113,7 +115,9 @@ def main() -> int:
     drawn = combinations.draw(given.seed, given.count, combinations.factors(ranks))
     refused = len(combinations.refusals.found)
     every = combinations.with_long_arrays(drawn.combinations, given.seed)
-    rows = every[given.seed % 3 :: 3] if given.third else every
+    rows = every
+    if given.third or given.rest:
+        rows = [row for place, row in enumerate(every) if (place % 3 == given.seed % 3) == given.third]
     rows = [row for row in rows if not given.ranks or row["ranks"] in given.ranks][: given.most]
     wanted = combinations.pairs_wanted(combinations.factors(ranks))
     covered = wanted & {pair for row in rows for pair in combinations.pairs_of(row)}

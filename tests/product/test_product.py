@@ -80,6 +80,7 @@ def test_drawing_is_repeatable_and_gives_as_many_as_asked() -> None:
     assert len({str(row) for row in one}) == len(one)
 
 
+@pytest.mark.slow
 @pytest.mark.deadline(300)
 def test_all_values_there_are_are_drawn() -> None:
     values = combinations.factors()

@@ -247,11 +247,12 @@ def test_who_swaps_reducers_cannot_forget_to_divide() -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])
-@pytest.mark.parametrize("spec", REPRESENTATIVES)
+@pytest.mark.parametrize("spec", [spec for spec in REPRESENTATIVES if "auto" not in spec])
 def test_a_mean_is_the_sum_divided_once(spec: str, ranks: int) -> None:
-    """Whoever divides, the reducer while it decodes or `apply` afterwards: the same bits."""
-    if spec.startswith("error_feedback(auto"):
-        pytest.skip("auto may run another candidate in each of the two")
+    """The same bits whether the reducer divides while it decodes or `apply` afterwards.
+
+    Not with `auto`, which may run another candidate in each of the two.
+    """
     x = inputs(ranks, 3, LAYOUT.size, "float32")
     sums, owed, _ = run(spec, ranks, x, "float32", "sum")
     means, owed_too, _ = run(spec, ranks, x, "float32", "mean")

@@ -12,6 +12,8 @@ import pytest
 
 pytest.importorskip("torch")
 
+pytestmark = pytest.mark.jobs
+
 PROGRAM = Path(__file__).with_name("groups_program.py")
 ROOT = Path(__file__).parents[2]
 

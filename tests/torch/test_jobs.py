@@ -13,6 +13,8 @@ import pytest
 
 pytest.importorskip("torch")
 
+pytestmark = pytest.mark.jobs
+
 ROOT = Path(__file__).parents[2]
 
 TRAIN = """
