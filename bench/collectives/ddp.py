@@ -30,7 +30,6 @@ class Ours:
         self.name = "none" if reducer == "none" else "mpicomp"
 
     def open(self, nbytes: int) -> None:
-        """See System."""
         world = self.world
         ddp = DistributedDataParallel(model(self.width), gradient_as_bucket_view=self.views)
         if self.name == "none":
@@ -40,7 +39,6 @@ class Ours:
             self.trainer = Trainer(ddp, world.meet, world.me, world.ranks, sent=lambda: traffic.bytes)
 
     def slot(self, seed: int, repetitions: int, judged: bool = False) -> Slot | None:
-        """See System."""
         return self.trainer.slot(seed, repetitions, judged)
 
     def close(self) -> None:
@@ -57,19 +55,16 @@ class Torch:
         self.group = Group(world, f"gloo {hook}", patience)
 
     def open(self, nbytes: int) -> None:
-        """See System."""
         share = {"dense": 1, "fp16": 2}.get(self.reducer)
         self.sent = share and least_bytes(nbytes // share, self.world.ranks)
         self.group.start()
         self.group.ask("train", hook=self.reducer, width=self.width, views=self.views)
 
     def slot(self, seed: int, repetitions: int, judged: bool = False) -> Slot | None:
-        """See System."""
         answer = self.group.ask("step", seed=seed, steps=repetitions, judged=judged)
         return answer and Slot(**{**answer, "sent": self.sent})
 
     def close(self) -> None:
-        """See System."""
         self.group.close()
 
 

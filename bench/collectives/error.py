@@ -11,7 +11,7 @@ import numpy as np
 
 import mpicomp
 from bench.collectives.rows import ErrorRow
-from bench.collectives.systems import World
+from bench.collectives.systems import World, each
 from bench.collectives.timing import Arrays
 from mpicomp.comm.communicator import Comm
 
@@ -20,14 +20,11 @@ SIZES = (1 << 20,)
 
 def error(world: World, args: argparse.Namespace) -> Iterator[ErrorRow]:
     """Yield a row per size and method. Every step reduces the same arrays, and the mean of the results is judged."""
-    for nbytes in args.size or SIZES:
-        arrays = Arrays(nbytes)
-        arrays.fill(args.seed, world.me)
-        for spec in args.reducer:
-            yield _error_of(world, arrays, spec, args.seed)
+    return each(world, args, SIZES, _error_of)
 
 
-def _error_of(world: World, arrays: Arrays, spec: str, seed: int) -> ErrorRow:
+def _error_of(world: World, arrays: Arrays, spec: str, args: argparse.Namespace) -> ErrorRow:
+    arrays.fill(args.seed, world.me)
     x, out = arrays.ends()
     plan = mpicomp.plan(world.mpi, x, spec, feedback=True)
     traffic = Comm.of(world.mpi).traffic
@@ -38,7 +35,7 @@ def _error_of(world: World, arrays: Arrays, spec: str, seed: int) -> ErrorRow:
         total += out
         if step in ErrorRow.STEPS:
             out[...] = total / step
-            wrong, exact = world.sum(arrays.squares(seed, world.me, world.ranks))
+            wrong, exact = world.sum(arrays.squares(args.seed, world.me, world.ranks))
             errors[f"error_{step}"] = math.sqrt(wrong / exact)
     sent = world.most([(traffic.bytes - before) / max(ErrorRow.STEPS)])[0]
     return ErrorRow(**world.run(spec, arrays.nbytes), resolved=str(plan), wire_bytes=int(sent), **errors)

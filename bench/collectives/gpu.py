@@ -26,12 +26,10 @@ class GPUArrays(Arrays):
         self._stream = cupy.cuda.get_current_stream()
 
     def fill(self, seed: int, me: int) -> None:
-        """See Arrays."""
         super().fill(seed, me)
         self.given[...] = to_device(self.x.reshape(self.shape))
 
     def ends(self) -> tuple[Array, Array]:
-        """See Arrays."""
         return self.given, self.result
 
     def complete(self, reduce: Callable[[], object]) -> Callable[[], object]:
@@ -49,7 +47,6 @@ class GPUArrays(Arrays):
         self._stream.synchronize()
 
     def collect(self) -> None:
-        """See Arrays."""
         self.out[:] = to_host(self.result).reshape(-1)
 
 
@@ -61,7 +58,6 @@ class ThroughHost(Native):
         self.device = "gpu through the host"
 
     def call(self, x: Array, out: Array) -> Callable[[], object]:
-        """See InProcess."""
         given, result = (pinned(x.nbytes).view(x.dtype).reshape(x.shape) for _ in range(2))
 
         def run() -> None:

@@ -9,12 +9,11 @@ import numpy as np
 
 import mpicomp
 from bench.collectives.rows import AutoRow, OverlapRow
-from bench.collectives.systems import World
-from bench.collectives.timing import Arrays, measure, median, repetitions_of, upper_bound
+from bench.collectives.systems import World, each
+from bench.collectives.timing import LEAST_ROUNDS, Arrays, measure, median, repetitions_of, upper_bound
 
 AUTO_SIZES = tuple(1 << power for power in range(10, 29, 2))  # 1 KiB to 256 MiB
 SMALL = 1 << 20  # bytes up to which MPI's own call and the plain call are timed as well
-LEAST_PAIRS = 5
 OVERLAP_SIZES = (1 << 24,)
 
 
@@ -57,10 +56,7 @@ class Rounds:
 
 def auto(world: World, args: argparse.Namespace) -> Iterator[AutoRow]:
     """Yield for each size the times of auto beside dense, and of a plan beside MPI's own call."""
-    for nbytes in args.size or AUTO_SIZES:
-        arrays = Arrays(nbytes)
-        for spec in args.reducer:
-            yield _auto_at(world, arrays, spec, args)
+    return each(world, args, AUTO_SIZES, _auto_at)
 
 
 def _auto_at(world: World, arrays: Arrays, spec: str, args: argparse.Namespace) -> AutoRow:
@@ -74,7 +70,7 @@ def _auto_at(world: World, arrays: Arrays, spec: str, args: argparse.Namespace) 
         calls["mpi"] = lambda: world.mpi.Allreduce(x, out)
         calls["plain"] = lambda: mpicomp.allreduce(world.mpi, x, "dense", out=out)
     rounds = Rounds(world, arrays, calls, args.seed)
-    pairs = rounds.run(args.warm_up, LEAST_PAIRS, args.pairs, args.seconds)
+    pairs = rounds.run(args.warm_up, LEAST_ROUNDS, args.pairs, args.seconds)
     ratios = rounds.ratios("auto", "dense")
     return AutoRow(
         **world.run(spec, arrays.nbytes),
@@ -92,10 +88,7 @@ def _auto_at(world: World, arrays: Arrays, spec: str, args: argparse.Namespace) 
 
 def overlap(world: World, args: argparse.Namespace) -> Iterator[OverlapRow]:
     """Yield for each size and method the times of a reduction and a computation, alone and together."""
-    for nbytes in args.size or OVERLAP_SIZES:
-        arrays = Arrays(nbytes)
-        for spec in args.reducer:
-            yield _overlap_at(world, arrays, spec, args)
+    return each(world, args, OVERLAP_SIZES, _overlap_at)
 
 
 def _overlap_at(world: World, arrays: Arrays, spec: str, args: argparse.Namespace) -> OverlapRow:
@@ -108,7 +101,7 @@ def _overlap_at(world: World, arrays: Arrays, spec: str, args: argparse.Namespac
     work = Work()
     for _ in range(3):  # a longer computation is relatively slower: clocks change, other processes run
         first = Rounds(world, arrays, {"comm": communicate, "compute": work.run}, args.seed)
-        first.run(args.warm_up, LEAST_PAIRS, LEAST_PAIRS, args.seconds)
+        first.run(args.warm_up, LEAST_ROUNDS, LEAST_ROUNDS, args.seconds)
         work.times = max(1, round(work.times * median(first.seconds["comm"]) / median(first.seconds["compute"])))
 
     def both() -> None:
@@ -117,7 +110,7 @@ def _overlap_at(world: World, arrays: Arrays, spec: str, args: argparse.Namespac
         request.wait()
 
     rounds = Rounds(world, arrays, {"comm": communicate, "compute": work.run, "both": both}, args.seed)
-    count = rounds.run(args.warm_up, LEAST_PAIRS, args.rounds, args.seconds)
+    count = rounds.run(args.warm_up, LEAST_ROUNDS, args.rounds, args.seconds)
     compute, comm, together = (median(rounds.seconds[name]) for name in ("compute", "comm", "both"))
     return OverlapRow(
         **world.run(spec, arrays.nbytes),

@@ -56,11 +56,9 @@ class Row(Run):
 
     @property
     def title(self) -> str:
-        """See report.Row."""
         return f"{size_name(self.nbytes)}, {self.place}"
 
     def cells(self) -> dict[str, str]:
-        """See report.Row."""
         share = None
         if self.network_bytes and self.wire_bytes:
             share = self.network_bytes * self.hosts / self.ranks / self.wire_bytes
@@ -95,7 +93,6 @@ class DDPRow(Row):
 
     @property
     def title(self) -> str:
-        """See report.Row."""
         return f"DDP, {super().title}"
 
 
@@ -118,11 +115,9 @@ class AutoRow(Run):
 
     @property
     def title(self) -> str:
-        """See report.Row."""
         return f"Plans: auto over dense, median of paired ratios and an order statistic as its bound; {self.place}"
 
     def cells(self) -> dict[str, str]:
-        """See report.Row."""
         bound, added = self.ratio_upper_95, self.plan_added_s
         return {
             "size": size_name(self.nbytes),
@@ -154,11 +149,9 @@ class OverlapRow(Run):
 
     @property
     def title(self) -> str:
-        """See report.Row."""
         return f"Overlap: (both - max(compute, comm)) / comm, of medians; {self.place}"
 
     def cells(self) -> dict[str, str]:
-        """See report.Row."""
         return {
             "size": size_name(self.nbytes),
             "reducer": self.reducer,
@@ -198,11 +191,9 @@ class ErrorRow(Run):
 
     @property
     def title(self) -> str:
-        """See report.Row."""
         return f"Error of the mean of so many results; {size_name(self.nbytes)}, {self.place}"
 
     def cells(self) -> dict[str, str]:
-        """See report.Row."""
         errors = {f"error, {_steps(steps)}": number(error, ".3g") for steps, error in self.errors.items()}
         return {"reducer": self.reducer, "resolved": self.resolved, "bits/element": f"{self.bits:.3f}", **errors}
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import socket
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from mpi4py import MPI
@@ -21,6 +22,9 @@ from bench.collectives.timing import Array, Arrays, Slot, measure
 from mpicomp.comm.collectives import barrier
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.transport import MPITransport
+
+R = TypeVar("R")
+Args = argparse.Namespace
 
 
 class World:
@@ -107,6 +111,14 @@ class World:
         return dict(reducer=reducer, ranks=self.ranks, hosts=self.hosts, rate=self.rate, nbytes=nbytes)
 
 
+def each(world: World, args: Args, sizes: Iterable[int], row: Callable[[World, Arrays, str, Args], R]) -> Iterator[R]:
+    """Yield a row per size and method."""
+    for nbytes in args.size or sizes:
+        arrays = Arrays(nbytes)
+        for spec in args.reducer:
+            yield row(world, arrays, spec, args)
+
+
 class System(Protocol):
     """A system that is measured."""
 
@@ -116,15 +128,12 @@ class System(Protocol):
 
     def open(self, nbytes: int) -> None:
         """Prepare for arrays of this size. Collective."""
-        ...
 
     def slot(self, seed: int, repetitions: int, judged: bool = False) -> Slot | None:
         """Measure; None, on all ranks, once the system is lost. Collective."""
-        ...
 
     def close(self) -> None:
         """End its processes and free its workspaces."""
-        ...
 
 
 class InProcess(ABC):
@@ -138,7 +147,6 @@ class InProcess(ABC):
         self.device = kind.device
 
     def open(self, nbytes: int) -> None:
-        """See System."""
         self.arrays = self.kind(nbytes)
         self.reduce = self.arrays.complete(self.call(*self.arrays.ends()))
 
@@ -151,14 +159,12 @@ class InProcess(ABC):
         return self.comm.traffic.bytes
 
     def slot(self, seed: int, repetitions: int, judged: bool = False) -> Slot | None:
-        """See System."""
         world = self.world
         return measure(
             self.arrays, self.reduce, world.meet, seed, world.me, world.ranks, repetitions, judged, sent=self.sent
         )
 
     def close(self) -> None:
-        """See System."""
         vars(self).pop("reduce", None)  # it holds the workspaces
 
 
@@ -168,7 +174,6 @@ class Ours(InProcess):
     name = "mpicomp"
 
     def call(self, x: Array, out: Array) -> Callable[[], object]:
-        """See InProcess."""
         plan = mpicomp.plan(self.world.mpi, x, self.reducer, feedback=True)
         return lambda: plan(x, out=out)
 
@@ -179,7 +184,6 @@ class Native(InProcess):
     name = "mpi"
 
     def call(self, x: Array, out: Array) -> Callable[[], object]:
-        """See InProcess."""
         return lambda: self.world.mpi.Allreduce(x, out)
 
     def sent(self) -> int:
@@ -187,7 +191,6 @@ class Native(InProcess):
         return 0
 
     def slot(self, seed: int, repetitions: int, judged: bool = False) -> Slot | None:
-        """See System."""
         slot = super().slot(seed, repetitions, judged)
         return slot and _modelled(slot, self.arrays.nbytes, self.world.ranks)
 
@@ -243,17 +246,14 @@ class Gloo:
         self.group.start()
 
     def open(self, nbytes: int) -> None:
-        """See System."""
         self.nbytes = nbytes
         self.group.ask("open", nbytes=nbytes)
 
     def slot(self, seed: int, repetitions: int, judged: bool = False) -> Slot | None:
-        """See System."""
         answer = self.group.ask("slot", seed=seed, repetitions=repetitions, judged=judged)
         return answer and _modelled(Slot(**answer), self.nbytes, self.world.ranks)
 
     def close(self) -> None:
-        """See System."""
         self.group.close()
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+LEAST_ROUNDS = 5  # of any comparison
 PART = 1 << 20  # elements drawn at a time: any rank can draw any part of another's data
 
 

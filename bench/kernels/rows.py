@@ -71,11 +71,9 @@ class Row(report.Row):
 
     @property
     def title(self) -> str:
-        """See report.Row."""
         return f"{report.count_name(self.size)} float32, {self.data}, {self.device}; {self.CAPTION}"
 
     def cells(self) -> dict[str, str]:
-        """See report.Row."""
         kept, limit = self.bits_per_kept, KEPT_BITS.get(self.codec) if self.system == "mpicomp" else None
         cells = {
             "codec": self.codec,
@@ -94,7 +92,6 @@ class Row(report.Row):
 
     @property
     def line(self) -> str:
-        """See report.Row."""
         return f"{report.count_name(self.size)} {self.data} {self.system} {self.codec} {self.op}: {self.shown}"
 
     @property
@@ -150,12 +147,10 @@ class GPURow(Row):
 
     @property
     def figure(self) -> float:
-        """See Row."""
         return self.of_copy_bandwidth
 
     @property
     def text(self) -> str:
-        """See Row."""
         return f"{self.of_copy_bandwidth:.2f} {self.over_memcpy:.2f}x"
 
 
@@ -185,7 +180,6 @@ class TripRow(Row):
 
     @property
     def text(self) -> str:
-        """See Row."""
         return f"{self.over_memcpy:.3f} {self.waited_seconds / self.waited_memcpy_seconds:.3f}"
 
 

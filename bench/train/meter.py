@@ -39,11 +39,9 @@ class Row(report.Row):
 
     @property
     def title(self) -> str:
-        """See report.Row."""
         return f"{self.task}, {self.ranks} ranks, {self.steps} steps, seed {self.seed}"
 
     def cells(self) -> dict[str, str]:
-        """See report.Row."""
         ratio = f"{self.dense_bytes_per_rank / self.wire_bytes_per_rank:.1f}x" if self.wire_bytes_per_rank else "-"
         return {
             "reducer": self.reducer,
