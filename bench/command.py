@@ -1,4 +1,4 @@
-"""What the command lines of the benchmarks share."""
+"""The common parts of the command lines."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"--read: there is no file {file}")
 
     def specs(self, option: str, texts: Iterable[str], parse: Callable[[str], T]) -> list[T]:
-        """Return what the specs mean; refuse one that means nothing."""
+        """Return the codecs or reducers of specs; refuse a spec with an error."""
         try:
             return [parse(text) for text in texts]
         except ValueError as error:

@@ -27,7 +27,7 @@ def choose() -> None:
 
 
 def properties() -> dict[str, Any]:
-    """Return what CUDA says of the current GPU: "name", in bytes, "l2CacheSize" and more."""
+    """Return CUDA's properties of the current GPU: "name", in bytes, "l2CacheSize" and more."""
     import cupy
 
     found: dict[str, Any] = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())
@@ -35,5 +35,5 @@ def properties() -> dict[str, Any]:
 
 
 def one_line(error: Exception) -> str:
-    """Return what an error says, without line breaks: CuPy's fill a screen."""
+    """Return the message of an error without line breaks: CuPy's fill a screen."""
     return " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""How the benchmarks keep and show what they measure: rows, JSON files, tables, pictures.
+"""Keep and show the rows of the benchmarks: JSON files, tables, pictures.
 
 A benchmark derives its row from `Row`: the fields are the figures, which a JSON file holds, and `cells` is the line of
 a table. Pictures put panels side by side on one scale, and show at most `MOST_ROWS` names: more names make more files.
@@ -22,7 +22,7 @@ IDENTITY = (
     *("mode", "task", "system", "codec", "reducer", "op", "size", "nbytes", "data", "seed", "steps"),
     *("ranks", "hosts", "rate", "device"),
 )
-"""The keys that say what a row measures; the others are figures."""
+"""The keys that identify a measurement; the others are figures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ def _kind(row: dict[str, Any], kinds: Sequence[type[R]]) -> type[R]:
 
 
 def identity(row: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what a row measures; rows from before there was a choice have no device."""
+    """Return the identity of a row's measurement; old rows have no device."""
     known = {"device": "cpu", **row}
     return (frozenset(known), *(known.get(key) for key in IDENTITY))
 

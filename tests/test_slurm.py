@@ -1,7 +1,7 @@
 """The scripts in slurm/, submitted to a real slurmctld with four nodes that are all this machine.
 
-munged, slurmctld and four slurmd run in the foreground under a configuration in a folder of their own, and end with the
-tests: by their process ids, with all their descendants. Debian: apt-get install --no-install-recommends slurmctld
+munged, slurmctld and four slurmd run in the foreground with a temporary configuration. They end with the tests: by
+their process ids, with all their descendants. Debian: apt-get install --no-install-recommends slurmctld
 slurmd slurm-client slurm-wlm-basic-plugins munge.
 """
 
@@ -255,7 +255,7 @@ def test_a_requeued_job_starts_again_and_appends(slurm: Slurm, tmp_path: Path) -
     job = done.stdout.strip()
     wait_for(lambda: (tmp_path / "started-0").exists(), "the job has started", slurm)
     assert slurm.call("scontrol", "requeue", job) == ""
-    # A requeued job waits for two minutes (BeginTime) unless it is told to begin now.
+    # A requeued job waits for two minutes (BeginTime); an update starts it now.
     wait_for(lambda: "JobState=PENDING" in slurm.call("scontrol", "show", "job", job), "the job is queued", slurm)
     slurm.call("scontrol", "update", f"JobId={job}", "StartTime=now")
     wait_for(lambda: "JobState=COMPLETED" in slurm.call("scontrol", "show", "job", job), "the job has ended", slurm)

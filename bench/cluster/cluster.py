@@ -200,7 +200,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--rate", default="1gbit", help="of every host's link, each way: 100mbit, 10gbit, none, ...")
     parser.add_argument("--ranks-per-host", type=int, default=1, metavar="N")
     parser.add_argument("--delay", metavar="TIME", help="from host to host, one way, e.g. 100us (needs sch_netem)")
-    parser.add_argument("--mpi", choices=("mpich", "openmpi"), help="default: what this interpreter has")
+    parser.add_argument("--mpi", choices=("mpich", "openmpi"), help="default: that of this interpreter")
     parser.add_argument("--netmod", choices=("ofi", "ucx"), default="ofi", help="of MPICH (default: ofi)")
     parser.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="then the job is ended")
     parser.add_argument(

@@ -1,7 +1,7 @@
 """Time allreduces side by side, compressed and not: `mpirun -n 4 python bench/collectives/collectives.py`.
 
 mpicomp beside MPI's own allreduce and torch's gloo, in turn, so that a disturbance of one disturbs the others.
-`rows.py` says what the columns mean. Slow networks come from `bench/cluster/cluster.py`. Instead of this comparison:
+`rows.py` explains the columns. Slow networks come from `bench/cluster/cluster.py`. Instead of this comparison:
 
 - `--ddp` times training steps of DistributedDataParallel, with torch's own hooks as peers;
 - `--auto` compares `auto` with `dense`, and a plan with MPI's own call and with a plain call;

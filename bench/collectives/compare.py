@@ -60,6 +60,8 @@ def compare_at(
     measured = [Measured(world, system, nbytes, args.seed) for system in systems]
     for each in measured:
         each.begin(repetitions, args.warm_up, args.seconds)
+        if world.me == 0:  # the rows of all systems are complete at the same time, after the last round
+            print(f"{nbytes:,} bytes: {each.system.name} {each.system.reducer} is warm", flush=True)
     rounds = 0
     for rounds in world.rounds(LEAST_ROUNDS, args.rounds, args.seconds):
         for place in range(len(measured)):

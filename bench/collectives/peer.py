@@ -57,11 +57,11 @@ class Peer:
         """The id of the process."""
         return self._process.pid
 
-    def ask(self, do: str, seconds: float, **what: Any) -> Any:
+    def ask(self, do: str, seconds: float, **fields: Any) -> Any:
         """Send a command and return the answer; raises PeerLost after so many seconds without one."""
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps({"do": do, **what}).encode() + b"\n")
+            self._process.stdin.write(json.dumps({"do": do, **fields}).encode() + b"\n")
             self._process.stdin.flush()
         except OSError:
             raise self._lost("crashed") from None
@@ -113,8 +113,8 @@ def serve(jobs: dict[str, Callable[..., Any]]) -> NoReturn:
     os.dup2(2, 1)  # output of libraries is no answer
     sys.excepthook = fail
     for line in sys.stdin:
-        what = json.loads(line)
-        print(json.dumps(jobs[what.pop("do")](**what)), file=answers)
+        fields = json.loads(line)
+        print(json.dumps(jobs[fields.pop("do")](**fields)), file=answers)
     os._exit(0)
 
 

@@ -37,7 +37,7 @@ class Run(report.Row):
 class Row(Run):
     """One system and method at one size, or one DDP step (`DDPRow`).
 
-    Times are the longest of all ranks, in seconds; a figure is None where the system crashed, hung, or does not tell.
+    Times are the longest of all ranks, in seconds. A figure is None where the system crashed, hung or lacks it.
     """
 
     LABELS: ClassVar[int] = 3

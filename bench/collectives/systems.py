@@ -187,7 +187,7 @@ class Native(InProcess):
         return lambda: self.world.mpi.Allreduce(x, out)
 
     def sent(self) -> int:
-        """MPI does not tell: see Row.wire_bytes."""
+        """MPI does not report it: see Row.wire_bytes."""
         return 0
 
     def slot(self, seed: int, repetitions: int, judged: bool = False) -> Slot | None:
@@ -210,19 +210,19 @@ class Group:
         where = {"address": _meeting(world), "port": world.first(port or 0), "me": world.me, "ranks": world.ranks}
         self.ask("join", 120, **where)
 
-    def ask(self, do: str, seconds: float | None = None, **what: Any) -> Any:
+    def ask(self, do: str, seconds: float | None = None, **fields: Any) -> Any:
         """Return the answer of this rank's process to a command; None, on all ranks, once a process is lost."""
-        answer = self._ask(do, self.patience if seconds is None else seconds, **what)
+        answer = self._ask(do, self.patience if seconds is None else seconds, **fields)
         if self.world.all(answer is not None):
             return answer
         self.close(0)  # this peer waits for a lost one
         return None
 
-    def _ask(self, do: str, seconds: float, **what: Any) -> Any:
+    def _ask(self, do: str, seconds: float, **fields: Any) -> Any:
         if self.peer is None:
             return None
         try:
-            return self.peer.ask(do, seconds, **what)
+            return self.peer.ask(do, seconds, **fields)
         except PeerLost as error:
             print(f"rank {self.world.me}: {self.name} {error}", file=sys.stderr, flush=True)
             self.peer = None

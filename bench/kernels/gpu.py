@@ -116,7 +116,7 @@ def check(codec: Codec, host: Arrays, there: Arrays) -> None:
 
 
 def written(codec: Codec, arrays: Arrays) -> Iterator[Array]:
-    """Yield what each op writes."""
+    """Yield the results of each op."""
     x, old, new, out, _ = arrays[1:]
     payload = room(codec, x)
     message = sent(codec, payload, codec.encode(x, payload, KEY))

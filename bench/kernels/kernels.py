@@ -1,7 +1,7 @@
 """Time every codec on one thread against memcpy of the same array: `python bench/kernels/kernels.py --size 2^24`.
 
 An op and a memcpy alternate in one process, so that a disturbance of one disturbs the other. Beside ours stand the
-usual NumPy and torch ways (`peers.py`); `rows.Row` says what the columns mean. Every result is checked before it is
+usual NumPy and torch ways (`peers.py`); `rows.Row` explains the columns. Every result is checked before it is
 timed. `--device gpu` does so on a GPU: see `gpu.py`. `--read FILE` only prints and draws the rows of earlier runs.
 """
 
@@ -72,7 +72,7 @@ SPECS = (
     "cast(dtype=bf16)",
     "cast(dtype=fp16)",
 )
-"""What runs by default."""
+"""The specs that run by default."""
 ONE_PER_CENT = ("threshold(value=2.5758)", "threshold(value=3.6428)")
 """Of normal numbers 1 % reach the first; of sums of two, as encode_residual sees them, 1 % reach the second."""
 SIZES = (1 << 14, 1 << 20, 1 << 24)
@@ -129,7 +129,7 @@ def measure(codec: Any, subject: Subject, op: str, arrays: Arrays, pairs: int) -
 
 
 def measured(args: argparse.Namespace) -> Iterator[Row]:
-    """Measure what was asked for."""
+    """Yield a row per measurement that the command line asks for."""
     for size, data in itertools.product(args.size or SIZES, args.data):
         arrays = Arrays.of(data, size)
         for codec in args.codecs:
@@ -152,7 +152,7 @@ def processor() -> str:
 
 
 def known(spec: str) -> Any:
-    """Return what a spec means; raises SpecError."""
+    """Return the codec of a spec; raises SpecError."""
     return parse(spec, {**CODECS, "elias_fano": EliasFano}, ALIASES)
 
 

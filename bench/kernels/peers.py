@@ -29,12 +29,12 @@ class Peer(NamedTuple):
     encode: Callable[[Any], Arrays]
     decode_add: Callable[[Arrays, Any], None]
     decode: Callable[[Arrays], Any] | None = None
-    """The decoded array, where `encode_residual` subtracts it; None where it sets what was kept to zero."""
+    """The decoded array, where `encode_residual` subtracts it; None where it sets the elements kept to zero."""
     same_code: bool = True
     """Whether its error should be that of the codec."""
 
     def encode_residual(self, x: Any, old: Any) -> tuple[Arrays, Any]:
-        """Return the code of x + old and what it leaves out."""
+        """Return the code of x + old and its error."""
         total = x + old
         arrays = self.encode(total)
         if self.decode is None:
@@ -66,7 +66,7 @@ def peers_of(codec: object, size: int, device: str = "cpu") -> Iterator[Peer]:
 
 
 def adding(decode: Callable[[Arrays], Any]) -> Callable[[Arrays, Any], None]:
-    """Return what adds a decoded array to `out`."""
+    """Return a function that adds a decoded array to `out`."""
 
     def decode_add(arrays: Arrays, out: Any) -> None:
         out += decode(arrays)
@@ -150,13 +150,13 @@ def torch_uniform(bits: int, block: int, stochastic: bool) -> Peer:
 
 
 class Scales(NamedTuple):
-    """What bitsandbytes returns beside its codes."""
+    """The second result of bitsandbytes, beside its codes."""
 
     state: Any
 
     @property
     def nbytes(self) -> int:
-        """Of the largest magnitudes of blocks, which are what is sent."""
+        """The bytes of the largest magnitudes of blocks: the part that is sent."""
         return int(self.state.absmax.nbytes)
 
 

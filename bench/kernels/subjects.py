@@ -122,7 +122,7 @@ def ours(codec: Codec, arrays: Arrays) -> Subject:
 
 
 def elias_fano(codec: EliasFano, arrays: Arrays, device: bool = False) -> Subject:
-    """Return the coding of the support of topk alone, on the host or a GPU; NumPy says what the support is."""
+    """Return the coding of the support of topk alone, on the host or a GPU; NumPy finds the support."""
     size, k = arrays.x.size, kept(codec.density, arrays.x.size)
     support = np.sort(np.argpartition(np.abs(arrays.x), size - k)[size - k :]).astype(np.uint32)
     given = to_device(support) if device else support

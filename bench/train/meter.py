@@ -80,7 +80,7 @@ class Meter:
 
 
 def gathered(mine: torch.Tensor) -> torch.Tensor:
-    """Stack what every rank holds (ranks, ...)."""
+    """Return the tensors of all ranks, stacked (ranks, ...)."""
     rows = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, mine)
     return torch.stack(rows)

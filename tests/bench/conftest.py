@@ -1,4 +1,4 @@
-"""What the tests of the benchmarks share: their modules, and their programs as processes."""
+"""Fixtures of the benchmarks' tests: their modules, and their programs as processes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def bench() -> Callable[[str], ModuleType]:
 
 @pytest.fixture(scope="session")
 def run() -> Run:
-    """Run a Python program, under mpirun where `ranks` are given, in a session of its own, and return what it printed.
+    """Run a Python program, under mpirun where `ranks` are given, in a new session, and return its output.
 
     A program of the benchmarks is named by its path below bench/.
     """

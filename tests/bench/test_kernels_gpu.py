@@ -31,7 +31,7 @@ def _needs() -> None:
 
 @pytest.fixture
 def kernels(run: Any) -> Any:
-    """Run a program that is `kernels.py` after what it does before."""
+    """Run a program that ends in `kernels.main()`."""
 
     def kernels(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         done: subprocess.CompletedProcess[str] = run(str(program), *arguments, "--device", "gpu")
