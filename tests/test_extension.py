@@ -69,10 +69,7 @@ class Truncated(Codec):
     def _decode_add(self, payload: Payload, out: Array, key: Key, scale: float, fresh: bool) -> None:
         out += out.dtype.type(scale) * payload[0]
 
-    def check(self, payload: Payload, size: int) -> None:
-        """See Codec."""
-        dtype = payload[0].dtype.name if payload and payload[0].dtype.kind == "f" else "float32"
-        check_fields(payload, self.fields(size, dtype))
+    def _check(self, payload: Payload, size: int) -> None:
         check_finite(payload[0], "elements")
 
 
