@@ -38,8 +38,8 @@ def bytes_moved(codec: Any, op: str, size: int, subject: Subject) -> int:
     encode reads once), 20 n + payload (to write x + old to new first, and read it again, comes to the same), and x in
     both encodings of `ternary`. What else a codec reads twice, or writes in between, is not counted.
     """
-    if isinstance(codec, EliasFano):  # indices and their code
-        return 4 * subject.touched + subject.nbytes
+    if isinstance(codec, EliasFano):  # the code, and the indices or, to add at them, values and elements
+        return (4 if op == "encode" else 12) * subject.touched + subject.nbytes
     twice = isinstance(codec, Ternary) or (isinstance(codec, Sign) and op == "encode_residual")
     if op == "encode":
         read = 4 * (subject.touched if isinstance(codec, RandomK) else size)
