@@ -201,7 +201,7 @@ class Dense(Reducer):
         return end
 
     def _buffers(self, x: Array, state: State, out: Array, work: Workspace, apart: bool) -> tuple[Array, Array, bool]:
-        """Return the array to sum and the array for the sum, (size,) each, and whether the second is a part of `out`."""
+        """Return the array to sum and the array for the sum, (size,) each, and whether that is a part of `out`."""
         layout, where = state.layout, state.layout.where
         if (
             where is not None
