@@ -203,7 +203,7 @@ def _arithmetic(member: Any, mode: bytes) -> str:
         for codec in reducer.codecs:
             state = Gather(codec).init(layout, "float32", feedback=True)
             message = Message(codec, layout.whole(), "float32")
-            message.encode(x, state, 0, 0, state.residual, state.spare)
+            message.encode(x, state, 0, 0)
             message.decode_add(total, state, 0, 0)
             found += [total.copy(), message.buffer, cast(Array, state.spare)]
         found += reducer.rehearse(x, total)

@@ -36,7 +36,7 @@ from mpicomp.cost import Cost, Work
 from mpicomp.errors import ConfigMismatchError
 from mpicomp.reducers.base import Level, Reducer, Reduction, State, Units, complete, nonfinite, poisoned_total
 from mpicomp.reducers.parts.layout import Layout, Unit
-from mpicomp.reducers.parts.messages import says_poison
+from mpicomp.reducers.parts.messages import check_header
 from mpicomp.reducers.parts.node_shards import NodeShards
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.reducers.policies.base import Wrapper
@@ -209,7 +209,7 @@ class _Step:
         shards.copy_in(x, rest, self._values(inputs, shards.local, shards.layout.size))
         self._meet(node, inputs, 0)
         for rank, part in zip(shards.node, inputs.parts, strict=True):
-            says_poison(part, rank, self.sequence, self.state)  # raises where it was at something else
+            check_header(part, rank, self.sequence, self.state)  # raises where it was at something else
         if shards.inner.size:
             self._own(inputs, self._values(results, shards.local, shards.inner.size))
         self._meet(node, results, POISON * self.poisoned | FAILED * (self.failure is not None))

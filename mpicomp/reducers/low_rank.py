@@ -30,7 +30,7 @@ from mpicomp.kernels import host_kernels
 from mpicomp.reducers.base import Reducer, Reduction, State, Units, poisoned_total
 from mpicomp.reducers.parts.factors import Factors, InTurn, magnitude, matrix_shape
 from mpicomp.reducers.parts.layout import Layout, Unit
-from mpicomp.reducers.parts.messages import TAME
+from mpicomp.reducers.parts.messages import SAFE
 from mpicomp.reducers.parts.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class LowRank(Reducer):
         warm = factors.normalised(sum_q, warm)
         np.multiply(sum_q, work.factor, out=sum_q)
         factors.expand(sum_p, sum_q, out, work.factor)
-        return Reduction(out, divided=work.factored, finite=top < TAME), state.advanced(memory={"q": warm})
+        return Reduction(out, divided=work.factored, finite=top < SAFE), state.advanced(memory={"q": warm})
 
     def rehearse(self, x: Array, total: Array) -> list[Array]:
         """See Reducer."""

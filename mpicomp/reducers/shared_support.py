@@ -58,7 +58,7 @@ class SharedSupport(Reducer):
 
         poisoned = nonfinite(x, state.residual, state.layout)
         if not poisoned:
-            mine.encode(x, state, 0, comm.rank, state.residual, state.spare)
+            mine.encode(x, state, 0, comm.rank)
         mine.payloads[-1][0][0] = np.nan if poisoned else 0.0
         rows = work.buffer("rows", two_shot_rows(values.nbytes, values.itemsize, comm.size), state.dtype)
         two_shot_sum(comm, values, sums, rows, str(self))

@@ -14,7 +14,7 @@ from mpicomp.codecs import indices
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.reducers import Layout, Unit
-from mpicomp.reducers.parts.entries import Coding
+from mpicomp.reducers.parts.entries import EntryCodec
 from mpicomp.reducers.parts.regions import Division, divide, owned_regions
 
 CUT = "split(topk(density=0.01, values=bf16), cut=True)"
@@ -221,7 +221,7 @@ def test_places_at_the_end_of_the_largest_unit(size: int) -> None:
 @given(data=st.data())
 def test_the_bound_of_entries_holds_however_they_fall(data: st.DataObject) -> None:
     codec = data.draw(st.sampled_from([None, "bf16", "uniform(bits=4, block=32)", "mxfp4", "sign"]))
-    how = Coding(member(f"gather({codec})").codec if codec else None, "float32")  # type: ignore[attr-defined]
+    how = EntryCodec(member(f"gather({codec})").codec if codec else None, "float32")  # type: ignore[attr-defined]
     parts = data.draw(st.lists(st.integers(1, 5000), min_size=1, max_size=5))
     counts = [data.draw(st.integers(0, size)) for size in parts]
     nbytes = sum(
@@ -272,4 +272,6 @@ def test_costs_say_how_often_values_lose_something() -> None:
 
 
 def test_entries_of_a_region_take_the_smallest_coding() -> None:
-    assert Coding(None, "float64").fields(1000, 10)[-1].nbytes == indices.nbytes(indices.smallest(1000, 10), 1000, 10)
+    assert EntryCodec(None, "float64").fields(1000, 10)[-1].nbytes == indices.nbytes(
+        indices.smallest(1000, 10), 1000, 10
+    )
