@@ -138,7 +138,7 @@ def elias_fano(codec: EliasFano, arrays: Arrays, device: bool = False) -> Subjec
         values, out = empty(k, "float32", device), empty(size, "float32", device)
         values.fill(1)
         out.fill(0)
-        ops["decode_add"] = lambda: index_codes.scatter_add(data, "elias_fano", values, out)
+        ops["decode_add"] = lambda: index_codes.scatter_add(data, values, out, coding="elias_fano")
     ops["encode"]()
     ops["decode_add"]()
     found = np.flatnonzero(to_host(out)) if device else back

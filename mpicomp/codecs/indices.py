@@ -114,16 +114,16 @@ def _seen(x: Array) -> Array:
     return to_host(x) if on_device(x) else x
 
 
-def scatter_add(data: Array, values: Array, out: Array, scale: float = 1.0) -> None:
+def scatter_add(data: Array, values: Array, out: Array, scale: float = 1.0, coding: str | None = None) -> None:
     """Add scale * values, (k,), to `out` at the indices in `data`; see `decode`."""
-    kernels, coding = kernels_for(out), smallest(out.size, values.size)
+    kernels, coding = kernels_for(out), coding or smallest(out.size, values.size)
     if coding == "bitmap":
         kernels.add_bitmap(data, values, out, scale)
     elif coding == "elias_fano":
         kernels.add_elias_fano(data, width(out.size, values.size), values, out, scale)
     else:
         places = np.empty_like(values, np.uint32, shape=values.size)
-        decode(data, out.size, places)
+        decode(data, out.size, places, coding)
         kernels.scatter_add(places, values, out, scale)
 
 
