@@ -110,7 +110,9 @@ class Auto(Reducer):
         """See Reducer."""
         return self.candidates()
 
-    def with_members(self, codec: Callable[[Codec], Codec], reducer: Callable[[Reducer], Reducer]) -> Reducer:
+    def with_members(
+        self, reducer: Callable[[Reducer], Reducer], codec: Callable[[Codec], Codec] = lambda codec: codec
+    ) -> Reducer:
         """See Reducer. A codec for which that changes some of its reducers gives way to these."""
         allow: list[Codec | Reducer] = []
         for each in self.allow:

@@ -24,7 +24,7 @@ from mpicomp.comm.communicator import Comm
 from mpicomp.comm.watch import Traffic
 from mpicomp.planner.allowance import divided
 from mpicomp.reducers import Layout, Reducer, State, Unit, Units, Workspace, apply, rescale
-from mpicomp.reducers.base import check_place
+from mpicomp.reducers.base import check_device
 from mpicomp.registry import describe, resolve_partitioned
 from mpicomp.torch.backend import MPIProcessGroup, tensor_group
 from mpicomp.torch.collective import breaking
@@ -278,6 +278,6 @@ def _hook(
     reducer = divided(resolve_partitioned(method, layout, common, ranks, min_size, min_ndim), ranks, "mean")
     what = describe(reducer, layout, ", ".join(sizes), "mean", seed, 0)
     scaled = "with a scaler" if scaler is not None and scaler.is_enabled() else "without scaler"
-    check_place(reducer, device_of(parameters.values()) is not None)
+    check_device(reducer, device_of(parameters.values()) is not None)
     hook = Hook(group, parameters, reducer, seed, scaler)
     return hook, f"compress, {scaled}, {what}"

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TypeVar
+
 import numpy as np
 
 from mpicomp.arrays import Array, on_device
 from mpicomp.comm.communicator import Comm
 from mpicomp.kernels import kernels_for
-from mpicomp.reducers.base import Reducer, Reduction, State, complete, nonfinite, rescale, scaled
+from mpicomp.reducers.base import Reducer, Reduction, State, StatePart, complete, nonfinite, rescale
 from mpicomp.reducers.parts.layout import Layout, Unit
 from mpicomp.reducers.parts.workspace import Workspace
 
+P = TypeVar("P", bound=StatePart)
 OPS = ("sum", "mean")
 MATRICES = 2.0**-64  # times an input: then a sum over the rows and columns of a matrix of any size is finite
 
@@ -75,7 +79,7 @@ def _once_more(
     for shrink in (0.5 ** (work.divisor - 1).bit_length(), MATRICES):
         kernels_for(bits).widen(bits, wide, "bfloat16")
         wide *= np.float32(shrink)
-        reduction, after = reducer.reduce(comm, wide, scaled(state, shrink), total, work)
+        reduction, after = reducer.reduce(comm, wide, _scaled(state, shrink), total, work)
         sound = _finished(reduction, state.layout, work.divisor, True)
         total *= np.float32(1 / shrink)
         if sound:
@@ -84,6 +88,12 @@ def _once_more(
         if not reduction.poisoned:  # elements that are finite are right, and would be less exact the next time
             break
     return state, False
+
+
+def _scaled(state: P, factor: float) -> P:
+    """Return a copy of a state with its residuals multiplied."""
+    residual = None if state.residual is None else state.residual * state.residual.dtype.type(factor)
+    return replace(state, residual=residual, inner=tuple(_scaled(inner, factor) for inner in state.inner))
 
 
 def _finished(reduction: Reduction, layout: Layout, divisor: int, watched: bool) -> bool:
