@@ -152,9 +152,8 @@ class Hierarchical(Wrapper):
 
     def absorbing(self, state: State) -> tuple[Unit, ...]:
         """See Reducer."""
-        if _shards(state) is None:
-            return self.reducer.absorbing(state)
-        return () if state.inner[0].residual is None else state.layout.units
+        fed = any(part.residual is not None for part in (state, *state.inner))
+        return state.layout.units if fed else ()
 
     def absorb(self, comm: Comm, dropped: Array, state: State) -> None:
         """See Reducer."""
@@ -218,7 +217,7 @@ class _Step:
             raise self.failure
         if any(flag & FAILED for flag in flags):
             failed = [rank for rank, flag in zip(shards.node, flags, strict=True) if flag & FAILED]
-            raise ConfigMismatchError(f"ranks {failed} on this node received another operation's message from other nodes")
+            raise ConfigMismatchError(f"ranks {failed} on this node received messages of another operation")
         self.poisoned = any(flag & POISON for flag in flags)
         if not self.poisoned:
             for number, where in enumerate(shards.ranges):
