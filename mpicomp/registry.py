@@ -75,6 +75,41 @@ REDUCERS: dict[str, type[Reducer]] = {
 }
 """Every reducer and policy by its name in a spec."""
 ALIASES = {"fp16": "cast(dtype=fp16)", "bf16": "cast(dtype=bf16)", "int8": "uniform(bits=8)"}
+OTHER_NAMES = {
+    "none": "dense",
+    "fp32": "dense",
+    "float32": "dense",
+    "allreduce": "dense",
+    "float16": "fp16",
+    "half": "fp16",
+    "bfloat16": "bf16",
+    "powersgd": "low_rank",
+    "dgc": "topk",
+    "gaussiank": "sampled_topk",
+    "random": "randomk",
+    "terngrad": "ternary",
+    "1bit": "sign",
+    "onebit": "sign",
+    "1bitsgd": "sign",
+    "onebitsgd": "sign",
+    "signsgd": "sign",
+    "efsignsgd": "sign",
+    "eden": "rotated(sign, rescale=True)",
+    "drive": "rotated(sign, rescale=True)",
+    "hadamard": "rotated",
+    "strom": "threshold",
+    "sz": "bounded",
+    "zfp": "bounded",
+    "4bit": "uniform(bits=4)",
+    "8bit": "uniform(bits=8)",
+    "int4": "uniform(bits=4)",
+    "quantize": "uniform",
+    "naturalcompression": "natural",
+    "oktopk": "split",
+    "sparcml": "split",
+    "gtopk": "tree",
+}
+"""Names of the literature and of other libraries, in lower case without "_" and "-": the hint for an unknown name."""
 GATHER_BYTES = 16384  # per rank; for fewer the number of messages costs more than their size, so gather is best
 
 Method = str | Codec | Reducer
@@ -98,7 +133,7 @@ def register(cls: type[T]) -> type[T]:
 
 def parse(spec: str) -> Codec | Reducer:
     """Read a spec such as "error_feedback(gather(topk(density=0.01)))"; raises SpecError."""
-    member: Codec | Reducer = parse_spec(spec, {**CODECS, **REDUCERS}, ALIASES)
+    member: Codec | Reducer = parse_spec(spec, {**CODECS, **REDUCERS}, ALIASES, OTHER_NAMES)
     return member
 
 

@@ -12,7 +12,7 @@ fixed codec needs no exchange of sizes. The header lets a receiver see that the 
 
 A codec of variable size has one field, of bytes, per piece; its capacity is announced, and its first 8 bytes are the
 number of bytes used, a multiple of 8. Before it is sent such a message is closed up: the used bytes of the pieces
-follow each other. A message that says POISON may end with its header.
+follow each other. A message with the flag POISON may end with its header.
 """
 
 from __future__ import annotations

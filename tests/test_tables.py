@@ -46,7 +46,7 @@ def specs_of(program: str) -> str:
 def test_a_codec_is_in_the_contract_suite(name: str) -> None:
     assert any(type(codec) is CODECS[name] for codec in CODECS_TESTED), (
         f"tests/codec_members.py: add {CODECS[name].__name__}(...) to CODECS_TESTED, a row per setting that changes "
-        "what runs, and its bound to tests/codecs/test_contract.py"
+        "what runs, and its bound to tests/codec_bounds.py"
     )
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mpicomp.arrays import Array
+from mpicomp.codecs.checks import check_bytes, work_dtype_of
 from mpicomp.specs import Spec
 from mpicomp.wire import Field, Payload
 
@@ -64,7 +65,7 @@ class Codec(Spec, ABC):
     A member is a frozen dataclass: its fields are its configuration, checked in `__post_init__`. It sets `spec_name`,
     overrides the attributes whose defaults are wrong for it, as class attributes or properties, and implements the
     abstract methods. Arrays are float32 or float64, contiguous, one-dimensional. `fields(0, dtype)` is valid and empty
-    of bytes; `_encode` and `_decode_add` never see an empty array.
+    of bytes; `_encode`, `_decode_add` and `_check` never see an empty array.
     """
 
     density: float | None = None
@@ -81,7 +82,7 @@ class Codec(Spec, ABC):
 
     @property
     def fixed(self) -> bool:
-        """Every message of a size has the same length, the one that `fields` says."""
+        """Every message of a size has the length that `fields` gives."""
         return True
 
     @property
@@ -167,10 +168,10 @@ class Codec(Spec, ABC):
 
     @abstractmethod
     def _encode(self, x: Array, old: Array | None, payload: Payload, new: Array | None, key: Key) -> int:
-        """Write x + old into `payload`, and what is left out to `new` if there is one; return the bytes used."""
+        """Write x + old into `payload` and, unless None, `new` = x + old - decode(payload); return the bytes used."""
 
     def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0, fresh: bool = False) -> None:
-        """Add scale * decode(payload) to `out`, to zeros if `fresh`: what a fresh `out` held does not matter.
+        """Add scale * decode(payload) to `out`, to zeros if `fresh`, whatever a fresh `out` holds.
 
         WireFormatError where a payload of variable size belongs to another work dtype than that of `out`.
         """
@@ -183,12 +184,21 @@ class Codec(Spec, ABC):
     def _decode_add(self, payload: Payload, out: Array, key: Key, scale: float, fresh: bool) -> None:
         """Add scale * decode(payload) to `out`; where `fresh` and `sets_fresh`, set `out` to it."""
 
-    @abstractmethod
     def check(self, payload: Payload, size: int) -> None:
         """Raise WireFormatError unless `encode` could have written `payload` from `size` finite elements.
 
-        What passes decodes within `out`, to finite numbers.
+        A payload that passes decodes to finite numbers, and only within `out`.
         """
+        if self.fixed:
+            work_dtype_of(payload, lambda dtype: self.fields(size, dtype))
+        else:
+            check_bytes(payload, size)
+        if size:
+            self._check(payload, size)
+
+    @abstractmethod
+    def _check(self, payload: Payload, size: int) -> None:
+        """See `check`: the content of arrays whose shapes and dtypes are right."""
 
     def contraction(self) -> Codec:
         """Return the contraction beside an unbiased codec, for error feedback; a contraction as it is.

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, cast
 from mpicomp.arrays import Array
 from mpicomp.codecs.accuracy import of_variance
 from mpicomp.codecs.base import Codec, Key, nbytes_of
-from mpicomp.codecs.checks import check_fields, check_scales, little, packed_bytes, work_dtype_of
+from mpicomp.codecs.checks import check_scales, little, packed_bytes
 from mpicomp.errors import WireFormatError
 from mpicomp.kernels import host_kernels, kernels_for
 from mpicomp.wire import Field, Payload
@@ -37,7 +37,7 @@ class Unbiased(Codec):
 
     @property
     def shrink(self) -> float:
-        """The factor on what is sent: 1 / (1 + omega) where not scaled."""
+        """The factor on the code: 1 / (1 + omega) where not scaled."""
         return 1.0 if self.scaled else 1.0 / (1.0 + self.omega)
 
     def relative_error(self, size: int) -> float:
@@ -119,9 +119,7 @@ class Blockwise(Unbiased):
         low = lows[0] if lows else None
         kernels_for(out).decode_blocks(scales, low, packed, out, self.grid, self.width, self.block, scale, fresh)
 
-    def check(self, payload: Payload, size: int) -> None:
-        """See Codec."""
-        check_fields(payload, self.fields(size, work_dtype_of(payload, 0)))
+    def _check(self, payload: Payload, size: int) -> None:
         scales, *lows, packed = payload
         check_scales(scales, self.levels, lows[0] if lows else None)
         smallest = -self.levels if self.grid == "symmetric" else 0

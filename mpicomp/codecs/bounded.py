@@ -11,13 +11,13 @@ import numpy as np
 
 from mpicomp.arrays import Array, on_device
 from mpicomp.codecs.base import Codec, Key, Scope
-from mpicomp.codecs.checks import check_bytes, is_number
+from mpicomp.codecs.checks import is_number
 from mpicomp.errors import WireFormatError
 from mpicomp.kernels import host_kernels, kernels_for
 from mpicomp.wire import Field, Payload
 
 BLOCK = 256  # elements
-LENGTH = 8  # bytes of the field that says how many are used
+LENGTH = 8  # bytes of the number of bytes used
 NARROWER = 1 - 2.0**-6  # of a step: the rounding of d then rarely breaks the bound; costs 0.02 bits per element
 
 
@@ -59,12 +59,12 @@ class Bounded(Codec):
     bound (huge beside `abs`, denormal under `rel`), the block is stored as it is. `rel` is relative to each element,
     not to the range of the array as elsewhere: a range is known only after a pass over x, differs between ranks, and
     says nothing about small elements; for it, compute `abs` from the range. `rel` keeps ceil(-log2(rel)) - 1 bits of
-    mantissa rounded to the nearest, so bounds between two powers of 1/2 cost what the smaller one costs; a zero stays
-    zero. Of complex numbers the real and the imaginary part are each within the bound, and the number within sqrt(2) *
-    abs, or rel times its absolute value.
+    mantissa rounded to the nearest, so a bound between two powers of 1/2 costs as much as the smaller power; a zero
+    stays zero. Of complex numbers the real and the imaginary part are each within the bound, and the number within
+    sqrt(2) abs, or rel times its absolute value.
 
-    Payload: one array of bytes: how many are used (u8, a multiple of 8), itemsize of x (u1), a header for each block,
-    zeros up to a multiple of 8, then the blocks' words and zeros up to a multiple of 8, all as
+    Payload: one array of bytes: the number of bytes used (u8, a multiple of 8), itemsize of x (u1), a header for each
+    block, zeros up to a multiple of 8, then the blocks' words and zeros up to a multiple of 8, all as
     `mpicomp.kernels.cpu.bounded` says; nothing for size 0. For `abs`, step is 2 * abs * (1 - 2^-6) in double precision,
     at most the largest number of x's dtype, rounded to it; inverse is 1 / step in double precision, rounded to it, or 0
     where that is infinite; limit is `abs` rounded to the dtype towards zero, at least its smallest number. For `rel`,
@@ -127,11 +127,8 @@ class Bounded(Codec):
         wide = settings(self.abs, self.rel, out.dtype.name)
         kernels_for(out).decode_bounded(headers, words, out, wide.relative, wide.step, wide.shift, scale)
 
-    def check(self, payload: Payload, size: int) -> None:
-        """See Codec."""
-        message = check_bytes(payload, size)
-        if size == 0:
-            return
+    def _check(self, payload: Payload, size: int) -> None:
+        (message,) = payload
         headers, words = _parts(message, size)
         wide = settings(self.abs, self.rel, f"float{8 * words.itemsize}")
         if message.size > self.fields(size, f"float{8 * words.itemsize}")[0].shape[0]:

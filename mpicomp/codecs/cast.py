@@ -10,7 +10,6 @@ import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec, Key, Scope
-from mpicomp.codecs.checks import check_fields
 from mpicomp.errors import WireFormatError
 from mpicomp.kernels import kernels_for
 from mpicomp.wire import Field, Payload
@@ -24,7 +23,7 @@ class Cast(Codec):
 
     Payload: bits (size,) u2. A finite value beyond the largest finite one becomes that one, and the rest goes to the
     residual. `encode` reads x once; `encode_residual` reads x and old once and writes new once. Sums of payloads lose
-    what is small beside them, so the codec is not linear.
+    small addends, so the codec is not linear.
     """
 
     dtype: str
@@ -39,15 +38,15 @@ class Cast(Codec):
 
     @property
     def ranged(self) -> bool:
-        """fp16 ends at 65504; bf16 ends where float32 does."""
+        """See Codec: fp16 ends at 65504, bf16 where float32 does."""
         return self.dtype == "fp16"
 
     def relative_error(self, size: int) -> float:
-        """Half the last place: 2^-11 for fp16, 2^-8 for bf16."""
+        """See Codec: half the last place, 2^-11 for fp16, 2^-8 for bf16."""
         return math.ldexp(1.0, -11 if self.dtype == "fp16" else -8)
 
     def scope(self, dtype: str) -> Scope:
-        """Up to the largest finite number; below, half the smallest one is lost."""
+        """See Codec: up to the largest finite number; half the smallest one is lost."""
         least, most = (2.0**-25, 65504.0) if self.dtype == "fp16" else (2.0**-126, 255 * 2.0**120)
         return Scope(least, most)
 
@@ -66,9 +65,7 @@ class Cast(Codec):
     def _decode_add(self, payload: Payload, out: Array, key: Key, scale: float, fresh: bool) -> None:
         kernels_for(out).widen_add(payload[0], out, scale, NAMES[self.dtype])
 
-    def check(self, payload: Payload, size: int) -> None:
-        """See Codec."""
-        check_fields(payload, self.fields(size, "float32"))
+    def _check(self, payload: Payload, size: int) -> None:
         infinite = np.uint16(0x7C00 if self.dtype == "fp16" else 0x7F80)
         if ((payload[0] & infinite) == infinite).any():
             raise WireFormatError("elements must be finite")

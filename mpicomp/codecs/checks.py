@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
+from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
 
@@ -80,18 +82,22 @@ def check_fields(payload: Payload, fields: tuple[Field, ...]) -> None:
             )
 
 
-def work_dtype_of(payload: Payload, place: int) -> str:
-    """Return the name of the work dtype of a payload's array; WireFormatError for any other dtype."""
-    name = str(payload[place].dtype.name) if len(payload) > place else "missing"
-    if name not in ("float32", "float64"):
-        raise WireFormatError(f"field {place} has dtype {name}, expected float32 or float64")
-    return name
+def work_dtype_of(payload: Payload, fields: Callable[[str], tuple[Field, ...]]) -> str:
+    """Return the work dtype for which a payload's arrays are those of `fields`; WireFormatError where neither is."""
+    try:
+        check_fields(payload, fields("float32"))
+    except WireFormatError as error:
+        with contextlib.suppress(WireFormatError):
+            check_fields(payload, fields("float64"))
+            return "float64"
+        raise error
+    return "float32"
 
 
-def check_finite(values: Array, what: str) -> None:
+def check_finite(values: Array, name: str) -> None:
     """Raise WireFormatError unless all `values` are finite."""
     if not np.isfinite(values).all():
-        raise WireFormatError(f"{what} must be finite")
+        raise WireFormatError(f"{name} must be finite")
 
 
 @np.errstate(over="ignore", invalid="ignore")
@@ -116,10 +122,9 @@ def little(dtype: str) -> str:
     return {"float32": "<f4", "float64": "<f8"}[dtype]
 
 
-def check_bytes(payload: Payload, size: int) -> Array:
-    """Return the message of variable size in a payload, one array of bytes; WireFormatError for any other payload."""
+def check_bytes(payload: Payload, size: int) -> None:
+    """Raise WireFormatError unless a payload is one array of bytes, empty for no elements."""
     if len(payload) != 1 or payload[0].ndim != 1 or payload[0].dtype != np.uint8:
         raise WireFormatError("a payload of variable size must be one array of bytes")
     if size == 0 and payload[0].size:
         raise WireFormatError(f"the message has {payload[0].size} bytes, expected none for no elements")
-    return payload[0]

@@ -14,11 +14,9 @@ from mpicomp.codecs.blockwise import Unbiased
 from mpicomp.codecs.checks import (
     check_block,
     check_bool,
-    check_fields,
     check_scales,
     little,
     packed_bytes,
-    work_dtype_of,
 )
 from mpicomp.errors import WireFormatError
 from mpicomp.kernels import host_kernels, kernels_for
@@ -86,9 +84,7 @@ class SmallFloat(Codec):
     def _decode_add(self, payload: Payload, out: Array, key: Key, scale: float, fresh: bool) -> None:
         kernels_for(out).decode_floats(payload[0] if self.shared else None, payload[-1], out, self.format, scale)
 
-    def check(self, payload: Payload, size: int) -> None:
-        """See Codec."""
-        check_fields(payload, self.fields(size, "float32"))
+    def _check(self, payload: Payload, size: int) -> None:
         if self.shared and (payload[0] > 254 - LARGEST[self.format]).any():
             raise WireFormatError(f"exponents must be at most {254 - LARGEST[self.format]}")
         codes = payload[-1]
@@ -178,7 +174,5 @@ class Natural(Unbiased):
     def _decode_add(self, payload: Payload, out: Array, key: Key, scale: float, fresh: bool) -> None:
         kernels_for(out).decode_powers(payload[0], payload[1], out, self.block, scale)
 
-    def check(self, payload: Payload, size: int) -> None:
-        """See Codec."""
-        check_fields(payload, self.fields(size, work_dtype_of(payload, 0)))
+    def _check(self, payload: Payload, size: int) -> None:
         check_scales(payload[0], 2)

@@ -107,8 +107,7 @@ class RandomK(Sparse):
         values = Values(self.values).decode(payload, places.size, out, key)
         kernels_for(out).scatter_add(places, values, out, scale)
 
-    def check(self, payload: Payload, size: int) -> None:
-        """See Codec."""
+    def _check(self, payload: Payload, size: int) -> None:
         Values(self.values).check(payload, self.kept(size))
 
     def _contracting(self) -> Codec:

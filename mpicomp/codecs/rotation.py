@@ -11,7 +11,7 @@ import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec, Key, Scope, nbytes_of
-from mpicomp.codecs.checks import check_bool, check_fields, check_finite, little
+from mpicomp.codecs.checks import check_bool, check_finite, little, work_dtype_of
 from mpicomp.errors import WireFormatError
 from mpicomp.kernels import kernels_for
 from mpicomp.wire import Field, Payload
@@ -159,11 +159,8 @@ class Rotated(Codec):
                 z *= payload[-1][number]
             kernels.axpy(z, out[first:stop], scale)
 
-    def check(self, payload: Payload, size: int) -> None:
-        """See Codec."""
-        dtype = next((name for name in ("float32", "float64") if self._fits(payload, size, name)), "")
-        if not dtype:
-            raise WireFormatError(f"the arrays of the payload are not those of {size} elements")
+    def _check(self, payload: Payload, size: int) -> None:
+        dtype = work_dtype_of(payload, lambda name: self.fields(size, name))
         if self.rescale:
             check_finite(payload[-1], "scales")
         # An element of two chunks (the last overlaps the one before) is at most the norm of all their numbers.
@@ -186,13 +183,6 @@ class Rotated(Codec):
 
     def _contracting(self) -> Codec:
         return replace(self, codec=self.codec.contraction(), rescale=False)
-
-    def _fits(self, payload: Payload, size: int, dtype: str) -> bool:
-        try:
-            check_fields(payload, self.fields(size, dtype))
-        except WireFormatError:
-            return False
-        return True
 
     def _base(self, key: Key) -> int:
         return key.shared()._replace(stage=STAGE).base()

@@ -11,13 +11,11 @@ from mpicomp.codecs.accuracy import of_mean, of_variance
 from mpicomp.codecs.base import Codec, Key, nbytes_of
 from mpicomp.codecs.checks import (
     check_bool,
-    check_fields,
     check_finite,
     check_scales,
     is_number,
     little,
     packed_bytes,
-    work_dtype_of,
 )
 from mpicomp.errors import WireFormatError
 from mpicomp.kernels import host_kernels, kernels_for
@@ -65,9 +63,7 @@ class Sign(Codec):
         grid = "pair" if self.two_means else "sign"
         kernels_for(out).decode_blocks(scales, None, packed, out, grid, 1, BLOCK, scale, fresh)
 
-    def check(self, payload: Payload, size: int) -> None:
-        """See Codec."""
-        check_fields(payload, self.fields(size, work_dtype_of(payload, 0)))
+    def _check(self, payload: Payload, size: int) -> None:
         scales, packed = payload
         check_finite(scales, "scales")
         if (scales[:1] < 0).any() or (scales[1:] > 0).any():
@@ -155,9 +151,7 @@ class Ternary(Codec):
     def _decode_add(self, payload: Payload, out: Array, key: Key, scale: float, fresh: bool) -> None:
         kernels_for(out).decode_blocks(payload[0], None, payload[1], out, "symmetric", 2, BLOCK, scale, fresh)
 
-    def check(self, payload: Payload, size: int) -> None:
-        """See Codec."""
-        check_fields(payload, self.fields(size, work_dtype_of(payload, 0)))
+    def _check(self, payload: Payload, size: int) -> None:
         scale, packed = payload
         check_scales(scale, 1)
         if not host_kernels(packed).codes_valid(packed, size, 2, BLOCK, -1, 1):

@@ -1,9 +1,9 @@
-"""What sparse codecs share: k values and where they are, in one message.
+"""What sparse codecs share: k values and their indices, in one message.
 
 **Values.** In the work dtype, or as `values`, any codec of fixed size, encodes an array of these k values, with the
 key of the whole array. **Indices.** One field of bytes, in the coding that `mpicomp.codecs.indices` finds smallest.
 
-**Messages of variable size** are one field of bytes: the number of bytes used, as uint64, these 8 included; 2 k, or
+**Messages of variable size** are one field of bytes: the number of bytes used, itself included, as uint64; 2 k, or
 2 k + 1 where the work dtype is float64, as uint64; the values' fields and the indices, each starting at a multiple of 8
 bytes, filled up with zeros; all little-endian. The capacity is that of k = size.
 """
@@ -19,7 +19,7 @@ import numpy as np
 from mpicomp.arrays import Array
 from mpicomp.codecs import indices
 from mpicomp.codecs.base import Codec, Key, Scope
-from mpicomp.codecs.checks import check_bytes, check_fields, check_finite, kept, little, sparse_block
+from mpicomp.codecs.checks import check_finite, kept, little, sparse_block
 from mpicomp.errors import WireFormatError
 from mpicomp.kernels import kernels_for
 from mpicomp.wire import ALIGN, Field, Payload
@@ -40,7 +40,7 @@ def padded(size: int) -> int:
 
 @dataclass(frozen=True)
 class Values:
-    """How the k values of a sparse codec are coded: as they are, or by `codec`."""
+    """The coding of the k values of a sparse codec: as they are, or by `codec`."""
 
     codec: Codec | None
 
@@ -75,12 +75,8 @@ class Values:
         self.codec.decode_add(payload, values, key)
         return values
 
-    def check(self, payload: Payload, k: int, dtypes: tuple[str, ...] = ("float32", "float64")) -> None:
-        """Raise WireFormatError unless `payload` is one of k finite values in one of the dtypes."""
-        kinds = [tuple((array.shape, array.dtype) for array in payload)] * len(dtypes)
-        known = [tuple((f.shape, np.dtype(f.dtype)) for f in self.fields(k, dtype)) for dtype in dtypes]
-        if not any(kind == fields for kind, fields in zip(kinds, known, strict=True)):
-            check_fields(payload, self.fields(k, dtypes[0]))
+    def check(self, payload: Payload, k: int) -> None:
+        """Raise WireFormatError unless `payload`, of the right shapes and dtypes, is one of k finite values."""
         if self.codec is None:
             check_finite(payload[0], "values")
         else:
@@ -99,7 +95,7 @@ class Sparse(Codec):
 
     @property
     def contractive(self) -> bool:
-        """See Codec: the rest is smaller than x, and so is what `values` leaves out."""
+        """See Codec: the rest is smaller than x, and so is the part that `values` leaves out."""
         return all(codec.contractive for codec in self.inner)
 
     @property
@@ -146,12 +142,11 @@ def add_sparse(data: Array, values: Array, out: Array, scale: float) -> None:
 
 def check_indices(data: Array, size: int, k: int) -> None:
     """Raise WireFormatError unless `data` is k ascending indices below `size` in the smallest coding."""
-    check_fields((data,), (indices_field(size, k),))
     indices.check(data, size, k, indices.smallest(size, k))
 
 
 def capacity(values: Values, size: int, dtype: str) -> tuple[Field, ...]:
-    """The field of a message of variable size, whatever number of elements is kept."""
+    """The field of a message of variable size, for up to `size` elements."""
     if size == 0:
         return (Field((0,), "|u1"),)
     room = sum(padded(field.nbytes) for field in values.fields(size, dtype))
@@ -174,7 +169,7 @@ def variable_views(values: Values, message: Array, size: int, k: int, dtype: str
 
 
 def start_variable(message: Array, used: int, k: int, dtype: str) -> None:
-    """Write the first 16 bytes and zero the others; the arrays are written over them."""
+    """Write the first 16 bytes and zeros, on which the arrays are written."""
     message[:used] = 0
     head = message[:HEAD].view("<u8")
     head[0], head[1] = used, 2 * k + (dtype == "float64")
@@ -191,11 +186,8 @@ def read_variable(message: Array, size: int) -> tuple[int, str]:
     return k, dtype
 
 
-def check_variable(values: Values, payload: Payload, size: int) -> None:
-    """Raise WireFormatError unless `payload` is a message of variable size for `size` elements."""
-    message = check_bytes(payload, size)
-    if size == 0:
-        return
+def check_variable(values: Values, message: Array, size: int) -> None:
+    """Raise WireFormatError unless `message` is one of variable size for `size` elements."""
     k, dtype = read_variable(message, size)
     if message.size > capacity(values, size, dtype)[0].nbytes:
         raise WireFormatError(f"the message has {message.size} bytes, more than {size} elements can take")
@@ -209,5 +201,5 @@ def check_variable(values: Values, payload: Payload, size: int) -> None:
         if message[at + field.nbytes : at + padded(field.nbytes)].any():
             raise WireFormatError("padding must be zero")
         at += padded(field.nbytes)
-    values.check(coded, k, (dtype,))
+    values.check(coded, k)
     check_indices(data, size, k)

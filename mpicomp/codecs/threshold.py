@@ -71,9 +71,8 @@ class Above(Selecting):
         coded, data, _ = variable_views(how, payload[0], out.size, k, dtype)
         add_sparse(data, how.decode(coded, k, out, key), out, scale)
 
-    def check(self, payload: Payload, size: int) -> None:
-        """See Codec."""
-        check_variable(Values(self.values), payload, size)
+    def _check(self, payload: Payload, size: int) -> None:
+        check_variable(Values(self.values), payload[0], size)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from mpicomp.codecs.sparse import (
     indices_field,
     write_indices,
 )
-from mpicomp.errors import WireFormatError
 from mpicomp.kernels import kernels_for
 from mpicomp.wire import Field, Payload
 
@@ -35,7 +34,7 @@ class Largest(Selecting):
         return self.values is None
 
     def relative_error(self, size: int) -> float:
-        """Worst where all elements are equally large: sqrt(1 - k / size), and what `values` loses of the k."""
+        """See Codec: sqrt(1 - k / size) where all elements are equal, and the error of `values` on the k."""
         kept = self.kept(size)
         return of_largest(size, kept, Values(self.values).relative_error(kept))
 
@@ -69,24 +68,21 @@ class Largest(Selecting):
         *coded, data = payload
         add_sparse(data, Values(self.values).decode(tuple(coded), self.kept(out.size), out, key), out, scale)
 
-    def check(self, payload: Payload, size: int) -> None:
-        """See Codec."""
-        if not payload:
-            raise WireFormatError("the payload is empty")
-        k = self.kept(size)
-        Values(self.values).check(tuple(payload[:-1]), k)
-        check_indices(payload[-1], size, k)
+    def _check(self, payload: Payload, size: int) -> None:
+        *coded, data = payload
+        Values(self.values).check(tuple(coded), self.kept(size))
+        check_indices(data, size, self.kept(size))
 
 
 @dataclass(frozen=True)
 class TopK(Largest):
     """Keep the k = ceil(density * size) elements of largest magnitude, exactly.
 
-    Payload: the values, k in the work dtype or as the codec `values` writes them, then the indices, u1, in the
-    smallest coding for (size, k); see `mpicomp.codecs.sparse`. Of equal magnitudes the lowest indices are kept.
-    `encode` reads x once; `encode_residual` reads x and old once and writes new once; both read once more those groups
-    of 64 elements that have candidates. Where the elements kept are sent as they are, they are exactly zero in new.
-    Where a sample misleads, twice as a rule; only adversarial arrays are read some thirty times.
+    Payload: the values, k in the work dtype or as the codec `values` writes them, then the indices, u1, in the smallest
+    coding for (size, k); see `mpicomp.codecs.sparse`. Of equal magnitudes the lowest indices are kept. `encode` reads x
+    once; `encode_residual` reads x and old once and writes new once; both read once more those groups of 64 elements
+    that have candidates. Without `values` the elements kept are exactly zero in new. Where a sample misleads, x is read
+    twice as a rule, and some thirty times only if it is adversarial.
     """
 
     density: float = field()
