@@ -89,13 +89,8 @@ class LowRank(Reducer):
         return state
 
     @np.errstate(over="ignore", invalid="ignore")  # NaN and infinity are valid inputs
-    def reduce(
-        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
-    ) -> tuple[Reduction, State]:
-        """See Reducer."""
-        out = np.empty_like(x) if out is None else out
+    def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
         comm.next_call()
-        work = work or Workspace(state.device)
         factors = work.made("factors", lambda: self._factors(state))
         (p, sum_p), (q, sum_q) = (
             (work.buffer(name, size, state.dtype), work.buffer(f"sum {name}", size, state.dtype))

@@ -35,11 +35,7 @@ class After(Wrapper):
         """See Reducer."""
         return DENSE if state.step < self.steps else super().running(state)
 
-    def reduce(
-        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
-    ) -> tuple[Reduction, State]:
-        """See Reducer."""
-        work = work or Workspace(state.device)
+    def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
         if state.step >= self.steps:
             return self.reducer.reduce(comm, x, state, out, work.inner("reducer"))
         unfed = replace(state, residual=None, spare=None)

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
 from mpicomp.arrays import Array
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
@@ -56,12 +54,8 @@ class Partition(Policy):
         inner = tuple(reducer.init(part, dtype, feedback, seed, step).part for reducer, part in self._branches(layout))
         return State(layout, dtype, 0, inner=inner, seed=seed, step=step)
 
-    def reduce(
-        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
-    ) -> tuple[Reduction, State]:
+    def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
         """See Reducer. Small and large units travel at the same time; a branch without units sends nothing."""
-        out = np.empty_like(x) if out is None else out
-        work = work or Workspace(state.device)
         end = _begin(self.small, comm, x, state.nested(0), out, work.inner("small"))
         try:
             of_large = _begin(self.large, comm, x, state.nested(1), out, work.inner("large"))()
