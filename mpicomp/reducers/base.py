@@ -270,9 +270,9 @@ class Reducer(Spec, ABC):
 
     def export(self, state: State) -> Units:
         """Return copies of what this rank must store to go on: residuals and the like, by unit name."""
-        units: Units = {}
+        units, carried = dict[str, dict[str, Array]](), self.carried(state)
         for unit in state.layout.units:
-            kept = {name: to_host(array) for name, array in self.kept(state, unit.name).items()}
+            kept = {name: to_host(array) for name, array in carried.get(unit.name, {}).items()}
             if state.residual is not None:
                 kept["residual"] = to_host(state.residual[unit.where])
             units[unit.name] = kept
@@ -280,8 +280,8 @@ class Reducer(Spec, ABC):
             units |= reducer.export(inner)
         return units
 
-    def kept(self, state: State, unit: str) -> Mapping[str, Array]:
-        """Return what is exported of a unit beside its residual."""
+    def carried(self, state: State) -> Units:
+        """Return what is exported of the units beside their residuals."""
         return {}
 
     def restore(self, state: State, units: Units) -> State:

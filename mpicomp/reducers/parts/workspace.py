@@ -77,19 +77,14 @@ class Workspace:
         return known[:size]
 
     @property
-    def exact(self) -> bool:
-        """Whether a division by `divisor` is exact as a multiplication: by a power of two."""
-        return self.divisor & (self.divisor - 1) == 0
+    def factored(self) -> int:
+        """The divisor, if a multiplication by `factor` divides by it exactly: a power of two; else 1."""
+        return self.divisor if self.divisor & (self.divisor - 1) == 0 else 1
 
     @property
     def factor(self) -> float:
-        """The factor that divides by `divisor`, if that is exact, else 1."""
-        return 1.0 / self.divisor if self.exact else 1.0
-
-    @property
-    def factored(self) -> int:
-        """The divisor that `factor` stands for."""
-        return self.divisor if self.exact else 1
+        """The factor that divides by `factored`."""
+        return 1.0 / self.factored
 
     def shrink(self, codec: Codec | None, ranks: int) -> float:
         """Return the factor of a sum over `ranks` inputs before `codec` encodes it: a power of two.

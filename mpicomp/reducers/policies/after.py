@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from mpicomp.arrays import Array
+from mpicomp.codecs.checks import check_integer
 from mpicomp.comm.communicator import Comm
 from mpicomp.reducers.base import Level, Reducer, Reduction, State
 from mpicomp.reducers.dense import Dense
@@ -27,8 +28,7 @@ class After(Wrapper):
     steps: int = field(kw_only=True)
 
     def __post_init__(self) -> None:
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
-            raise ValueError(f"steps must be an integer of at least 0, got {self.steps!r}")
+        check_integer("steps", self.steps, 0)
         super().__post_init__()
 
     def running(self, state: State) -> Reducer:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mpicomp.arrays import Array
+from mpicomp.codecs.checks import check_integer
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost
@@ -29,10 +30,8 @@ class Partition(Policy):
     min_ndim: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("min_size", "min_ndim"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
+        check_integer("min_size", self.min_size, 0)
+        check_integer("min_ndim", self.min_ndim, 0)
         self.check(self.small)
         self.check(self.large)
 
