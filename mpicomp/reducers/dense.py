@@ -170,14 +170,14 @@ class Dense(Reducer):
         nbytes = layout.size * itemsize
         algorithm = self._algorithm(nbytes, comm.topology)
         flat, total, in_place = self._buffers(x, state, out, work, apart=algorithm != "ring")
-        arrive, divided, finite = None, 1, False
+        arrive, divided, finite = None, False, False
         if algorithm == "mpi":
             allreduce(comm, flat, total)
         elif algorithm == "ring":
             slots = work.buffer("slots", ring_slots(nbytes, itemsize, comm.size), state.dtype, host=True)
             with on_host(flat, total) as (given, summed):
                 finite = ring_sum(comm, given, summed, slots, work.divisor, str(self))
-            divided = work.divisor if comm.size > 1 else 1
+            divided = comm.size > 1
         else:
             rows = work.buffer("rows", two_shot_rows(nbytes, itemsize, comm.size), state.dtype, host=True)
             if _in_one_round(nbytes, comm.size) and not on_device(x):

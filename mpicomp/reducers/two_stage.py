@@ -101,7 +101,7 @@ class TwoStage(Reducer):
         poisoned, finite = messages.run(comm, steps, comm.next_call(), str(self))
         if poisoned:
             return poisoned_total(out, state.layout), state
-        return Reduction(out, divided=work.factored, finite=finite), state.advanced()
+        return Reduction(out, divided=work.exact, finite=finite), state.advanced()
 
     def _messages(self, comm: Comm, state: State, shrinks: tuple[float, float]) -> tuple[TwoStages[Message], Array]:
         """The messages of this rank, and room for the sum of a group of its shard."""

@@ -78,18 +78,13 @@ class Workspace:
 
     @property
     def exact(self) -> bool:
-        """Whether multiplying by `factor` is dividing by `divisor`, to the bit: powers of two."""
+        """Whether `factor` divides by `divisor`, to the bit: powers of two."""
         return self.divisor & (self.divisor - 1) == 0
 
     @property
     def factor(self) -> float:
-        """What divides by `divisor` where that is exact, else 1."""
+        """The factor that a reducer may fold into a pass: 1 / divisor where that is exact, otherwise 1."""
         return 1.0 / self.divisor if self.exact else 1.0
-
-    @property
-    def factored(self) -> int:
-        """What `factor` divides by."""
-        return self.divisor if self.exact else 1
 
     def shrink(self, codec: Codec | None, ranks: int) -> float:
         """Return what a sum over so many inputs is multiplied by before `codec` encodes it: a power of two.
