@@ -30,7 +30,7 @@ from mpicomp.kernels import host_kernels
 from mpicomp.reducers.base import Reducer, Reduction, State, coding, poisoned_total
 from mpicomp.reducers.parts.layout import Layout, Piece, shards
 from mpicomp.reducers.parts.messages import Envelope, residuals
-from mpicomp.reducers.parts.pipeline import Steps, TwoStages, groups
+from mpicomp.reducers.parts.pipeline import Steps, TwoStages, shard_groups
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.wire import Field, MessageLayout
 
@@ -91,7 +91,7 @@ class Integer(Reducer):
         if not layout.size:
             return Cost()
         maxima = self.blocks(layout) * np.dtype(dtype).itemsize
-        parts = [groups(pieces, self.quantizer) for pieces in shards(layout, self.block, ranks)]
+        parts = shard_groups(layout, self.quantizer, ranks)
         sent = [
             MessageLayout(self.fields(part, self.bits)).nbytes
             for peer, own in enumerate(parts)
@@ -169,7 +169,7 @@ class _Buffers:
         def message(width: int, pieces: list[Piece]) -> Envelope:
             return Envelope(pieces, reducer.fields(pieces, width))
 
-        parts = [groups(pieces, reducer.quantizer) for pieces in shards(layout, block, ranks)]
+        parts = shard_groups(layout, reducer.quantizer, ranks)
         self.messages = TwoStages(me, parts, partial(message, reducer.bits), partial(message, self.width), own=True)
         self.sums = empty(self.messages.largest, "uint32")
 

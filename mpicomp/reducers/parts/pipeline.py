@@ -17,7 +17,7 @@ from mpicomp.comm.collectives import peers
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.exchange import Exchange, exchange_lengths
 from mpicomp.reducers.base import State
-from mpicomp.reducers.parts.layout import Piece
+from mpicomp.reducers.parts.layout import Layout, Piece, shards
 from mpicomp.reducers.parts.messages import Envelope, check_header
 
 GROUP = 1 << 19  # elements of a message, about: with half as many, Python's work per message takes a tenth of a step
@@ -39,6 +39,11 @@ def groups(pieces: Sequence[Piece], codec: Codec) -> list[list[Piece]]:
             found[-1].append(part)
             room -= part.size
     return found
+
+
+def shard_groups(layout: Layout, codec: Codec, ranks: int) -> list[list[list[Piece]]]:
+    """The groups of every rank's shard."""
+    return [groups(pieces, codec) for pieces in shards(layout, codec.block, ranks)]
 
 
 def _cut(piece: Piece, codec: Codec) -> list[Piece]:
