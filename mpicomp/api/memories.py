@@ -13,7 +13,7 @@ from mpicomp.arrays import Array, work_dtype
 from mpicomp.codecs.base import Codec
 from mpicomp.comm.communicator import Comm
 from mpicomp.planner.allowance import divided
-from mpicomp.reducers.base import Reducer, State, check_place
+from mpicomp.reducers.base import Reducer, State, check_device
 from mpicomp.reducers.parts.apply import apply
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.registry import Method, parse, resolve
@@ -112,7 +112,7 @@ class Memory:
                 f"each communicator of another size or order"
             )
         reducer = self.reducer or resolve(self.method, self.form.layout, self.form.dtype, comm.size, self.feedback)
-        check_place(reducer, self.form.device)
+        check_device(reducer, self.form.device)
         found = Running(reducer, divided(reducer, comm.size, op))
         if self.running not in (None, found.divided):
             raise ValueError(
@@ -218,7 +218,7 @@ def memory(method: Method, x: Arrays, seed: int = 0) -> Memory:
     made = Memory(member_of(method), form, seed)
     for ranks in (1, 2, 64):  # whatever their number: what no reducer takes is refused here
         reducer = resolve(made.method, form.layout, form.dtype, ranks)
-        check_place(reducer, form.device)
+        check_device(reducer, form.device)
         reducer.init(form.layout.select(lambda unit: False), work_dtype(form.dtype))
     return made
 

@@ -149,9 +149,10 @@ class Reducer(Spec, ABC):
     """
 
     level: ClassVar[Level] = Level.METHOD
-
     takes_complex: ClassVar[bool] = True
     """Whether it sums complex arrays as twice as many real numbers."""
+    by_unit: ClassVar[bool] = False
+    """Whether it takes different reducers for different units."""
 
     @property
     def on_gpu(self) -> bool:
@@ -174,30 +175,32 @@ class Reducer(Spec, ABC):
         return any(each.remembers for each in self.inner)
 
     @cached_property
+    def members(self) -> dict[str, Codec | Reducer]:
+        """The codecs and reducers among the fields."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}  # type: ignore[arg-type]  # a dataclass
+        return {name: value for name, value in values.items() if isinstance(value, Codec | Reducer)}
+
+    @property
     def codecs(self) -> tuple[Codec, ...]:
-        """The codecs whose arithmetic all ranks must share: those among the fields."""
-        return tuple(value for value in self._values() if isinstance(value, Codec))
+        """The codecs whose arithmetic all ranks must share."""
+        return tuple(each for each in self.members.values() if isinstance(each, Codec))
 
-    @cached_property
+    @property
     def inner(self) -> tuple[Reducer, ...]:
-        """The reducers inside this one: those among the fields."""
-        return tuple(value for value in self._values() if isinstance(value, Reducer))
+        """The reducers inside this one."""
+        return tuple(each for each in self.members.values() if isinstance(each, Reducer))
 
-    def _values(self) -> list[Any]:
-        return [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]  # members are dataclasses
-
-    def with_members(self, codec: Callable[[Codec], Codec], reducer: Callable[[Reducer], Reducer]) -> Reducer:
-        """Return this reducer with every codec and every reducer among its fields replaced by a function of it."""
-        changes: dict[str, Any] = {}
-        for each, value in zip(fields(self), self._values(), strict=True):  # type: ignore[arg-type]  # as above
-            new = codec(value) if isinstance(value, Codec) else reducer(value) if isinstance(value, Reducer) else value
-            if new is not value:
-                changes[each.name] = new
-        return replace(self, **changes) if changes else self  # type: ignore[type-var]  # as above
+    def with_members(
+        self, reducer: Callable[[Reducer], Reducer], codec: Callable[[Codec], Codec] = lambda codec: codec
+    ) -> Reducer:
+        """Return this reducer with every reducer and every codec among its fields replaced by a function of it."""
+        new = {name: codec(old) if isinstance(old, Codec) else reducer(old) for name, old in self.members.items()}
+        changed = any(new[name] is not old for name, old in self.members.items())
+        return replace(self, **new) if changed else self  # type: ignore[type-var]  # a dataclass
 
     def contraction(self) -> Reducer:
         """Return the form of this reducer that contracts, for use under error feedback; ValueError without one."""
-        return self.with_members(lambda codec: codec.contraction(), lambda reducer: reducer.contraction())
+        return self.with_members(lambda reducer: reducer.contraction(), lambda codec: codec.contraction())
 
     def with_bound(self, ranks: int, op: str) -> Reducer:
         """Return this reducer with a bound on the result of `op` divided among its own encodings; see `allowance`."""
@@ -214,6 +217,10 @@ class Reducer(Spec, ABC):
     def parts(self, state: State) -> list[tuple[Reducer, State]]:
         """Return the reducers that have a part of this state, each with that part."""
         return [(reducer, state.nested(number)) for number, reducer in enumerate(self.inner)]
+
+    def owned(self, layout: Layout, ranks: int, me: int) -> list[Piece]:
+        """Return the pieces whose final rounding rank `me` remembers: rank 0 all, unless shards have owners."""
+        return [] if me else layout.whole()
 
     @abstractmethod
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
@@ -279,13 +286,10 @@ class Reducer(Spec, ABC):
         return replace(state, inner=parts) if parts else state
 
     def absorb(self, comm: Comm, dropped: Array, state: State) -> None:
-        """Add what the final rounding dropped, (extent,), to the residual of each element's owner, in place.
-
-        Rank 0 owns all elements where shards have no owners.
-        """
-        if comm.rank == 0 and state.residual is not None:
-            for unit in state.layout.units:
-                state.residual[unit.where] += dropped[unit.where]
+        """Add what the final rounding dropped, (extent,), to the residual of each element's owner, in place."""
+        if state.residual is not None:
+            for piece in self.owned(state.layout, comm.size, comm.rank):
+                state.residual[piece.where] += dropped[piece.where]
         for reducer, inner in self.parts(state):
             reducer.absorb(comm, dropped, inner)
 
@@ -304,11 +308,11 @@ def walk(reducer: Reducer) -> Iterator[Reducer]:
 
 def rebuild(reducer: Reducer, change: Callable[[Reducer], Reducer]) -> Reducer:
     """Return a reducer rebuilt from the leaves up: `change` is applied to each one after the reducers inside it."""
-    return change(reducer.with_members(lambda codec: codec, lambda inner: rebuild(inner, change)))
+    return change(reducer.with_members(lambda inner: rebuild(inner, change)))
 
 
-def check_place(reducer: Reducer, device: bool) -> None:
-    """Raise TypeError for a reducer that cannot sum arrays on a GPU, where they are."""
+def check_device(reducer: Reducer, device: bool) -> None:
+    """Raise TypeError where arrays are on a GPU, and the reducer sums arrays on the host only."""
     if device and not reducer.on_gpu:
         raise TypeError(
             f"{reducer} sums NumPy arrays and CPU tensors only; on a GPU there are dense, gather, two_stage and "
@@ -329,12 +333,6 @@ def rescale(state: StatePart, factor: float) -> None:
         np.multiply(state.residual, factor, out=state.residual)
     for inner in state.inner:
         rescale(inner, factor)
-
-
-def scaled(state: P, factor: float) -> P:
-    """Return a copy of a state with its residuals multiplied."""
-    residual = None if state.residual is None else state.residual * state.residual.dtype.type(factor)
-    return replace(state, residual=residual, inner=tuple(scaled(inner, factor) for inner in state.inner))
 
 
 def nonfinite(x: Array, old: Array | None, layout: Layout) -> bool:

@@ -147,11 +147,9 @@ class Integer(Reducer):
             steps.decode(share, 0)
         return [total, cast(Array, state.spare), *(message.buffer for message in (*codes, *sums))]
 
-    def absorb(self, comm: Comm, dropped: Array, state: State) -> None:
-        """See Reducer: the owner of a shard owns its elements."""
-        if state.residual is not None:
-            for piece in shards(state.layout, self.block, comm.size)[comm.rank]:
-                state.residual[piece.where] += dropped[piece.where]
+    def owned(self, layout: Layout, ranks: int, me: int) -> list[Piece]:
+        """See Reducer: the owners of the shards."""
+        return shards(layout, self.block, ranks)[me]
 
 
 class _Buffers:

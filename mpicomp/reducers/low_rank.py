@@ -1,4 +1,4 @@
-"""low_rank: PowerSGD (Vogels, Karimireddy and Jaggi 2019), all matrices of a layout in two allreduces.
+"""low_rank: PowerSGD (Vogels, Karimireddy and Jaggi 2019), with two allreduces for all matrices of a layout.
 
 For the matrix M of a unit (a tensor's first dimension by the rest), on every rank:
 
@@ -6,9 +6,9 @@ For the matrix M of a unit (a tensor's first dimension by the rest), on every ra
     Q' = sum over ranks of M^T P
     total = P Q'^T,    new residual = M - P (M^T P)^T,    Q' is the next step's Q (warm start)
 
-The products with M concern one rank alone, and M Q uses BLAS on a CPU; what every rank recomputes from the sums
-(Gram-Schmidt, P Q'^T) runs in our own kernels in one fixed order, on a GPU too. MPI's own allreduce sums: see `dense`
-for what it promises. What is not finite in any M shows in the sum of M Q.
+Only one rank needs its products with M, so M Q uses BLAS on a CPU. What every rank computes from the sums
+(Gram-Schmidt, P Q'^T) runs in our own kernels in one fixed order, on a GPU too. MPI's own allreduce sums; `dense` says
+what it promises. NaN or infinity in any M makes the sum of M Q non-finite.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
 from mpicomp.kernels import host_kernels
 from mpicomp.reducers.base import Reducer, Reduction, State, Units, poisoned_total
-from mpicomp.reducers.parts.factors import Factors, InTurn, magnitude, matrix_shape
+from mpicomp.reducers.parts.factors import Factors, PerUnit, magnitude, matrix_shape
 from mpicomp.reducers.parts.layout import Layout, Unit
 from mpicomp.reducers.parts.messages import SAFE
 from mpicomp.reducers.parts.workspace import Workspace
@@ -39,10 +39,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LowRank(Reducer):
-    """The sum of matrices as a product of two thin factors, `rank` columns each; lower = smaller messages.
+    """The sum of matrices as a product of two thin factors of `rank` columns; lower = smaller messages.
 
-    A unit of fewer than two dimensions, and one that two factors would not make smaller, is summed as it is in the
-    first allreduce.
+    A unit of fewer than two dimensions, or no larger than its factors, is summed uncompressed in the first allreduce.
     """
 
     spec_name: ClassVar[str] = "low_rank"
@@ -55,7 +54,7 @@ class LowRank(Reducer):
             raise ValueError(f"rank must be a positive integer, got {self.rank!r}")
 
     def factors(self, unit: Unit) -> tuple[int, int] | None:
-        """Rows and columns of the unit's matrix; None where it is summed as it is."""
+        """Return rows and columns of the unit's matrix; None for an uncompressed unit."""
         return matrix_shape(unit, self.rank)
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
@@ -77,7 +76,7 @@ class LowRank(Reducer):
         return replace(state, memory={"q": warm})
 
     def kept(self, state: State, unit: str) -> Mapping[str, Array]:
-        """See Remembering: the warm start, (columns, rank)."""
+        """See Reducer: the warm start, (columns, rank)."""
         matrix = Factors(state.layout, self.rank).matrices.get(unit)
         return {} if matrix is None else {"q": state.memory["q"][matrix.q].reshape(-1, self.rank)}
 
@@ -89,7 +88,7 @@ class LowRank(Reducer):
                 state.memory["q"][matrix.q] = units[name]["q"].reshape(-1)
         return state
 
-    @np.errstate(over="ignore", invalid="ignore")  # what is not finite is an input like others, no ground to warn
+    @np.errstate(over="ignore", invalid="ignore")  # NaN and infinity are valid inputs
     def reduce(
         self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
     ) -> tuple[Reduction, State]:
@@ -131,9 +130,9 @@ class LowRank(Reducer):
         kernels.outer_add(p, q, whole, -0.5)
         return [total, p]
 
-    def _factors(self, state: State) -> InTurn | Batches:
+    def _factors(self, state: State) -> PerUnit | Batches:
         if not state.device:
-            return InTurn(state.layout, self.rank)
+            return PerUnit(state.layout, self.rank)
         from mpicomp.reducers.parts.batches import Batches  # and with it the kernels for a GPU
 
         return Batches(state.layout, self.rank)

@@ -1,4 +1,4 @@
-"""shared_support: the payloads of a linear codec are summed as they are, since they mean the same on every rank."""
+"""shared_support: payloads of a linear codec are summed without decoding, since all ranks keep the same elements."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from mpicomp.wire import ALIGN, HEADER, Field
 
 @dataclass(frozen=True)
 class SharedSupport(Reducer):
-    """One dense sum of k values where the codec keeps k of n; exact but for what the codec leaves out.
+    """One dense sum of the k values that the codec keeps of n; exact except for what the codec leaves out.
 
-    The sum carries one more number, 0 or NaN: whether all inputs were finite.
+    The sum has one more number, which is NaN unless all inputs are finite, and else 0.
     """
 
     spec_name: ClassVar[str] = "shared_support"
@@ -70,6 +70,6 @@ class SharedSupport(Reducer):
         return Reduction(out), state.advanced()
 
     def _messages(self, state: State) -> list[Message]:
-        """This rank's payloads and their sum, each with one more number."""
+        """Return the messages for this rank's payloads and for their sum, each with one more number."""
         slot = (Field((1,), np.dtype(state.dtype).newbyteorder("<").str),)
         return [Message(self.codec, state.layout.whole(), state.dtype, extra=slot) for _ in range(2)]

@@ -22,7 +22,7 @@ from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
 from mpicomp.reducers.base import Reducer, Reduction, State, check_codec, coding, poisoned_total
 from mpicomp.reducers.parts.bounds import bound_of_sum
-from mpicomp.reducers.parts.layout import Layout, shards
+from mpicomp.reducers.parts.layout import Layout, Piece, shards
 from mpicomp.reducers.parts.messages import Message, encode_all, message_nbytes
 from mpicomp.reducers.parts.pipeline import Steps, TwoStages, shard_groups
 from mpicomp.reducers.parts.workspace import Workspace
@@ -113,11 +113,9 @@ class TwoStage(Reducer):
         messages = TwoStages(comm.rank, parts, first, second, own=self.codec.linear)
         return messages, empty(messages.largest, state.dtype, state.device)
 
-    def absorb(self, comm: Comm, dropped: Array, state: State) -> None:
-        """See Reducer: the owner of a shard owns its elements."""
-        if state.residual is not None:
-            for piece in shards(state.layout, self.codec.block, comm.size)[comm.rank]:
-                state.residual[piece.where] += dropped[piece.where]
+    def owned(self, layout: Layout, ranks: int, me: int) -> list[Piece]:
+        """See Reducer: the owners of the shards."""
+        return shards(layout, self.codec.block, ranks)[me]
 
 
 @dataclass(frozen=True)

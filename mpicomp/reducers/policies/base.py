@@ -44,11 +44,11 @@ class Policy(Reducer):
         """Return a reducer with this policy at its place in it, for use in a message."""
         if reducer.level > self.level:
             return self.around(reducer)
-        return reducer if reducer.level is self.level else reducer.with_members(lambda codec: codec, self.put_into)
+        return reducer if reducer.level is self.level else reducer.with_members(self.put_into)
 
     def around(self, reducer: Reducer) -> Reducer:
         """Return this policy around another reducer, as a user should write it."""
-        return self.with_members(lambda codec: codec, lambda _: reducer)
+        return self.with_members(lambda _: reducer)
 
 
 @dataclass(frozen=True)

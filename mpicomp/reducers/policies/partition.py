@@ -24,6 +24,7 @@ class Partition(Policy):
 
     spec_name: ClassVar[str] = "partition"
     level: ClassVar[Level] = Level.OUTER
+    by_unit: ClassVar[bool] = True
     small: Reducer
     large: Reducer
     min_size: int = 512
