@@ -169,7 +169,7 @@ class Dense(Reducer):
         layout, itemsize = state.layout, x.itemsize
         nbytes = layout.size * itemsize
         algorithm = self._algorithm(nbytes, comm.topology)
-        flat, total, in_place = self._buffers(x, state, out, work, apart=algorithm != "ring")
+        flat, total, direct = self._buffers(x, state, out, work, in_place=algorithm == "ring")
         arrive, divided, finite = None, False, False
         if algorithm == "mpi":
             allreduce(comm, flat, total)
@@ -189,7 +189,7 @@ class Dense(Reducer):
         def end() -> tuple[Reduction, State]:
             if arrive is not None:
                 arrive()
-            if not in_place:
+            if not direct:
                 layout.spread(total, out)
             if state.spare is None:
                 return Reduction(out, divided=divided, finite=finite), state.advanced()
@@ -200,13 +200,15 @@ class Dense(Reducer):
 
         return end
 
-    def _buffers(self, x: Array, state: State, out: Array, work: Workspace, apart: bool) -> tuple[Array, Array, bool]:
+    def _buffers(
+        self, x: Array, state: State, out: Array, work: Workspace, in_place: bool
+    ) -> tuple[Array, Array, bool]:
         """Return the array to sum and the array for the sum, (size,) each, and whether that is a part of `out`."""
         layout, where = state.layout, state.layout.where
         if (
             where is not None
             and state.residual is None
-            and (not np.may_share_memory(x, out) or (x is out and not apart))
+            and (not np.may_share_memory(x, out) or (x is out and in_place))
         ):
             return x[where], out[where], True
         flat = work.buffer("flat", layout.size, state.dtype)

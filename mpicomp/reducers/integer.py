@@ -5,8 +5,8 @@ sends each owner its codes of b bits, and owners share sums of at most b + ceil(
 every rank knows its own loss, and the order of addition changes no bit (homomorphic compression: THC, Li et al.,
 NSDI'24, without its rotation).
 
-MPI's MAX does not depend on the order either: magnitudes are compared as unsigned integers, of which NaN and infinity
-are the largest. So every rank learns before it sends anything whether some input had NaN or infinity.
+MPI's MAX does not depend on the order either: magnitudes are compared as unsigned integers, and NaN and infinity are
+the largest. So every rank learns before it sends anything whether some input had NaN or infinity.
 """
 
 from __future__ import annotations
@@ -71,18 +71,18 @@ class Integer(Reducer):
         return self if self.contractive else replace(self, stochastic=False)
 
     def width(self, ranks: int) -> int:
-        """Bits of a sum of so many codes: those of -levels * ranks ... levels * ranks. ValueError above 32."""
+        """Bits of a sum of `ranks` codes, from -levels * ranks to levels * ranks. ValueError above 32."""
         width = (self.quantizer.levels * ranks).bit_length() + 1
         if width > 32:
             raise ValueError(f"sums of {ranks} ranks at {self.bits} bits take {width} bits; at most 32 are possible")
         return width
 
     def blocks(self, layout: Layout) -> int:
-        """How many blocks the units have."""
+        """The number of blocks of all units."""
         return sum(-(-unit.size // self.block) for unit in layout.units)
 
     def fields(self, pieces: list[Piece], width: int) -> list[tuple[Field, ...]]:
-        """What a message holds of each piece."""
+        """The fields of each piece in a message."""
         return [(Field((packed_bytes(piece.size, width, self.block),), "|u1"),) for piece in pieces]
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:

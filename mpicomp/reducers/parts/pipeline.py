@@ -1,4 +1,4 @@
-"""Coding overlaps the transfer: what a rank sends is cut into groups, and each is sent as soon as it is encoded.
+"""Coding overlaps the transfer: messages are cut into groups, and each group is sent as soon as it is encoded.
 
 A group is one message. The pieces of a codec that codes block by block are cut at multiples of its block, which
 changes no code; those of other codecs stay whole, so that their groups are the peers' shards and the tensors.
