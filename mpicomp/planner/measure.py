@@ -18,7 +18,7 @@ import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.codecs import Codec, Key
-from mpicomp.comm.collectives import allreduce, barrier, begin_receive, begin_send
+from mpicomp.comm.collectives import allreduce, barrier, begin_receive, begin_send, peers
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.share import shared
 from mpicomp.comm.watch import wait
@@ -112,8 +112,7 @@ def _exchanges(comm: Comm, within: bool) -> list[Sample]:
     """Time bursts of messages from every rank to all others on its node, or to all on other nodes."""
     topology, me = comm.topology, comm.rank
     home = [topology.node_of(rank) for rank in range(comm.size)]
-    peers = [rank for rank in range(comm.size) if rank != me and (home[rank] == home[me]) == within]
-    peers = [*(rank for rank in peers if rank > me), *(rank for rank in peers if rank < me)]
+    targets = [rank for rank in peers(me, comm.size) if (home[rank] == home[me]) == within]
     counts = [len(node) - 1 if within else comm.size - len(node) for node in topology.nodes]
     most = max(counts)  # messages of a rank
     # Bytes on the link per byte to each peer: those of a rank within a node, those of the node between nodes.
@@ -122,13 +121,13 @@ def _exchanges(comm: Comm, within: bool) -> list[Sample]:
     memory = np.ones(room, np.uint8), np.ones(room, np.uint8)
     samples = []
     for count in BURSTS:
-        seconds = timed(comm, _Burst(comm, peers, memory, 8, count), SHORT)
+        seconds = timed(comm, _Burst(comm, targets, memory, 8, count), SHORT)
         samples.append(Sample(most * count, 8.0 * load * count, seconds))
     began = time.perf_counter()
     for size in SIZES:
         if samples[-1].seconds * 4 > LONGEST or _since(comm, began) > ENOUGH:
             break
-        burst = _Burst(comm, peers, memory, size // most, 1)
+        burst = _Burst(comm, targets, memory, size // most, 1)
         samples.append(Sample(most, float(size // most * load), timed(comm, burst, SHORT)))
     # Networks let short bursts pass faster than long transfers, so the last size is measured longer and counts most.
     last = samples[-1]._replace(seconds=timed(comm, burst, LASTING))

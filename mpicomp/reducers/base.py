@@ -8,7 +8,7 @@ up to rounding, and `total` has the same bits on every rank. So error feedback i
 what a step does not send stays in the residual of some rank.
 
 **Sums and means.** Reducers compute sums, and one place divides: `complete`. A reducer may fold the division into a
-pass that it makes anyway. Its `Reduction` then says by what it has divided, and `complete` does the rest.
+pass that it makes anyway. Its `Reduction` then says so, and `complete` does not divide.
 
 **Two generations.** A step reads the old residual and writes the new one elsewhere. The state that a step was given
 stays valid until the next step. A caller who discards a step goes on with that state; nothing needs to be undone.
@@ -49,8 +49,8 @@ class Reduction(NamedTuple):
     """(extent,) the sum over ranks, the same bits everywhere; elements outside the layout are untouched."""
     poisoned: bool = False
     """Some rank's input had NaN or infinity: `total` is NaN, the state is the old one. The same on all ranks."""
-    divided: int = 1
-    """The divisor that `total` already contains: 1, or the workspace's divisor."""
+    divided: bool = False
+    """The reducer has divided `total` by the workspace's divisor."""
     finite: bool = False
     """`total` is known to be finite without a scan."""
 
@@ -356,18 +356,19 @@ def coding(codec: Codec, elements: int, op: str = "encode", feedback: bool = Fal
     return Work("encode_residual" if feedback and op == "encode" else op, elements, codec)
 
 
-def complete(reduction: Reduction, layout: Layout, divisor: int) -> bool:
+def complete(reduction: Reduction, layout: Layout, divisor: int, watched: bool = True) -> bool:
     """Divide the units of a total by `divisor` in place, unless the reducer has; return whether they are finite.
 
-    Means are made of sums nowhere else.
+    Means are made of sums nowhere else. If not `watched`, no pass over a sum is made to find NaN and infinity.
     """
     total, finite = reduction.total, not reduction.poisoned
-    if reduction.divided == divisor:
-        return finite and (reduction.finite or not nonfinite(total, None, layout))
-    assert reduction.divided == 1, f"divided by {reduction.divided}, and asked for {divisor}"
-    for unit in layout.units:
-        finite &= kernels_for(total).divide(total[unit.where], divisor)
-    return finite
+    if divisor > 1 and not reduction.divided:
+        for unit in layout.units:
+            finite &= kernels_for(total).divide(total[unit.where], divisor)
+        return finite
+    if reduction.finite or not (watched or divisor > 1):
+        return finite
+    return finite and not nonfinite(total, None, layout)
 
 
 def poisoned_total(out: Array, layout: Layout) -> Reduction:

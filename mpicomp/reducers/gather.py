@@ -77,7 +77,7 @@ class Gather(Reducer):
                     message.decode_add(out, state, 0, rank, work.factor, fresh=rank == 0)
         if poisoned:
             return poisoned_total(out, state.layout), state
-        return Reduction(out, divided=work.factored, finite=finite), state.advanced()
+        return Reduction(out, divided=work.exact, finite=finite), state.advanced()
 
     def _messages(self, state: State, ranks: int, shrink: float) -> list[list[Message]]:
         """The messages of all ranks, by group; this rank decodes its own where it has encoded them."""

@@ -106,7 +106,7 @@ class Hierarchical(Wrapper):
             step.alone(x, rest, out)
         if step.poisoned:
             return poisoned_total(out, state.layout), state
-        return Reduction(out, divided=work.divisor), sharded.advanced(inner=(step.after.part,))
+        return Reduction(out, divided=True), sharded.advanced(inner=(step.after.part,))
 
     def _sharded(self, comm: Comm, whole: State) -> tuple[State, Array | None]:
         """Return the state of this rank's shard, and its residual of other shards: (extent,), None if that is zero."""

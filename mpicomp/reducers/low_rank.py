@@ -110,7 +110,7 @@ class LowRank(Reducer):
         warm = factors.normalised(sum_q, warm)
         np.multiply(sum_q, work.factor, out=sum_q)
         factors.expand(sum_p, sum_q, out, work.factor)
-        return Reduction(out, divided=work.factored, finite=top < SAFE), state.advanced(memory={"q": warm})
+        return Reduction(out, divided=work.exact, finite=top < SAFE), state.advanced(memory={"q": warm})
 
     def rehearse(self, x: Array, total: Array) -> list[Array]:
         """See Reducer."""

@@ -1,4 +1,4 @@
-"""split: every rank sends its entries to the owners of their regions, who add them up and share the sums.
+"""split: every rank sends its entries to the owners of their regions, which add them up and share the sums.
 
 SparCML's split allgather (Renggli et al., SC'19) and, with `cut`, Ok-Topk (Li, Hoefler, PPoPP'22), with one message per
 peer and stage, index-value pairs near their entropy, and regions that are balanced in every step (`regions`). With k

@@ -24,7 +24,7 @@ from mpicomp.reducers.base import Reducer, Reduction, State, check_codec, coding
 from mpicomp.reducers.parts.bounds import bound_of_sum
 from mpicomp.reducers.parts.layout import Layout, Piece, shards
 from mpicomp.reducers.parts.messages import Message, encode_all, message_nbytes
-from mpicomp.reducers.parts.pipeline import Steps, TwoStages, groups
+from mpicomp.reducers.parts.pipeline import Steps, TwoStages, shard_groups
 from mpicomp.reducers.parts.workspace import Workspace
 
 
@@ -67,12 +67,12 @@ class TwoStage(Reducer):
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
         """See Reducer."""
         ranks = topology.size
-        owned = shards(layout, self.codec.block, ranks)
-        first = [[message_nbytes(self.codec, part, dtype) for part in groups(own, self.codec)] for own in owned]
-        second = [message_nbytes(self.recodec, part, dtype) for part in groups(owned[me], self.recodec)]
-        sent = [size for peer, sizes in enumerate(first) if peer != me for size in sizes]
+        parts = shard_groups(layout, self.codec, ranks)
+        others = [part for peer, shard in enumerate(parts) if peer != me for part in shard]
+        sent = [message_nbytes(self.codec, part, dtype) for part in others]
+        second = [message_nbytes(self.recodec, part, dtype) for part in parts[me]]
         lengths = [1 if codec.fixed else 2 for codec in (self.codec, self.recodec)]
-        mine = sum(piece.size for piece in owned[me])
+        mine = sum(piece.size for part in parts[me] for piece in part)
         own = mine if self.codec.linear else 0  # elements encoded for oneself
         return Cost(
             sum(sent) + sum(second) * (ranks - 1),
@@ -96,7 +96,7 @@ class TwoStage(Reducer):
         poisoned, finite = messages.run(comm, steps, comm.next_call(), str(self))
         if poisoned:
             return poisoned_total(out, state.layout), state
-        return Reduction(out, divided=work.factored, finite=finite), state.advanced()
+        return Reduction(out, divided=work.exact, finite=finite), state.advanced()
 
     def _messages(self, comm: Comm, state: State, shrinks: tuple[float, float]) -> tuple[TwoStages[Message], Array]:
         """The messages of this rank, and room for the sum of a group of its shard."""
@@ -104,7 +104,7 @@ class TwoStage(Reducer):
             partial(Message, codec, dtype=state.dtype, device=state.device, shrink=shrink)
             for codec, shrink in zip((self.codec, self.recodec), shrinks, strict=True)
         )
-        parts = [groups(pieces, self.codec) for pieces in shards(state.layout, self.codec.block, comm.size)]
+        parts = shard_groups(state.layout, self.codec, comm.size)
         messages = TwoStages(comm.rank, parts, first, second, own=self.codec.linear)
         return messages, empty(messages.largest, state.dtype, state.device)
 

@@ -10,7 +10,7 @@ import numpy as np
 from mpicomp.arrays import Array, on_device
 from mpicomp.comm.communicator import Comm
 from mpicomp.kernels import kernels_for
-from mpicomp.reducers.base import Reducer, Reduction, State, complete, nonfinite, rescale
+from mpicomp.reducers.base import Reducer, State, complete, nonfinite, rescale
 from mpicomp.reducers.parts.layout import Layout, Unit
 from mpicomp.reducers.parts.workspace import Workspace
 
@@ -53,7 +53,7 @@ def apply(
     else:
         wide, total = x, out
     reduction, after = reducer.reduce(comm, wide, state, total, work)
-    sound = _finished(reduction, state.layout, divisor, watched or half)
+    sound = complete(reduction, state.layout, divisor, watched or half)
     if not sound and divisor > 1 and dtype == "bfloat16":
         after, sound = _once_more(comm, reducer, x, state, wide, total, work)
     if not half:
@@ -79,7 +79,7 @@ def _once_more(
         kernels_for(bits).widen(bits, wide, "bfloat16")
         wide *= np.float32(shrink)
         reduction, after = reducer.reduce(comm, wide, _scaled(state, shrink), total, work)
-        sound = _finished(reduction, state.layout, work.divisor, True)
+        sound = complete(reduction, state.layout, work.divisor)
         total *= np.float32(1 / shrink)
         if sound:
             rescale(after, 1 / shrink)
@@ -93,15 +93,6 @@ def _scaled(state: Any, factor: float) -> Any:
     """Return a copy of a state with its residuals multiplied."""
     residual = None if state.residual is None else state.residual * state.residual.dtype.type(factor)
     return replace(state, residual=residual, inner=tuple(_scaled(inner, factor) for inner in state.inner))
-
-
-def _finished(reduction: Reduction, layout: Layout, divisor: int, watched: bool) -> bool:
-    """Make the mean; return whether the total is finite, which is looked at only if `watched`."""
-    if divisor > 1:
-        return complete(reduction, layout, divisor)
-    if reduction.finite or not watched:
-        return not reduction.poisoned
-    return not (reduction.poisoned or nonfinite(reduction.total, None, layout))
 
 
 def _round(total: Array, out: Array, dtype: str, layout: Layout, kept: tuple[Unit, ...]) -> None:

@@ -77,14 +77,14 @@ class Workspace:
         return known[:size]
 
     @property
-    def factored(self) -> int:
-        """The divisor, if a multiplication by `factor` divides by it exactly: a power of two; else 1."""
-        return self.divisor if self.divisor & (self.divisor - 1) == 0 else 1
+    def exact(self) -> bool:
+        """Whether `factor` divides by `divisor`, to the bit: powers of two."""
+        return self.divisor & (self.divisor - 1) == 0
 
     @property
     def factor(self) -> float:
-        """The factor that divides by `factored`."""
-        return 1.0 / self.factored
+        """The factor that a reducer may fold into a pass: 1 / divisor where that is exact, otherwise 1."""
+        return 1.0 / self.divisor if self.exact else 1.0
 
     def shrink(self, codec: Codec | None, ranks: int) -> float:
         """Return the factor of a sum over `ranks` inputs before `codec` encodes it: a power of two.

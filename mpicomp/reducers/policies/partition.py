@@ -64,16 +64,16 @@ class Partition(Policy):
         for reduction, after in (of_small, of_large):
             sound = reduction.finite
             poisoned |= reduction.poisoned
-            if work.divisor > 1:  # here, since one branch may have divided and the other not
+            if work.divisor > 1:  # here, since one branch may be divided and the other not
                 sound = complete(reduction, after.layout, work.divisor)
                 poisoned |= not sound
             finite &= sound
             parts.append(after.part)
-        return Reduction(out, poisoned, divided=work.divisor, finite=finite), state.advanced(inner=tuple(parts))
+        return Reduction(out, poisoned, divided=True, finite=finite), state.advanced(inner=tuple(parts))
 
 
 def _begin(reducer: Reducer, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> End:
     """Begin a branch, if it has units."""
     if state.layout.units:
         return reducer.begin(comm, x, state, out, work)
-    return lambda: (Reduction(out, divided=work.divisor, finite=True), state)
+    return lambda: (Reduction(out, divided=True, finite=True), state)
