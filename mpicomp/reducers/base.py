@@ -311,8 +311,8 @@ def check_place(reducer: Reducer, device: bool) -> None:
     """Raise TypeError for a reducer that cannot sum arrays on a GPU, where they are."""
     if device and not reducer.on_gpu:
         raise TypeError(
-            f"{reducer} sums NumPy arrays and CPU tensors only; on a GPU there are dense, gather, two_stage and "
-            f"low_rank, in error_feedback, partition and after"
+            f"{reducer} sums NumPy arrays and CPU tensors only; on a GPU there are dense, gather, two_stage, "
+            f"shared_support and low_rank, in error_feedback, partition and after"
         )
 
 
