@@ -45,7 +45,8 @@ def allreduce(
     """Return the sum or mean of x over the ranks of an mpi4py communicator, compressed by `method`. Collective.
 
     x: float32, float16, bfloat16 (ml_dtypes), float64, complex64 or complex128, any shape and strides, NumPy's, or
-    contiguous and CuPy's for dense, gather, two_stage and low_rank; or a number, whose result is an array of shape ().
+    contiguous and CuPy's for dense, gather, two_stage, shared_support and low_rank; or a number, whose result has the
+    shape ().
     It stays as it was, and the result, `out` or a new contiguous array, has the same bits on all ranks, wherever and in
     whatever order each has its arrays. `out` may be strided, and x itself. A list of arrays of one dtype travels
     together, one message to each peer, and a list comes back. `method` is a spec, a codec or a reducer; `op` is "sum" or
