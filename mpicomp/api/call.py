@@ -8,7 +8,6 @@ A collective is a function that checks arguments and returns a `Call`; `blocking
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 from abc import ABC, abstractmethod
@@ -17,7 +16,7 @@ from functools import partial
 from typing import Any, Concatenate, Generic, ParamSpec, TypeAlias, TypeVar
 
 from mpicomp.arrays import bound, on_device
-from mpicomp.comm.agreement import agree, confirm, digest_of
+from mpicomp.comm.agreement import confirm, digest_of, refuse
 from mpicomp.comm.background import Request, background_of, begin, run_in_order
 from mpicomp.comm.communicator import Comm
 
@@ -94,7 +93,7 @@ def _collective(
         try:
             call = prepare(comm, *args, **kwargs)
         except (TypeError, ValueError) as error:
-            submit(comm, partial(_refuse, comm, error))
+            submit(comm, partial(refuse, comm, error))
             raise
         return submit(comm, partial(_run, comm, call))
 
@@ -124,11 +123,6 @@ def _run(comm: Comm, call: Call[Result]) -> Result:
     except BaseException as error:  # ConfigMismatchError too: something was sent
         comm.breaks(error, call.describe(number))
         raise
-
-
-def _refuse(comm: Comm, refusal: Exception) -> None:
-    with contextlib.suppress(type(refusal)):  # the caller raises it
-        agree(comm, "", refusal)
 
 
 def reset(comm: Any) -> None:

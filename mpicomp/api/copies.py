@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from mpicomp import __version__
 from mpicomp.api.accept import check_apart
@@ -18,9 +18,10 @@ from mpicomp.api.carriers import Flats, carrier, rows
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
 from mpicomp.comm.communicator import Comm
+from mpicomp.reducers.base import Reducer
 from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.gather import Gather
-from mpicomp.registry import Method, arithmetic, is_codec
+from mpicomp.registry import Method, arithmetic
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,13 +181,13 @@ alltoall, ialltoall = blocking(_alltoall), nonblocking(_alltoall)
 def sources(name: str, x: Any, codec: Method, what: str = "x") -> tuple[Codec | Dense, list[Array], Form]:
     """Return how arrays travel, the arrays, and their form; raises SpecError, TypeError or ValueError."""
     member = member_of(codec)
-    if not is_codec(member) and not isinstance(member, Dense):
+    if isinstance(member, Reducer) and not isinstance(member, Dense):
         raise TypeError(f"{name} takes a codec or dense, got the reducer {member}")
     exact = isinstance(member, Dense)
     xs, form = checked_arrays(x, exact, what), Form.of(x)
     if not exact:
         form.require_one_dtype()
-    return cast(Codec | Dense, member), xs, form
+    return member, xs, form
 
 
 def targets(out: Any, form: Form, xs: list[Array], like: str, over: bool = False) -> list[Array] | None:

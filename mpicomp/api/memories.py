@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
@@ -18,7 +17,6 @@ from mpicomp.comm.agreement import digest_of, float_mode, mixed
 from mpicomp.comm.communicator import Comm
 from mpicomp.planner.allowance import divided
 from mpicomp.reducers.base import Reducer, State, check_place
-from mpicomp.reducers.policies import After, ErrorFeedback, Partition
 from mpicomp.registry import Method, describe, parse, resolve
 
 
@@ -143,7 +141,7 @@ class Memory:
                 f"each communicator of another size or order"
             )
         method, feedback = (self.method, self.feedback) if self.reducer is None else (self.reducer, False)
-        found = resolution(cast(Hashable, method), str(method), self.form, op, comm.size, feedback)
+        found = resolution(method, str(method), self.form, op, comm.size, feedback)
         if self.running not in (None, found.running):
             raise ValueError(
                 f"memory was begun with {self.running}, and op {op!r} needs {found.running}; make a memory for each"
@@ -236,15 +234,6 @@ def memory_of(method: Method, form: Form, seed: int) -> Memory:
     """Return the memory for arrays of a form."""
     member = member_of(method)
     for ranks in (1, 2, 64):  # what no reducer takes is refused here, for any number of ranks
-        found = resolution(cast(Hashable, member), str(member), form, "sum", ranks, feedback=True)
+        found = resolution(member, str(member), form, "sum", ranks, feedback=True)
         found.reducer.init(form.layout.select(lambda unit: False), work_dtype(form.dtype))
     return Memory(member, form, seed)
-
-
-def remembers(method: Any) -> bool:
-    """Whether a method names error feedback anywhere."""
-    if isinstance(method, After):
-        return remembers(method.reducer)
-    if isinstance(method, Partition):
-        return remembers(method.small) or remembers(method.large)
-    return isinstance(method, ErrorFeedback)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, cast
+from typing import Any, Generic
 
 import numpy as np
 
@@ -22,12 +22,11 @@ from mpicomp.comm.watch import Traffic
 from mpicomp.cost import Cost
 from mpicomp.planner import Machine
 from mpicomp.planner.allowance import allowances
-from mpicomp.planner.auto import Auto
 from mpicomp.planner.cache import known
-from mpicomp.reducers.base import Explained, Reducer
+from mpicomp.planner.explain import explain
+from mpicomp.reducers.base import Reducer
 from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.parts.workspace import Workspace
-from mpicomp.reducers.policies import ErrorFeedback
 from mpicomp.registry import Method
 
 
@@ -102,12 +101,7 @@ class Plan(Generic[Arrays]):
     @property
     def chosen(self) -> Reducer:
         """What runs at present: of `auto`, what it has chosen."""
-        running = self._found.running
-        while isinstance(running, ErrorFeedback):
-            running = running.reducer
-        if not isinstance(running, Auto):
-            return running
-        return running.running(self.memory.state or self._found.begun(*self.memory.at()).state)
+        return self._found.running.running(self.memory.state or self._found.begun(*self.memory.at()).state)
 
     @property
     def residual(self) -> Array | list[Array] | None:
@@ -135,8 +129,8 @@ class Plan(Generic[Arrays]):
         The time is that on `machine`, or on this one as `auto` or `python -m mpicomp measure` measured it.
         """
         comm: Comm = self._comm
-        running = cast(Explained, self._found.running)
-        text = running.explain(self._form.layout, self._width, comm.topology, comm.rank, machine or known(comm))
+        running, layout = self._found.running, self._form.layout
+        text = explain(running, layout, self._width, comm.topology, comm.rank, machine or known(comm))
         head = f"{self.op} of {self._form} over {comm.size} ranks by {self}"
         return "\n".join([head, text, *allowances(self.reducer, comm.size, self.op)])
 

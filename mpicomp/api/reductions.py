@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -26,7 +26,7 @@ from mpicomp.api.call import Call, Result, blocking, nonblocking, on_current_str
 from mpicomp.api.carriers import carrier, rows, spread
 from mpicomp.api.copies import describe_copy, sources, targets
 from mpicomp.api.lifecycle import PersistentReduction
-from mpicomp.api.memories import Memory, Resolution, remembers, resolution
+from mpicomp.api.memories import Memory, Resolution, resolution
 from mpicomp.arrays import Array, empty, work_dtype
 from mpicomp.codecs.base import Codec
 from mpicomp.comm.collectives import allreduce as allreduce_exact
@@ -216,9 +216,9 @@ def settled(
     """Return what a method means here; raises TypeError or ValueError where the memory does not fit."""
     if memory is None:
         spec = method if isinstance(method, str) else str(member)
-        if remembers(member):
+        if isinstance(member, Reducer) and member.remembers:
             raise ValueError(f"{member} needs a memory: pass memory=mpicomp.memory({str(member)!r}, x)")
-        return resolution(cast(Hashable, member), spec, form, op, comm.size)
+        return resolution(member, spec, form, op, comm.size)
     if not isinstance(memory, Memory):
         raise TypeError(f"memory must come from mpicomp.memory, got {type(memory).__name__}")
     memory.check(form, member)
