@@ -13,7 +13,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Concatenate, Generic, ParamSpec, TypeAlias, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, TypeAlias, TypeVar, cast, get_args, get_type_hints
 
 from mpicomp.arrays import bound, on_device
 from mpicomp.comm.agreement import confirm, digest_of, refuse
@@ -100,10 +100,13 @@ def _collective(
     functools.update_wrapper(collective, prepare)
     signature = inspect.signature(prepare)
     result = returns.format(signature.return_annotation.removeprefix("Call[").removesuffix("]"))
+    kind = get_args(get_type_hints(prepare)["return"])[0]
+    if submit is begin:
+        kind = cast(Any, Request)[kind]
     comm, *others = signature.parameters.values()
     shown = signature.replace(parameters=[comm.replace(annotation="Any"), *others], return_annotation=result)
     collective.__dict__["__signature__"] = shown
-    collective.__annotations__ = {**prepare.__annotations__, "comm": "Any", "return": result}
+    collective.__annotations__ = {**prepare.__annotations__, "comm": Any, "return": kind}
     collective.__name__ = collective.__qualname__ = name
     collective.__doc__ = doc
     return collective

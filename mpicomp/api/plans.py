@@ -22,7 +22,7 @@ from mpicomp.comm.watch import Traffic
 from mpicomp.cost import Cost
 from mpicomp.planner import Machine
 from mpicomp.planner.allowance import allowances
-from mpicomp.planner.cache import known
+from mpicomp.planner.cache import known, recall
 from mpicomp.planner.explain import explain
 from mpicomp.reducers.base import Reducer
 from mpicomp.reducers.dense import Dense
@@ -186,7 +186,8 @@ class MakePlan(Call[Any]):
     def run(self) -> Any:
         """See Call."""
         self.memory.keep(self.comm, self.found, self.found.begun(self.memory.seed))
-        _ = self.comm.topology  # collective when it is first asked for
+        _ = self.comm.topology  # collective when it is first asked for, as the next line is
+        recall(self.comm)  # for `explain`
         return Plan(self.comm, self.dtypes, self.memory, self.found, self.describe(0))
 
 

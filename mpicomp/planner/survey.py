@@ -122,8 +122,11 @@ def verdict(rows: Sequence[Row]) -> Verdict:
     return Verdict(exact, lossy, seconds(exact) / max(seconds(lossy), 1e-9) if lossy is not None else 0.0)
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Print rows by size, each size with its verdict, and a last line where that is the same for all."""
+def table(rows: Sequence[Row], network: bool = True) -> str:
+    """Print rows by size, each size with its verdict, and a last line where that is the same for all.
+
+    Without a `network`, where all ranks share a machine, there is no verdict.
+    """
     width = max(len(row.reducer) for row in rows)
     lines, helped = [], []
     for nbytes in dict.fromkeys(row.nbytes for row in rows):
@@ -137,7 +140,7 @@ def table(rows: Sequence[Row]) -> str:
             )
         best = verdict(some)
         lines.append(f"  exact: {best.exact.reducer}")
-        if best.lossy is not None:
+        if best.lossy is not None and network:
             helped.append(best.helps)
             lossy = f"  lossy: {best.lossy.reducer}, {best.gain:.3g} times as fast"
             lines.append(lossy if best.helps else "  compression will not help here")
