@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -17,6 +17,7 @@ from mpicomp.comm.agreement import digest_of, float_mode, mixed
 from mpicomp.comm.communicator import Comm
 from mpicomp.planner.allowance import divided
 from mpicomp.reducers.base import Reducer, State, check_place
+from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.registry import Method, describe, parse, resolve
 
 
@@ -56,8 +57,17 @@ class Resolution:
 
     def begun(self, seed: int, step: int = 0) -> PersistentReduction:
         """Return a reduction that remembers nothing yet."""
-        form = self.form
+        form, state = self.form, self._stateless
+        if state is not None and seed == state.seed:
+            return PersistentReduction(self.running, form.dtype, state.at(step), work=Workspace(form.device))
         return PersistentReduction.new(self.running, form.layout, form.dtype, seed, step, form.device)
+
+    @cached_property
+    def _stateless(self) -> State | None:
+        """The state of seed 0 if it holds no arrays: it is made once for all calls without a memory."""
+        state = self.running.init(self.form.layout, work_dtype(self.form.dtype))
+        holds = state.inner or state.memory or state.residual is not None or state.extra is not None
+        return None if holds else state
 
 
 @lru_cache(maxsize=256)

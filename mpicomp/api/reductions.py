@@ -14,7 +14,6 @@ from mpicomp.api.arguments import (
     HALF,
     Arrays,
     Form,
-    as_list,
     bits,
     checked_arrays,
     member_of,
@@ -252,7 +251,9 @@ def packed(
 
 def has_integers(x: Any) -> bool:
     """Whether x is an array of integers, or a list that holds one."""
-    return any(isinstance(each, np.ndarray) and each.dtype.kind in "iu" for each in as_list(x))
+    if isinstance(x, (list, tuple)):
+        return any(map(has_integers, x))
+    return isinstance(x, np.ndarray) and x.dtype.kind in "iu"
 
 
 def check_integers(form: Form, op: str) -> None:
