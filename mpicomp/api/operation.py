@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from mpicomp.comm.agreement import confirm, digest_of, refuse
-from mpicomp.comm.background import Request, background_of, begin, run_in_order
+from mpicomp.comm.background import Request, begin, run_in_order
 from mpicomp.comm.communicator import Comm
 
 
@@ -79,6 +79,5 @@ def reset(comm: Any) -> None:
     comm = Comm.of(comm)
     if comm.size == 1:
         return
-    background = background_of(comm)
-    background.submit(comm.renew, after_failure=True).wait()
-    background.close()
+    comm.background.submit(comm.renew, after_failure=True).wait()
+    comm.background.close()
