@@ -216,7 +216,7 @@ def test_state_dict_goes_on_bit_for_bit() -> None:
 
 def test_small_tensors_are_dense_by_default() -> None:
     _, hook = train("topk(density=0.01)", steps=1)
-    assert hook.resolved.startswith("partition(dense(algorithm=two_shot), error_feedback(")
+    assert hook.resolved.startswith("partition(small=dense(algorithm=two_shot), large=error_feedback(")
     assert {name for name, kept in hook.state_dict()["units"].items() if kept} == {"0.weight", "2.weight", "4.weight"}
     _, hook = train("topk(density=0.01)", steps=1, min_size=2000)
     assert {name for name, kept in hook.state_dict()["units"].items() if kept} == {"2.weight"}
