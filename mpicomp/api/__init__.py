@@ -3,6 +3,7 @@
 Names and order of arguments are those of MPI where it has them; what begins with i returns a request.
 """
 
+from mpicomp.api.call import reset
 from mpicomp.api.copies import (
     allgather,
     alltoall,
@@ -16,7 +17,6 @@ from mpicomp.api.copies import (
     scatter,
 )
 from mpicomp.api.memories import Memory, memory
-from mpicomp.api.operation import reset
 from mpicomp.api.plans import Plan, plan
 from mpicomp.api.reductions import allreduce, iallreduce, ireduce_scatter, reduce_scatter
 from mpicomp.comm.background import Request

@@ -53,6 +53,10 @@ class Form:
             raise ValueError(f"a list of arrays must have one dtype, got {', '.join(found)}; make a call for each")
         return found[0]
 
+    def require_one_dtype(self) -> None:
+        """Raise ValueError for arrays of several dtypes."""
+        _ = self.dtype
+
     @property
     def coded(self) -> str:
         """The dtype of all arrays, and for complex ones the one in which their parts are coded."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from mpicomp.api.accept import overlaps_itself
 from mpicomp.api.arguments import Form, member_of, op_of
-from mpicomp.api.memories import Memory
-from mpicomp.api.operation import Operation, call
-from mpicomp.api.reductions import prepared
+from mpicomp.api.call import Call, OnStream, blocking
+from mpicomp.api.lifecycle import PersistentReduction
+from mpicomp.api.memories import Memory, memory_of
+from mpicomp.api.reductions import Reducing, settled
 from mpicomp.comm.communicator import Comm
 from mpicomp.registry import Method
 from mpicomp.torch.streams import bound, device_of
@@ -23,17 +25,17 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)  # other subclasses mean more than th
 def memory(method: Method, tensor: torch.Tensor, seed: int = 0) -> Memory:
     """Return the memory with which `allreduce` of tensors like this one feeds back what it could not send."""
     _check(tensor, "tensor")
-    return Memory(member_of(method), _form(tensor), seed)
+    return memory_of(method, _form(tensor), seed)
 
 
-def allreduce(
-    comm: Any,
+def _allreduce(
+    comm: Comm,
     tensor: torch.Tensor,
     method: Method,
-    op: str = "sum",
+    op: str | Any = "sum",
     memory: Memory | None = None,
     out: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> Call[torch.Tensor]:
     """Return the sum or mean of a tensor over the ranks of an mpi4py communicator, compressed. Collective.
 
     As `mpicomp.allreduce`, for float32, float16, bfloat16, float64, complex64 or complex128 tensors without history, on
@@ -41,27 +43,35 @@ def allreduce(
     and negatives that torch has not computed yet are computed. The result is `out`, which may be `tensor`, or a new
     contiguous tensor.
     """
-    result: torch.Tensor = call(comm, _allreduce, tensor, method, op, memory, out)
-    return result
-
-
-def _allreduce(comm: Comm, tensor: Any, method: Method, op: str, memory: Memory | None, out: Any) -> Operation:
     op = op_of(op)
     _check(tensor, "tensor")
     if out is not None:
         _check_out(out, tensor)
+    found = settled(comm, _form(tensor), method, member_of(method), op, memory)
+    call = TensorAllreduce(comm, found, memory, tensor, out)
+    return OnStream(call, bound(call.run, device_of([tensor])))
 
-    def fresh() -> torch.Tensor:
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
-    def run(memory: Memory) -> torch.Tensor:
-        source = tensor if whole(tensor) else fresh().copy_(tensor)
-        room: torch.Tensor = out if out is not None and whole(out) else fresh()
-        memory.reduce(comm, op, bits_of(source), bits_of(room))
+allreduce = blocking(_allreduce)
+
+
+@dataclass(frozen=True, eq=False)
+class TensorAllreduce(Reducing[torch.Tensor]):
+    """A sum or mean of a tensor."""
+
+    tensor: torch.Tensor
+    out: torch.Tensor | None
+
+    def reduce(self, reduction: PersistentReduction) -> torch.Tensor:
+        """See Reducing."""
+        tensor, out = self.tensor, self.out
+        source = tensor if whole(tensor) else self._fresh().copy_(tensor)
+        room = out if out is not None and whole(out) else self._fresh()
+        reduction.reduce(self.comm, self.found.op, bits_of(source), bits_of(room), watched=False)
         return room if out is None or out is room else out.copy_(room)
 
-    operation = prepared(comm, _form(tensor), member_of(method), op, memory, run)
-    return operation._replace(run=bound(operation.run, device_of([tensor])))
+    def _fresh(self) -> torch.Tensor:
+        return torch.empty(self.tensor.shape, dtype=self.tensor.dtype, device=self.tensor.device)
 
 
 def _form(tensor: torch.Tensor) -> Form:
