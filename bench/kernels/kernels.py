@@ -32,8 +32,7 @@ from bench.command import Parser, count_of
 from bench.kernels.peers import peers_of
 from bench.kernels.rows import ALL_OPS, KINDS, OPS, Row, draw
 from bench.kernels.subjects import Arrays, EliasFano, Subject, elias_fano, figures, ours, theirs
-from mpicomp.codecs import CODECS
-from mpicomp.registry import ALIASES
+from mpicomp.registry import ALIASES, CODECS
 from mpicomp.specs import parse
 
 SPECS = (
@@ -45,7 +44,7 @@ SPECS = (
     "topk(density=0.01, values=uniform(bits=8))",
     "topk(density=0.01, values=uniform(bits=4))",
     "elias_fano(density=0.01)",
-    "threshold(value=2.5)",
+    "threshold(at=2.5)",
     "sampled_topk(density=0.01)",
     "sampled_topk(density=0.001)",
     "blocktopk(density=0.01)",
@@ -73,7 +72,7 @@ SPECS = (
     "cast(dtype=fp16)",
 )
 """The specs that run by default."""
-ONE_PER_CENT = ("threshold(value=2.5758)", "threshold(value=3.6428)")
+ONE_PER_CENT = ("threshold(at=2.5758)", "threshold(at=3.6428)")
 """Of normal numbers 1 % reach the first; of sums of two, as encode_residual sees them, 1 % reach the second."""
 SIZES = (1 << 14, 1 << 20, 1 << 24)
 SYSTEMS = {"cpu": ("mpicomp", "numpy", "torch"), "gpu": ("mpicomp", "torch", "bitsandbytes")}

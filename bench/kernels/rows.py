@@ -33,8 +33,8 @@ GPU_BARS: dict[str, tuple[float | None, float | None, float | None]] = {
     "uniform": (0.8, 0.8, 0.8),
     "sign": (0.8, 0.8, 0.8),
     "cast(dtype=bf16)": (0.8, 0.8, 0.8),
-    "threshold(value=2.5758)": (0.8, None, None),  # 1 % of x is selected
-    "threshold(value=3.6428)": (None, 0.8, None),  # 1 % of x + old
+    "threshold(at=2.5758)": (0.8, None, None),  # 1 % of x is selected
+    "threshold(at=3.6428)": (None, 0.8, None),  # 1 % of x + old
     "topk(density=0.01)": (None, 0.5, None),
 }
 """Share of the copy bandwidth that each op must reach, in the order of OPS, by spec; of medians."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -44,18 +45,24 @@ def exchange(comm: Comm, outgoing: Sequence[Array], incoming: Sequence[Array], o
 def begin_exchange(comm: Comm, outgoing: Sequence[Array], incoming: Sequence[Array]) -> list[Request]:
     """Begin what `exchange` does; all must stay untouched until the requests are complete.
 
-    Receives are posted first and destinations staggered, so that no rank is the first target of all others.
+    Receives are posted first.
     """
-    me, ranks = comm.rank, comm.size
-    requests = []
-    for distance in range(1, ranks):
-        peer = (me - distance) % ranks
+    requests, order = [], peers(comm.rank, comm.size)
+    for peer in reversed(order):
         requests += begin_receive(comm, incoming[peer], peer)
-    for distance in range(1, ranks):
-        peer = (me + distance) % ranks
+    for peer in order:
         requests += begin_send(comm, outgoing[peer], peer)
-    incoming[me][...] = outgoing[me]
+    incoming[comm.rank][...] = outgoing[comm.rank]
     return requests
+
+
+@lru_cache(maxsize=1024)  # a team of threads has one entry per rank
+def peers(me: int, ranks: int) -> tuple[int, ...]:
+    """The other ranks in the order in which rank `me` sends to them; it receives from them in the reverse order.
+
+    The order is staggered, so that no rank is the first target of all others.
+    """
+    return tuple((me + distance) % ranks for distance in range(1, ranks))
 
 
 def allgather(comm: Comm, message: Array, incoming: Sequence[Array], operation: str = "allgather") -> None:

@@ -10,17 +10,17 @@ from typing import ClassVar
 import numpy as np
 
 from mpicomp.arrays import Array, on_device, on_host
-from mpicomp.comm.collectives import allreduce, as_bytes, begin_exchange, begin_receive, begin_send
+from mpicomp.comm.collectives import allreduce, as_bytes, begin_exchange, peers
 from mpicomp.comm.communicator import Comm
+from mpicomp.comm.exchange import Exchange
 from mpicomp.comm.topology import Topology
-from mpicomp.comm.transport import Request
 from mpicomp.comm.watch import wait
 from mpicomp.cost import Cost, Work
-from mpicomp.reducers.base import Reduction, Remembering, State, nonfinite
+from mpicomp.reducers.base import End, Reducer, Reduction, State, nonfinite
 from mpicomp.reducers.parts.layout import Layout, cut_up, even_cuts
+from mpicomp.reducers.parts.pipeline import round_robin
 from mpicomp.reducers.parts.ring import ring_cost, ring_slots, ring_sum
 from mpicomp.reducers.parts.workspace import Workspace
-from mpicomp.specs import Spec
 
 ALGORITHMS = ("best", "mpi", "two_shot", "ring")
 GROUP = 1 << 21  # bytes in a message at most: few, and yet sums hide behind the network
@@ -48,38 +48,28 @@ def two_shot_sum(comm: Comm, flat: Array, total: Array, rows: Array, operation: 
     parts = [cut_up(cut, GROUP // flat.itemsize) for cut in cuts]
     size = _length(cuts[me])
     received = rows[: ranks * size].reshape(ranks, size)  # (ranks, size of my cut); mine holds the sum
-    arrivals: list[list[list[Request]]] = [[] for _ in range(ranks)]
-    shares: list[list[list[Request]]] = [[] for _ in range(ranks)]
-    for distance in range(1, ranks):
-        peer = (me - distance) % ranks
-        for part in parts[me]:
-            place = slice(part.start - cuts[me].start, part.stop - cuts[me].start)
-            arrivals[peer].append(begin_receive(comm, as_bytes(received[peer, place]), peer))
-        shares[peer] = [begin_receive(comm, as_bytes(total[part]), peer) for part in parts[peer]]
-    sends: list[Request] = []
-    for number in range(max(map(len, parts))):
-        for distance in range(1, ranks):
-            peer = (me + distance) % ranks
-            for part in parts[peer][number : number + 1]:
-                sends += begin_send(comm, as_bytes(flat[part]), peer)
-    for number, part in enumerate(parts[me]):
-        place = slice(part.start - cuts[me].start, part.stop - cuts[me].start)
-        share = received[me, place]  # what is sent; a result in `total` is the caller's
-        for rank in range(ranks):
-            if rank != me:
-                wait(comm, arrivals[rank][number], f"{operation}, stage 1")
-            row = flat[part] if rank == me else received[rank, place]
-            if rank == 0:
-                share[...] = row
-            else:
-                share += row
-        for distance in range(1, ranks):
-            sends += begin_send(comm, as_bytes(share), (me + distance) % ranks)
-        total[part] = share
-    for peer in range(ranks):
-        for requests in shares[peer]:
-            wait(comm, requests, f"{operation}, stage 2")
-    wait(comm, sends, operation)
+    inside = [slice(part.start - cuts[me].start, part.stop - cuts[me].start) for part in parts[me]]
+    first, second = Exchange(comm, f"{operation}, stage 1"), Exchange(comm, f"{operation}, stage 2")
+    first.receive([[as_bytes(row[place]) for place in inside] for row in received])
+    second.receive([[as_bytes(total[part]) for part in cut] for cut in parts])
+    order = peers(me, ranks)
+    with second, first:
+        for peer, number in round_robin(parts, order):
+            first.send(as_bytes(flat[parts[peer][number]]), peer)
+        for number, (part, place) in enumerate(zip(parts[me], inside, strict=True)):
+            share = received[me, place]  # this is sent; a result in `total` is the caller's
+            for rank in range(ranks):
+                first.arrived(rank, number)
+                row = flat[part] if rank == me else received[rank, place]
+                if rank == 0:
+                    share[...] = row
+                else:
+                    share += row
+            for peer in order:
+                second.send(as_bytes(share), peer)
+            total[part] = share
+        for peer, number in round_robin(parts, order):
+            second.arrived(peer, number)
 
 
 def _begin_one_round(comm: Comm, flat: Array, total: Array, rows: Array, operation: str) -> Callable[[], None]:
@@ -129,7 +119,7 @@ def two_shot_cost(nbytes: int, itemsize: int, ranks: int, me: int) -> Cost:
 
 
 @dataclass(frozen=True)
-class Dense(Remembering, Spec):
+class Dense(Reducer):
     """The exact sum, to rounding; NaN and infinity follow IEEE element by element.
 
     `algorithm` "mpi" is MPI's own allreduce, which promises the same bits on all ranks but not the same for an
@@ -140,6 +130,7 @@ class Dense(Remembering, Spec):
 
     spec_name: ClassVar[str] = "dense"
     on_gpu: ClassVar[bool] = True
+    exact: ClassVar[bool] = True
     algorithm: str = "best"
 
     def __post_init__(self) -> None:
@@ -172,10 +163,8 @@ class Dense(Remembering, Spec):
         """See Reducer. With feedback, `poisoned` says whether the total is not finite."""
         return self.begin(comm, x, state, np.empty_like(x) if out is None else out, work)()
 
-    def begin(
-        self, comm: Comm, x: Array, state: State, out: Array, work: Workspace | None = None
-    ) -> Callable[[], tuple[Reduction, State]]:
-        """Begin `reduce`, and return what ends it: until then what takes one round is under way, all else is done."""
+    def begin(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace | None = None) -> End:
+        """See Reducer: a sum of one round is under way until then, others are complete."""
         comm.next_call()
         work = work or Workspace(state.device)
         layout, itemsize = state.layout, x.itemsize

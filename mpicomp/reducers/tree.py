@@ -15,18 +15,18 @@ import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
+from mpicomp.codecs.sparse import Selecting
 from mpicomp.comm.collectives import begin_receive, begin_send, receive, send
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.comm.watch import wait
 from mpicomp.cost import Cost, Work
 from mpicomp.kernels import host_kernels
-from mpicomp.reducers.base import Reduction, Remembering, State, check_codec, coding, poisoned_total
-from mpicomp.reducers.parts.entries import Coding, Entries, Selecting, check_selecting, pick
+from mpicomp.reducers.base import Reducer, Reduction, State, check_codec, coding, poisoned_total
+from mpicomp.reducers.parts.entries import Entries, EntryCodec, check_selecting, select_units
 from mpicomp.reducers.parts.layout import Layout
-from mpicomp.reducers.parts.messages import Message, message_nbytes, says_poison
+from mpicomp.reducers.parts.messages import Message, check_header, message_nbytes, residuals
 from mpicomp.reducers.parts.workspace import Workspace
-from mpicomp.specs import Spec
 
 
 def children(rank: int, ranks: int) -> list[int]:
@@ -49,7 +49,7 @@ def beneath(rank: int, ranks: int) -> int:
 
 
 @dataclass(frozen=True)
-class Tree(Remembering, Spec):
+class Tree(Reducer):
     """Sum what `codec` selects, cut to the k largest of a unit at every merge: one of log2 P lossy events at most.
 
     Whatever the codec selects by, merges keep the k largest.
@@ -99,28 +99,25 @@ class Tree(Remembering, Spec):
         mine, total, *received = work.made(("messages", whole), lambda: self._messages(state, shrinks))
         arrivals = [begin_receive(comm, m.buffer, child) for m, child in zip(received, below, strict=True)]
 
-        entries, poisoned = self._select(x, state)
+        entries = select_units(self.selecting, x, state)
         for child, message, requests in zip(below, received, arrivals, strict=True):
             wait(comm, requests, f"{self}, from rank {child}")
-            poisoned |= says_poison(message.buffer, child, sequence, state)
-            if not poisoned:
+            if check_header(message.buffer, child, sequence, state):
+                entries = None
+            if entries is not None:
                 entries = self._merged(entries, message, state, child)
-        if not poisoned:
-            poisoned = not self._write(entries, mine, state, comm.rank)
+        poisoned = entries is None or not self._write(entries, mine, state, comm.rank)
         mine.seal(sequence, state, poisoned)
         if comm.rank:
             send(comm, mine.buffer, parent(comm.rank))
             receive(comm, total.buffer, parent(comm.rank))
         else:
-            total.buffer[...] = mine.buffer
-        poisoned = says_poison(total.buffer, 0, sequence, state)
-        if below:
-            mine.buffer[...] = total.buffer  # what is being sent may not be read on every transport
-            sends = [request for child in reversed(below) for request in begin_send(comm, mine.buffer, child)]
+            total = mine
+        poisoned = check_header(total.buffer, 0, sequence, state)
+        sends = [request for child in reversed(below) for request in begin_send(comm, total.buffer, child)]
         if not poisoned:
             total.decode(out, state, 0, 0)
-        if below:
-            wait(comm, sends, f"{self}, to ranks {below}")
+        wait(comm, sends, f"{self}, to ranks {below}")
         return (poisoned_total(out, state.layout), state) if poisoned else (Reduction(out), state.advanced())
 
     def rehearse(self, x: Array, total: Array) -> list[Array]:
@@ -137,44 +134,24 @@ class Tree(Remembering, Spec):
         """A message for each of these."""
         return [Message(self.codec, state.layout.whole(), state.dtype, shrink=shrink) for shrink in shrinks]
 
-    def _select(self, x: Array, state: State) -> tuple[list[Entries], bool]:
-        """Select from all units; return the entries and whether an input was not finite."""
-        found = []
-        for piece in state.layout.whole():
-            old = None if state.residual is None else state.residual[piece.where]
-            new = None if state.spare is None else state.spare[piece.where]
-            entries, finite = pick(self.selecting, x[piece.where], old, new)
-            if not finite:
-                return [], True
-            found.append(entries)
-        return found, False
-
     def _merged(self, entries: list[Entries], message: Message, state: State, source: int) -> list[Entries]:
-        """Add a child's entries and keep as many of the sums; this rank owes the others from now on."""
-        how, found = Coding(self.selecting.values, state.dtype), []
+        """Add a child's entries and keep as many of the sums; the others go to this rank's residual."""
+        coding, found = EntryCodec(self.selecting.values, state.dtype), []
         for mine, piece, payload in zip(entries, message.pieces, message.payloads, strict=True):
-            k, kernels = mine.values.size, host_kernels(mine.values)
-            theirs = how.read(payload, piece.size, k, state.key(piece, 0, source), message.shrink)
+            k = mine.values.size
+            theirs = coding.read(payload, piece.size, k, state.key(piece, 0, source), message.shrink)
             values, places = np.empty(2 * k, state.dtype), np.empty(2 * k, np.uint32)
-            count = kernels.merge(mine.places, mine.values, theirs.places, theirs.values, places, values)
-            values, places = values[:count], places[:count]
-            kept, numbers = np.empty(k, state.dtype), np.empty(k, np.uint32)
-            rest = None if state.spare is None else np.empty_like(values)
-            kernels.select_top(values, None, rest, k).write(kept, numbers, zero=rest is not None)
-            if rest is not None and state.spare is not None:
-                kernels.scatter_add(places, rest, state.spare[piece.where])
-            found.append(Entries(kept, places[numbers]))
+            count = host_kernels(values).merge(mine.places, mine.values, theirs.places, theirs.values, places, values)
+            merged = Entries(values[:count], places[:count])
+            found.append(merged.largest(k, residuals(state, piece.where)[1]))
         return found
 
     def _write(self, entries: list[Entries], message: Message, state: State, me: int) -> bool:
-        """Encode entries; return whether they are finite. This rank owes what their values' code leaves out."""
-        how = Coding(self.selecting.values, state.dtype)
+        """Encode entries; return whether they are finite."""
+        coding = EntryCodec(self.selecting.values, state.dtype)
         for found, piece, payload in zip(entries, message.pieces, message.payloads, strict=True):
-            kernels = host_kernels(found.values)
-            if kernels.nonfinite(found.values):
+            if host_kernels(found.values).nonfinite(found.values):
                 return False
-            rest = None if state.spare is None or how.codec is None else np.empty_like(found.values)
-            how.write(found, payload, piece.size, state.key(piece, 0, me), rest, message.shrink)
-            if rest is not None and state.spare is not None:
-                kernels.scatter_add(found.places, rest, state.spare[piece.where])
+            new = residuals(state, piece.where)[1]
+            coding.write(found, payload, piece.size, state.key(piece, 0, me), new, message.shrink)
         return True

@@ -56,7 +56,7 @@ def on_stand_in(kernels: Any, tmp_path: Path) -> Any:
 @pytest.mark.jobs
 def test_every_op_has_a_row_and_a_bucket_goes_to_the_host_and_back(on_stand_in: Any, tmp_path: Path) -> None:
     file, plot = tmp_path / "rows.json", tmp_path / "plot.png"
-    specs = ["topk(density=0.01)", "uniform", "sign", "cast(dtype=bf16)", "threshold(value=2.5758)"]
+    specs = ["topk(density=0.01)", "uniform", "sign", "cast(dtype=bf16)", "threshold(at=2.5758)"]
     chosen = [part for spec in specs for part in ("--codec", spec)]
     written = ["--json", str(file), "--plot", str(plot)]
     done = on_stand_in(*chosen, "--size", "2^12", "--data", "normal", "--pairs", "2", *written)
@@ -151,7 +151,7 @@ def test_a_bad_argument_is_reported(
     [
         ("uniform", (4, 12, 8)),
         ("topk(density=0.01)", (4, 12, 0.08)),
-        ("threshold(value=2)", (4, 12, 0.08)),
+        ("threshold(at=2)", (4, 12, 0.08)),
         ("randomk(density=0.01)", (0.04, 12, 0.08)),
         ("sign", (4, 20, 8)),
         ("ternary", (8, 20, 8)),

@@ -70,7 +70,7 @@ SPECS = [
     "topk(density=0.2, values=uniform(bits=3))",
     "blocktopk(density=0.05)",
     "sampled_topk(density=0.01)",
-    "threshold(value=5.0)",
+    "threshold(at=5.0)",
     "randomk(density=0.1)",
     "bounded(abs=0.01)",
     "bounded(rel=0.01)",

@@ -73,7 +73,7 @@ def inverse_scale(buffer: Any, top: Any, levels: Any) -> Any:
 def safe_scale(top: Any, levels: Any) -> Any:
     """Return top / levels so that `levels` times it reaches `top` where it is tiny, and is finite where it is huge.
 
-    What is not finite stays so: the scale shows it (`Codec.loud`).
+    What is not finite stays so: the scale shows it (`Codec.marks_nonfinite`).
     """
     scale = top / levels
     product = scale * levels

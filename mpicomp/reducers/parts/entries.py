@@ -9,39 +9,23 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.codecs import indices
 from mpicomp.codecs.base import Codec, Key
-from mpicomp.codecs.sparse import Values, indices_field, padded, write_indices
-from mpicomp.kernels import kernels_for
-from mpicomp.reducers.parts.messages import encode
+from mpicomp.codecs.sparse import Selecting, Values, indices_field, padded, write_indices
+from mpicomp.kernels import host_kernels
+from mpicomp.reducers.base import State
+from mpicomp.reducers.parts.messages import encode, residuals
 from mpicomp.wire import Field, Payload
-
-
-class Selecting(Codec, Protocol):
-    """A codec that sends some elements and where they are."""
-
-    @property
-    def values(self) -> Codec | None:
-        """What encodes the elements that are sent."""
-        ...
-
-    def kept(self, size: int) -> int:
-        """Return how many of `size` elements are sent at most."""
-        ...
-
-    def pick(self, x: Array, old: Array | None, new: Array | None) -> tuple[Array, Array]:
-        """Return the elements of x + old that are sent, (k,), and where they are, uint32; `new` gets the others."""
-        ...
 
 
 def check_selecting(reducer: str, codec: Codec) -> Selecting:
     """Raise ValueError for a codec that sends no indices."""
-    if not hasattr(codec, "pick"):
+    if not codec.selects:
         raise ValueError(
             f"{reducer} takes a codec that sends index-value pairs (topk, blocktopk, sampled_topk, threshold), got "
             f"{codec}; use two_stage({codec})"
@@ -61,9 +45,19 @@ class Entries(NamedTuple):
         """Return entries number start .. stop, with places counted from `origin`."""
         return Entries(self.values[start:stop], self.places[start:stop] - np.uint32(origin))
 
+    def largest(self, k: int, residual: Array | None) -> Entries:
+        """Return the k entries of largest magnitude; the others are added to `residual`."""
+        kernels = host_kernels(self.values)
+        kept, numbers = np.empty(k, self.values.dtype), np.empty(k, np.uint32)
+        rest = None if residual is None else np.empty_like(self.values)
+        kernels.select_top(self.values, None, rest, k).write(kept, numbers, zero=rest is not None)
+        if rest is not None and residual is not None:
+            kernels.scatter_add(self.places, rest, residual)
+        return Entries(kept, self.places[numbers])
+
 
 @dataclass(frozen=True)
-class Coding:
+class EntryCodec:
     """The bytes of entries: values as they are or by a codec, then indices in the smallest coding."""
 
     codec: Codec | None
@@ -74,15 +68,9 @@ class Coding:
         return *Values(self.codec).fields(count, self.dtype), indices_field(size, count)
 
     def write(
-        self,
-        entries: Entries,
-        payload: Payload,
-        size: int,
-        key: Key,
-        rest: Array | None = None,
-        shrink: float = 1.0,
+        self, entries: Entries, payload: Payload, size: int, key: Key, residual: Array | None, shrink: float = 1.0
     ) -> None:
-        """Encode entries of a region of `size` elements; `rest`, (k,), is set to what the code leaves out.
+        """Encode entries of a region of `size` elements; what the code leaves out is added to `residual`, (size,).
 
         Values are multiplied by `shrink` before, as `messages.encode` says; without a codec they travel as they are.
         """
@@ -90,10 +78,11 @@ class Coding:
         write_indices(entries.places, size, data)
         if self.codec is None:
             coded[0][:] = entries.values
-            if rest is not None:
-                rest[:] = 0
-        else:
-            encode(self.codec, entries.values, None, tuple(coded), rest, key, shrink)
+            return
+        rest = None if residual is None else np.empty_like(entries.values)
+        encode(self.codec, entries.values, None, tuple(coded), rest, key, shrink)
+        if rest is not None and residual is not None:
+            host_kernels(rest).scatter_add(entries.places, rest, residual)
 
     def read(self, payload: Payload, size: int, count: int, key: Key, shrink: float = 1.0) -> Entries:
         """Decode so many entries; their values may be a view of the payload."""
@@ -143,11 +132,15 @@ def _slope(codec: Hashable, dtype: str) -> tuple[float, float]:
     return slope, max(sizes)
 
 
-def pick(codec: Selecting, x: Array, old: Array | None, new: Array | None) -> tuple[Entries, bool]:
-    """Select from x + old; return the entries and whether all of x + old is finite.
+def select_units(codec: Selecting, x: Array, state: State) -> list[Entries] | None:
+    """Select from every unit that has elements, of x + residual; None where an input held NaN or infinity.
 
-    Nobody need look at all of x for that: magnitudes are compared as integers, so that infinity and NaN are larger than
+    Only the selected entries are checked: magnitudes are compared as integers, so that infinity and NaN are larger than
     all others, and some are among the entries if there are any.
     """
-    entries = Entries(*codec.pick(x, old, new))
-    return entries, not kernels_for(x).nonfinite(entries.values)
+    found = []
+    for piece in state.layout.whole():
+        found.append(Entries(*codec.pick(x[piece.where], *residuals(state, piece.where))))
+        if host_kernels(x).nonfinite(found[-1].values):
+            return None
+    return found

@@ -1,4 +1,4 @@
-"""Where a rank stands among nodes, and the shards that the nodes' owners make of a layout."""
+"""The shards of a layout that the owners on every node reduce, and where they lie in shared memory."""
 
 from __future__ import annotations
 
@@ -51,20 +51,24 @@ def _cut(unit: Unit, count: int) -> Iterator[tuple[str, tuple[int, ...], Piece]]
         yield name, (stop - start, *inside), Piece(unit, start * width, stop * width)
 
 
-class Place:
-    """Where a rank stands in a topology, and what that makes of a layout."""
+class NodeShards:
+    """The shards of a layout in a topology, as one rank sees them."""
 
     def __init__(self, layout: Layout, topology: Topology, me: int) -> None:
         self.layout, self.topology = layout, topology
         self.number = topology.node_of(me)
+        """Of this rank's node."""
         self.node = topology.nodes[self.number]
+        """The ranks of this node; `local` is this rank's number among them."""
         self.local = self.node.index(me)
         self.count = min(map(len, topology.nodes))
+        """How many shards there are: every node has an owner for each."""
         self.shards = node_shards(layout, self.count)
         self.peers = [node[self.local] for node in topology.nodes] if self.local < self.count else []
+        """The owners of this rank's shard, one per node."""
         ends = np.cumsum([sum(part.unit.size for part in shard) for shard in self.shards]).tolist()
         self.ranges = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
-        """Where each shard lies when all lie side by side."""
+        """The position of each shard in an array that holds all shards one after the other."""
 
     @property
     def mine(self) -> list[Part]:
