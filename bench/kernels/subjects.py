@@ -127,16 +127,22 @@ def elias_fano(codec: EliasFano, arrays: Arrays, device: bool = False) -> Subjec
     support = np.sort(np.argpartition(np.abs(arrays.x), size - k)[size - k :]).astype(np.uint32)
     given = to_device(support) if device else support
     data = empty(index_codes.nbytes("elias_fano", size, k), "uint8", device)
-    back = empty(k, "uint32", device)
+    back = np.empty(k, np.uint32)
     data.fill(0xFF)
     back.fill(0xFFFFFFFF)
     ops = {
         "encode": lambda: index_codes.encode(given, size, "elias_fano", data),
         "decode_add": lambda: index_codes.decode(data, size, "elias_fano", back),
     }
+    if device:  # a GPU adds at the indices and never lists them
+        values, out = empty(k, "float32", device), empty(size, "float32", device)
+        values.fill(1)
+        out.fill(0)
+        ops["decode_add"] = lambda: index_codes.scatter_add(data, "elias_fano", values, out)
     ops["encode"]()
     ops["decode_add"]()
-    assert np.array_equal(to_host(back), support), "elias_fano returns other indices than it is given"
+    found = np.flatnonzero(to_host(out)) if device else back
+    assert np.array_equal(found, support), "elias_fano returns other indices than it is given"
     return Subject("mpicomp", ops, data.nbytes, 0.0, data.nbytes, k)
 
 
@@ -195,8 +201,8 @@ def bytes_moved(codec: Any, op: str, size: int, subject: Subject) -> int:
     scale for the signs and reads once), and `ternary` reads x twice in both encodings. Other second reads of a codec,
     and intermediate results, are not counted.
     """
-    if isinstance(codec, EliasFano):  # indices and their code
-        return 4 * subject.touched + subject.nbytes
+    if isinstance(codec, EliasFano):  # the code, and the indices or, to add at them, values and elements
+        return (4 if op == "encode" else 12) * subject.touched + subject.nbytes
     twice = isinstance(codec, Ternary) or (isinstance(codec, Sign) and op == "encode_residual")
     if op == "encode":
         read = 4 * (subject.touched if isinstance(codec, RandomK) else size)

@@ -156,7 +156,7 @@ def test_a_bad_argument_is_reported(
         ("sign", (4, 20, 8)),
         ("ternary", (8, 20, 8)),
         ("cast(dtype=bf16)", (4, 12, 8)),
-        ("elias_fano(density=0.01)", (0.04, None, 0.04)),
+        ("elias_fano(density=0.01)", (0.04, None, 0.12)),
     ],
 )
 def test_bytes_that_must_move(bench: Any, spec: str, moved: tuple[float | None, ...]) -> None:
