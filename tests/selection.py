@@ -14,7 +14,7 @@ from collections.abc import Sequence
 FEW = 8
 """A test of at most so many instances keeps them all."""
 
-NAME = re.compile(r"[A-Za-z_]\w*")
+NAME = re.compile(r"[A-Za-z_][\w.]*")
 NUMBER = re.compile(r"[\d.]+")
 
 

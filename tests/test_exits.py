@@ -186,8 +186,8 @@ def test_import_without_mpi() -> None:
                     raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         sys.meta_path.insert(0, NoMPI())
         import mpicomp
-        import mpicomp.codecs, mpicomp.reducers, mpicomp.environment
-        print(mpicomp.__version__, mpicomp.allreduce.__name__, mpicomp.reducers.parse("topk(density=0.5)"))
+        import mpicomp.codecs, mpicomp.registry, mpicomp.environment
+        print(mpicomp.__version__, mpicomp.allreduce.__name__, mpicomp.registry.parse("topk(density=0.5)"))
         """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],

@@ -83,6 +83,7 @@ def test_a_test_of_few_instances_keeps_them_all() -> None:
     assert selection.kept(["same"] * (selection.FEW + 1)).count(True) == 1
 
 
+@pytest.mark.jobs
 def test_the_fast_loop_and_everything(suite: Path) -> None:
     code, output = run(suite)
     # test_table: 3 numbers of ranks and 2 names, the first of both in one; test_alone, test_tool
@@ -91,11 +92,13 @@ def test_the_fast_loop_and_everything(suite: Path) -> None:
     assert (code, "52 passed, 2 skipped, 1 xfailed" in output) == (0, True), output
 
 
+@pytest.mark.jobs
 def test_a_test_that_is_named_runs(suite: Path) -> None:
     code, output = run(suite, "tests/test_suite.py::test_long")
     assert (code, "1 passed" in output) == (0, True), output
 
 
+@pytest.mark.jobs
 def test_skips_in_ci(suite: Path) -> None:
     tests = suite / "tests" / "test_suite.py"
     tests.write_text(SUITE.replace("TOOL", "True"))

@@ -64,9 +64,8 @@ def tree(tmp_path: Path) -> Path:
 
 def that(wanted: str) -> list[object]:
     """The blocks to be tested in one way."""
-    marks = [pytest.mark.jobs, pytest.mark.deadline(LIMIT + 60)] if wanted != "help" else []
     chosen = [block for block in BLOCKS if block.kind.partition(" ")[0] in wanted.split()]
-    return [pytest.param(block, id=f"line {block.line}", marks=marks) for block in chosen]
+    return [pytest.param(block, id=f"line {block.line}") for block in chosen]
 
 
 def test_the_readme_is_short_enough() -> None:
@@ -98,11 +97,14 @@ def runs(block: Block, tree: Path) -> None:
     assert done.returncode == 0, f"README.md, {block}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
 
 
+@pytest.mark.jobs
+@pytest.mark.deadline(LIMIT + 60)
 @pytest.mark.parametrize("block", that("run mpirun"))
 def test_a_block_runs(block: Block, tree: Path) -> None:
     runs(block, tree)
 
 
+@pytest.mark.jobs
 @pytest.mark.parametrize("block", that("help"))
 def test_a_block_fits_the_help_of_what_it_calls(block: Block, tree: Path) -> None:
     for words in commands(block.code):
@@ -161,6 +163,7 @@ def test_commands_are_found() -> None:
     assert extras(pip) == {"mpich", "bench"}
 
 
+@pytest.mark.jobs
 def test_what_does_not_exist_is_found(tree: Path) -> None:
     assert misfits(["python", "-m", "mpicomp", "info"], tree) == []
     assert misfits(["python", "-m", "mpicomp", "info", "--nothing"], tree) == ["no option --nothing"]

@@ -23,6 +23,7 @@ import numpy as np
 from mpicomp.arrays import Array
 from mpicomp.codecs import Uniform
 from mpicomp.codecs.base import Codec
+from mpicomp.codecs.sparse import Selecting
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.share import shared
 from mpicomp.comm.topology import Topology
@@ -55,8 +56,9 @@ def fitting(codec: Codec) -> tuple[Reducer, ...]:
         return (SharedSupport(codec),)
     found: list[Reducer] = [Gather(codec), TwoStage(codec), Hierarchical(TwoStage(codec))]
     if codec.selects:
-        found += [Split(codec, cut=codec.density is not None)]
-        found += [Tree(codec)] if codec.fixed else []
+        selecting = cast(Selecting, codec)
+        found += [Split(selecting, cut=codec.density is not None)]
+        found += [Tree(selecting)] if codec.fixed else []
     if isinstance(codec, Uniform) and codec.bits > 1 and not codec.minmax:
         found += [Integer(codec.bits, codec.block, codec.stochastic)]
     return tuple(found)

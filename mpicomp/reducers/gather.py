@@ -24,9 +24,9 @@ from mpicomp.reducers.parts.workspace import Workspace
 
 @dataclass(frozen=True)
 class Gather(Reducer):
-    """Allgather of encoded arrays: one lossy event, one burst of messages, bytes that grow with the ranks.
+    """Allgather of encoded arrays: one lossy event, one round, and bytes that grow with the number of ranks.
 
-    Best for few ranks and for messages so small that only their number counts.
+    Best for few ranks, and for messages so small that only their number counts.
     """
 
     spec_name: ClassVar[str] = "gather"

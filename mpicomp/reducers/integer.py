@@ -1,12 +1,12 @@
 """integer: all ranks quantise with the same scales, so that their codes are added as integers, exactly.
 
-The scale of a block is made of its largest magnitude on any rank, which one small MAX reduction finds. Then every rank
-sends each owner its codes of b bits, owners add them up and share sums of b + ceil(log2 P) bits at most. So there is
-one lossy event, each rank knows for itself what it has lost, and the order of addition changes no bit (homomorphic
-compression: THC, Li et al., NSDI'24; its rotation is not used here).
+The scale of a block comes from its largest magnitude on any rank, which one small MAX allreduce finds. Then every rank
+sends each owner its codes of b bits, and owners share sums of at most b + ceil(log2 P) bits. There is one lossy event,
+every rank knows its own loss, and the order of addition changes no bit (homomorphic compression: THC, Li et al.,
+NSDI'24, without its rotation).
 
-The maximum is MPI's own, and cannot depend on the order either: magnitudes are compared as unsigned integers, where
-NaN and infinity come out on top. So every rank learns here whether some input was not finite, before anything is sent.
+MPI's MAX does not depend on the order either: magnitudes are compared as unsigned integers, of which NaN and infinity
+are the largest. So every rank learns before it sends anything whether some input had NaN or infinity.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from mpicomp.kernels import host_kernels
 from mpicomp.reducers.base import Reducer, Reduction, State, coding, poisoned_total
 from mpicomp.reducers.parts.layout import Layout, Piece, shards
 from mpicomp.reducers.parts.messages import Envelope, residuals
-from mpicomp.reducers.parts.pipeline import TwoStages, groups
+from mpicomp.reducers.parts.pipeline import Steps, TwoStages, groups
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.wire import Field, MessageLayout
 
 
 @dataclass(frozen=True)
 class Integer(Reducer):
-    """The exact sum of b-bit integers, which all ranks round to with one scale a block.
+    """The exact sum of b-bit integers, to which all ranks round with one scale per block.
 
-    With the levels L = 2^(bits-1) - 1 and the scale s = m / L, m a block's largest magnitude on any rank, rounding to
-    the nearest leaves out at most s / 2 of an element, and never more than the element. Under feedback m <= X + E, X
-    the largest input and E the largest debt, so E <= (X + E) / 2L: debts stay below X / (2L - 1), whichever rank the
-    maximum comes from. `stochastic` rounding is unbiased and leaves out less than s: debts stay below X / (L - 1),
-    which takes three bits (two owe several steps' worth of plain noise); no smaller steps are needed, as `scaled` gives
-    the codecs. Rounding to one bit, plus or minus m, would leave out up to m, and is not offered.
+    Let L = 2^(bits-1) - 1 be the levels and s = m / L the scale, where m is a block's largest magnitude on any rank.
+    Rounding to the nearest leaves out at most s / 2 of an element, and never more than the element. Under feedback
+    m <= X + E with the largest input X and the largest residual E, so E <= (X + E) / 2L: residuals stay below
+    X / (2L - 1) on every rank. `stochastic` rounding is unbiased and leaves out less than s: residuals stay below
+    X / (L - 1), which needs three bits (with two they grow to several steps of plain noise). One bit, plus or minus m,
+    would leave out up to m, and is not offered.
     """
 
     spec_name: ClassVar[str] = "integer"
@@ -58,7 +58,7 @@ class Integer(Reducer):
 
     @property
     def quantizer(self) -> Uniform:
-        """The codec whose codes these are; the scales are others."""
+        """The codec that has the same codes, with scales of its own."""
         return Uniform(self.bits, self.block, self.stochastic)
 
     @property
@@ -125,20 +125,20 @@ class Integer(Reducer):
             return Reduction(out), state.advanced()
         work = work or Workspace()
         buffers = work.made("buffers", lambda: _Buffers(self, state.layout, state.dtype, comm.size, comm.rank))
-        steps = _Steps(self, buffers, x, state, out, comm.rank)
+        steps = _Steps(x, state, out, comm.rank, self, buffers)
         steps.find_tops()
         word = f"uint{8 * x.itemsize}"
         allreduce(comm, buffers.tops.view(word), buffers.scales.view(word), "max")
         if not np.isfinite(buffers.scales).all():
             return poisoned_total(out, state.layout), state
-        _, finite = buffers.messages.run(comm, steps, sequence, state, str(self))
+        _, finite = buffers.messages.run(comm, steps, sequence, str(self))
         return (Reduction(out), state.advanced()) if finite else (poisoned_total(out, state.layout), state)
 
     def rehearse(self, x: Array, total: Array) -> list[Array]:
         """See Reducer."""
         state = self.init(Layout.single(x.shape), x.dtype.name, feedback=True)
         buffers = _Buffers(self, state.layout, state.dtype, 1, 0)
-        steps = _Steps(self, buffers, x, state, total, 0)
+        steps = _Steps(x, state, total, 0, self, buffers)
         steps.find_tops()
         buffers.scales[...] = buffers.tops
         codes, sums = buffers.messages.outgoing[0], buffers.messages.shares[0]
@@ -148,7 +148,7 @@ class Integer(Reducer):
         return [total, cast(Array, state.spare), *(message.buffer for message in (*codes, *sums))]
 
     def absorb(self, comm: Comm, dropped: Array, state: State) -> None:
-        """See Reducer: the owner of a shard takes what rounding dropped there."""
+        """See Reducer: the owner of a shard owns its elements."""
         if state.residual is not None:
             for piece in shards(state.layout, self.block, comm.size)[comm.rank]:
                 state.residual[piece.where] += dropped[piece.where]
@@ -175,15 +175,11 @@ class _Buffers:
 
 
 @dataclass(frozen=True)
-class _Steps:
-    """What one reduction does with its messages."""
+class _Steps(Steps[Envelope]):
+    """One reduction."""
 
     reducer: Integer
     buffers: _Buffers
-    x: Array
-    state: State
-    out: Array
-    me: int
 
     def find_tops(self) -> None:
         """Find the largest magnitude of every block on this rank."""

@@ -1,20 +1,19 @@
-"""split: entries go straight to the owner of their region, who adds them up and shares the sums.
+"""split: every rank sends its entries to the owners of their regions, who add them up and share the sums.
 
-SparCML's split allgather (Renggli et al., SC'19) and, with `cut`, Ok-Topk (Li, Hoefler, PPoPP'22), in messages of
-their own: one to each peer in either stage, index-value pairs near their entropy, and regions balanced in every step
-(`regions`). With k entries a rank, K places that some rank selected and w bytes an entry a rank sends
+SparCML's split allgather (Renggli et al., SC'19) and, with `cut`, Ok-Topk (Li, Hoefler, PPoPP'22), with one message per
+peer and stage, index-value pairs near their entropy, and regions that are balanced in every step (`regions`). With k
+entries per rank, K places that some rank selected, and w bytes per entry, a rank sends
 
-    exact   w (k + K) (P-1)/P, and no rank much more;  K is n (1 - (1-k/n)^P) for independent ranks, k for like ones
-    cut     2 w k (P-1)/P, whatever the data; w is 3.1 for bfloat16 at 1 %
+    exact   w (k + K) (P-1)/P, and no rank much more;  K is n (1 - (1-k/n)^P) for independent ranks, k for equal ones
+    cut     2 w k (P-1)/P for any data; w is 3.1 for bfloat16 at 1 %
 
-**Messages** begin with the header that all have. In the first stage, and in the second unless entries are cut, there
-follow counts: of every region of the message the number of its entries, u32, filled up to a multiple of 8; 2^32 - 1
-says that the region is sent whole. Then for every region its fields, each at a multiple of 8: values and indices, which
-count from the region's start, or of a whole region the values alone. A rank without finite input sends the header only.
-The lengths of such messages go ahead, 8 bytes a peer: a receiver must know what to expect, and room for the largest
-message there could be, for every peer, is more than a region. Where entries are cut, owners leave a number that all
-know (of the region's elements they add some that are zero where too few were selected): no counts, no lengths, a round
-less.
+**Messages** begin with the common header. In the first stage, and in the second without `cut`, counts follow: for every
+region its number of entries, u32, with padding to a multiple of 8; 2^32 - 1 means that the region is sent whole. Then
+come the fields of every region, each at a multiple of 8: values and indices, which count from the region's start, or
+only values for a whole region. A rank whose input has NaN or infinity sends the header only. Lengths are exchanged
+before such messages, 8 bytes per peer, because room for the largest possible message of every peer would exceed a
+region. With `cut`, owners send a fixed number of entries, some of them zero where ranks selected fewer: this needs no
+counts, no lengths and one round less.
 """
 
 from __future__ import annotations
@@ -49,18 +48,19 @@ from mpicomp.wire import ALIGN, HEADER, Payload
 class Split(Reducer):
     """Sum what `codec` selects at the owners of balanced regions, and share the sums as entries.
 
-    A rank selects from whole units, once. The sums are exact, up to rounding and what `values` of the codec leaves out,
-    at most twice. With `cut` the owners keep as many entries of a unit as one rank selects, each those of largest
-    magnitude of its region; what an owner drops goes to its own residual. Owners have equal quotas, not what a common
-    threshold would leave them: regions have equally many entries, and so no owner ever has more to send than its part.
-    With `dense_after` an owner sends its region whole as soon as more than that share of it is taken, by the codec
-    `dense` or else as values are, with what that leaves out in the owner's residual; its message says so. Indices cost
-    one bit an element at most: unless `dense` is shorter than values are, a whole region has fewer bytes than its
-    entries only where 31/32 of it are taken (SparCML, whose indices have 32 bits, turns at 1/2).
+    A rank selects once, from whole units. The sums are exact up to rounding and up to what the codec's `values` leave
+    out, at most twice. With `cut` the owners of a unit keep together as many entries as one rank selects, each owner
+    the largest of its region; the rest goes to its residual. Owners have equal quotas instead of a common threshold:
+    regions have equally many entries, so no owner has more to send than its part.
+
+    With `dense_after` an owner sends its region whole if more than that share of it is taken, by the codec `dense` or
+    else as values; the loss goes to its residual. Indices take at most one bit per element: unless `dense` is shorter
+    than values, a whole region has fewer bytes than its entries only where 31/32 of it are taken (SparCML, with indices
+    of 32 bits, switches at 1/2).
     """
 
     spec_name: ClassVar[str] = "split"
-    codec: Codec
+    codec: Selecting
     cut: bool = field(default=False, kw_only=True)
     dense_after: float | None = field(default=None, kw_only=True)
     dense: Codec | None = field(default=None, kw_only=True)
@@ -83,22 +83,17 @@ class Split(Reducer):
             check_values(self.dense)
 
     @property
-    def selecting(self) -> Selecting:
-        """The codec, as one that selects."""
-        return check_selecting("split", self.codec)
-
-    @property
     def whole(self) -> Codec | None:
-        """What encodes a region that is sent whole."""
-        return self.dense or self.selecting.values
+        """The codec of a region that is sent whole."""
+        return self.dense or self.codec.values
 
     def divisions(self, layout: Layout, ranks: int) -> list[Division]:
-        """How the units are divided among ranks."""
-        return divide(layout, [self.selecting.kept(unit.size) for unit in layout.units], ranks)
+        """The regions of every unit."""
+        return divide(layout, [self.codec.kept(unit.size) for unit in layout.units], ranks)
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
-        """See Reducer: at most so many bytes, in the worst case of ranks that select different places."""
-        ranks, how = topology.size, EntryCodec(self.selecting.values, dtype)
+        """See Reducer; bytes are an upper bound, for ranks that select different places."""
+        ranks, how = topology.size, EntryCodec(self.codec.values, dtype)
         divisions = self.divisions(layout, ranks)
         histogram = histogram_nbytes(divisions) if ranks > 1 else 0
         nbytes = -(-2 * histogram * (ranks - 1) // ranks)
@@ -113,16 +108,16 @@ class Split(Reducer):
             if me in owners:
                 share += self._most_shared(division, owners.index(me), how)
                 elements += -(-division.unit.size // division.parts)
-        told = {rank: HEADER + ALIGN + -(-4 * regions // ALIGN) * ALIGN for rank, regions in owned.items() if regions}
-        nbytes += sum(head for rank, head in told.items() if rank != me)
-        if me in told:
-            nbytes += (ranks - 1) * (share + (HEADER if self.cut else told[me]))
-        stages = 2 * len(set(told) - {me}) + (ranks - 1) * (me in told) * (1 if self.cut else 2)
+        heads = {rank: HEADER + ALIGN + -(-4 * regions // ALIGN) * ALIGN for rank, regions in owned.items() if regions}
+        nbytes += sum(head for rank, head in heads.items() if rank != me)
+        if me in heads:
+            nbytes += (ranks - 1) * (share + (HEADER if self.cut else heads[me]))
+        stages = 2 * len(set(heads) - {me}) + (ranks - 1) * (me in heads) * (1 if self.cut else 2)
         return Cost(
             nbytes,
             rounds=(3 if self.cut else 4) + bool(histogram),
             messages=stages,
-            lossy=1 + bool(self.cut or self.dense or self.selecting.values),
+            lossy=1 + bool(self.cut or self.dense or self.codec.values),
             work=(
                 coding(self.codec, layout.size, feedback=feedback),
                 coding(self.codec, elements * ranks, "decode_add"),
@@ -133,14 +128,14 @@ class Split(Reducer):
         )
 
     def _most_shared(self, division: Division, part: int, how: EntryCodec) -> int:
-        """Bytes at most that the owner of a part sends for it to each peer."""
+        """An upper bound of the bytes that the owner of a part sends for it to each peer."""
         size = division.unit.size
         if self.cut:
             return how.most(size, min(size, division.quota(part)))
         taken = division.largest()
         if self.dense_after is None:
             return how.most(size, taken)
-        # a region that is sent whole is no longer than so: more than that share of it is taken
+        # more than that share of a whole region is taken, which bounds its size
         whole = EntryCodec(self.whole, how.dtype).most_values(min(size, int(taken / self.dense_after)))
         return max(how.most(size, min(taken, int(self.dense_after * size) + 1)), whole)
 
@@ -155,7 +150,7 @@ class Split(Reducer):
         return (poisoned_total(out, state.layout), state) if step.poisoned else (Reduction(out), state.advanced())
 
     def rehearse(self, x: Array, total: Array) -> list[Array]:
-        """See Reducer: entries are added up and collected."""
+        """See Reducer."""
         kernels, size = host_kernels(x), x.size
         marks, places = np.zeros(-(-size // 64), np.uint64), np.arange(0, size, 3, dtype=np.uint32)
         total[...] = 0
@@ -169,11 +164,11 @@ class Split(Reducer):
 
 
 class _Step:
-    """One reduction, and what a rank knows in its course."""
+    """One reduction of this rank."""
 
     def __init__(self, reducer: Split, comm: Comm, state: State, work: Workspace) -> None:
         self.reducer, self.comm, self.state, self.work = reducer, comm, state, work
-        self.coding = EntryCodec(reducer.selecting.values, state.dtype)
+        self.coding = EntryCodec(reducer.codec.values, state.dtype)
         self.parcels = Parcels(comm, state, work, self.coding, reducer.whole, str(reducer))
         self.first, self.second = (work.shrink(self.coding.codec, ranks) for ranks in (1, comm.size))
         self.whole = work.shrink(reducer.whole, comm.size)
@@ -184,7 +179,7 @@ class _Step:
 
     def select(self, x: Array) -> None:
         """Select from all units, and agree on the owner of each region."""
-        found = select_units(self.reducer.selecting, x, self.state)
+        found = select_units(self.reducer.codec, x, self.state)
         self.poisoned = found is None
         for division, entries in zip(self.divisions, found or (), strict=found is not None):
             self.selected[division.number] = entries
@@ -240,7 +235,7 @@ class _Step:
                     self._decode(self.parcels.view(data, self.owned[owner], quotas[owner]), owner, out)
 
     def _sum(self, region: Region, incoming: Sequence[Parcel], number: int) -> tuple[Entries, int]:
-        """Add up the entries of a region in rank order; return the sums and what the message says of their number."""
+        """Add up the entries of a region in rank order; return the sums and their count, or WHOLE, for the message."""
         size, kernels = region.piece.size, host_kernels(incoming[0].data)
         sums, marks = self._zeros("region", size, self.state.dtype), self._zeros("marks", -(-size // 64), "uint64")
         for rank, parcel in enumerate(incoming):
@@ -260,11 +255,11 @@ class _Step:
         return found, count
 
     def _zeros(self, name: str, size: int, dtype: str) -> Array:
-        """Zeros from the workspace; the code that writes to them leaves zeros."""
+        """Zeros from the workspace; the code that writes to them must restore zeros."""
         return self.work.roomy(name, size, lambda room: np.zeros(room, dtype))
 
     def _encode(self, regions: Sequence[Region], found: Sequence[tuple[Entries, int]], parcel: Parcel) -> None:
-        """Write the sums of this rank's regions; what is left out goes to its residual."""
+        """Write the sums of this rank's regions; the loss goes to its residual."""
         if self.poisoned:
             return
         for region, (sums, count), payload in zip(regions, found, parcel.payloads, strict=True):
@@ -289,7 +284,7 @@ class _Step:
             new += rest
 
     def _decode(self, parcel: Parcel, owner: int, out: Array) -> None:
-        """Set an owner's regions of `out` to what it sent."""
+        """Set an owner's regions of `out` to the sums that it sent."""
         codec = self.reducer.whole
         for region, count, payload in zip(self.owned[owner], parcel.counts, parcel.payloads, strict=True):
             target, key = out[region.piece.where], self.state.key(region.piece, 1, owner)

@@ -1,9 +1,8 @@
-"""two_stage: every rank reduces one shard of every message and shares it, encoded twice in all.
+"""two_stage: every rank owns one shard, adds up the encoded parts of all ranks, and shares the encoded sum.
 
-Alltoall of encoded shards, sum at the owner, re-encoding, allgather: the optimal number of bytes, two lossy events at
-any number of ranks. The owner of a shard adds its own slice to the sum as it is: only what travels is encoded, and what
-the re-encoding drops is the owner's residual there, so error feedback needs no second buffer (DESIGN section 3). Both
-stages are cut into groups (`pipeline`), so that coding hides behind the wire.
+Alltoall of encoded shards, sum at the owner, re-encoding, allgather: the optimal number of bytes, and two lossy events
+at any number of ranks. The owner adds its own slice without encoding it. What the re-encoding drops goes to the owner's
+residual, so error feedback needs no second buffer. Both stages are cut into groups, see `pipeline`.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from mpicomp.reducers.base import Reducer, Reduction, State, check_codec, coding
 from mpicomp.reducers.parts.bounds import bound_of_sum
 from mpicomp.reducers.parts.layout import Layout, shards
 from mpicomp.reducers.parts.messages import Message, encode_all, message_nbytes
-from mpicomp.reducers.parts.pipeline import TwoStages, groups
+from mpicomp.reducers.parts.pipeline import Steps, TwoStages, groups
 from mpicomp.reducers.parts.workspace import Workspace
 
 
@@ -33,8 +32,8 @@ from mpicomp.reducers.parts.workspace import Workspace
 class TwoStage(Reducer):
     """Reduce-scatter and allgather of encoded shards, each an array of its own to the codec.
 
-    `second` encodes the sums, None: `codec` does. The payloads of a linear codec, the owner's among them, are summed as
-    they are and not encoded again.
+    `second` encodes the sums; `codec` does if it is None. The payloads of a linear codec, also the owner's, are summed
+    and not encoded again.
     """
 
     spec_name: ClassVar[str] = "two_stage"
@@ -98,8 +97,8 @@ class TwoStage(Reducer):
         work = work or Workspace(state.device)
         shrinks = work.shrink(self.codec, 1), work.shrink(self.recodec, comm.size)
         messages, total = work.made(("messages", shrinks), lambda: self._messages(comm, state, shrinks))
-        steps = _Steps(self.codec, x, state, out, total, work.factor, comm.rank)
-        poisoned, finite = messages.run(comm, steps, comm.next_call(), state, str(self))
+        steps = _Steps(x, state, out, comm.rank, self.codec, total, work.factor)
+        poisoned, finite = messages.run(comm, steps, comm.next_call(), str(self))
         if poisoned:
             return poisoned_total(out, state.layout), state
         return Reduction(out, divided=work.factored, finite=finite), state.advanced()
@@ -115,23 +114,19 @@ class TwoStage(Reducer):
         return messages, empty(messages.largest, state.dtype, state.device)
 
     def absorb(self, comm: Comm, dropped: Array, state: State) -> None:
-        """See Reducer: the owner of a shard takes what rounding dropped there."""
+        """See Reducer: the owner of a shard owns its elements."""
         if state.residual is not None:
             for piece in shards(state.layout, self.codec.block, comm.size)[comm.rank]:
                 state.residual[piece.where] += dropped[piece.where]
 
 
 @dataclass(frozen=True)
-class _Steps:
-    """What one reduction does with its messages."""
+class _Steps(Steps[Message]):
+    """One reduction."""
 
     codec: Codec
-    x: Array
-    state: State
-    out: Array
     total: Array
     factor: float
-    me: int
 
     def encode(self, messages: Sequence[Message]) -> Iterable[bool]:
         """See Steps."""

@@ -85,6 +85,7 @@ def test_the_other_families_lose_nothing_either(codec: str, reducer: str, ranks:
     assert debts(history).max() < 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", COMPRESSING)
 def test_debts_stop_growing(spec: str) -> None:
     """Growth with the square root of the steps would make this 1.29, linear growth 1.67; `two_stage(sign)` has 1.15."""
@@ -233,6 +234,7 @@ shapes = st.lists(st.lists(st.integers(0, 7), max_size=3).map(tuple), max_size=6
 scales = st.one_of(st.just(1.0), st.floats(-44, 30).map(lambda exponent: 10.0**exponent))
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(
     spec=st.sampled_from(MEMBERS),
@@ -273,6 +275,7 @@ UNBIASED_MEMBERS = [f"{reducer}({codec})" for codec in UNBIASED for reducer in (
 SEEDS = 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "dtype"),
     [

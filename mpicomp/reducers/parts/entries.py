@@ -1,7 +1,7 @@
-"""Entries: the index-value pairs of sparse vectors, and how those of a region become bytes.
+"""Entries: the index-value pairs of sparse vectors, and the bytes of those of a region.
 
-What codecs such as `topk` select is sent in parts here, added up, and selected from again; so their entries are handled
-apart from the payloads that the codecs themselves would write.
+`split` and `tree` send the entries that a codec such as `topk` selects in parts, add them up and select again. So they
+write entries themselves, instead of the codec's payloads.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mpicomp.wire import Field, Payload
 
 
 def check_selecting(reducer: str, codec: Codec) -> Selecting:
-    """Raise ValueError for a codec that sends no indices."""
+    """Return a codec that sends index-value pairs; ValueError for any other."""
     if not codec.selects:
         raise ValueError(
             f"{reducer} takes a codec that sends index-value pairs (topk, blocktopk, sampled_topk, threshold), got "
@@ -58,13 +58,13 @@ class Entries(NamedTuple):
 
 @dataclass(frozen=True)
 class EntryCodec:
-    """The bytes of entries: values as they are or by a codec, then indices in the smallest coding."""
+    """The bytes of entries: values, unchanged or by a codec, then indices in the smallest coding."""
 
     codec: Codec | None
     dtype: str
 
     def fields(self, size: int, count: int) -> tuple[Field, ...]:
-        """The fields of so many entries of a region of `size` elements."""
+        """The fields of `count` entries of a region of `size` elements."""
         return *Values(self.codec).fields(count, self.dtype), indices_field(size, count)
 
     def write(
@@ -72,7 +72,7 @@ class EntryCodec:
     ) -> None:
         """Encode entries of a region of `size` elements; what the code leaves out is added to `residual`, (size,).
 
-        Values are multiplied by `shrink` before, as `messages.encode` says; without a codec they travel as they are.
+        Values are multiplied by `shrink` before, see `messages.encode`; without a codec they travel unchanged.
         """
         *coded, data = payload
         write_indices(entries.places, size, data)
@@ -85,14 +85,14 @@ class EntryCodec:
             host_kernels(rest).scatter_add(entries.places, rest, residual)
 
     def read(self, payload: Payload, size: int, count: int, key: Key, shrink: float = 1.0) -> Entries:
-        """Decode so many entries; their values may be a view of the payload."""
+        """Decode `count` entries; their values may be a view of the payload."""
         *coded, data = payload
         places = np.empty(count, np.uint32)
         indices.decode(data, size, indices.smallest(size, count), places)
         return Entries(self._values(tuple(coded), count, key, shrink), places)
 
     def add(self, payload: Payload, count: int, out: Array, key: Key, shrink: float = 1.0) -> None:
-        """Add so many entries to `out`, a region."""
+        """Add `count` entries to `out`, a region."""
         *coded, data = payload
         values = self._values(tuple(coded), count, key, shrink)
         indices.scatter_add(data, indices.smallest(out.size, count), values, out)
@@ -102,28 +102,28 @@ class EntryCodec:
         return values if self.codec is None or shrink == 1.0 else values * values.dtype.type(1 / shrink)
 
     def most(self, size: int, count: int, parts: int = 1) -> int:
-        """Return how many bytes so many entries of `size` elements take at most, padding included.
+        """Return an upper bound of the bytes of `count` entries of `size` elements, padding included.
 
-        In whichever way the elements are cut into at most so many parts, and the entries fall into them. Holds where a
-        codec of values needs as much for every block that is added.
+        It holds for every way to cut the elements into at most `parts` parts, if the codec of values needs equal bytes
+        for every further block.
         """
         if count == 0:
             return 0
-        # Elias-Fano codes of one width, which the smallest coding of a part undercuts: sum over parts of
-        # ceil(k w / 8) + ceil((k + ((n - 1) >> w)) / 8), and up to 7 of padding
+        # The bytes of Elias-Fano codes of one width, at least those of the smallest coding of each part: the sum over
+        # parts of ceil(k w / 8) + ceil((k + ((n - 1) >> w)) / 8), and up to 7 of padding.
         width = indices.width(size, count)
         bits = count * (width + 1) + (size >> width)
         return self.most_values(count, parts) + -(-bits // 8) + 9 * parts
 
     def most_values(self, count: int, parts: int = 1) -> int:
-        """Return how many of these bytes are the values'."""
+        """Return an upper bound of the bytes of their values."""
         slope, constant = _slope(cast(Hashable, self.codec), self.dtype)
         return int(slope * count + constant * parts) + 1
 
 
 @lru_cache(maxsize=256)
 def _slope(codec: Hashable, dtype: str) -> tuple[float, float]:
-    """Return a and b such that k values take at most a k + b bytes with padding, as tight as a codec's blocks allow."""
+    """Return the least a and b such that k values take at most a k + b bytes with padding."""
     how = Values(cast(Codec | None, codec))
     block = 1 if how.codec is None else how.codec.block
     many = 64 * max(block, 64)

@@ -155,10 +155,10 @@ class Message(Envelope):
     @property
     def cannot_overflow(self) -> bool:
         """Whether no sum of such messages overflows, over any number of ranks, as far as the first fields show."""
+        if not self.codec.marks_nonfinite:
+            return False
         payloads = self.host_payloads if self.fixed else self.layout.cut(self.host, self.host)
-        return self.codec.marks_nonfinite and all(
-            bool(np.abs(payload[0]).max(initial=0) < SAFE) for payload in payloads
-        )
+        return all(bool(np.abs(payload[0]).max(initial=0) < SAFE) for payload in payloads)
 
     def decode(self, out: Array, state: State, stage: int, rank: int, scale: float = 1.0) -> None:
         """Set the pieces of `out` to scale times what was encoded."""

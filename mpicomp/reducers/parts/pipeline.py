@@ -6,9 +6,12 @@ changes no code; those of other codecs stay whole, so that their groups are the 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Generic, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
+from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
 from mpicomp.comm.collectives import peers
 from mpicomp.comm.communicator import Comm
@@ -119,20 +122,26 @@ class MessageExchange(Exchange):
         return check_header(self.messages[peer][group].arrived(), peer, self.sequence, self.state)
 
 
-class Steps(Protocol[M]):
-    """What a method does with the messages of two stages."""
+@dataclass(frozen=True)
+class Steps(ABC, Generic[M]):
+    """One reduction in two stages: what a method does with its messages."""
 
+    x: Array
+    state: State
+    out: Array
+    me: int
+
+    @abstractmethod
     def encode(self, messages: Sequence[M]) -> Iterable[bool]:
-        """Write the messages of the first stage, one after the other; say of each whether its input was finite."""
-        ...
+        """Write the messages of the first stage in turn; yield for each whether its input was finite."""
 
+    @abstractmethod
     def add(self, share: M, received: dict[int, M]) -> bool:
         """Write a message of the second stage from those received, by rank; return whether the sums are finite."""
-        ...
 
+    @abstractmethod
     def decode(self, share: M, owner: int) -> bool:
-        """Set a part of the result to what its owner sent; return whether it is known to be finite."""
-        ...
+        """Set a part of `out` to the sums that its owner sent; return whether they are known to be finite."""
 
 
 class TwoStages(Generic[M]):
@@ -161,10 +170,10 @@ class TwoStages(Generic[M]):
         self.largest = max((sum(piece.size for piece in part) for part in parts[me]), default=0)
         """Elements of the largest group of this rank's shard."""
 
-    def run(self, comm: Comm, steps: Steps[M], sequence: int, state: State, operation: str) -> tuple[bool, bool]:
+    def run(self, comm: Comm, steps: Steps[M], sequence: int, operation: str) -> tuple[bool, bool]:
         """Return whether some rank's input held NaN or infinity, and whether the result is known to be finite."""
         me, ranks = comm.rank, range(comm.size)
-        mine = self.shares[me]
+        mine, state = self.shares[me], steps.state
         poisoned, finite = False, True
         first = MessageExchange(comm, self.outgoing, self.incoming, sequence, state, f"{operation}, stage 1")
         with first:
