@@ -10,7 +10,7 @@ from collectives_systems import Native, Ours, System, World
 from collectives_timing import Array, Arrays
 
 from mpicomp.arrays import fetch, pinned, put, to_device, to_host
-from mpicomp.device import gpu_aware
+from mpicomp.comm.info import gpu_aware
 
 
 class GPUArrays(Arrays):

@@ -164,7 +164,7 @@ class Ours(InProcess):
 
     def made(self, x: Array, out: Array) -> Callable[[], object]:
         """See InProcess."""
-        plan = mpicomp.plan(self.world.mpi, x, self.reducer, memory=True)
+        plan = mpicomp.plan(self.world.mpi, x, self.reducer, feedback=True)
         return lambda: plan(x, out=out)
 
 

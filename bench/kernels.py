@@ -28,8 +28,9 @@ from kernels_report import ALL_OPS, OPS, Row, print_table, title, write_json, wr
 from kernels_subjects import Arrays, EliasFano, Subject, elias_fano, figures, ours, theirs
 
 from mpicomp.codecs import CODECS
+from mpicomp.errors import SpecError
 from mpicomp.registry import ALIASES
-from mpicomp.specs import SpecError, parse
+from mpicomp.specs import parse
 
 SPECS = (
     "topk(density=0.01)",

@@ -1,6 +1,6 @@
 """Collectives over MPI that compress before they transfer.
 
-    total = mpicomp.allreduce(comm, x, "topk(density=0.01)", state=state)
+    total = mpicomp.allreduce(comm, x, "topk(density=0.01)", memory=memory)
 
 `comm` is an mpi4py communicator. For torch see `mpicomp.torch`, for the methods `mpicomp.codecs` and
 `mpicomp.reducers`. Importing this initialises nothing: MPI starts when a communicator is made.
@@ -25,7 +25,7 @@ __all__ = [
     "iscatter",
     "ialltoall",
     "plan",
-    "state",
+    "memory",
     "reset",
 ]
 
@@ -43,11 +43,11 @@ if TYPE_CHECKING:
         igather,
         ireduce_scatter,
         iscatter,
+        memory,
         plan,
         reduce_scatter,
         reset,
         scatter,
-        state,
     )
 
 

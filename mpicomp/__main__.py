@@ -12,25 +12,34 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mpicomp import environment
+from mpicomp.comm.info import describe_mpi, world_rank_and_size
 
 
 def info() -> int:
     """Print what mpicomp runs in, once for all ranks; 1 where launcher and MPI do not belong together."""
-    size, first = 1, environment.is_first_process(os.environ)
+    first = environment.is_first_process(os.environ)
     if refusal := environment.refused_launcher(os.environ, environment.installed_wheels()):
         if first:
             show(environment.describe_software(), refusal)
         return 1
-    mpi = environment.describe_mpi()
-    if "mpi4py.MPI" in sys.modules:
-        world = sys.modules["mpi4py.MPI"].COMM_WORLD
-        size = world.Get_size()
-        first = world.Get_rank() == 0 if size > 1 else first
+    mpi = describe_mpi()
+    rank, size = world_rank_and_size()
+    first = rank == 0 if size > 1 else first
     mismatch = environment.launcher_mismatch(os.environ, size)
     if first:
-        rows = [*environment.describe_software(), *mpi, *environment.describe_gpu(), *environment.describe_kernels()]
+        rows = [*environment.describe_software(), *mpi, *environment.describe_gpu(), *describe_kernels()]
         show(rows, mismatch)
     return 1 if mismatch else 0
+
+
+def describe_kernels() -> list[tuple[str, str]]:
+    """Where compiled kernels are kept."""
+    from mpicomp.kernels.cpu.compile import cache_path
+
+    folder = cache_path()
+    if not folder:
+        return [("kernel cache", "none: no folder can be written; set NUMBA_CACHE_DIR")]
+    return [("kernel cache", f"{len(list(Path(folder).glob('*.nbc')))} kernels in {folder}")]
 
 
 DEFAULT_LOSSY = ("topk(density=0.01)", "two_stage(uniform(bits=4))", "low_rank(rank=4)")
@@ -48,10 +57,10 @@ def plan(fresh: bool, sizes: Sequence[int], allow: Sequence[str], file: str | No
         if first:
             show([], refusal)
         return 1
+    from mpicomp.errors import SpecError
     from mpicomp.planner.auto import Auto
     from mpicomp.planner.survey import known_machine, survey, table
     from mpicomp.registry import parse
-    from mpicomp.specs import SpecError
 
     try:
         auto = Auto(allow=tuple(parse(spec) for spec in allow or DEFAULT_LOSSY))
@@ -60,7 +69,8 @@ def plan(fresh: bool, sizes: Sequence[int], allow: Sequence[str], file: str | No
         if first:
             print(f"--allow: {error}", file=sys.stderr)
         return 2
-    from mpicomp.comm.communicator import Comm, world
+    from mpicomp.comm.communicator import Comm
+    from mpicomp.comm.transport import world
 
     comm = Comm.of(world())
     if mismatch := environment.launcher_mismatch(os.environ, comm.size):

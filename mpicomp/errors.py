@@ -1,8 +1,12 @@
-"""The library's own exceptions; everything else it raises is a ValueError or a TypeError."""
+"""The library's own exceptions; every other one that it raises is a ValueError or a TypeError."""
 
 
-class ConfigMismatchError(RuntimeError):
-    """The ranks of a communicator disagree on what they are about to do; raised on all of them."""
+class MPICompError(Exception):
+    """The base of the library's own exceptions."""
+
+
+class ConfigMismatchError(MPICompError, RuntimeError):
+    """The ranks of a communicator are about to do different things; raised on all of them."""
 
 
 REPAIR = (
@@ -11,9 +15,13 @@ REPAIR = (
 )
 
 
-class CommunicatorError(RuntimeError):
-    """An error on one rank has broken a communicator: what was under way on it cannot be completed on any rank."""
+class CommunicatorError(MPICompError, RuntimeError):
+    """An error on one rank has broken a communicator: no rank can complete what was under way on it."""
 
 
-class WireFormatError(ValueError):
+class WireFormatError(MPICompError, ValueError):
     """Bytes from outside the job are not a message of this library; nothing was decoded."""
+
+
+class SpecError(MPICompError, ValueError):
+    """A spec cannot be read; the message shows where, why, and which names are known."""

@@ -27,16 +27,14 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal, NoReturn, Union
 
+from mpicomp.errors import SpecError
+
 MAX_CHARS = 10_000  # of a spec; far above any real one, far below what overflows the stack of Python's parser
 MAX_DEPTH = 50  # members and tuples inside each other
 
 # Python before 3.11.8 and 3.12.2 counts the depth of one `ast.parse` beside another thread's and raises SystemError
 # (gh-106905). Reentrant, because the garbage collector may run a finalizer amid parsing.
 _one_at_a_time = threading.RLock()
-
-
-class SpecError(ValueError):
-    """A spec cannot be read; the message shows where, why, and which names are known."""
 
 
 class Spec:

@@ -34,7 +34,7 @@ import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.comm.communicator import Comm
-from mpicomp.comm.transport import Topology
+from mpicomp.comm.topology import Topology
 
 T = TypeVar("T")
 
@@ -278,6 +278,10 @@ class Rank:
             raise Misuse(f"a notice of {data.size} bytes, taken as one of {nbytes}")
         return sender, data
 
+    @staticmethod
+    def check_threads() -> None:
+        pass
+
     def topology(self) -> Topology:
         everywhere = self.team.topology
         place = {thread_end.thread.rank: thread_end.rank for thread_end in self.group.ranks}
@@ -501,8 +505,9 @@ class Team:
             self.fail()
             raise
         self._raise_first()
-        if alike and len({comm.met for comm in self.comms}) > 1 and not any(comm.broken for comm in self.comms):
-            raise Misuse(f"the ranks have begun {[comm.met for comm in self.comms]} collectives")
+        begun = [comm.collective_count for comm in self.comms]
+        if alike and len(set(begun)) > 1 and not any(comm.broken for comm in self.comms):
+            raise Misuse(f"the ranks have begun {begun} collectives")
         return results
 
     def fail(self) -> None:

@@ -183,7 +183,7 @@ def test_the_watchdog_names_rank_operation_and_unit(capfd: pytest.CaptureFixture
     team = Team(3, timeout=1.0)
 
     def f(comm: Comm) -> None:
-        comm.doing = "layer1.weight"
+        comm.context = "layer1.weight"
         comm.next_call()
         if comm.rank == 2:
             team.failed.wait(30)  # silent, yet there

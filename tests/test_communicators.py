@@ -16,7 +16,7 @@ from team import Team
 import mpicomp
 from mpicomp.api.operation import Operation, call, start
 from mpicomp.comm import background
-from mpicomp.comm.background import in_turn
+from mpicomp.comm.background import run_in_order
 from mpicomp.comm.collectives import receive, send
 from mpicomp.comm.communicator import Comm
 from mpicomp.errors import CommunicatorError, ConfigMismatchError
@@ -190,12 +190,12 @@ def test_a_call_waits_for_one_that_another_thread_runs_by_itself() -> None:
         assert gate.wait(30)
         order.append("first")
 
-    thread = threading.Thread(target=lambda: in_turn(comm, first))
+    thread = threading.Thread(target=lambda: run_in_order(comm, first))
     thread.start()
     assert began.wait(30)
     request = background.begin(comm, lambda: order.append("second"))
     gate.set()
-    in_turn(comm, lambda: order.append("third"))
+    run_in_order(comm, lambda: order.append("third"))
     thread.join(30)
     assert request.test()
     assert order == ["first", "second", "third"]
@@ -203,7 +203,7 @@ def test_a_call_waits_for_one_that_another_thread_runs_by_itself() -> None:
 
 def test_what_runs_may_call_again_at_once() -> None:
     comm = Team(1).comms[0]
-    assert in_turn(comm, lambda: in_turn(comm, lambda: background.begin(comm, lambda: 7).wait())) == 7
+    assert run_in_order(comm, lambda: run_in_order(comm, lambda: background.begin(comm, lambda: 7).wait())) == 7
 
 
 def test_a_closed_communicator_says_so() -> None:

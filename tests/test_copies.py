@@ -328,10 +328,10 @@ def test_allreduce_of_a_list(method: str, dtype: Any) -> None:
         for one, other, out, x in zip(results, again, given, xs, strict=True):
             assert other is out
             assert (one.shape, one.dtype) == (x.shape, x.dtype)
-        state = mpicomp.state(method, xs)
+        memory = mpicomp.memory(method, xs)
         for _ in range(2):
-            mpicomp.allreduce(comm, xs, method, state=state)
-        debts = state.residual
+            mpicomp.allreduce(comm, xs, method, memory=memory)
+        debts = memory.residual
         assert (debts is None) == (method in ("dense", "low_rank(rank=2)"))
         assert debts is None or [debt.shape for debt in debts] == shapes
         return results
@@ -356,9 +356,9 @@ def test_a_list_of_integers() -> None:
 def test_a_partition_looks_at_the_shapes_in_a_list() -> None:
     def f(comm: Comm) -> Any:
         xs = [array_of(comm.rank, (5,)), array_of(comm.rank, (40, 30))]
-        state = mpicomp.state("partition(dense, error_feedback(gather(topk(density=0.1))))", xs)
-        mpicomp.allreduce(comm, xs, state.method, state=state)
-        assert isinstance(state.residual, list)
-        return [bool(debt.any()) for debt in state.residual]
+        memory = mpicomp.memory("partition(dense, error_feedback(gather(topk(density=0.1))))", xs)
+        mpicomp.allreduce(comm, xs, memory.method, memory=memory)
+        assert isinstance(memory.residual, list)
+        return [bool(debt.any()) for debt in memory.residual]
 
     assert Team(2).run(f) == [[False, True]] * 2

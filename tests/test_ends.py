@@ -292,7 +292,7 @@ def test_a_program_that_a_rank_starts(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_setting_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
-    from mpicomp.settings import SETTINGS, check_settings
+    from mpicomp.environment import SETTINGS, check_settings
 
     monkeypatch.setenv(name, value)
     expected = f"the environment variable {name} must be {SETTINGS[name].allowed}, got {value!r}"

@@ -192,10 +192,3 @@ def test_is_first_process() -> None:
     assert environment.is_first_process({"SLURM_PROCID": "0"})
     assert not environment.is_first_process({"SLURM_PROCID": "1"})
     assert environment.is_first_process({"PMI_RANK": "0", "SLURM_PROCID": "1"})
-
-
-def test_gpu_aware_falls_back_on_what_the_user_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "_loaded_mpi", lambda: None)
-    assert environment.gpu_aware({}).startswith("unknown (this MPI does not say")
-    assert environment.gpu_aware({"MPICH_GPU_SUPPORT_ENABLED": "1"}) == "yes (MPICH_GPU_SUPPORT_ENABLED=1)"
-    assert environment.gpu_aware({"MPICH_GPU_SUPPORT_ENABLED": "0"}) == "no (MPICH_GPU_SUPPORT_ENABLED=0)"

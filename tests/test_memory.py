@@ -13,7 +13,7 @@ import pytest
 from team import Team
 
 import mpicomp
-from mpicomp.api.memory import Memory
+from mpicomp.api.memories import Memory
 from mpicomp.arrays import Array
 from mpicomp.comm.communicator import Comm
 from mpicomp.errors import ConfigMismatchError
@@ -41,7 +41,7 @@ SPECS = [
 
 def restored(memory: Memory, spec: str, x: Array) -> Memory:
     """Through bytes, into a memory that is made anew, as a new process would."""
-    new = mpicomp.state(spec, x)
+    new = mpicomp.memory(spec, x)
     new.restore(pickle.loads(pickle.dumps(memory.export())))
     return new
 
@@ -76,11 +76,11 @@ def test_a_copy_goes_on_as_the_original(spec: str, ranks: int, how: str) -> None
 
     def f(comm: Comm) -> list[tuple[bytes, bytes]]:
         x, found = arrays(comm.rank, 8, dtype), []
-        memory = mpicomp.state(spec, x[0], seed=5)
+        memory = mpicomp.memory(spec, x[0], seed=5)
         for step, row in enumerate(x):
             other = HOW[how](memory, spec, row) if step or how != "export" else copy.deepcopy(memory)
-            total = mpicomp.allreduce(comm, row, spec, op, state=memory)
-            again = mpicomp.allreduce(comm, row, spec, op, state=other)
+            total = mpicomp.allreduce(comm, row, spec, op, memory=memory)
+            again = mpicomp.allreduce(comm, row, spec, op, memory=other)
             if "auto" not in spec:  # which counts steps on a communicator: the copy may be at another candidate
                 assert total.tobytes() == again.tobytes(), step
                 assert parts(memory.residual) == parts(other.residual), step
@@ -98,11 +98,11 @@ def test_a_copy_goes_on_as_the_original(spec: str, ranks: int, how: str) -> None
 def test_the_law_holds_over_a_copy(spec: str) -> None:
     def f(comm: Comm) -> tuple[Array, Array, Array]:
         x = arrays(comm.rank, 2, "float32")
-        memory = mpicomp.state(spec, x[0])
-        mpicomp.allreduce(comm, x[0], spec, state=memory)
+        memory = mpicomp.memory(spec, x[0])
+        mpicomp.allreduce(comm, x[0], spec, memory=memory)
         before = np.zeros_like(x[0]) if memory.residual is None else memory.residual
         memory = pickle.loads(pickle.dumps(memory))
-        total = mpicomp.allreduce(comm, x[1], spec, state=memory)
+        total = mpicomp.allreduce(comm, x[1], spec, memory=memory)
         after = np.zeros_like(x[0]) if memory.residual is None else memory.residual
         return total, before, after
 
@@ -118,39 +118,39 @@ def test_another_rank_or_size_is_refused_on_all_ranks(spec: str) -> None:
     first = Team(3)
 
     def begin(comm: Comm) -> Memory:
-        memory = mpicomp.state(spec, x)
-        mpicomp.allreduce(comm, x, spec, state=memory)
+        memory = mpicomp.memory(spec, x)
+        mpicomp.allreduce(comm, x, spec, memory=memory)
         return memory
 
     memories = first.run(begin)
 
     def refused(comm: Comm, rank: int) -> str:
         with pytest.raises((ValueError, ConfigMismatchError)) as caught:
-            mpicomp.allreduce(comm, x, spec, state=memories[rank])
+            mpicomp.allreduce(comm, x, spec, memory=memories[rank])
         assert mpicomp.allreduce(comm, np.ones(3, np.float32), "dense")[0] == comm.size
         return str(caught.value)
 
     said = Team(3).run(lambda comm: refused(comm, (0, 2, 1)[comm.rank]))  # the first one is where it was
     assert "refused its arguments" in said[0]
-    assert "state belongs to rank 2 of 3, where its first step was, and this is rank 1 of 3" in said[1]
+    assert "memory belongs to rank 2 of 3, where its first step was, and this is rank 1 of 3" in said[1]
     said = Team(2).run(lambda comm: refused(comm, comm.rank))
-    assert "state belongs to rank 0 of 3, where its first step was, and this is rank 0 of 2" in said[0]
+    assert "memory belongs to rank 0 of 3, where its first step was, and this is rank 0 of 2" in said[0]
 
-    totals = Team(3).run(lambda comm: mpicomp.allreduce(comm, x, spec, state=memories[comm.rank]).tobytes())
+    totals = Team(3).run(lambda comm: mpicomp.allreduce(comm, x, spec, memory=memories[comm.rank]).tobytes())
     assert len(set(totals)) == 1
 
 
 def test_a_call_that_is_refused_leaves_a_new_memory_new() -> None:
     x = arrays(0, 1, "float32")[0]
-    memories = [mpicomp.state("topk(density=0.1)", x) for _ in range(4)]
+    memories = [mpicomp.memory("topk(density=0.1)", x) for _ in range(4)]
 
     def disagree(comm: Comm) -> None:
         with pytest.raises(ConfigMismatchError):
-            mpicomp.allreduce(comm, x, "topk(density=0.1)", "mean" if comm.rank else "sum", state=memories[comm.rank])
+            mpicomp.allreduce(comm, x, "topk(density=0.1)", "mean" if comm.rank else "sum", memory=memories[comm.rank])
 
     Team(2).run(disagree)
     assert all(memory.state is None and memory.place is None for memory in memories)
-    Team(4).run(lambda comm: mpicomp.allreduce(comm, x, "topk(density=0.1)", state=memories[comm.rank]))
+    Team(4).run(lambda comm: mpicomp.allreduce(comm, x, "topk(density=0.1)", memory=memories[comm.rank]))
 
 
 @pytest.mark.parametrize(
@@ -160,9 +160,9 @@ def test_a_call_that_is_refused_leaves_a_new_memory_new() -> None:
         ("sign", [1.0], TypeError, "NumPy array"),
         ("sign", [], ValueError, "empty list"),
         ("sign", [np.ones(3, np.float32), np.ones(3)], ValueError, "one dtype"),
-        ("topk(density=3)", np.ones(3), mpicomp.specs.SpecError, "density"),
+        ("topk(density=3)", np.ones(3), mpicomp.errors.SpecError, "density"),
         (7, np.ones(3), TypeError, "int"),
-        ("two_means", np.ones(3), mpicomp.specs.SpecError, "two_means"),
+        ("two_means", np.ones(3), mpicomp.errors.SpecError, "two_means"),
         ("rotated(sign, kashin=True)", np.ones(3), ValueError, "contraction"),
         (
             "error_feedback(split(topk(density=0.3), dense_after=0.5, dense=uniform(bits=2, stochastic=True)))",
@@ -172,30 +172,30 @@ def test_a_call_that_is_refused_leaves_a_new_memory_new() -> None:
         ),
     ],
 )
-def test_state_refuses_what_a_call_would_refuse(spec: Any, x: Any, error: type[Exception], what: str) -> None:
+def test_memory_refuses_what_a_call_would_refuse(spec: Any, x: Any, error: type[Exception], what: str) -> None:
     with pytest.raises(error, match=what):
-        mpicomp.state(spec, x)
+        mpicomp.memory(spec, x)
 
 
 def test_restore_refuses_what_belongs_to_something_else() -> None:
     x = arrays(0, 1, "float32")[0]
 
     def f(comm: Comm) -> Memory:
-        memory = mpicomp.state("sign", x)
-        mpicomp.allreduce(comm, x, "sign", state=memory)
+        memory = mpicomp.memory("sign", x)
+        mpicomp.allreduce(comm, x, "sign", memory=memory)
         return memory
 
     memory = Team(2).run(f)[1]
     with pytest.raises(ValueError, match=r"of topk.*sign was exported"):
-        mpicomp.state("topk(density=0.5)", x).restore(memory.export())
-    other = mpicomp.state("sign", x[1:])
+        mpicomp.memory("topk(density=0.5)", x).restore(memory.export())
+    other = mpicomp.memory("sign", x[1:])
     with pytest.raises(ValueError, match=r"float32\[39, 15\].*differs in x"):
         other.restore(memory.export())
     assert other.state is None
     with pytest.raises(ValueError, match="differs in"):
-        mpicomp.state("sign", [x, x]).restore(memory.export())
+        mpicomp.memory("sign", [x, x]).restore(memory.export())
     with pytest.raises(ValueError, match="differs in"):
-        mpicomp.state("sign", x.astype(np.float64)).restore(memory.export())
+        mpicomp.memory("sign", x.astype(np.float64)).restore(memory.export())
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -204,17 +204,17 @@ def test_a_step_can_be_undone_once(spec: str) -> None:
 
     def f(comm: Comm) -> None:
         x = arrays(comm.rank, 3, "float32")
-        memory = mpicomp.state(spec, x[0])
+        memory = mpicomp.memory(spec, x[0])
         with pytest.raises(ValueError, match="no step can be undone"):
             memory.undo()
-        mpicomp.allreduce(comm, x[0], spec, state=memory)
+        mpicomp.allreduce(comm, x[0], spec, memory=memory)
         before = parts(memory.residual)
-        first = mpicomp.allreduce(comm, x[1], spec, state=memory)
+        first = mpicomp.allreduce(comm, x[1], spec, memory=memory)
         memory.undo()
         assert parts(memory.residual) == before
         with pytest.raises(ValueError, match="no step can be undone"):
             memory.undo()
-        again = mpicomp.allreduce(comm, x[1], spec, state=memory)
+        again = mpicomp.allreduce(comm, x[1], spec, memory=memory)
         if "auto" not in spec:
             assert again.tobytes() == first.tobytes()
 
@@ -226,8 +226,8 @@ def test_work_buffers_are_no_part_of_a_copy() -> None:
     x = np.ones(100_000, np.float32)
 
     def f(comm: Comm) -> int:
-        memory = mpicomp.state("error_feedback(two_stage(fp16))", x)
-        mpicomp.allreduce(comm, x, "error_feedback(two_stage(fp16))", state=memory)
+        memory = mpicomp.memory("error_feedback(two_stage(fp16))", x)
+        mpicomp.allreduce(comm, x, "error_feedback(two_stage(fp16))", memory=memory)
         assert memory.work._made
         assert not copy.deepcopy(memory).work._made
         return len(pickle.dumps(memory))
@@ -240,11 +240,13 @@ def test_work_buffers_are_no_part_of_a_copy() -> None:
 )
 def test_buffers_are_made_anew_on_another_communicator_and_after_a_sum_for_a_mean(spec: str) -> None:
     """One memory, by turns on two communicators of a size, by turns for sums and means."""
-    x, memories = arrays(0, 1, "float32")[0], [mpicomp.state(spec, arrays(0, 1, "float32")[0]) for _ in range(3)]
+    x, memories = arrays(0, 1, "float32")[0], [mpicomp.memory(spec, arrays(0, 1, "float32")[0]) for _ in range(3)]
     teams, totals = (Team(3), Team(3)), []
     for step in range(6):
         op = "mean" if step % 3 else "sum"
-        found = teams[step % 2].run(lambda comm, op=op: mpicomp.allreduce(comm, x, spec, op, state=memories[comm.rank]))
+        found = teams[step % 2].run(
+            lambda comm, op=op: mpicomp.allreduce(comm, x, spec, op, memory=memories[comm.rank])
+        )
         assert len({total.tobytes() for total in found}) == 1
         totals.append(found[0].astype(float) * (3 if op == "mean" else 1))
     left = sum(0.0 if memory.residual is None else memory.residual.astype(float) for memory in memories)

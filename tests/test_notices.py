@@ -15,10 +15,10 @@ from mpicomp.errors import CommunicatorError
 def test_a_notice_reaches_every_peer() -> None:
     def f(comm: Comm) -> list[notices.Notice]:
         if comm.rank == 1:
-            notices.send(comm, notices.FAILED, "naïve", number=7, status=-3)
+            notices.send(comm.transport, notices.FAILED, "naïve", number=7, status=-3)
         allreduce(comm, np.zeros(1, np.int32), np.empty(1, np.int32))
         found = []
-        while (notice := notices.look(comm)) is not None:
+        while (notice := notices.look(comm.transport)) is not None:
             found.append(notice)
         return found
 
@@ -29,9 +29,9 @@ def test_a_notice_reaches_every_peer() -> None:
 def test_a_long_text_is_cut_between_characters() -> None:
     def f(comm: Comm) -> str:
         if comm.rank == 0:
-            notices.send(comm, notices.FAILED, "é" * 1000, to=[1])
+            notices.send(comm.transport, notices.FAILED, "é" * 1000, to=[1])
         allreduce(comm, np.zeros(1, np.int32), np.empty(1, np.int32))
-        notice = notices.look(comm)
+        notice = notices.look(comm.transport)
         return notice.text if notice is not None else ""
 
     _, text = Team(2).run(f)
@@ -48,7 +48,7 @@ def test_a_rank_that_waits_learns_that_a_peer_has_failed(grouped: bool) -> None:
     def f(comm: Comm) -> str:
         used = comm.group([0, 1]) if grouped and comm.rank < 2 else comm
         if comm.rank == 1:
-            notices.send(comm, notices.FAILED, "topk: ValueError: too large")
+            notices.send(comm.transport, notices.FAILED, "topk: ValueError: too large")
         if comm.rank != 0:
             return ""
         with pytest.raises(CommunicatorError) as caught:
@@ -65,7 +65,7 @@ def test_a_rank_that_has_ended_ends_the_job_of_who_needs_it() -> None:
     def f(comm: Comm) -> None:
         allreduce(comm, np.zeros(1, np.int32), np.empty(1, np.int32))
         if comm.rank == 1:
-            notices.send(comm, notices.LEFT, "sys.exit(3)", number=comm.met, status=3)
+            notices.send(comm.transport, notices.LEFT, "sys.exit(3)", number=comm.collective_count, status=3)
             while not comm.transport.team.failed.is_set():  # type: ignore[attr-defined]
                 pass
         else:
@@ -84,7 +84,7 @@ def test_a_rank_that_has_ended_is_not_missed_where_it_took_part() -> None:
 
     def f(comm: Comm) -> int:
         if comm.rank == 1:
-            notices.send(comm, notices.LEFT, "its end", number=1)
+            notices.send(comm.transport, notices.LEFT, "its end", number=1)
         elif comm.rank == 2:
             for _ in range(50):
                 comm.transport.thread.rest()  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The plain calls over a team of threads: values, dtypes, state, and errors that all ranks raise or none."""
+"""The plain calls over a team of threads: values, dtypes, memory, and errors that all ranks raise or none."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_methods_may_be_objects() -> None:
         assert all(Team(2).run(f))
 
 
-def test_without_state_a_call_draws_by_its_number() -> None:
+def test_without_memory_a_call_draws_by_its_number() -> None:
     """No memory, yet no two calls round alike: the step is the communicator's call number."""
 
     def f(comm: Comm) -> list[bytes]:
@@ -205,38 +205,38 @@ def test_integers_into_out_and_over_themselves() -> None:
 def test_non_finite_input_on_one_rank_is_seen_by_all_and_forgotten(method: str, dtype: str, bad: float) -> None:
     def f(comm: Comm, poison: bool) -> tuple[list[bytes], bytes]:
         x = array_of(comm.rank, (12, 9), dtype)
-        memory = mpicomp.state(method, x)
-        totals = [mpicomp.allreduce(comm, x, method, state=memory).tobytes()]
+        memory = mpicomp.memory(method, x)
+        totals = [mpicomp.allreduce(comm, x, method, memory=memory).tobytes()]
         if poison:
             broken = x.copy()
             if comm.rank == 1:
                 broken[3, 4] = bad
             broken.setflags(write=False)
-            total = mpicomp.allreduce(comm, broken, method, state=memory).astype(float)
+            total = mpicomp.allreduce(comm, broken, method, memory=memory).astype(float)
             assert np.isnan(total).all()
-        totals.append(mpicomp.allreduce(comm, x, method, state=memory).tobytes())
+        totals.append(mpicomp.allreduce(comm, x, method, memory=memory).tobytes())
         assert memory.residual is not None
         return totals, memory.residual.tobytes()
 
     assert Team(3).run(lambda comm: f(comm, True)) == Team(3).run(lambda comm: f(comm, False))
 
 
-# --------------------------------------------------------------------------------------------------------------- state
+# -------------------------------------------------------------------------------------------------------------- memory
 
 
 @pytest.mark.parametrize("op", ["sum", "mean"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", REMEMBERING)
-def test_a_state_is_updated_in_place_and_loses_nothing(method: str, dtype: str, op: str) -> None:
+def test_a_memory_is_updated_in_place_and_loses_nothing(method: str, dtype: str, op: str) -> None:
     ranks, steps, shape = 3, 5, (13, 7)
 
     def f(comm: Comm) -> tuple[Array, Array]:
-        memory = mpicomp.state(method, array_of(comm.rank, shape, dtype))
+        memory = mpicomp.memory(method, array_of(comm.rank, shape, dtype))
         assert memory.residual is None
         received = np.zeros(shape)
         for step in range(steps):
             x = array_of(comm.rank, shape, dtype, step)
-            received += mpicomp.allreduce(comm, x, method, op, state=memory).astype(np.float64)
+            received += mpicomp.allreduce(comm, x, method, op, memory=memory).astype(np.float64)
         debt = memory.residual
         assert debt is not None
         assert (debt.shape, debt.dtype.name) == (shape, "float64" if dtype == "float64" else "float32")
@@ -254,7 +254,7 @@ def test_a_state_is_updated_in_place_and_loses_nothing(method: str, dtype: str, 
 def test_feedback_makes_the_mean_of_many_steps_exact() -> None:
     def f(comm: Comm) -> Array:
         x = array_of(comm.rank, (100,), "float32")
-        memory = mpicomp.state("topk(density=0.05)", x)
+        memory = mpicomp.memory("topk(density=0.05)", x)
         results = [mpicomp.allreduce(comm, x, "topk(density=0.05)", "mean", memory) for _ in range(100)]
         return np.mean(results, axis=0)
 
@@ -262,25 +262,25 @@ def test_feedback_makes_the_mean_of_many_steps_exact() -> None:
     np.testing.assert_allclose(mean, exact_sum(2, (100,), "float32") / 2, atol=0.2)
 
 
-def test_seeds_of_states_differ() -> None:
+def test_seeds_of_memories_differ() -> None:
     def f(comm: Comm) -> list[bytes]:
         x = array_of(comm.rank, (30, 10), "float32")
         totals = []
         for seed in (0, 1, 0):
-            memory = mpicomp.state("randomk(density=0.1)", x, seed)
-            totals.append(mpicomp.allreduce(comm, x, "randomk(density=0.1)", state=memory).tobytes())
+            memory = mpicomp.memory("randomk(density=0.1)", x, seed)
+            totals.append(mpicomp.allreduce(comm, x, "randomk(density=0.1)", memory=memory).tobytes())
         return totals
 
     zero, one, again = Team(2).run(f)[0]
     assert zero == again != one
 
 
-def test_a_state_says_what_was_resolved() -> None:
+def test_a_memory_says_what_was_resolved() -> None:
     def f(comm: Comm) -> list[str]:
         x = array_of(comm.rank, (300, 100), "float32")
-        memory = mpicomp.state("uniform(bits=4)", x)
+        memory = mpicomp.memory("uniform(bits=4)", x)
         said = [str(memory)]
-        mpicomp.allreduce(comm, x, "uniform(bits=4)", state=memory)
+        mpicomp.allreduce(comm, x, "uniform(bits=4)", memory=memory)
         return [*said, str(memory)]
 
     both = ["error_feedback(two_stage(uniform))", "error_feedback(two_stage(uniform(bits=4)))"]
@@ -289,13 +289,13 @@ def test_a_state_says_what_was_resolved() -> None:
         assert after in both
 
 
-def test_state_refuses_what_allreduce_would() -> None:
+def test_memory_refuses_what_allreduce_would() -> None:
     with pytest.raises(TypeError, match="int64"):
-        mpicomp.state("sign", np.zeros(3, np.int64))
+        mpicomp.memory("sign", np.zeros(3, np.int64))
     with pytest.raises(ValueError, match="density"):
-        mpicomp.state("topk(density=2)", np.zeros(3))
+        mpicomp.memory("topk(density=2)", np.zeros(3))
     with pytest.raises(TypeError, match="method must be"):
-        mpicomp.state(3, np.zeros(3))  # type: ignore[arg-type]
+        mpicomp.memory(3, np.zeros(3))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", [np.complex64, np.complex128])
@@ -321,9 +321,9 @@ def test_complex_numbers_are_summed_as_their_parts(method: str, op: str, dtype: 
 def test_a_memory_of_complex_numbers_loses_nothing() -> None:
     def f(comm: Comm) -> tuple[Array, Array, Array]:
         xs = [array_of(comm.rank, (4, 6), "float64", seed).view(np.complex128) for seed in range(3)]
-        memory = mpicomp.state("topk(density=0.2)", xs[0])
-        plan = mpicomp.plan(comm, xs[0], "topk(density=0.2)", memory=True)
-        received = sum(mpicomp.allreduce(comm, x, "topk(density=0.2)", state=memory) for x in xs)
+        memory = mpicomp.memory("topk(density=0.2)", xs[0])
+        plan = mpicomp.plan(comm, xs[0], "topk(density=0.2)", feedback=True)
+        received = sum(mpicomp.allreduce(comm, x, "topk(density=0.2)", memory=memory) for x in xs)
         again = sum(plan(np.asfortranarray(x)) for x in xs)
         assert isinstance(memory.residual, np.ndarray)
         assert (memory.residual.shape, memory.residual.dtype) == ((4, 3), np.complex128)
@@ -469,8 +469,10 @@ DISAGREEMENTS: dict[str, Call] = {
     ),
     "integer": lambda comm, odd: mpicomp.allreduce(comm, np.ones(6, np.int32 if odd else np.int64), "dense"),
     "kind": lambda comm, odd: mpicomp.allreduce(comm, np.ones(6, np.int32 if odd else np.float32), "dense"),
-    "seed": lambda comm, odd: mpicomp.allreduce(comm, F32, "sign", state=mpicomp.state("sign", F32, int(odd))),
-    "memory": lambda comm, odd: mpicomp.allreduce(comm, F32, "sign", state=None if odd else mpicomp.state("sign", F32)),
+    "seed": lambda comm, odd: mpicomp.allreduce(comm, F32, "sign", memory=mpicomp.memory("sign", F32, int(odd))),
+    "memory": lambda comm, odd: mpicomp.allreduce(
+        comm, F32, "sign", memory=None if odd else mpicomp.memory("sign", F32)
+    ),
     "codec of allgather": lambda comm, odd: mpicomp.allgather(comm, F32, "sign" if odd else "bf16"),
     "shape of allgather": lambda comm, odd: mpicomp.allgather(comm, np.ones(5 if odd else 6), "dense"),
     "complex": lambda comm, odd: mpicomp.allreduce(
@@ -495,13 +497,13 @@ def test_all_ranks_raise_when_one_differs(call: Call, odd: int) -> None:
         assert f"ranks {others}: " in str(error)
 
 
-def test_a_state_at_another_step_is_a_disagreement() -> None:
+def test_a_memory_at_another_step_is_a_disagreement() -> None:
     def call(comm: Comm) -> Array:
-        memory = mpicomp.state("sign", F32)
-        mpicomp.allreduce(comm, F32, "sign", state=memory)
+        memory = mpicomp.memory("sign", F32)
+        mpicomp.allreduce(comm, F32, "sign", memory=memory)
         if comm.rank == 1:
             memory.restore({**memory.export(), "step": 5})
-        return mpicomp.allreduce(comm, F32, "sign", state=memory)
+        return mpicomp.allreduce(comm, F32, "sign", memory=memory)
 
     errors = Team(3).attempt(call)
     assert [type(error) for error in errors] == [ConfigMismatchError] * 3
@@ -575,31 +577,31 @@ MISTAKES: dict[str, tuple[type[Exception], str, Callable[[Comm], Any]]] = {
     "out dtype": (ValueError, "float64", lambda comm: mpicomp.allreduce(comm, F32, "dense", out=np.empty((6, 4)))),
     "out type": (ValueError, "list", lambda comm: mpicomp.allreduce(comm, F32, "dense", out=[0.0])),  # type: ignore[arg-type]
     "out overlaps": (ValueError, "shares memory", overlapping_out),
-    "feedback without state": (
+    "feedback without memory": (
         ValueError,
-        r"pass state=mpicomp\.state\('error_feedback\(gather\(sign\)\)', x\)",
+        r"pass memory=mpicomp\.memory\('error_feedback\(gather\(sign\)\)', x\)",
         lambda comm: mpicomp.allreduce(comm, F32, "error_feedback(gather(sign))"),
     ),
-    "state of another shape": (
+    "memory of another shape": (
         ValueError,
         r"float32\[3\].*float32\[6, 4\]",
-        lambda comm: mpicomp.allreduce(comm, F32, "sign", state=mpicomp.state("sign", np.ones(3, np.float32))),
+        lambda comm: mpicomp.allreduce(comm, F32, "sign", memory=mpicomp.memory("sign", np.ones(3, np.float32))),
     ),
-    "state of another dtype": (
+    "memory of another dtype": (
         ValueError,
         "float64",
-        lambda comm: mpicomp.allreduce(comm, F32, "sign", state=mpicomp.state("sign", np.ones((6, 4)))),
+        lambda comm: mpicomp.allreduce(comm, F32, "sign", memory=mpicomp.memory("sign", np.ones((6, 4)))),
     ),
-    "state of another method": (
+    "memory of another method": (
         ValueError,
         "sign",
-        lambda comm: mpicomp.allreduce(comm, F32, "bf16", state=mpicomp.state("sign", F32)),
+        lambda comm: mpicomp.allreduce(comm, F32, "bf16", memory=mpicomp.memory("sign", F32)),
     ),
-    "state type": (TypeError, "state", lambda comm: mpicomp.allreduce(comm, F32, "sign", state="sign")),  # type: ignore[arg-type]
-    "state for integers": (
+    "memory type": (TypeError, "memory", lambda comm: mpicomp.allreduce(comm, F32, "sign", memory="sign")),  # type: ignore[arg-type]
+    "memory for integers": (
         (TypeError, ValueError),  # type: ignore[dict-item]
-        "state",
-        lambda comm: mpicomp.allreduce(comm, np.ones(6, np.int64), "dense", state="sign"),  # type: ignore[arg-type]
+        "memory",
+        lambda comm: mpicomp.allreduce(comm, np.ones(6, np.int64), "dense", memory="sign"),  # type: ignore[arg-type]
     ),
     "reducer to allgather": (TypeError, "codec", lambda comm: mpicomp.allgather(comm, F32, "gather(sign)")),
     "integers to allgather": (TypeError, "int64", lambda comm: mpicomp.allgather(comm, np.ones(3, np.int64), "sign")),
@@ -654,7 +656,7 @@ def test_the_communicator_is_checked_first() -> None:
 
 def test_only_the_collectives_are_at_the_top() -> None:
     moves = ["allreduce", "reduce_scatter", "allgather", "bcast", "gather", "scatter", "alltoall"]
-    assert mpicomp.__all__ == [*moves, *(f"i{name}" for name in moves), "plan", "state", "reset"]
+    assert mpicomp.__all__ == [*moves, *(f"i{name}" for name in moves), "plan", "memory", "reset"]
     with pytest.raises(AttributeError, match="no attribute 'barrier'"):
         mpicomp.barrier  # noqa: B018
 

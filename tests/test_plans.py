@@ -41,18 +41,18 @@ def same_bits(results: list[Array]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", METHODS)
-def test_calls_of_a_plan_are_allreduces_with_a_state(method: str, dtype: Any) -> None:
+def test_calls_of_a_plan_are_allreduces_with_a_memory(method: str, dtype: Any) -> None:
     def f(comm: Comm) -> Array:
         plan = mpicomp.plan(comm, array_of(0, dtype=dtype), method)
-        other = mpicomp.state(plan.reducer, array_of(0, dtype=dtype))
+        other = mpicomp.memory(plan.reducer, array_of(0, dtype=dtype))
         for step in range(3):
             x = array_of(comm.rank, dtype=dtype, step=step)
             total, out = plan(x), np.empty_like(x)
-            expected = mpicomp.allreduce(comm, x, plan.reducer, state=other)
+            expected = mpicomp.allreduce(comm, x, plan.reducer, memory=other)
             assert (total.shape, total.dtype) == (x.shape, x.dtype)
             assert total.tobytes() == expected.tobytes()
             assert plan(x, out=out) is out
-            mpicomp.allreduce(comm, x, plan.reducer, state=other)
+            mpicomp.allreduce(comm, x, plan.reducer, memory=other)
         return out
 
     same_bits(Team(3).run(f))
@@ -77,7 +77,7 @@ def test_memory_is_that_of_the_method_or_asked_for() -> None:
         x = array_of(comm.rank)
         plans = [
             mpicomp.plan(comm, x, "topk(density=0.1)"),
-            mpicomp.plan(comm, x, "topk(density=0.1)", memory=True),
+            mpicomp.plan(comm, x, "topk(density=0.1)", feedback=True),
             mpicomp.plan(comm, x, "error_feedback(gather(topk(density=0.1)))"),
         ]
         for plan in plans:
@@ -89,7 +89,7 @@ def test_memory_is_that_of_the_method_or_asked_for() -> None:
 
 def test_a_plan_loses_nothing_under_feedback() -> None:
     def f(comm: Comm) -> tuple[Array, Array]:
-        plan = mpicomp.plan(comm, array_of(0), "topk(density=0.1)", memory=True)
+        plan = mpicomp.plan(comm, array_of(0), "topk(density=0.1)", feedback=True)
         totals = [plan(array_of(comm.rank, step=step)) for step in range(4)]
         assert plan.residual is not None
         return np.sum(totals, axis=0), plan.residual
@@ -160,12 +160,12 @@ def test_plans_at_different_steps_are_found() -> None:
 
     def f(comm: Comm) -> str:
         x = array_of(comm.rank)
-        plan = mpicomp.plan(comm, x, "randomk(density=0.1)", memory=True)
+        plan = mpicomp.plan(comm, x, "randomk(density=0.1)", feedback=True)
         plan(x)
-        before = plan.state.state
+        before = plan.memory.state
         plan(x)
         if comm.rank:
-            plan.state.state = before
+            plan.memory.state = before
         with pytest.raises(ConfigMismatchError) as caught:
             plan(x)
         return str(caught.value)
@@ -177,11 +177,11 @@ def test_plans_at_different_steps_are_found() -> None:
 
 def test_a_plan_goes_on_from_its_beginning_where_its_memory_is_restored_to_that() -> None:
     def f(comm: Comm) -> bool:
-        plan = mpicomp.plan(comm, array_of(0), "topk(density=0.1)", memory=True)
-        beginning = mpicomp.state("topk(density=0.1)", array_of(0)).export()
+        plan = mpicomp.plan(comm, array_of(0), "topk(density=0.1)", feedback=True)
+        beginning = mpicomp.memory("topk(density=0.1)", array_of(0)).export()
         first = plan(array_of(comm.rank))
         plan(array_of(comm.rank))
-        plan.state.restore(beginning)
+        plan.memory.restore(beginning)
         return plan(array_of(comm.rank)).tobytes() == first.tobytes()
 
     assert Team(2).run(f) == [True, True]
@@ -219,7 +219,7 @@ def test_what_a_plan_was_not_made_for_is_refused(x: Any, out: Any, words: str) -
 def test_strides_may_change_from_call_to_call() -> None:
     def f(comm: Comm) -> None:
         x = array_of(comm.rank)
-        plan, again = (mpicomp.plan(comm, x, "topk(density=0.2)", memory=True) for _ in range(2))
+        plan, again = (mpicomp.plan(comm, x, "topk(density=0.2)", feedback=True) for _ in range(2))
         out = np.zeros((13, 7), np.float32, order="F")
         for given in (x, np.asfortranarray(x), np.repeat(x, 2, 0)[::2], x.copy().view(np.memmap)):
             given.setflags(write=False)

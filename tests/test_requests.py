@@ -13,7 +13,7 @@ from team import Team
 
 import mpicomp
 from mpicomp.comm import background
-from mpicomp.comm.background import Background, Request, begin, in_turn
+from mpicomp.comm.background import Background, Request, begin, run_in_order
 from mpicomp.comm.communicator import Comm
 from mpicomp.errors import ConfigMismatchError
 
@@ -61,17 +61,17 @@ def test_many_at_once_and_a_blocking_call_that_waits_its_turn() -> None:
     """Of a memory each call sees what the one before has left."""
 
     def f(comm: Comm) -> list[bytes]:
-        state = mpicomp.state("topk(density=0.1)", F32)
+        memory = mpicomp.memory("topk(density=0.1)", F32)
         xs = [np.random.default_rng([comm.rank, step]).standard_normal((3, 4)).astype(np.float32) for step in range(6)]
         for x in xs:
             x.setflags(write=False)
-        begun = [mpicomp.iallreduce(comm, x, "topk(density=0.1)", state=state) for x in xs[:4]]
-        blocking = [mpicomp.allreduce(comm, x, "topk(density=0.1)", state=state) for x in xs[4:]]
+        begun = [mpicomp.iallreduce(comm, x, "topk(density=0.1)", memory=memory) for x in xs[:4]]
+        blocking = [mpicomp.allreduce(comm, x, "topk(density=0.1)", memory=memory) for x in xs[4:]]
         assert all(request.test() for request in begun)
         found = [*(request.wait() for request in begun), *blocking]
-        alone = mpicomp.state("topk(density=0.1)", F32)
+        alone = mpicomp.memory("topk(density=0.1)", F32)
         assert [x.tobytes() for x in found] == [
-            mpicomp.allreduce(comm, x, "topk(density=0.1)", state=alone).tobytes() for x in xs
+            mpicomp.allreduce(comm, x, "topk(density=0.1)", memory=alone).tobytes() for x in xs
         ]
         return [x.tobytes() for x in found]
 
@@ -155,7 +155,7 @@ def test_nothing_runs_between_an_error_and_its_report() -> None:
     with pytest.raises(ZeroDivisionError) as caught:
         first.wait()
     assert "fail" in [entry.name for entry in caught.traceback]
-    in_turn(comm, lambda: ran.append(3))
+    run_in_order(comm, lambda: ran.append(3))
     begin(comm, lambda: ran.append(4)).wait()
     assert ran == [3, 4]
 
@@ -166,8 +166,8 @@ def test_a_blocking_call_after_an_error_that_nobody_saw_raises_it() -> None:
     while not request.is_complete():
         pass
     with pytest.raises(ZeroDivisionError):
-        in_turn(comm, lambda: ran.append(1))
-    in_turn(comm, lambda: ran.append(2))
+        run_in_order(comm, lambda: ran.append(1))
+    run_in_order(comm, lambda: ran.append(2))
     assert ran == [2]
 
 
@@ -192,12 +192,12 @@ def test_an_error_that_was_seen_is_not_reported_again(reported: list[BaseExcepti
 
 def test_a_blocking_call_stays_on_its_thread_unless_something_is_under_way() -> None:
     comm = comm_of_one()
-    assert in_turn(comm, threading.get_ident) == threading.get_ident()
+    assert run_in_order(comm, threading.get_ident) == threading.get_ident()
     thread = begin(comm, threading.get_ident).wait()
     assert thread != threading.get_ident()
-    assert in_turn(comm, threading.get_ident) == threading.get_ident()
+    assert run_in_order(comm, threading.get_ident) == threading.get_ident()
     request = begin(comm, until_another_waits(comm))
-    assert in_turn(comm, threading.get_ident) == thread
+    assert run_in_order(comm, threading.get_ident) == thread
     request.wait()
 
 
@@ -205,7 +205,7 @@ def until_another_waits(comm: Comm) -> Callable[[], None]:
     """A job that lasts until another one is queued behind it."""
 
     def job() -> None:
-        while background.turns(comm)._pending < 2:
+        while background.background_of(comm)._pending < 2:
             pass
 
     return job

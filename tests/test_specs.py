@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpicomp.specs import Spec, SpecError, parse
+from mpicomp.errors import SpecError
+from mpicomp.specs import Spec, parse
 
 
 class Member(Protocol):

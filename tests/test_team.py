@@ -14,7 +14,7 @@ from team import POISON, Aborted, Misuse, Released, Team
 from mpicomp.arrays import Array
 from mpicomp.comm import collectives
 from mpicomp.comm.communicator import Comm
-from mpicomp.comm.transport import Topology
+from mpicomp.comm.topology import Topology
 
 
 def finish(*requests: Any) -> None:

@@ -15,7 +15,7 @@ from mpicomp.api.copies import (
     iscatter,
     scatter,
 )
-from mpicomp.api.memory import Memory, state
+from mpicomp.api.memories import Memory, memory
 from mpicomp.api.operation import reset
 from mpicomp.api.plans import Plan, plan
 from mpicomp.api.reductions import allreduce, iallreduce, ireduce_scatter, reduce_scatter
@@ -37,9 +37,9 @@ __all__ = [
     "igather",
     "ireduce_scatter",
     "iscatter",
+    "memory",
     "plan",
     "reduce_scatter",
     "reset",
     "scatter",
-    "state",
 ]

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from mpicomp.comm.agreement import agree, confirm, digest_of
-from mpicomp.comm.background import Request, begin, in_turn, turns
+from mpicomp.comm.background import Request, background_of, begin, run_in_order
 from mpicomp.comm.communicator import Comm
 
 
@@ -37,9 +37,9 @@ def call(comm: Any, prepare: Prepare, *args: Any) -> Any:
     try:
         operation = prepare(comm, *args)
     except (TypeError, ValueError) as error:
-        in_turn(comm, partial(_refuse, comm, error))
+        run_in_order(comm, partial(_refuse, comm, error))
         raise
-    return in_turn(comm, partial(_run, comm, operation))
+    return run_in_order(comm, partial(_run, comm, operation))
 
 
 def start(comm: Any, prepare: Prepare, *args: Any) -> Request[Any]:
@@ -85,6 +85,6 @@ def reset(comm: Any) -> None:
     comm = Comm.of(comm)
     if comm.size == 1:
         return
-    runs = turns(comm)
-    runs.submit(comm.renew, regardless=True).wait()
-    runs.close()
+    background = background_of(comm)
+    background.submit(comm.renew, after_failure=True).wait()
+    background.close()

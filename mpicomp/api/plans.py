@@ -18,7 +18,7 @@ from mpicomp.api.arguments import (
     number,
     op_of,
 )
-from mpicomp.api.memory import Memory
+from mpicomp.api.memories import Memory
 from mpicomp.api.operation import Operation, call, start
 from mpicomp.api.reductions import check_integers, fresh, has_integers, packed, sum_integers
 from mpicomp.arrays import DTYPES, Array, bound, on_device, work_dtype
@@ -45,9 +45,9 @@ class Plan(Generic[Arrays]):
     """
 
     def __init__(
-        self, comm: Comm, form: Form, dtypes: list[np.dtype[Any]], state: Memory, op: str, description: str
+        self, comm: Comm, form: Form, dtypes: list[np.dtype[Any]], memory: Memory, op: str, description: str
     ) -> None:
-        self.state = state
+        self.memory = memory
         """What is remembered from call to call; belongs to the plan."""
         self.op = op
         self._planned = comm
@@ -72,10 +72,10 @@ class Plan(Generic[Arrays]):
 
     def _prepare(self, comm: Comm, x: Any, out: Any) -> Operation:
         xs, outs = self._checked(x, out)
-        if not self._exact and self.state.state is None:  # it was restored to its beginning
-            self.state.begin(comm, self.state.prepare(comm, self.op))
-        sums = partial(sum_integers, comm) if self._exact else partial(self.state.reduce, comm, self.op)
-        buffer = fresh if self._exact else self.state.work.buffer
+        if not self._exact and self.memory.state is None:  # it was restored to its beginning
+            self.memory.begin(comm, self.memory.prepare(comm, self.op))
+        sums = partial(sum_integers, comm) if self._exact else partial(self.memory.reduce, comm, self.op)
+        buffer = fresh if self._exact else self.memory.work.buffer
         run = partial(packed, self._form, xs, outs, sums, buffer)
         return Operation(self._described, bound(run, xs[0]), self._next_digest)
 
@@ -85,10 +85,10 @@ class Plan(Generic[Arrays]):
         return Comm.of(self._planned)
 
     def _next_digest(self) -> int:
-        return mixed(self._digest, *self.state.at())
+        return mixed(self._digest, *self.memory.at())
 
     def _described(self) -> str:
-        seed, step = self.state.at()
+        seed, step = self.memory.at()
         return f"step {step}, seed {seed}, of the {self._description}"
 
     def _checked(self, x: Any, out: Any) -> tuple[list[Array], list[Array] | None]:
@@ -118,14 +118,14 @@ class Plan(Generic[Arrays]):
 
     @property
     def reducer(self) -> Reducer:
-        """What was resolved; `running` in `state` is that with the allowance of `bounded` divided."""
-        assert self.state.reducer is not None
-        return self.state.reducer
+        """What was resolved; `running` in `memory` is that with the allowance of `bounded` divided."""
+        assert self.memory.reducer is not None
+        return self.memory.reducer
 
     @property
     def chosen(self) -> Reducer:
         """What runs at present: of `auto`, what it has chosen."""
-        running = self.state.running
+        running = self.memory.running
         while isinstance(running, ErrorFeedback):
             running = running.reducer
         assert running is not None
@@ -133,13 +133,13 @@ class Plan(Generic[Arrays]):
 
     @property
     def _state(self) -> State:
-        assert self.state.state is not None
-        return self.state.state
+        assert self.memory.state is not None
+        return self.memory.state
 
     @property
     def residual(self) -> Array | list[Array] | None:
         """This rank's debt, in the work dtype and the arrays' shapes, a copy; None without error feedback."""
-        return self.state.residual
+        return self.memory.residual
 
     @property
     def traffic(self) -> Traffic:
@@ -149,7 +149,7 @@ class Plan(Generic[Arrays]):
     @property
     def cost(self) -> Cost:
         """What a call takes of this rank."""
-        running = self.state.running
+        running = self.memory.running
         assert running is not None
         return running.cost(self._form.layout, self._width, self._comm.topology, self._comm.rank)
 
@@ -164,44 +164,44 @@ class Plan(Generic[Arrays]):
         The time is that on `machine`, or on what is known of this one: `auto` and `python -m mpicomp plan` measure it.
         """
         comm: Comm = self._comm
-        running = cast(Explained, self.state.running)
+        running = cast(Explained, self.memory.running)
         text = running.explain(self._form.layout, self._width, comm.topology, comm.rank, machine or known(comm))
         head = f"{self.op} of {self._form} over {comm.size} ranks by {self}"
         return "\n".join([head, text, *allowances(self.reducer, comm.size, self.op)])
 
     def __str__(self) -> str:
-        return str(self.state)
+        return str(self.memory)
 
 
 def plan(
-    comm: Any, like: Arrays, method: Method, op: str = "sum", *, memory: bool = False, seed: int = 0
+    comm: Any, like: Arrays, method: Method, op: str = "sum", *, feedback: bool = False, seed: int = 0
 ) -> Plan[Arrays]:
     """Return a plan to reduce arrays like these, of which only shapes and dtypes matter. Collective.
 
     `plan(x, out=None)` is then what `allreduce(comm, x, method, op)` is, with workspaces that last and a digest that is
-    known. A method that names error feedback has it, the memory being the plan's; a bare codec has it with `memory`.
+    known. A method that names error feedback has it, the memory being the plan's; a bare codec has it with `feedback`.
     `like`, `method` and `op` as for `allreduce`; raises as that does.
     """
-    made: Plan[Arrays] = call(comm, _plan, like, method, op, memory, seed)
+    made: Plan[Arrays] = call(comm, _plan, like, method, op, feedback, seed)
     return made
 
 
-def _plan(comm: Comm, like: Any, method: Method, op: str, memory: bool, seed: int) -> Operation:
+def _plan(comm: Comm, like: Any, method: Method, op: str, feedback: bool, seed: int) -> Operation:
     member, op, like = member_of(method), op_of(op), number(like)
     integers = isinstance(member, Dense) and has_integers(like)
     dtypes = [x.dtype for x in checked_arrays(like, exact=integers, device=True)]
     form = Form.of(like)
     if integers:
         check_integers(form, op)
-    state = Memory(member, form, seed, feedback=memory)
-    found = state.prepare(comm, op)
+    memory = Memory(member, form, seed, feedback=feedback)
+    found = memory.prepare(comm, op)
 
     def said() -> str:
         return "plan of " + describe(found.divided, form.layout, form.coded, op, seed, 0)
 
     def make() -> Plan[Any]:
-        state.begin(comm, found)
+        memory.begin(comm, found)
         _ = comm.topology  # collective where nobody asked before
-        return Plan(comm, form, dtypes, state, op, said())
+        return Plan(comm, form, dtypes, memory, op, said())
 
     return Operation(said, make)

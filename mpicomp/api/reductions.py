@@ -24,7 +24,7 @@ from mpicomp.api.arguments import (
 )
 from mpicomp.api.carriers import spread
 from mpicomp.api.copies import carrier, rows, said, sources, targets
-from mpicomp.api.memory import Memory, remembers
+from mpicomp.api.memories import Memory, remembers
 from mpicomp.api.operation import Operation, call, start
 from mpicomp.arrays import Array, bound, empty, work_dtype
 from mpicomp.codecs.base import Codec
@@ -40,7 +40,7 @@ from mpicomp.registry import Method, describe
 
 
 def allreduce(
-    comm: Any, x: Arrays, method: Method, op: str = "sum", state: Memory | None = None, out: Arrays | None = None
+    comm: Any, x: Arrays, method: Method, op: str = "sum", memory: Memory | None = None, out: Arrays | None = None
 ) -> Arrays:
     """Return the sum or mean of x over the ranks of an mpi4py communicator, compressed by `method`. Collective.
 
@@ -48,23 +48,23 @@ def allreduce(
     contiguous and CuPy's for dense, gather, two_stage and low_rank; or a number, whose result is an array of shape ().
     It stays as it was, and the result, `out` or a new contiguous array, has the same bits on all ranks, wherever and in
     whatever order each has its arrays. `out` may be strided, and x itself. A list of arrays of one dtype travels
-    together, one message to each peer, and a list comes back. `method` is a spec, a codec or a reducer; `op` is "sum"
-    or "mean". Without `state` the call has no memory: a bare codec runs without error feedback. `bounded(abs=e)` bounds
+    together, one message to each peer, and a list comes back. `method` is a spec, a codec or a reducer; `op` is "sum" or
+    "mean". Without `memory` the call has no memory: a bare codec runs without error feedback. `bounded(abs=e)` bounds
     the result, and not each contribution. Real and imaginary parts are elements of their own, each within a bound;
     `low_rank` takes no complex numbers. `dense` takes integers too, for "sum".
 
     Raises ConfigMismatchError on all ranks where they disagree on method, shape, dtype or op, and SpecError, TypeError or
     ValueError for bad arguments; the other ranks then raise ConfigMismatchError.
     """
-    result: Arrays = call(comm, _allreduce, x, method, op, state, out)
+    result: Arrays = call(comm, _allreduce, x, method, op, memory, out)
     return result
 
 
 def iallreduce(
-    comm: Any, x: Arrays, method: Method, op: str = "sum", state: Memory | None = None, out: Arrays | None = None
+    comm: Any, x: Arrays, method: Method, op: str = "sum", memory: Memory | None = None, out: Arrays | None = None
 ) -> Request[Arrays]:
     """Begin `allreduce`; x and `out` must stay untouched until the request is complete. Collective."""
-    return start(comm, _allreduce, x, method, op, state, out)
+    return start(comm, _allreduce, x, method, op, memory, out)
 
 
 def _allreduce(comm: Comm, x: Any, method: Method, op: str, memory: Memory | None, out: Any) -> Operation:
@@ -76,7 +76,7 @@ def _allreduce(comm: Comm, x: Any, method: Method, op: str, memory: Memory | Non
     if integers:
         check_integers(form, op)
         if memory is not None:
-            raise ValueError(f"integers are summed exactly and need no state; got one for dtype {form.dtype}")
+            raise ValueError(f"integers are summed exactly and need no memory; got one for dtype {form.dtype}")
         return Operation(
             lambda: f"sum of {form} by dense", lambda: packed(form, xs, outs, partial(sum_integers, comm), fresh)
         )
@@ -88,27 +88,25 @@ def _allreduce(comm: Comm, x: Any, method: Method, op: str, memory: Memory | Non
     return operation._replace(run=bound(operation.run, xs[0]))
 
 
-def reduce_scatter(comm: Any, x: Arrays, method: Method, op: str = "sum", out: Arrays | None = None) -> Arrays:
+def reduce_scatter(comm: Any, x: Arrays, codec: Method, op: str = "sum", out: Arrays | None = None) -> Arrays:
     """Return this rank's row, (*shape), of the sum or mean over ranks of x, (ranks, *shape). Collective.
 
-    `method` is a codec, or "dense": each row is encoded once, sent to its rank and added up there in rank order, so
+    `codec` is a codec, or "dense": each row is encoded once, sent to its rank and added up there in rank order, so
     there is one lossy event. A list of arrays of one dtype shares its messages. There is no memory. All else is as for
     `allreduce`.
     """
-    result: Arrays = call(comm, _reduce_scatter, x, method, op, out)
+    result: Arrays = call(comm, _reduce_scatter, x, codec, op, out)
     return result
 
 
-def ireduce_scatter(
-    comm: Any, x: Arrays, method: Method, op: str = "sum", out: Arrays | None = None
-) -> Request[Arrays]:
+def ireduce_scatter(comm: Any, x: Arrays, codec: Method, op: str = "sum", out: Arrays | None = None) -> Request[Arrays]:
     """Begin `reduce_scatter`; x and `out` must stay untouched until the request is complete. Collective."""
-    return start(comm, _reduce_scatter, x, method, op, out)
+    return start(comm, _reduce_scatter, x, codec, op, out)
 
 
-def _reduce_scatter(comm: Comm, x: Any, method: Method, op: str, out: Any) -> Operation:
+def _reduce_scatter(comm: Comm, x: Any, codec: Method, op: str, out: Any) -> Operation:
     op = op_of(op)
-    given, xs, whole = sources("reduce_scatter", x, method)
+    given, xs, whole = sources("reduce_scatter", x, codec)
     integers = has_integers(x)
     if integers:
         check_integers(whole, op)
@@ -147,10 +145,10 @@ def prepared(
 ) -> Operation:
     """Prepare an allreduce; what `run` is given does a step."""
     if memory is not None and not isinstance(memory, Memory):
-        raise TypeError(f"state must come from mpicomp.state, got {type(memory).__name__}")
+        raise TypeError(f"memory must come from mpicomp.memory, got {type(memory).__name__}")
     if memory is None:
         if remembers(method):
-            raise ValueError(f"{method} needs a memory: pass state=mpicomp.state({str(method)!r}, x)")
+            raise ValueError(f"{method} needs a memory: pass memory=mpicomp.memory({str(method)!r}, x)")
         mine = Memory(method, form, feedback=False)
     else:
         memory.check(form, method)

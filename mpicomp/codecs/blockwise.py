@@ -10,7 +10,7 @@ from mpicomp.codecs.accuracy import Accurate, of_variance
 from mpicomp.codecs.base import Key
 from mpicomp.codecs.checks import check_fields, check_integer, check_scales, little, packed_bytes, work_dtype_of
 from mpicomp.errors import WireFormatError
-from mpicomp.kernels import kernels_for
+from mpicomp.kernels import host_kernels, kernels_for
 from mpicomp.wire import Field, Payload
 
 
@@ -147,7 +147,7 @@ class Blockwise(Accurate, ABC):
         check_scales(scales, self.levels, lows[0] if lows else None)
         smallest = -self.levels if self.grid == "symmetric" else 0
         largest = 1 if self.width == 1 else self.levels
-        if not kernels_for(packed).codes_valid(packed, size, self.width, self.block, smallest, largest):
+        if not host_kernels(packed).codes_valid(packed, size, self.width, self.block, smallest, largest):
             raise WireFormatError("codes hold a value that is never written")
 
 

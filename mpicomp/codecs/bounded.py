@@ -14,7 +14,7 @@ from mpicomp.codecs.accuracy import Accurate, Scope
 from mpicomp.codecs.base import Key
 from mpicomp.codecs.checks import is_number
 from mpicomp.errors import WireFormatError
-from mpicomp.kernels import kernels_for
+from mpicomp.kernels import host_kernels, kernels_for
 from mpicomp.specs import Spec
 from mpicomp.wire import Field, Payload
 
@@ -163,7 +163,7 @@ class Bounded(Accurate, Spec):
         wide = settings(self.abs, self.rel, f"float{8 * words.itemsize}")
         if message.size > self.fields(size, f"float{8 * words.itemsize}")[0].shape[0]:
             raise WireFormatError(f"{message.size} bytes are more than {size} elements can take")
-        if not kernels_for(message).bounded_valid(headers, words, size, wide.relative, wide.step, wide.shift):
+        if not host_kernels(message).bounded_valid(headers, words, size, wide.relative, wide.step, wide.shift):
             raise WireFormatError("headers and words do not fit each other, or an element is not finite")
 
     def ratio(self, payload: Payload, size: int, dtype: str) -> float:

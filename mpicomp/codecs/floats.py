@@ -14,7 +14,7 @@ from mpicomp.codecs.base import Key
 from mpicomp.codecs.blockwise import Unbiased, check_block
 from mpicomp.codecs.checks import check_bool, check_fields, check_scales, little, packed_bytes, work_dtype_of
 from mpicomp.errors import WireFormatError
-from mpicomp.kernels import kernels_for
+from mpicomp.kernels import host_kernels, kernels_for
 from mpicomp.specs import Spec
 from mpicomp.wire import Field, Payload
 
@@ -103,7 +103,7 @@ class SmallFloat(Accurate):
         codes = payload[-1]
         if self._bits == 8 and ((codes & np.uint8(0x7F)) > TOP[self.format]).any():
             raise WireFormatError("elements must be finite")
-        if not kernels_for(codes).codes_valid(codes, size, self._bits, CODES, 0, 255):
+        if not host_kernels(codes).codes_valid(codes, size, self._bits, CODES, 0, 255):
             raise WireFormatError("the padding must be zero")
 
 

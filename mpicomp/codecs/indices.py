@@ -18,7 +18,7 @@ import numpy as np
 
 from mpicomp.arrays import Array, on_device, to_device, to_host
 from mpicomp.errors import WireFormatError
-from mpicomp.kernels import kernels_for
+from mpicomp.kernels import host_kernels, kernels_for
 
 CODINGS = ("u32", "u16", "bitmap", "elias_fano")
 SHORT = 65_536
@@ -100,9 +100,9 @@ def decode(data: Array, size: int, coding: str, out: Array) -> None:
             high = np.repeat(np.arange(blocks + 1, dtype=np.uint32) << np.uint32(16), np.append(counts, last))
             out |= to_device(high) if on_device(out) else high
     elif coding == "bitmap":
-        kernels_for(out).decode_bitmap(data, out)
+        host_kernels(out).decode_bitmap(data, out)
     else:
-        kernels_for(out).decode_elias_fano(data, width(size, out.size), out)
+        host_kernels(out).decode_elias_fano(data, width(size, out.size), out)
     if not on_device(out) and int(out.max()) >= size:
         raise WireFormatError(f"an index is {int(out.max())}, and must be below {size}")
 
@@ -136,17 +136,17 @@ def check(data: Array, size: int, k: int, coding: str) -> None:
         counts = data[: 4 * ((size - 1) // SHORT)].view("<u4")
         whole = int(counts.sum(dtype=np.uint64)) <= k
     elif coding == "bitmap":
-        whole = kernels_for(data).bits_set(data, size) == k
+        whole = host_kernels(data).bits_set(data, size) == k
     elif coding == "elias_fano":
         lower = k * width(size, k)
         at = -(-lower // 8)
         padded = lower % 8 and int(data[at - 1]) >> lower % 8
-        whole = not padded and kernels_for(data).bits_set(data[at:], _upper_bits(size, k)) == k
+        whole = not padded and host_kernels(data).bits_set(data[at:], _upper_bits(size, k)) == k
     else:
         whole = True
     if whole:
         indices = np.empty(k, np.uint32)
         decode(data, size, coding, indices)
-        whole = kernels_for(data).ascending(indices, size)
+        whole = host_kernels(data).ascending(indices, size)
     if not whole:
         raise WireFormatError(f"indices must be {k}, ascend strictly and stay below {size}")

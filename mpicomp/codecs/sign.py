@@ -20,7 +20,7 @@ from mpicomp.codecs.checks import (
     work_dtype_of,
 )
 from mpicomp.errors import WireFormatError
-from mpicomp.kernels import kernels_for
+from mpicomp.kernels import host_kernels, kernels_for
 from mpicomp.specs import Spec
 from mpicomp.wire import Field, Payload
 
@@ -88,7 +88,7 @@ class Sign(Accurate, Spec):
         check_finite(scales, "scales")
         if (scales[:1] < 0).any() or (scales[1:] > 0).any():
             raise WireFormatError("the scale of what is above zero must not be negative, nor that below positive")
-        if not kernels_for(packed).codes_valid(packed, size, 1, BLOCK, 0, 1):
+        if not host_kernels(packed).codes_valid(packed, size, 1, BLOCK, 0, 1):
             raise WireFormatError("the padding must be zero")
 
 
@@ -203,5 +203,5 @@ class Ternary(Accurate, Spec):
         check_fields(payload, self.fields(size, work_dtype_of(payload, 0)))
         scale, packed = payload
         check_scales(scale, 1)
-        if not kernels_for(packed).codes_valid(packed, size, 2, BLOCK, -1, 1):
+        if not host_kernels(packed).codes_valid(packed, size, 2, BLOCK, -1, 1):
             raise WireFormatError("codes hold a value that is never written")

@@ -13,9 +13,9 @@ import numpy as np
 
 from mpicomp.arrays import Array, Copied, on_device, on_host
 from mpicomp.comm.communicator import Comm
+from mpicomp.comm.info import gpu_aware
 from mpicomp.comm.transport import Request
 from mpicomp.comm.watch import wait
-from mpicomp.device import gpu_aware
 
 CHUNK = 1 << 30  # bytes in one MPI message
 
@@ -37,7 +37,7 @@ def exchange(comm: Comm, outgoing: Sequence[Array], incoming: Sequence[Array], o
 
     A rank's message to itself is copied.
     """
-    comm.met += 1
+    comm.collective_count += 1
     wait(comm, begin_exchange(comm, outgoing, incoming), operation)
 
 
@@ -75,7 +75,7 @@ def allreduce(comm: Comm, x: Array, total: Array, op: str = "sum") -> None:
                 allreduce(comm, given, result, op)
             return
         Copied().wait()  # what writes x has come to its end
-    comm.met += 1
+    comm.collective_count += 1
     flat, sums = x.reshape(-1), total.reshape(-1)
     step = CHUNK // x.itemsize
     for start in range(0, flat.size, step):
@@ -86,7 +86,7 @@ def allreduce(comm: Comm, x: Array, total: Array, op: str = "sum") -> None:
 
 def broadcast(comm: Comm, data: Array, root: int) -> None:
     """MPI's own broadcast of (n,) uint8 in place; the root's bytes are modelled as n * (P-1) / P sent by each rank."""
-    comm.met += 1
+    comm.collective_count += 1
     for part in _chunks(data):
         wait(comm, [comm.transport.broadcast(part, root)], "broadcast")
     comm.traffic.modelled += math.ceil(data.size * (comm.size - 1) / comm.size)

@@ -1,57 +1,62 @@
-"""A communicator of this library: how long it lives, what it holds, and what becomes of it after an error."""
+"""The communicator of this library: its lifetime, its resources, and what an error does to it."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mpicomp.comm import children, exits, notices
-from mpicomp.comm.transport import MPITransport, Request, Topology, Transport, Window
+from mpicomp.comm.topology import Topology
+from mpicomp.comm.transport import MPITransport, Request, Transport
 from mpicomp.comm.watch import SPIN, Traffic, guarded, wait
+from mpicomp.comm.windows import Window
 from mpicomp.errors import REPAIR, CommunicatorError
-from mpicomp.settings import setting
 
-SAID = 160  # characters of an operation or an error that other ranks are told
+if TYPE_CHECKING:
+    from mpicomp.comm.background import Background
+from mpicomp.environment import setting
+
+SHOWN = 160  # characters of an operation or an error in the notice to other ranks
 
 
 class Comm:
-    """A communicator of this library: a transport, what was sent over it, and how long a peer may keep silent.
+    """A transport, the traffic over it, and the time in seconds that a peer may be silent: `timeout`.
 
-    `calls` numbers the collective operations in program order, alike on all ranks. `timeout` in seconds; the
-    environment's MPICOMP_TIMEOUT, or 600.
+    The default of `timeout` is the environment's MPICOMP_TIMEOUT, or 600. `calls` numbers the library's collective
+    operations in program order, alike on all ranks.
     """
 
     def __init__(self, transport: Transport, timeout: float | None = None, opening: Request | None = None) -> None:
         self._transport = transport
-        self._opening = opening  # what completes when all ranks have begun to make the transport
-        self.over_mpi = isinstance(transport, MPITransport)
+        self._opening = opening  # completes when all ranks have begun to create the transport
+        self.check_threads = transport.check_threads
         self.rank = transport.rank
         self.size = transport.size
         self.timeout: float = setting("MPICOMP_TIMEOUT") if timeout is None else timeout
         self.traffic = Traffic()
         self.calls = 0
-        self.spin = SPIN  # shorter while polling is in vain: where ranks share cores it takes time from who has work
-        self.doing = ""  # what the watchdog will say this rank was at: operation and unit
-        self.met = 0  # collectives begun, those of MPI and agreements included; alike on all ranks
-        self.left: dict[int, notices.Notice] = {}  # what peers said that have ended
-        self.answers: dict[int, notices.Notice] = {}  # where peers said that they wait
-        self.whole: Comm = self  # the communicator whose group this is: notices go there
-        self.turns: Turns | None = None  # see `background`
+        self.spin = SPIN  # s; shorter while polling finds nothing: where ranks share cores it takes time from others
+        self.context = ""  # operation and unit, for the report of a rank that waits too long
+        self.collective_count = 0  # collectives begun, those of MPI and agreements included; alike on all ranks
+        self.left: dict[int, notices.Notice] = {}  # last notices of peers that have ended
+        self.answers: dict[int, notices.Notice] = {}  # where peers wait
+        self.parent: Comm = self  # the communicator whose group this is, for notices
+        self.background: Background | None = None  # runs its operations; see the module `background`
         self.closed = self._closing = False
-        self.broken: CommunicatorError | None = None  # what refuses further calls
-        self.successor: Comm | None = None  # what took its place
+        self.broken: CommunicatorError | None = None  # the error of all further calls
+        self.successor: Comm | None = None  # takes its place after a reset
         self._groups: dict[tuple[int, ...], Comm] = {}
         self._windows: dict[str, Window] = {}
         self._topology: Topology | None = None
 
     @classmethod
     def of(cls, mpi: Any) -> Comm:
-        """Return the library's duplicate of an mpi4py communicator; collective at the first call, but waits for nobody.
+        """Return the library's duplicate of an mpi4py communicator; collective at the first call, but does not wait.
 
-        The duplicate is begun here, and complete when it is first used. It is closed when the user frees his.
+        The duplicate is begun here, and complete when it is first used. It is closed when the user frees the original.
         """
         children.refuse_forked()
         if isinstance(mpi, Comm):
@@ -75,22 +80,22 @@ class Comm:
             transport, opening = MPITransport.duplicate(mpi)
             comm = cls(transport, opening=opening)
             notices.join(comm)
-            mpi.Set_attr(_keyval, comm)  # what was there is closed
+            mpi.Set_attr(_keyval, comm)  # the one there before is closed
         return comm
 
     @classmethod
     def among(cls, mpi: Any, ranks: Sequence[int]) -> Comm:
-        """Return a new communicator of some ranks of `mpi`; only they call this."""
+        """Return a new communicator of some ranks of `mpi`; only these ranks call this."""
         exits.begin()
         everyone = cls(MPITransport(mpi))
-        with guarded(everyone, f"making a communicator of {len(ranks)} ranks"):
+        with guarded(everyone, f"creating a communicator of {len(ranks)} ranks"):
             comm = cls(everyone.transport.among(ranks))
         notices.join(comm)
         return comm
 
     @property
     def transport(self) -> Transport:
-        """How it communicates; where all ranks have yet to meet for the first time, they do so now."""
+        """How it communicates; at the first use all ranks synchronise."""
         if self._opening is not None:
             opening, self._opening = self._opening, None
             wait(self, [opening], "the first call on this communicator")
@@ -100,27 +105,27 @@ class Comm:
         return self._transport
 
     def group(self, ranks: Sequence[int]) -> Comm:
-        """Return the communicator of some ranks of this one, in this order; only they call this, at first together.
+        """Return the communicator of some ranks of this one, in this order; the first call is collective over them.
 
-        It is kept as long as this one, and what is sent over it is counted here.
+        It is kept as long as this one, and its traffic is counted here.
         """
         known = self._groups.get(tuple(ranks))
         if known is None:
-            with guarded(self, f"making a communicator of {len(ranks)} ranks"):
+            with guarded(self, f"creating a communicator of {len(ranks)} ranks"):
                 known = self._groups[tuple(ranks)] = Comm(self.transport.among(ranks))
-        known.traffic, known.timeout, known.doing = self.traffic, self.timeout, self.doing
-        known.whole = self.whole
+        known.traffic, known.timeout, known.context = self.traffic, self.timeout, self.context
+        known.parent = self.parent
         return known
 
     def window(self, name: str, nbytes: int) -> Window:
-        """Return memory that all ranks share, at least `nbytes` a rank, kept under a name; on one node, collective.
+        """Return memory that all ranks share, at least `nbytes` per rank, kept under a name; on one node, collective.
 
-        All ask for as many bytes. Where that is more than before, new memory takes the place of the old, of which no
-        rank may use anything any more.
+        `nbytes` is the same on all ranks. Where it is larger than before, new memory replaces the old, which no rank
+        may use any more.
         """
         known = self._windows.get(name)
         if known is None or known.parts[self.rank].size < nbytes:
-            with guarded(self, "making memory that the ranks of a node share"):
+            with guarded(self, "allocating memory that the ranks of a node share"):
                 if known is not None:
                     known.free()
                 known = self._windows[name] = self.transport.window(nbytes)
@@ -128,7 +133,7 @@ class Comm:
 
     @property
     def topology(self) -> Topology:
-        """Which ranks share a node; collective when it is first asked for."""
+        """Which ranks share a node; the first use is collective."""
         if self._topology is None:
             with guarded(self, "finding out which ranks share a node"):
                 self._topology = self.transport.topology()
@@ -139,26 +144,26 @@ class Comm:
         self._topology = topology
 
     def close(self) -> None:
-        """Finish what was begun, end the thread, and give back all that MPI has given, in the order in which it came.
+        """Finish the operations that were begun, end the thread, and free all that MPI has allocated, in that order.
 
-        Collective, and may be called again. Called by what runs on this communicator it has its effect afterwards.
-        Nothing can be done with this communicator then. One that is broken is given up as it is: MPI may still be at
-        an operation of it.
+        Collective, and may be called again; further operations raise CommunicatorError. Called by an operation on this
+        communicator, it takes effect after that. A broken communicator is not freed: MPI may still execute an operation
+        of it.
         """
         if self._closing:
             return
         self._closing = True
-        if self.turns is None:
+        if self.background is None:
             self._release()
         else:
-            self.turns.close(self._release)
+            self.background.close(self._release)
 
     def _release(self) -> None:
         if self.broken is not None:
             self.closed = True
-            _given_up.extend(each._transport for each in (self, *self._groups.values()))
+            _abandoned.extend(each._transport for each in (self, *self._groups.values()))
             return
-        transport = self.transport  # meets all ranks where nothing was ever done
+        transport = self.transport  # synchronises all ranks where this is the first use
         self.closed = True
         with guarded(self, "freeing a communicator"):
             for group in self._groups.values():
@@ -170,95 +175,75 @@ class Comm:
         self._windows.clear()
 
     def check(self) -> None:
-        """Raise CommunicatorError where this was freed, or broken by an error."""
+        """Raise CommunicatorError where this was freed, or an error has broken it."""
         if self.closed:
-            raise CommunicatorError("this communicator was freed: nothing can be done with it any more")
+            raise CommunicatorError("this communicator was freed: no operation on it is possible any more")
         if self.broken is not None:
             raise CommunicatorError(str(self.broken))
 
     def breaks(self, error: BaseException, operation: str) -> None:
-        """Refuse further calls after an error in an operation, and tell the other ranks, unless one of them told us."""
+        """Refuse further calls after an error in an operation, and notify the other ranks, unless one notified us."""
         if self.size == 1 or self.broken is not None or self.closed:
             return
         if isinstance(error, CommunicatorError):
             self.broken = CommunicatorError(str(error))
             return
-        said = f"{operation[:SAID]} (collective number {self.calls}), {type(error).__name__}: {str(error)[:SAID]}"
-        self.broken = CommunicatorError(f"rank {self.rank} of {self.size} failed: {said}. {REPAIR}")
+        what = f"{operation[:SHOWN]} (collective number {self.calls}), {type(error).__name__}: {str(error)[:SHOWN]}"
+        self.broken = CommunicatorError(f"rank {self.rank} of {self.size} failed: {what}. {REPAIR}")
         if self._transport.ready:
-            notices.send(self, notices.FAILED, said)
+            notices.send(self._transport, notices.FAILED, what)
 
     def reachable(self) -> Transport | None:
-        """How peers are told of this rank's end; None where this was closed."""
+        """The transport for notices, without a synchronisation; None where this was closed."""
         return None if self.closed else self._transport
 
     def forget(self, transport: Transport) -> None:
-        """Communicate in another way from now on: a process forked from a rank must leave MPI alone."""
+        """Replace the transport in a process that was forked from a rank, which must not use MPI."""
         self._opening = None
         for each in (self, *self._groups.values()):
             each._transport = transport
 
     def renew(self) -> Comm:
-        """Give up what is under way, and return a communicator of the same ranks that takes this one's place.
+        """Abandon operations under way, and return a communicator of the same ranks that takes this one's place.
 
-        Collective. What is given up is not freed: MPI may still be at it.
+        Collective. The old communicators are not freed: MPI may still execute operations of theirs.
         """
-        if self.broken is None and self._transport.ready:  # the others may wait for this rank, in a call that goes well
-            notices.send(self, notices.FAILED, "it has called reset")
+        if self.broken is None and self._transport.ready:  # others may wait for this rank in a call without an error
+            notices.send(self._transport, notices.FAILED, "it has called reset")
         groups = [self, *self._groups.values()]
         pending = [request for each in groups for request in each._transport.abandon()]
-        _given_up.extend(each._transport for each in groups)
+        _abandoned.extend(each._transport for each in groups)
         transport, opening = self._transport.renewed()
-        made = Comm(transport, self.timeout, opening)
-        notices.join(made)
-        made.traffic, made._topology = self.traffic, self._topology
+        comm = Comm(transport, self.timeout, opening)
+        notices.join(comm)
+        comm.traffic, comm._topology = self.traffic, self._topology
         self.closed = self._closing = True
-        self.successor = made
-        transport.remember(_keyval, made)
-        _ = made.transport
-        wait(made, pending, "reset")
+        self.successor = comm
+        transport.remember(_keyval, comm)
+        _ = comm.transport  # synchronises
+        wait(comm, pending, "reset")
         calls = np.array([self.calls], np.int64)
-        wait(made, [made.transport.allreduce(calls, most := np.empty_like(calls), "max")], "reset")
-        made.calls = int(most[0])
-        return made
+        wait(comm, [comm.transport.allreduce(calls, most := np.empty_like(calls), "max")], "reset")
+        comm.calls = int(most[0])
+        return comm
 
     def next_call(self) -> int:
-        """Number of the collective operation that begins now."""
+        """Return the number of the collective operation that begins now."""
         self.calls += 1
-        self.met += 1
+        self.collective_count += 1
         return self.calls
 
 
-class Turns(Protocol):
-    """What runs the operations of a communicator one after the other; see `background`."""
-
-    def close(self, then: Callable[[], object] = ...) -> None:
-        """Finish what was begun, take nothing more, and call `then`."""
-        ...
-
-
-_keyval: int | None = None  # where MPI keeps the Comm of a communicator
+_keyval: int | None = None  # MPI's attribute that holds the Comm of a communicator
 _making = threading.Lock()
-_given_up: list[Transport] = []  # with requests that may never be complete, and the memory in which these write
+_abandoned: list[Transport] = []  # with requests that may never complete, and the memory into which they write
 
 
 def _freed(mpi: Any, keyval: int, comm: Comm) -> None:
-    """Close what belongs to a communicator that is being freed; MPI calls this on all ranks."""
+    """Close the Comm of a communicator that the user frees; MPI calls this on all ranks."""
     from mpi4py import MPI
 
     if mpi not in (MPI.COMM_WORLD, MPI.COMM_SELF):
         comm.close()
-    elif comm.turns is not None:  # MPI is being finalised, and frees everything
-        comm.turns.close()
-
-
-def world() -> Any:
-    """Return MPI's world communicator, for use from several threads; raises RuntimeError where MPI forbids that."""
-    from mpi4py import MPI
-
-    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
-        raise RuntimeError(
-            "MPI was initialised without MPI_THREAD_MULTIPLE, but communication runs on a thread of its own: import "
-            'mpi4py.MPI before anything else initialises MPI, with mpi4py.rc.thread_level left at "multiple"'
-        )
-    return MPI.COMM_WORLD
+    elif comm.background is not None:  # MPI is being finalised, and frees everything
+        comm.background.close()

@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 
 from mpicomp.comm import children, notices
 from mpicomp.comm.transport import abort
-from mpicomp.settings import check_settings, setting
+from mpicomp.environment import check_settings, setting
 
 DRAIN = 0.5  # seconds for mpirun to forward what was written: what it has not read when the job ends is lost
 PATIENCE = 5.0  # seconds that a rank with a bad status waits for its peers to end by themselves

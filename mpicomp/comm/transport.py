@@ -1,21 +1,21 @@
-"""The only file that calls MPI. Everything above it knows a `Transport`, which a team of threads provides too."""
+"""The operations of a communicator that this library uses: over MPI here, among threads in the tests."""
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
 from mpicomp.arrays import Array
+from mpicomp.comm.topology import Topology
+from mpicomp.comm.windows import MPIWindow, Window
 
 OPS = ("sum", "max", "min", "prod", "band", "bor", "bxor")
-LAST = 10  # seconds that MPI may take to end a job
-KEPT = 64  # requests
+ABORT_SECONDS = 10  # what MPI may take to end a job, before this process ends by itself
+KEPT = 64  # requests between two removals of complete ones
 NOTICE = (1 << 14) + 1  # the tag of notices, which nothing else uses
 
 
@@ -27,57 +27,13 @@ class Request(Protocol):
         ...
 
 
-class Window(Protocol):
-    """Memory that the ranks of one node share: `parts[r]`, (nbytes,) uint8, is written by rank r alone, read by all.
-
-    Between a rank's write and another's read both call `sync`, the writer before and the reader after they have met.
-    """
-
-    parts: Sequence[Array]
-
-    def sync(self) -> None:
-        """Make this rank's writes visible, and others' writes seen."""
-        ...
-
-    def free(self) -> None:
-        """Give the memory back; collective, and the parts must not be used again."""
-        ...
-
-
-@dataclass(frozen=True)
-class Topology:
-    """Which ranks share a node: `nodes[i]` are the ranks of node i, ascending; nodes are sorted by their first rank."""
-
-    nodes: tuple[tuple[int, ...], ...]
-
-    @classmethod
-    def flat(cls, ranks: int) -> Topology:
-        """Every rank on a node of its own."""
-        return cls(tuple((rank,) for rank in range(ranks)))
-
-    @property
-    def size(self) -> int:
-        """Number of ranks."""
-        return sum(map(len, self.nodes))
-
-    def node_of(self, rank: int) -> int:
-        """Number of the node on which a rank is."""
-        return next(place for place, node in enumerate(self.nodes) if rank in node)
-
-    def __str__(self) -> str:
-        return "+".join(str(len(node)) for node in self.nodes)
-
-
 class Transport(Protocol):
-    """The few operations that this library needs of a communicator; MPI has them, and so has a team of threads.
-
-    Buffers are contiguous arrays, which stay untouched until the request completes.
-    """
+    """A communicator. Buffers are contiguous arrays, which stay untouched until the request completes."""
 
     rank: int
     size: int
     ready: bool
-    """Whether all ranks have begun to make it; before that only `notify` and `notice` may be called."""
+    """Whether all ranks have begun to create it; before that only `notify` and `notice` may be called."""
 
     def send(self, data: Array, peer: int, tag: int) -> Request:
         """Begin to send (n,) uint8 to a peer."""
@@ -96,15 +52,20 @@ class Transport(Protocol):
         ...
 
     def progress(self) -> None:
-        """Let what is under way move: MPI moves nothing outside its own calls."""
+        """Make progress on operations under way: MPI makes none outside its own calls."""
         ...
 
     def notify(self, data: Array, peer: int) -> None:
-        """Send (n,) uint8, which nobody changes any more, to a peer that need not wait for it; see `notice`."""
+        """Send (n,) uint8, which must not change any more, to a peer; it need not wait for it, see `notice`."""
         ...
 
     def notice(self, nbytes: int) -> tuple[int, Array] | None:
-        """Take the next notice that has come, (nbytes,) uint8, with its sender; None where none has."""
+        """Return the sender and the (nbytes,) uint8 of the next notice that has arrived, or None."""
+        ...
+
+    @staticmethod
+    def check_threads() -> None:
+        """Raise RuntimeError where transports may be used from one thread only."""
         ...
 
     def topology(self) -> Topology:
@@ -112,32 +73,44 @@ class Transport(Protocol):
         ...
 
     def among(self, ranks: Sequence[int]) -> Transport:
-        """Make a transport of some ranks, in this order; only they call this."""
+        """Create a transport of some ranks, in this order; only these ranks call this."""
         ...
 
     def window(self, nbytes: int) -> Window:
-        """Make memory that all ranks share, `nbytes` of it owned by this one; collective, on one node only."""
+        """Allocate memory that all ranks share, `nbytes` per rank; collective, on one node only."""
         ...
 
     def renewed(self) -> tuple[Transport, Request]:
-        """Begin to make another transport of the same ranks, to be used when the request is complete; collective."""
+        """Begin to create another transport of the same ranks, usable when the request is complete; collective."""
         ...
 
     def remember(self, key: int | None, comm: object) -> None:
-        """Let whoever looks for the library's communicator find this one."""
+        """Attach the library's communicator to the user's, under MPI's attribute `key`."""
         ...
 
     def abandon(self) -> list[Request]:
-        """Give up what is under way; return the receives that have begun and cannot be given up any more."""
+        """Cancel operations under way; return the receives that have begun and cannot be cancelled any more."""
         ...
 
     def free(self) -> None:
-        """Give back what this is made of; collective, and nothing may be under way."""
+        """Free the communicator; collective, and nothing may be under way."""
         ...
 
     def abort(self, code: int) -> None:
         """End all ranks of the job."""
         ...
+
+
+def world() -> Any:
+    """Return MPI's world communicator; raises RuntimeError where MPI was initialised for calls from one thread."""
+    from mpi4py import MPI
+
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        raise RuntimeError(
+            "MPI was initialised without MPI_THREAD_MULTIPLE, but communication runs on a thread of its own: import "
+            'mpi4py.MPI before anything else initialises MPI, with mpi4py.rc.thread_level left at "multiple"'
+        )
+    return MPI.COMM_WORLD
 
 
 def last_tag() -> int:
@@ -151,8 +124,7 @@ def last_tag() -> int:
 class MPITransport:
     """A duplicate of an mpi4py communicator, so that the library's messages never meet the user's.
 
-    `source` is the communicator of which it was made, if it was by `duplicate`. Buffers of what is under way are kept
-    alive here.
+    `source` is the communicator that `duplicate` was given. Buffers of operations under way are kept alive here.
     """
 
     def __init__(self, mpi: Any, source: Any = None) -> None:
@@ -161,37 +133,36 @@ class MPITransport:
         self.mpi, self._source = mpi, source
         self.rank: int = (source or mpi).Get_rank()
         self.size: int = (source or mpi).Get_size()
-        self.ready = source is None  # whether all ranks have begun to make it
+        self.ready = source is None
         self._ops = {op: getattr(MPI, op.upper()) for op in OPS}
         self._receives: list[Any] = []
         self._others: list[Any] = []
-        self._many = KEPT
-        self._notices: list[tuple[Any, Array]] = []  # under way: a request, and what it sends
+        self._kept = KEPT  # requests, beyond which complete ones are removed
+        self._notices: list[tuple[Any, Array]] = []  # under way: request and data
 
     def send(self, data: Array, peer: int, tag: int) -> Request:
         """See Transport."""
-        return self._begun(self._others, self.mpi.Isend(data, dest=peer, tag=tag))
+        return self._keep(self._others, self.mpi.Isend(data, dest=peer, tag=tag))
 
     def receive(self, data: Array, peer: int, tag: int) -> Request:
         """See Transport."""
-        return self._begun(self._receives, self.mpi.Irecv(data, source=peer, tag=tag))
+        return self._keep(self._receives, self.mpi.Irecv(data, source=peer, tag=tag))
 
     def allreduce(self, x: Array, total: Array, op: str) -> Request:
         """See Transport."""
-        return self._begun(self._others, self.mpi.Iallreduce(x, total, self._ops[op]))
+        return self._keep(self._others, self.mpi.Iallreduce(x, total, self._ops[op]))
 
     def broadcast(self, data: Array, root: int) -> Request:
         """See Transport."""
-        return self._begun(self._others, self.mpi.Ibcast(data, root=root))
+        return self._keep(self._others, self.mpi.Ibcast(data, root=root))
 
-    def _begun(self, kept: list[Any], request: Any) -> Request:
-        """Keep a request, and so its buffer; those that are complete hold none, and are dropped now and then."""
+    def _keep(self, kept: list[Any], request: Any) -> Request:
+        """Keep a request, and so its buffer; remove complete requests, which hold none, now and then."""
         kept.append(request)
-        if len(kept) > self._many:
+        if len(kept) > self._kept:
             kept[:] = [each for each in kept if each]
-            self._many = max(KEPT, 2 * len(kept))
-        begun: Request = request
-        return begun
+            self._kept = max(KEPT, 2 * len(kept))
+        return cast(Request, request)
 
     def progress(self) -> None:
         """See Transport."""
@@ -220,16 +191,16 @@ class MPITransport:
         return status.Get_source(), data
 
     def _notice_board(self) -> tuple[Any, int]:
-        """Where notices travel: on the user's communicator while ours is being made, under a tag that nobody uses.
+        """Return the communicator and tag of notices: the user's communicator while ours is being created.
 
-        That one may be freed by then.
+        The user's may have been freed by then: it is null, and false.
         """
-        if self.ready:
-            return self.mpi, NOTICE
-        from mpi4py import MPI
+        return (self.mpi, NOTICE) if self.ready else (self._source, last_tag())
 
-        largest: Any = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB)
-        return self._source, int(largest)
+    @staticmethod
+    def check_threads() -> None:
+        """See Transport."""
+        world()
 
     def topology(self) -> Topology:
         """See Transport."""
@@ -239,7 +210,7 @@ class MPITransport:
         first = np.array([self.rank], np.int64)
         node.Bcast(first, root=0)
         node.Free()
-        firsts = np.empty(self.size, np.int64)  # (ranks,) of each rank's node the first rank
+        firsts = np.empty(self.size, np.int64)  # (ranks,) the first rank on each rank's node
         self.mpi.Allgather(first, firsts)
         return Topology(tuple(tuple(np.flatnonzero(firsts == each).tolist()) for each in np.unique(firsts)))
 
@@ -259,18 +230,18 @@ class MPITransport:
 
     @classmethod
     def duplicate(cls, mpi: Any) -> tuple[MPITransport, Request]:
-        """Begin to make the transport of an mpi4py communicator, to be used when the request is complete."""
+        """Begin to create the transport of an mpi4py communicator, usable when the request is complete."""
         from mpi4py import MPI
 
-        if mpi.Get_size() == 1:  # a lone rank may never communicate, and MPI keeps what was begun and never completed
+        if mpi.Get_size() == 1:  # one rank may never communicate, and MPI keeps a request that never completes
             return cls(mpi.Dup(), mpi), MPI.REQUEST_NULL
-        made, request = mpi.Idup()
-        return cls(made, mpi), request
+        duplicate, request = mpi.Idup()
+        return cls(duplicate, mpi), request
 
     def renewed(self) -> tuple[MPITransport, Request]:
-        """See Transport. RuntimeError where the communicator of which this was made is not known."""
+        """See Transport. RuntimeError where this is no duplicate."""
         if self._source is None:
-            raise RuntimeError("this communicator is a process group's: destroy the group and make a new one")
+            raise RuntimeError("this communicator is a process group's: destroy the group and create a new one")
         return self.duplicate(self._source)
 
     def remember(self, key: int | None, comm: object) -> None:
@@ -279,7 +250,7 @@ class MPITransport:
             self._source.Set_attr(key, comm)
 
     def abandon(self) -> list[Request]:
-        """See Transport. MPI gives up receives that have not begun, and nothing else: the rest stays as it is."""
+        """See Transport. MPI cancels receives that have not begun, and nothing else."""
         for request in self._receives:
             if request:
                 request.Cancel()
@@ -295,60 +266,10 @@ class MPITransport:
 
 
 def abort(code: int) -> None:
-    """End all ranks of the job; this process at least, where MPI hangs over it, as it may without memory."""
+    """End all ranks of the job; where MPI hangs, as it may without memory, a signal ends this process."""
     from mpi4py import MPI
 
     libc = ctypes.CDLL(None)
     libc.signal(signal.SIGALRM, 0)
-    libc.alarm(LAST)
+    libc.alarm(ABORT_SECONDS)
     MPI.COMM_WORLD.Abort(code)
-
-
-class MPIWindow:
-    """A window of MPI's shared memory; see Window. RuntimeError where there is none to be had.
-
-    Freeing it is collective, so the garbage collector of one rank must not: what nobody freed is freed when the process
-    ends, before MPI is, on all ranks in the order in which it was made. Where Open MPI 5.0 prints "OSC UCX component
-    priority set inside component query failed", it takes another component; OMPI_MCA_osc=^ucx spares the words.
-    """
-
-    def __init__(self, mpi: Any, nbytes: int) -> None:
-        from mpi4py import MPI
-
-        try:
-            self._win = MPI.Win.Allocate_shared(nbytes, 1, comm=mpi)
-        except MPI.Exception as error:
-            raise RuntimeError(
-                f"MPI_Win_allocate_shared of {nbytes} bytes on each of {mpi.Get_size()} ranks failed ({error}): they "
-                f"must be on one node, with so much room where MPI keeps shared memory, mostly /dev/shm"
-            ) from error
-        self._win.Lock_all(MPI.MODE_NOCHECK)
-        memories: list[Any] = [self._win.Shared_query(rank)[0] for rank in range(mpi.Get_size())]
-        self.parts: Sequence[Array] = [np.frombuffer(memory, np.uint8) for memory in memories]
-        for rank, part in enumerate(self.parts):
-            part.flags.writeable = rank == mpi.Get_rank()
-        _windows.append(self)
-
-    def sync(self) -> None:
-        """See Window."""
-        self._win.Sync()
-
-    def free(self) -> None:
-        """See Window."""
-        _windows.remove(self)
-        self.parts = []
-        self._win.Unlock_all()
-        self._win.Free()
-
-
-_windows: list[MPIWindow] = []
-
-
-@atexit.register  # at import, before the threads that communicate register their own ends: theirs come first
-def _free_windows() -> None:
-    if not _windows:
-        return
-    from mpi4py import MPI
-
-    while _windows and not MPI.Is_finalized():
-        _windows[0].free()

@@ -25,7 +25,7 @@ from mpicomp.codecs import Uniform
 from mpicomp.codecs.base import Codec
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.share import shared
-from mpicomp.comm.transport import Topology
+from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost
 from mpicomp.planner import Machine, predict
 from mpicomp.planner.cache import machine_for

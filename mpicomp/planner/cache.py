@@ -22,12 +22,12 @@ import numpy as np
 from mpicomp import __version__
 from mpicomp.comm.collectives import allgather
 from mpicomp.comm.communicator import Comm
+from mpicomp.comm.info import mpi_library
 from mpicomp.comm.share import shared
 from mpicomp.cost import Cost
-from mpicomp.environment import mpi_library
+from mpicomp.environment import setting
 from mpicomp.planner.machine import Machine
 from mpicomp.planner.measure import measure, measure_passes
-from mpicomp.settings import setting
 
 FORMAT = 1
 

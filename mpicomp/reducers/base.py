@@ -28,7 +28,7 @@ from mpicomp.arrays import Array, to_device, to_host
 from mpicomp.codecs.base import Codec, Key, stream_of
 from mpicomp.comm.agreement import digest_of
 from mpicomp.comm.communicator import Comm
-from mpicomp.comm.transport import Topology
+from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
 from mpicomp.kernels import kernels_for
 from mpicomp.planner import Machine

@@ -12,7 +12,8 @@ import numpy as np
 from mpicomp.arrays import Array, on_device, on_host
 from mpicomp.comm.collectives import allreduce, as_bytes, begin_exchange, begin_receive, begin_send
 from mpicomp.comm.communicator import Comm
-from mpicomp.comm.transport import Request, Topology
+from mpicomp.comm.topology import Topology
+from mpicomp.comm.transport import Request
 from mpicomp.comm.watch import wait
 from mpicomp.cost import Cost, Work
 from mpicomp.reducers.base import Reduction, Remembering, State, nonfinite

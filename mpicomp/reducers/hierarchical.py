@@ -31,7 +31,8 @@ from mpicomp.arrays import Array
 from mpicomp.comm.agreement import digest_of
 from mpicomp.comm.collectives import barrier
 from mpicomp.comm.communicator import Comm
-from mpicomp.comm.transport import Topology, Window
+from mpicomp.comm.topology import Topology
+from mpicomp.comm.windows import Window
 from mpicomp.cost import Cost, Work
 from mpicomp.errors import ConfigMismatchError
 from mpicomp.reducers.base import (

@@ -22,9 +22,9 @@ from mpicomp.codecs import Uniform
 from mpicomp.codecs.checks import check_integer, packed_bytes
 from mpicomp.comm.collectives import allreduce
 from mpicomp.comm.communicator import Comm
-from mpicomp.comm.transport import Topology
+from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
-from mpicomp.kernels import kernels_for
+from mpicomp.kernels import host_kernels
 from mpicomp.reducers.base import Reduction, Remembering, State, coding, poisoned_total
 from mpicomp.reducers.parts.layout import Layout, Piece, shards
 from mpicomp.reducers.parts.messages import Envelope
@@ -170,14 +170,14 @@ class Integer(Remembering, Spec):
         """Find the largest magnitude of every block on this rank."""
         for unit in state.layout.units:
             old = None if state.residual is None else state.residual[unit.where]
-            kernels_for(x).block_tops(x[unit.where], old, buffers.tops[buffers.blocks[unit.name]], self.block)
+            host_kernels(x).block_tops(x[unit.where], old, buffers.tops[buffers.blocks[unit.name]], self.block)
 
     def _encode(self, x: Array, state: State, buffers: _Buffers, message: Envelope, me: int) -> None:
         """Write this rank's codes of some pieces, and what they leave out to its residual."""
         how = self.quantizer
         for piece, (packed,) in zip(message.pieces, message.payloads, strict=True):
             key, where = state.key(piece, 0, me), piece.where
-            kernels_for(x).encode_blocks(
+            host_kernels(x).encode_blocks(
                 x[where],
                 None if state.residual is None else state.residual[where],
                 None if state.spare is None else state.spare[where],
@@ -197,7 +197,7 @@ class Integer(Remembering, Spec):
     def _add(self, share: Envelope, messages: list[Envelope], buffers: _Buffers) -> None:
         """Add up what all ranks sent for a part of this rank's shard."""
         for place, (piece, (packed,)) in enumerate(zip(share.pieces, share.payloads, strict=True)):
-            sums, kernels = buffers.sums[: piece.size], kernels_for(buffers.sums)
+            sums, kernels = buffers.sums[: piece.size], host_kernels(buffers.sums)
             sums[...] = 0
             for message in messages:
                 kernels.add_codes(message.payloads[place][0], sums, self.bits, self.block)
@@ -208,7 +208,7 @@ class Integer(Remembering, Spec):
         finite = True
         for piece, (packed,) in zip(message.pieces, message.payloads, strict=True):
             scales = buffers.scales_of(piece)
-            finite &= kernels_for(out).decode_sums(scales, packed, out[piece.where], buffers.width, self.block)
+            finite &= host_kernels(out).decode_sums(scales, packed, out[piece.where], buffers.width, self.block)
         return finite
 
     def absorb(self, comm: Comm, dropped: Array, state: State) -> None:

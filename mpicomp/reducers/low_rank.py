@@ -24,9 +24,9 @@ from mpicomp.arrays import Array
 from mpicomp.codecs.base import Key, stream_of
 from mpicomp.comm.collectives import allreduce
 from mpicomp.comm.communicator import Comm
-from mpicomp.comm.transport import Topology
+from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
-from mpicomp.kernels import kernels_for
+from mpicomp.kernels import host_kernels
 from mpicomp.reducers.base import Reduction, Remembering, State, Units, poisoned_total
 from mpicomp.reducers.parts.factors import Factors, InTurn, magnitude, matrix_shape
 from mpicomp.reducers.parts.layout import Layout, Unit
@@ -73,7 +73,7 @@ class LowRank(Remembering, Spec):
         factors = Factors(layout, self.rank)
         warm = np.empty(factors.sizes[1], dtype)
         for name, matrix in factors.matrices.items():
-            kernels_for(warm).fill_uniform(warm[matrix.q], Key(seed, 0, stream_of(name)).base())
+            host_kernels(warm).fill_uniform(warm[matrix.q], Key(seed, 0, stream_of(name)).base())
         return replace(state, memory={"q": warm})
 
     def kept(self, state: State, unit: str) -> Mapping[str, Array]:
@@ -125,7 +125,7 @@ class LowRank(Remembering, Spec):
     def rehearse(self, x: Array, total: Array) -> list[Array]:
         """See Reducer."""
         p, q, whole = x[:120].reshape(30, 4).copy(), x[120:200].reshape(20, 4).copy(), total[:600].reshape(30, 20)
-        kernels = kernels_for(p)
+        kernels = host_kernels(p)
         kernels.orthogonalise(p, Key().base())
         kernels.outer(p, q, whole)
         kernels.outer_add(p, q, whole, -0.5)

@@ -14,7 +14,7 @@ import numpy as np
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
 from mpicomp.comm.communicator import Comm
-from mpicomp.comm.transport import Topology
+from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost
 from mpicomp.planner import Machine
 from mpicomp.reducers.base import Explained, Reducer, Reduction, State, Units, complete

@@ -10,7 +10,7 @@ import numpy as np
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
 from mpicomp.comm.communicator import Comm
-from mpicomp.comm.transport import Topology
+from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost
 from mpicomp.reducers.base import Reduction, Remembering, State, check_codec, coding, nonfinite, poisoned_total
 from mpicomp.reducers.dense import two_shot_cost, two_shot_rows, two_shot_sum

@@ -31,9 +31,9 @@ from mpicomp.codecs.base import Codec, Key
 from mpicomp.codecs.checks import check_bool, is_number
 from mpicomp.codecs.sparse import check_values
 from mpicomp.comm.communicator import Comm
-from mpicomp.comm.transport import Topology
+from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
-from mpicomp.kernels import kernels_for
+from mpicomp.kernels import host_kernels
 from mpicomp.reducers.base import Reduction, Remembering, State, check_codec, coding, poisoned_total
 from mpicomp.reducers.parts.entries import Coding, Entries, Selecting, check_selecting, pick
 from mpicomp.reducers.parts.layout import Layout
@@ -162,7 +162,7 @@ class Split(Remembering, Spec):
 
     def rehearse(self, x: Array, total: Array) -> list[Array]:
         """See Reducer: entries are added up and collected."""
-        kernels, size = kernels_for(x), x.size
+        kernels, size = host_kernels(x), x.size
         marks, places = np.zeros(-(-size // 64), np.uint64), np.arange(0, size, 3, dtype=np.uint32)
         total[...] = 0
         kernels.add_marked(places, x[: places.size], total, marks)
@@ -214,7 +214,7 @@ class _Step:
                 key = self.state.key(region.piece, 0, me)
                 self.coding.write(part, payload, region.piece.size, key, rest, self.first)
                 if rest is not None and self.state.spare is not None:
-                    kernels_for(rest).put_at(part.places, rest, self.state.spare[region.piece.where])
+                    host_kernels(rest).put_at(part.places, rest, self.state.spare[region.piece.where])
         mine = self.owned[me]
         post = self.wire.post([parcel.data for parcel in outgoing], [bool(mine)] * comm.size, "entries")
         messages = [post.arrived(rank) for rank in range(comm.size)]
@@ -238,7 +238,7 @@ class _Step:
         """Add up the entries of this rank's regions, send the sums to all, and set the units of `out` to all sums."""
         comm, me, regions = self.comm, self.comm.rank, self.owned[self.comm.rank]
         found = [self._sum(region, incoming, number) for number, region in enumerate(regions) if incoming]
-        self.poisoned |= any(sums.values.size and kernels_for(out).nonfinite(sums.values) for sums, _ in found)
+        self.poisoned |= any(sums.values.size and host_kernels(out).nonfinite(sums.values) for sums, _ in found)
         if self.reducer.cut:
             mine, *room = self.wire.cut("sums", [self.wire.quotas(each) for each in (regions, *self.owned)])
             self.wire.seal(mine, self.poisoned)
@@ -260,7 +260,7 @@ class _Step:
 
     def _sum(self, region: Region, incoming: Sequence[Parcel], number: int) -> tuple[Entries, int]:
         """Add up the entries of a region in rank order; return the sums and what the message says of their number."""
-        size, kernels = region.piece.size, kernels_for(incoming[0].data)
+        size, kernels = region.piece.size, host_kernels(incoming[0].data)
         sums, marks = self._zeros("region", size, self.state.dtype), self._zeros("marks", -(-size // 64), "uint64")
         for rank, parcel in enumerate(incoming):
             key = self.state.key(region.piece, 0, rank)
@@ -296,7 +296,7 @@ class _Step:
             rest = self._room(kept.values)
             self.coding.write(kept, payload, piece.size, key, rest, self.second)
             if rest is not None and owed is not None:
-                kernels_for(rest).scatter_add(kept.places, rest, owed)
+                host_kernels(rest).scatter_add(kept.places, rest, owed)
 
     def _encode_whole(self, values: Array, payload: Payload, owed: Array | None, key: Key) -> None:
         codec = self.reducer.whole
@@ -313,7 +313,7 @@ class _Step:
         if sums.values.size == quota:
             return sums
         kept, numbers = np.empty(quota, sums.values.dtype), np.empty(quota, np.uint32)
-        rest, kernels = None if owed is None else np.empty_like(sums.values), kernels_for(kept)
+        rest, kernels = None if owed is None else np.empty_like(sums.values), host_kernels(kept)
         kernels.select_top(sums.values, None, rest, quota).write(kept, numbers, zero=rest is not None)
         if rest is not None and owed is not None:
             kernels.scatter_add(sums.places, rest, owed)

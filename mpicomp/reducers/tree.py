@@ -17,10 +17,10 @@ from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
 from mpicomp.comm.collectives import begin_receive, begin_send, receive, send
 from mpicomp.comm.communicator import Comm
-from mpicomp.comm.transport import Topology
+from mpicomp.comm.topology import Topology
 from mpicomp.comm.watch import wait
 from mpicomp.cost import Cost, Work
-from mpicomp.kernels import kernels_for
+from mpicomp.kernels import host_kernels
 from mpicomp.reducers.base import Reduction, Remembering, State, check_codec, coding, poisoned_total
 from mpicomp.reducers.parts.entries import Coding, Entries, Selecting, check_selecting, pick
 from mpicomp.reducers.parts.layout import Layout
@@ -125,7 +125,7 @@ class Tree(Remembering, Spec):
 
     def rehearse(self, x: Array, total: Array) -> list[Array]:
         """See Reducer: two sparse vectors are merged and cut."""
-        kernels, k = kernels_for(x), x.size // 4
+        kernels, k = host_kernels(x), x.size // 4
         places = np.arange(k, dtype=np.uint32)
         merged, values = np.zeros(2 * k, np.uint32), np.zeros(2 * k, x.dtype)
         count = kernels.merge(2 * places, x[:k], 3 * places, x[k : 2 * k], merged, values)
@@ -153,7 +153,7 @@ class Tree(Remembering, Spec):
         """Add a child's entries and keep as many of the sums; this rank owes the others from now on."""
         how, found = Coding(self.selecting.values, state.dtype), []
         for mine, piece, payload in zip(entries, message.pieces, message.payloads, strict=True):
-            k, kernels = mine.values.size, kernels_for(mine.values)
+            k, kernels = mine.values.size, host_kernels(mine.values)
             theirs = how.read(payload, piece.size, k, state.key(piece, 0, source), message.shrink)
             values, places = np.empty(2 * k, state.dtype), np.empty(2 * k, np.uint32)
             count = kernels.merge(mine.places, mine.values, theirs.places, theirs.values, places, values)
@@ -170,7 +170,7 @@ class Tree(Remembering, Spec):
         """Encode entries; return whether they are finite. This rank owes what their values' code leaves out."""
         how = Coding(self.selecting.values, state.dtype)
         for found, piece, payload in zip(entries, message.pieces, message.payloads, strict=True):
-            kernels = kernels_for(found.values)
+            kernels = host_kernels(found.values)
             if kernels.nonfinite(found.values):
                 return False
             rest = None if state.spare is None or how.codec is None else np.empty_like(found.values)

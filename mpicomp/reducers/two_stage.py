@@ -16,7 +16,7 @@ import numpy as np
 from mpicomp.arrays import Array, empty
 from mpicomp.codecs.base import Codec
 from mpicomp.comm.communicator import Comm
-from mpicomp.comm.transport import Topology
+from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
 from mpicomp.reducers.base import Reduction, Remembering, State, check_codec, coding, poisoned_total
 from mpicomp.reducers.parts.layout import Layout, shards

@@ -9,12 +9,12 @@ Importing this under a launcher initialises MPI and tells torch of its ranks.
 """
 
 from mpicomp.torch.backend import reset
-from mpicomp.torch.calls import allreduce, state
+from mpicomp.torch.calls import allreduce, memory
 from mpicomp.torch.creation import register
 from mpicomp.torch.hook import Hook, compress
 from mpicomp.torch.launch import device, fill_environment
 
-__all__ = ["compress", "allreduce", "state", "reset", "device", "Hook"]
+__all__ = ["compress", "allreduce", "memory", "reset", "device", "Hook"]
 
 fill_environment()
 register()

@@ -56,7 +56,7 @@ class MPIProcessGroup(Identity):
 
     def reset(self) -> None:
         """Make this usable again after an error; see `mpicomp.torch.reset`."""
-        self.comm = self.worker.submit(self._renewed, regardless=True).result()
+        self.comm = self.worker.submit(self._renewed, after_failure=True).result()
 
     def _renewed(self) -> Comm:
         old = self.comm

@@ -8,7 +8,7 @@ import torch
 
 from mpicomp.api.accept import overlaps_itself
 from mpicomp.api.arguments import Form, member_of, op_of
-from mpicomp.api.memory import Memory
+from mpicomp.api.memories import Memory
 from mpicomp.api.operation import Operation, call
 from mpicomp.api.reductions import prepared
 from mpicomp.comm.communicator import Comm
@@ -20,7 +20,7 @@ DTYPES = {**NAMES, **COMPLEX}
 PLAIN = (torch.Tensor, torch.nn.Parameter)  # other subclasses mean more than their elements
 
 
-def state(method: Method, tensor: torch.Tensor, seed: int = 0) -> Memory:
+def memory(method: Method, tensor: torch.Tensor, seed: int = 0) -> Memory:
     """Return the memory with which `allreduce` of tensors like this one feeds back what it could not send."""
     _check(tensor, "tensor")
     return Memory(member_of(method), _form(tensor), seed)
@@ -31,7 +31,7 @@ def allreduce(
     tensor: torch.Tensor,
     method: Method,
     op: str = "sum",
-    state: Memory | None = None,
+    memory: Memory | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the sum or mean of a tensor over the ranks of an mpi4py communicator, compressed. Collective.
@@ -41,7 +41,7 @@ def allreduce(
     and negatives that torch has not computed yet are computed. The result is `out`, which may be `tensor`, or a new
     contiguous tensor.
     """
-    result: torch.Tensor = call(comm, _allreduce, tensor, method, op, state, out)
+    result: torch.Tensor = call(comm, _allreduce, tensor, method, op, memory, out)
     return result
 
 

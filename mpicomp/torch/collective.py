@@ -71,12 +71,12 @@ def collective(prepare: Prepare) -> Callable[..., Work]:
 
         def run() -> Any:
             comm = group.comm
-            comm.doing = made.description
+            comm.context = made.description
             confirm(comm, digest_of(made.description), lambda: made.description)
             made.check()
             with breaking(comm, made.description):
                 made.call()
-            comm.doing = ""
+            comm.context = ""
             return made.result
 
         return group.worker.submit(run, made.tensors)

@@ -138,13 +138,13 @@ class Hook:
         entry = self._entries[index]
         bits = bits_of(buffer)
         state = entry.state.at(self._step)
-        self._comm.doing = f"the bucket of {entry.names[0]}"
+        self._comm.context = f"the bucket of {entry.names[0]}"
         confirm(self._comm, mixed(entry.digest, self._step), lambda: self._said(index))
         with breaking(self._comm, f"bucket {index} of DDP"):
             entry.after, entry.poisoned = apply(
                 self._comm, self.reducer, bits, entry.dtype, "mean", state, bits, entry.work
             )
-        self._comm.doing = ""
+        self._comm.context = ""
 
     def _said(self, index: int) -> str:
         """Describe a bucket for ranks that disagree on it."""

@@ -18,7 +18,8 @@ import torch
 
 from mpicomp.arrays import Array
 from mpicomp.comm import children, collectives
-from mpicomp.comm.communicator import Comm, world
+from mpicomp.comm.communicator import Comm
+from mpicomp.comm.transport import world
 from mpicomp.device import device_number
 from mpicomp.environment import launcher_mismatch
 

@@ -50,7 +50,7 @@ class Work(dist.Work):
         """Return a future of the tensors; waiting for it raises what went wrong."""
         self.watched = True
         if self.request.failure is not None:
-            self.request.failure.promised = True
+            self.request.failure.deferred = True
         return self.completion.then(self._value)
 
     def is_completed(self) -> bool:
@@ -75,7 +75,7 @@ class Work(dist.Work):
     def _complete(self) -> None:
         """Run the callbacks; on the communication thread."""
         if self.request.failure is not None and self.watched:
-            self.request.failure.promised = True
+            self.request.failure.deferred = True
         if self.request.failure is not None or self._side is None:
             self.completion.set_result(None)  # `_value` knows
         else:  # torch notes where the stream stands, for whoever waits
@@ -101,14 +101,16 @@ class Worker:
     def __init__(self, comm: Comm) -> None:
         self.comm = comm
         # Where ranks disagree all of them raise it, before anything was sent: what comes next is not affected.
-        self._thread = Background("mpicomp", mild=(ConfigMismatchError,), told=_told)
+        self._thread = Background("mpicomp", recoverable=(ConfigMismatchError,), is_seen=_is_seen)
         self._open = True
         weakref.finalize(self, self._thread.close).atexit = False  # every Work holds this, so nothing is under way then
 
-    def submit(self, call: Callable[[], Any], tensors: Sequence[torch.Tensor] = (), regardless: bool = False) -> Work:
+    def submit(
+        self, call: Callable[[], Any], tensors: Sequence[torch.Tensor] = (), after_failure: bool = False
+    ) -> Work:
         """Run `call` after all that was submitted before; at once, if this is the communication thread.
 
-        With `regardless` also after an error of which the user does not know yet.
+        With `after_failure` also after an error of which the user does not know yet.
 
         With CUDA tensors it runs on a stream of its own, after what the current stream has still to do.
         """
@@ -116,7 +118,7 @@ class Worker:
         device = device_of(tensors)
         side = None if device is None else Side(device)
         work = Work(self, self._thread, side)
-        self._thread.enqueue(work.request, call if side is None else partial(side.run, call), regardless)
+        self._thread.enqueue(work.request, call if side is None else partial(side.run, call), after_failure)
         return work
 
     def check_open(self) -> None:
@@ -132,7 +134,7 @@ class Worker:
         self._thread.close()
 
 
-def _told(failure: Failure) -> bool:
+def _is_seen(failure: Failure) -> bool:
     """Whether the user was told of a failure, and the backward that will tell him is over."""
     in_backward = torch._C._current_graph_task_id() != -1
-    return failure.raised or (failure.promised and not in_backward)
+    return failure.raised or (failure.deferred and not in_backward)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -29,9 +30,16 @@ def equal_bytes(name: str, mine: np.ndarray[Any, Any], theirs: np.ndarray[Any, A
 
 
 def same(
-    device: Any, name: str, *arguments: Any, shift: int | tuple[int, ...] = 0, **options: Any
+    device: Any,
+    name: str,
+    *arguments: Any,
+    shift: int | tuple[int, ...] = 0,
+    on_gpu: Callable[..., Any] | None = None,
+    **options: Any,
 ) -> tuple[Any, list[Any]]:
     """Call kernel `name` of both with copies of the arguments; all arrays and the result must be equal to the bit.
+
+    `on_gpu` takes the place of the GPU's kernel of that name.
 
     An array given twice is one array in both calls. With `shift`, every array begins that many elements into an
     allocation, as units of a bucket do: not where sixteen bytes may be read at once; a tuple has one shift for each
@@ -54,7 +62,8 @@ def same(
         return devices[id(value)]
 
     theirs = getattr(cpu, name)(*map(host, arguments), **{key: host(value) for key, value in options.items()})
-    mine = getattr(gpu, name)(*map(there, arguments), **{key: there(value) for key, value in options.items()})
+    function = on_gpu or getattr(gpu, name)
+    mine = function(*map(there, arguments), **{key: there(value) for key, value in options.items()})
     if hasattr(mine, "get"):
         mine = mine.get()
     if isinstance(theirs, np.ndarray):

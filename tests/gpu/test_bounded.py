@@ -55,8 +55,7 @@ def test_blocks_of_every_kind(device, dtype, limits):
         headers, words, count = encoded(device, x, bound, shift)
         rest = bound.relative, bound.step, bound.shift
         same(device, "decode_bounded", headers, words, normal(size, dtype), *rest, -0.7, shift=shift)
-        valid, _ = same(device, "bounded_valid", headers, words[:count].copy(), size, *rest, shift=shift)
-        assert valid
+        assert cpu.bounded_valid(headers, words[:count], size, *rest)
 
 
 @itemsizes
@@ -77,10 +76,7 @@ def test_what_is_not_finite_is_kept(device, dtype, limits):
     x = blocks(1200, dtype)
     x[[3, 300, 600, 1100]] = np.nan, np.inf, -np.inf, -0.0
     headers, words, count = encoded(device, x, bound)
-    valid, _ = same(
-        device, "bounded_valid", headers, words[:count].copy(), x.size, bound.relative, bound.step, bound.shift
-    )
-    assert not valid
+    assert not cpu.bounded_valid(headers, words[:count], x.size, bound.relative, bound.step, bound.shift)
 
 
 @itemsizes
@@ -108,37 +104,9 @@ def test_in_place(device, turns, limits):
     for place in (0, 1):
         given = blocks(9003, "float32"), normal(9003, seed=1)
         encoded(device, given[0], bound, 0, given[1], given[place])
-    headers, words, count = encoded(device, given[0], bound)
+    headers, words, _ = encoded(device, given[0], bound)
     rest = bound.relative, bound.step, bound.shift
     same(device, "decode_bounded", headers, words, normal(9003), *rest, 1.0)
-    same(device, "bounded_valid", headers, words[:count].copy(), 9003, *rest)
-
-
-@itemsizes
-@pytest.mark.parametrize("limits", BOUNDS[::4], ids=str)
-def test_damaged_messages_are_found(device, dtype, limits):
-    bound = settings(*limits, dtype)
-    x = normal(4096, dtype)
-    headers, words, count = encoded(device, x, bound)
-    rest = x.size, bound.relative, bound.step, bound.shift
-    per = 8 // words.itemsize
-    padded = np.concatenate([words[:count], np.zeros(2, words.dtype)])
-    answers = [
-        same(device, "bounded_valid", headers, padded[: count + more].copy(), *rest)[0] for more in (-1, 0, 1, 2)
-    ]
-    assert answers == [False, True, per > 1, False]
-    rng = np.random.default_rng(3)
-    found = set()
-    same_width = [64 * mode + headers[0] % 64 for mode in (1, 2, 3)]
-    for header in (1, 2, 63, 64, 65, 64 + 8 * words.itemsize, 127, 128, 190, 192, 200, 255, *same_width):
-        damaged = headers.copy()
-        damaged[0 if header in same_width else rng.integers(headers.size)] = header
-        found.add(same(device, "bounded_valid", damaged, words[:count].copy(), *rest)[0])
-    assert found == {True, False}
-    for _ in range(4):
-        noise = words[:count].copy()
-        noise[rng.integers(count, size=3)] = np.iinfo(words.dtype).max
-        same(device, "bounded_valid", headers, noise, *rest)
 
 
 @itemsizes
@@ -161,6 +129,4 @@ def test_nothing(device, dtype):
     bound = settings(0.1, None, dtype)
     count, _ = same(device, "encode_bounded", np.empty(0, dtype), None, None, empty, words, *bound)
     assert count == 0
-    for room in range(3):
-        same(device, "bounded_valid", empty, np.zeros(room, words.dtype), 0, False, 0.1, 0)
     gpu.decode_bounded(*map(device.asarray, (empty, words, np.empty(0, dtype))), False, 0.1, 0)

@@ -6,11 +6,38 @@ import numpy as np
 import pytest
 from compare import equal_bytes, normal, poisoned, same
 
-from mpicomp.kernels import cpu, gpu
+from mpicomp.kernels import cpu
 from mpicomp.kernels.gpu import linalg
 
 BASE = 0x9E3779B97F4A7C15
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "float64"])
+
+
+class Alone:
+    """The kernels of the GPU for one matrix that fills its buffer."""
+
+    def __init__(self, device):
+        self.device, self.places = device, device.asarray(np.zeros((3, 1), np.int64))
+
+    def orthogonalise(self, p, base):
+        bases = self.device.asarray(np.array([base], np.uint64))
+        linalg.orthogonalise_all(p, (p.shape[0], 0, p.shape[1]), self.places, bases)
+
+    def outer(self, p, q, out):
+        linalg.outer_all(p, q, out, (*out.shape, p.shape[1]), self.places)
+
+    def outer_add(self, p, q, out, scale=1.0):
+        linalg.outer_all(p, q, out, (*out.shape, p.shape[1]), self.places, scale, adding=True)
+
+    def back_project(self, m, p, q):
+        linalg.back_project_all(m, p, q, (*m.shape, p.shape[1]), self.places)
+
+    def project(self, x, old, m, q, p):
+        linalg.project_all(x, old, m, q, p, (*x.shape, q.shape[1]), self.places)
+
+
+def same_alone(device, name, *arguments, **options):
+    return same(device, name, *arguments, on_gpu=getattr(Alone(device), name), **options)
 
 
 def matrix(rows, columns, dtype="float32", seed=0):
@@ -22,7 +49,7 @@ def matrix(rows, columns, dtype="float32", seed=0):
     "shape", [(0, 3), (1, 1), (1, 2), (2, 3), (3, 2), (31, 4), (33, 5), (1023, 2), (1025, 4), (5000, 3)]
 )
 def test_orthogonalise(device, dtype, shape):
-    same(device, "orthogonalise", matrix(*shape, dtype), BASE, shift=shape[0] % 2)
+    same_alone(device, "orthogonalise", matrix(*shape, dtype), BASE, shift=shape[0] % 2)
 
 
 @DTYPES
@@ -34,15 +61,15 @@ def test_orthogonalise_what_hangs_together(device, turns, dtype):
     p[:, 4] = p[:, 2] * (1 + 1e-5 * normal(40, dtype, 5))
     p[:, 5] *= 1e-30
     p[:, 6] *= 1e30
-    same(device, "orthogonalise", p, BASE)
-    same(device, "orthogonalise", matrix(3, 5, dtype), BASE)
-    same(device, "orthogonalise", np.zeros((1, 1), dtype), BASE)
+    same_alone(device, "orthogonalise", p, BASE)
+    same_alone(device, "orthogonalise", matrix(3, 5, dtype), BASE)
+    same_alone(device, "orthogonalise", np.zeros((1, 1), dtype), BASE)
 
 
 def test_orthogonalise_columns_that_depend_on_few(device):
     """Rounding makes what a projection leaves mostly another column's again: several rounds, and random columns."""
     p = matrix(70, 20, "float64") @ matrix(20, 40, "float64", 1)
-    same(device, "orthogonalise", np.ascontiguousarray(p), BASE)
+    same_alone(device, "orthogonalise", np.ascontiguousarray(p), BASE)
 
 
 @DTYPES
@@ -51,18 +78,18 @@ def test_orthogonalise_ends_for_what_is_not_finite(device, dtype, value):
     p = matrix(50, 3, dtype)
     p[7, 1] = value
     there = device.asarray(p)
-    gpu.orthogonalise(there, BASE)
+    Alone(device).orthogonalise(there, BASE)
     cpu.orthogonalise(p, BASE)
     assert np.array_equal(there.get(), p, equal_nan=True)
 
 
 def test_orthogonalise_beyond_shared_memory(device, turns):
     """Sums of more blocks of the tree than fit; more quarters than warps."""
-    same(device, "orthogonalise", matrix(33 * 1024 + 5, 2), BASE)
+    same_alone(device, "orthogonalise", matrix(33 * 1024 + 5, 2), BASE)
 
 
 def test_orthogonalise_with_two_levels_of_sums(device):
-    same(device, "orthogonalise", matrix(1025 * 1024 + 1, 1), BASE)
+    same_alone(device, "orthogonalise", matrix(1025 * 1024 + 1, 1), BASE)
 
 
 SHAPES = [(1, 1, 1), (3, 5, 2), (15, 127, 4), (17, 129, 4), (33, 260, 5), (16, 31, 8), (4, 40, 33), (70, 33, 70)]
@@ -74,18 +101,17 @@ def test_outer(device, dtype, shape):
     rows, columns, rank = shape
     p, q, out = matrix(rows, rank, dtype), matrix(columns, rank, dtype, 1), matrix(rows, columns, dtype, 2)
     p[0, 0] = 0
-    same(device, "outer", p, q, out, shift=rows % 2)
-    same(device, "outer_add", p, q, out, -0.3, shift=columns % 2)
-    same(device, "outer_add", p, q, out, shift=1)
+    same_alone(device, "outer", p, q, out, shift=rows % 2)
+    same_alone(device, "outer_add", p, q, out, -0.3, shift=columns % 2)
+    same_alone(device, "outer_add", p, q, out, shift=1)
 
 
 def test_outer_of_what_is_not_finite_and_of_nothing(device):
     p, q, out = matrix(5, 3), matrix(6, 3, seed=1), matrix(5, 6, seed=2)
     p[1, 2] = q[3, 0] = np.inf
-    same(device, "outer", p, q, out)
-    same(device, "outer", p[:, :0].copy(), q[:, :0].copy(), out)
-    same(device, "outer_add", p[:, :0].copy(), q[:, :0].copy(), np.full((5, 6), -0.0, np.float32))
-    same(device, "outer", p, q[:0].copy(), out[:, :0].copy())
+    same_alone(device, "outer", p, q, out)
+    same_alone(device, "outer", p[:, :0].copy(), q[:, :0].copy(), out)
+    same_alone(device, "outer", p, q[:0].copy(), out[:, :0].copy())
 
 
 @DTYPES
@@ -94,14 +120,14 @@ def test_outer_of_what_is_not_finite_and_of_nothing(device):
 def test_back_project(device, dtype, rows, columns):
     rank = 1 + (rows + columns) % 9
     m, p = matrix(rows, columns, dtype), matrix(rows, rank, dtype, 1)
-    same(device, "back_project", m, p, poisoned(columns * rank, dtype).reshape(columns, rank), shift=rows % 2)
+    same_alone(device, "back_project", m, p, poisoned(columns * rank, dtype).reshape(columns, rank), shift=rows % 2)
 
 
 @DTYPES
 @pytest.mark.parametrize("rank", [4, 8, 9, 16, 17, 32, 33, 70])
 def test_back_project_by_rank(device, turns, dtype, rank):
     m, p = matrix(135, 40, dtype), matrix(135, rank, dtype, 1)
-    same(device, "back_project", m, p, poisoned(40 * rank, dtype).reshape(40, rank))
+    same_alone(device, "back_project", m, p, poisoned(40 * rank, dtype).reshape(40, rank))
 
 
 @DTYPES
@@ -114,7 +140,9 @@ def test_project(device, dtype, rank, shape):
     for rest, m in ((None, x), (old, x + old)):
         there = [device.empty(size, dtype) for size in (x.size, rows * rank)]
         summed, p = there[0].reshape(shape), there[1].reshape(rows, rank)
-        linalg.project(device.asarray(x), rest if rest is None else device.asarray(rest), summed, device.asarray(q), p)
+        Alone(device).project(
+            device.asarray(x), rest if rest is None else device.asarray(rest), summed, device.asarray(q), p
+        )
         if rest is not None:
             equal_bytes("x + old", summed.get(), m)
         terms = np.abs(m).astype(float) @ np.abs(q).astype(float)
@@ -129,7 +157,7 @@ def test_project_depends_on_no_order(device, monkeypatch):
     for turns in (0, 1, 7):
         monkeypatch.setattr(device, "order", turns)
         p = device.empty((11, 5), "float32")
-        linalg.project(device.asarray(x), None, None, device.asarray(q), p)
+        Alone(device).project(device.asarray(x), None, None, device.asarray(q), p)
         found.add(p.get().tobytes())
     assert len(found) == 1
 
@@ -161,7 +189,7 @@ def test_all_matrices_of_a_shape_in_one_launch(device, dtype):
     columns_of_p = []
     for i in range(count):
         alone = device.empty((rows, rank), dtype)
-        linalg.project(device.asarray(sums[i]), None, None, device.asarray(first_q[i]), alone)
+        Alone(device).project(device.asarray(sums[i]), None, None, device.asarray(first_q[i]), alone)
         columns_of_p.append(alone.get())
     check("project_all, p", p, "p", columns_of_p)
 

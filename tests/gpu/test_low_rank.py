@@ -14,7 +14,7 @@ from team import Team
 from mpicomp.arrays import to_device, to_host
 from mpicomp.comm.communicator import Comm
 from mpicomp.kernels import gpu
-from mpicomp.kernels.gpu import low_rank
+from mpicomp.kernels.gpu import linalg
 from mpicomp.reducers import Workspace, apply
 from mpicomp.reducers.parts.batches import Batches
 from mpicomp.reducers.parts.factors import InTurn
@@ -201,7 +201,7 @@ def test_normalised(device, turns, dtype, exponent):
 @pytest.mark.parametrize("blocks", [2, 4096])
 def test_copies_of_parts(device, monkeypatch, dtype, blocks):
     """Several blocks a part, and several rounds of them."""
-    monkeypatch.setattr(low_rank, "BLOCKS", blocks)
+    monkeypatch.setattr(linalg, "BLOCKS", blocks)
     sizes = np.array([1, 0, 1024, 255, 2600])
     begin = np.array([3, 4, 10, 1100, 1400]), np.array([3000, 7, 1, 2700, 30])
     x, old, out = normal(4000, dtype), normal(4000, dtype, 1), poisoned(3500, dtype)

@@ -141,10 +141,10 @@ def test_the_plain_call_and_plans_take_arrays_on_a_gpu(device, listed):
         arrays = [np.full((3, 5), comm.rank + 1, np.float32), np.arange(40, dtype=np.float32)]
         there = [to_device(a) if comm.rank else a for a in arrays]
         x = there if listed else there[0]
-        memory = mpicomp.state("error_feedback(two_stage(uniform(bits=8)))", x)
+        memory = mpicomp.memory("error_feedback(two_stage(uniform(bits=8)))", x)
         plan = mpicomp.plan(comm, x, "gather(uniform(bits=8))", op="mean")
         request = mpicomp.iallreduce(comm, x, "dense")
-        found = [request.wait(), mpicomp.allreduce(comm, x, memory.method, state=memory), plan(x), plan(x, out=x)]
+        found = [request.wait(), mpicomp.allreduce(comm, x, memory.method, memory=memory), plan(x), plan(x, out=x)]
         found += [memory.residual]
         flat = [each if listed else [each] for each in found]
         assert all(on_device(a) == (comm.rank > 0) for each in flat[:4] for a in each)

@@ -8,7 +8,6 @@ from compare import normal, poisoned, same
 
 from mpicomp.codecs.checks import packed_bytes
 from mpicomp.kernels import cpu, gpu
-from mpicomp.kernels.gpu import launch
 
 DTYPES = ["float32", "float64"]
 LEVELS = {  # of so many bits
@@ -96,21 +95,19 @@ def test_every_size(device, turns, size, shift):
 
 
 @pytest.mark.parametrize("block", [32, 256, 1056, 2048])
-@pytest.mark.parametrize(("grid", "rule", "bits"), [*SUMS, ("symmetric", "shared", 4)])
+@pytest.mark.parametrize(("grid", "rule", "bits"), SUMS)
 def test_the_order_of_threads_changes_nothing(device, turns, grid, rule, bits, block):
     x = normal(3 * block + 5)
-    scales = np.float32([2, 3, 4, 5]) if rule == "shared" else None
-    check(device, x, x, grid, rule, bits, block, scales=scales)
+    check(device, x, x, grid, rule, bits, block)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("random", [False, True], ids=["nearest", "random"])
-def test_given_and_shared_scales(device, random, dtype):
+def test_given_scales(device, random, dtype):
     x = normal(2100, dtype)
     x[:1024] = 0
     options = {"random": True, "base": 3, "start": 5, "shrink": 0.5} if random else {}
     encode(device, x, None, "symmetric", "given", 2, 1024, scales=np.array([1.5], dtype), **options)
-    encode(device, x, x[::-1].copy(), "symmetric", "shared", 4, 1024, scales=np.array([0, 9, 4], dtype), **options)
 
 
 @pytest.mark.parametrize("block", [24, 256, 8192])
@@ -185,28 +182,3 @@ def test_decode_any_code(device, bits, shift):
         decode(device, np.float32([0.5, -2]), None, packed, size, "pair", 1, block, factor=-1.5, shift=shift)
     if bits == 2:
         decode(device, np.float32([0.5]), None, packed, size, "symmetric", 2, block, shift=shift)
-
-
-@pytest.mark.parametrize("bits", range(1, 9))
-def test_codes_valid(device, bits):
-    size, block = 256 * 2 + 41, 256
-    x = normal(size)
-    packed = poisoned(packed_bytes(size, bits, block), np.uint8)
-    levels = (1 << bits) - 1
-    cpu.encode_blocks(x, None, None, poisoned(3, "f4"), None, packed, "odd", "largest", bits, block, levels)
-    for bound in range(max(0, levels - 3), levels + 1):
-        same(device, "codes_valid", packed, size, bits, block, 0, bound)
-    if bits > 1:
-        for bound in range(levels // 2 - 1, levels // 2 + 2):
-            same(device, "codes_valid", packed, size, bits, block, -bound, bound)
-    assert same(device, "codes_valid", packed, size, bits, block, 0, levels, shift=1)[0]
-    packed[-1] |= 0x80  # the filling
-    assert not same(device, "codes_valid", packed, size, bits, block, 0, levels)[0]
-    assert same(device, "codes_valid", packed[:0], 0, bits, block, 0, levels)[0]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [0, 1, 256, 1027])
-def test_fill_uniform(device, monkeypatch, size, dtype):
-    monkeypatch.setattr(launch, "BLOCKS", 2)
-    same(device, "fill_uniform", poisoned(size, dtype), 0x123456789ABCDEF0)

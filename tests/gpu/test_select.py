@@ -7,7 +7,8 @@ import pytest
 from compare import equal_bytes, normal, poisoned, same
 
 from mpicomp.kernels import cpu, gpu
-from mpicomp.kernels.gpu import launch, select, top
+from mpicomp.kernels.gpu import launch, select, select_blocks
+from mpicomp.kernels.shared import sample_size
 
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "float64"])
 TILE = {"float32": 4096, "float64": 2048}  # elements that a block of the pass over an array takes
@@ -59,7 +60,7 @@ def special(size, dtype):
 
 def sampled(size):
     """The places of an exact selection's sample."""
-    count = cpu.select.sample_size(size)
+    count = sample_size(size)
     i, stride, mask = np.arange(count, dtype=np.uint64), size // count, np.uint64(0xFFFFFFFF)
     z = (i + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -123,12 +124,12 @@ def test_sample(device, turns, dtype):
     expected = (x.get() + old.get())[sampled(x.size)]
     for rank in (1, 20, expected.size):
         out, low, arrived = (launch.scratch(expected.size, dtype), *(launch.zeros(1, "uint64") for _ in range(2)))
-        top.sample(x, old, out, rank, low, arrived)
+        select_blocks.sample(x, old, out, rank, low, arrived)
         equal_bytes("sample", out.get(), expected)
         bits = np.sort(np.abs(expected))[::-1].view(np.uint32 if dtype == "float32" else np.uint64)
         assert int(low[0]) == int(bits[rank - 1])
     zeros = launch.zeros(5000, dtype)
-    top.sample(zeros, None, launch.scratch(5000, dtype), 5, low, launch.zeros(1, "uint64"))
+    select_blocks.sample(zeros, None, launch.scratch(5000, dtype), 5, low, launch.zeros(1, "uint64"))
     assert int(low[0]) == 1
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from mpicomp.codecs import indices
 from mpicomp.errors import WireFormatError
+from mpicomp.kernels import host_kernels
 
 
 def subset(size, k, seed=0):
@@ -112,3 +113,27 @@ def test_many_indices_come_back():
         indices.scatter_add(coded(places, size, coding), coding, values, total, 2.0)
         assert np.array_equal(total[places], 2 * values)
         assert np.count_nonzero(total) == k
+
+
+@pytest.mark.parametrize("bits", [1, 7, 8, 9, 31, 32, 33, 63, 1000, 70_001])
+def test_bits_set(bits):
+    kernels = host_kernels(np.empty(0))
+    data = np.random.default_rng(bits).integers(0, 256, -(-bits // 8), np.uint8)
+    data[-1] &= 255 >> -bits % 8
+    assert kernels.bits_set(data, bits) == np.unpackbits(data).sum()
+    for beyond in {1 << bits % 8, 128} if bits % 8 else ():
+        data[-1] |= beyond
+        assert kernels.bits_set(data, bits) == -1
+    assert kernels.bits_set(data[:0], 0) == 0
+
+
+@pytest.mark.parametrize("k", [0, 1, 2, 257, 1000])
+def test_ascending(k):
+    kernels, places = host_kernels(np.empty(0)), subset(9000, k)
+    last = int(places[-1]) if k else -1
+    assert kernels.ascending(places, last + 1)
+    assert kernels.ascending(places, last) == (k == 0)
+    for place in range(1, k, 83):
+        wrong = places.copy()
+        wrong[place] = wrong[place - 1]
+        assert not kernels.ascending(wrong, 9000)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
+import subprocess
+import sys
+
 import ml_dtypes
 import numpy as np
 import pytest
 from golden import reference
 
 from mpicomp.codecs import Key
-from mpicomp.kernels import Kernels, kernels_for
+from mpicomp.codecs.bounded import settings
+from mpicomp.codecs.checks import packed_bytes
+from mpicomp.kernels import HostKernels, Kernels, cpu, gpu, host_kernels, kernels_for
 
-KERNELS: Kernels = kernels_for(np.empty(0))
+KERNELS = host_kernels(np.empty(0))
 DTYPES = ("float32", "float64")
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
@@ -24,6 +30,38 @@ def normal(size, dtype="float32", seed=0):
 def test_only_arrays_of_numpy_and_cupy_have_kernels():
     with pytest.raises(TypeError, match=r"NumPy and CuPy arrays only, got builtins\.list"):
         kernels_for([1.0])
+
+
+def declared(protocol):
+    return {name for name, member in vars(protocol).items() if inspect.isfunction(member) and name[0] != "_"} - {
+        "__init__"
+    }
+
+
+def test_every_kernel_is_declared_documented_and_implemented():
+    """mypy compares the signatures that the modules have with the declared ones; the names are compared here."""
+    common, host = declared(Kernels), declared(HostKernels)
+    for protocol in (Kernels, HostKernels):
+        assert all(getattr(protocol, name).__doc__ for name in declared(protocol))
+    for module, names in ((cpu, common | host), (gpu, common)):
+        assert names <= vars(module).keys()
+    assert host.isdisjoint(vars(gpu))
+    of_many = {name for name, member in vars(gpu).items() if inspect.isfunction(member)} - common
+    assert all(name.endswith("_all") and getattr(gpu, name).__doc__ for name in of_many)
+
+
+def test_the_gpu_has_no_kernels_of_the_host_alone():
+    class Elsewhere:
+        __module__ = "cupy"
+
+    with pytest.raises(TypeError, match=r"NumPy arrays only, got cupy\.Elsewhere; copy it to the host first"):
+        host_kernels(Elsewhere())
+
+
+def test_the_kernels_of_the_gpu_load_no_compiler_of_the_cpu():
+    code = "import sys, mpicomp.kernels.gpu; print(*{'numba', 'cupy'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == ""
 
 
 # ------------------------------------------------------------------------------------------------- half precision
@@ -110,20 +148,19 @@ def test_nonfinite_sees_every_place(dtype):
 
 
 @every_dtype
-def test_sum_tree_is_the_written_tree(dtype):
+def test_sums_are_taken_by_the_written_tree(dtype):
     for size in (0, 1, 2, 7, 1000, 1024, 1025, 5000, 3 * 1024 * 1024 + 5):
         x = normal(size, dtype)
-        assert KERNELS.sum_tree(x) == reference.total(np.abs(x.astype(np.float64)))
+        wide = np.abs(x.astype(np.float64))
+        assert KERNELS.moments(x, None, np.inf, 1.0) == (reference.total(wide), reference.total(wide * wide))
 
 
 @every_dtype
-def test_add_and_axpy(dtype):
+def test_axpy(dtype):
     x, y = normal(1000, dtype), normal(1000, dtype, 1)
-    out = np.full(1000, np.nan, dtype)
-    KERNELS.add(x, y, out)
-    assert np.array_equal(out, x + y)
+    out = y.copy()
     KERNELS.axpy(x, out, -0.5)
-    assert np.array_equal(out, (x + y) + x.dtype.type(-0.5) * x)
+    assert np.array_equal(out, y + x.dtype.type(-0.5) * x)
 
 
 # ------------------------------------------------------------------------------------------------------- selection
@@ -295,3 +332,72 @@ def test_divide_divides_and_sees_every_place(dtype):
                 x = normal(size, dtype).copy()
                 x[place] = bad
                 assert not KERNELS.divide(x, 3)
+
+
+# ------------------------------------------------------------------------------- checks of messages from outside
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_codes_valid(bits):
+    size, block, levels = 256 * 2 + 41, 256, (1 << bits) - 1
+    packed = np.zeros(packed_bytes(size, bits, block), np.uint8)
+    scales = np.empty(3, np.float32)
+    KERNELS.encode_blocks(normal(size), None, None, scales, None, packed, "odd", "largest", bits, block, levels)
+    codes = unpacked(packed, size, bits, block)
+    assert {0, levels} <= set(codes)
+    for bound in range(max(0, levels - 3), levels + 1):
+        assert KERNELS.codes_valid(packed, size, bits, block, 0, bound) == (codes.max() <= bound)
+    signed = np.where(codes > levels // 2, codes - levels - 1, codes)
+    for bound in range(levels // 2 - 1, levels // 2 + 2) if bits > 1 else ():
+        expected = np.abs(signed).max() <= bound
+        assert KERNELS.codes_valid(packed, size, bits, block, -bound, bound) == expected
+    packed[-1] |= 0x80  # the padding
+    assert not KERNELS.codes_valid(packed, size, bits, block, 0, levels)
+    assert KERNELS.codes_valid(packed[:0], 0, bits, block, 0, levels)
+
+
+def unpacked(packed, size, bits, block):
+    """The codes, read as mpicomp/kernels/cpu/pack.py writes them down."""
+    codes = []
+    for first in range(0, size, block):
+        length = min(block, size - first)
+        whole = -(-length // 8) * 8
+        data = packed[first * bits // 8 : (first + whole) * bits // 8]
+        found = np.zeros(whole, int)
+        known = 0
+        for width in (8,) if bits == 8 else (4, 2, 1):
+            if not bits & width:
+                continue
+            plane, data = data[: whole * width // 8], data[whole * width // 8 :]
+            for t in range(8 // width):
+                found[t * plane.size : (t + 1) * plane.size] |= ((plane >> (t * width)) & ((1 << width) - 1)) << known
+            known += width
+        codes.append(found[:length])
+    return np.concatenate(codes)
+
+
+@every_dtype
+@pytest.mark.parametrize("limits", [(1e-3, None), (None, 1e-3)], ids=str)
+def test_damaged_blocks_within_a_bound_are_found(dtype, limits):
+    bound, x = settings(*limits, dtype), normal(4096, dtype)
+    headers, words = np.empty(16, np.uint8), np.empty(x.size, f"u{x.itemsize}")
+    count = KERNELS.encode_bounded(x, None, None, headers, words, *bound)
+    rest = x.size, bound.relative, bound.step, bound.shift
+    per = 8 // words.itemsize
+    padded = np.concatenate([words[:count], np.zeros(2, words.dtype)])
+    answers = [KERNELS.bounded_valid(headers, padded[: count + more], *rest) for more in (-1, 0, 1, 2)]
+    assert answers == [False, True, per > 1, False]
+    found = []
+    same_width = [64 * mode + headers[0] % 64 for mode in (1, 2, 3)]
+    for header in (2, 63, 64 + 8 * words.itemsize, *same_width):
+        damaged = headers.copy()
+        damaged[0] = header
+        found.append(KERNELS.bounded_valid(damaged, words[:count], *rest))
+    assert found[:3] == [False] * 3
+    assert any(found[3:])
+    noise = words[:count].copy()
+    noise[:] = np.iinfo(words.dtype).max
+    assert not KERNELS.bounded_valid(headers, noise, *rest) or not bound.relative
+    empty = np.empty(0, np.uint8)
+    assert [KERNELS.bounded_valid(empty, words[:room], 0, False, 0.1, 0) for room in range(per)] == [True] * per
+    assert not KERNELS.bounded_valid(empty, words[:per], 0, False, 0.1, 0)

@@ -18,7 +18,7 @@ from mpicomp.api.operation import Operation, call, start
 from mpicomp.comm import communicator
 from mpicomp.comm.collectives import receive
 from mpicomp.comm.communicator import Comm
-from mpicomp.comm.transport import Topology
+from mpicomp.comm.topology import Topology
 from mpicomp.errors import CommunicatorError, ConfigMismatchError
 
 pytestmark = pytest.mark.mpi

@@ -19,8 +19,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: E402
 
 import mpicomp.torch  # noqa: E402
 from mpicomp.comm import collectives  # noqa: E402
-from mpicomp.errors import CommunicatorError, ConfigMismatchError  # noqa: E402
-from mpicomp.specs import SpecError  # noqa: E402
+from mpicomp.errors import CommunicatorError, ConfigMismatchError, SpecError  # noqa: E402
 
 pytestmark = pytest.mark.mpi
 
@@ -500,8 +499,8 @@ def test_allreduce_of_a_tensor(dtype: torch.dtype) -> None:
     torch.testing.assert_close(total.double(), torch.stack(exact).mean(0), rtol=1e-2, atol=1e-2)
     assert torch.equal(x, before)
     out = torch.empty_like(x)
-    memory = mpicomp.torch.state("topk(density=0.1)", x)
-    assert mpicomp.torch.allreduce(MPI.COMM_WORLD, x, "topk(density=0.1)", state=memory, out=out) is out
+    memory = mpicomp.torch.memory("topk(density=0.1)", x)
+    assert mpicomp.torch.allreduce(MPI.COMM_WORLD, x, "topk(density=0.1)", memory=memory, out=out) is out
     assert same_everywhere(out)
     assert memory.residual is not None
     assert memory.residual.shape == (40, 30)

@@ -124,11 +124,11 @@ def test_dense_sums_integers_exactly(world: Any, dtype: Any) -> None:
 @pytest.mark.parametrize("method", REMEMBERING)
 def test_a_state_is_updated_in_place_and_loses_nothing(world: Any, method: str, dtype: str, op: str) -> None:
     steps, shape = 5, (13, 7)
-    memory = mpicomp.state(method, array_of(world.rank, shape, dtype))
+    memory = mpicomp.memory(method, array_of(world.rank, shape, dtype))
     received, given = np.zeros(shape), np.zeros(shape)
     for step in range(steps):
         x = array_of(world.rank, shape, dtype, step)
-        result = mpicomp.allreduce(world, x, method, op, state=memory)
+        result = mpicomp.allreduce(world, x, method, op, memory=memory)
         assert same_everywhere(world, result)
         received += result.astype(np.float64) * (world.size if op == "mean" else 1)
         given += exact_sum(world.size, shape, dtype, step)
@@ -144,15 +144,15 @@ def test_a_state_is_updated_in_place_and_loses_nothing(world: Any, method: str, 
 @pytest.mark.parametrize("method", REMEMBERING[:5])
 def test_non_finite_input_on_one_rank_is_seen_by_all(world: Any, method: str, dtype: str) -> None:
     x = array_of(world.rank, (12, 9), dtype)
-    memory = mpicomp.state(method, x)
-    mpicomp.allreduce(world, x, method, state=memory)
+    memory = mpicomp.memory(method, x)
+    mpicomp.allreduce(world, x, method, memory=memory)
     assert memory.residual is not None
     before = memory.residual.copy()
     broken = x.copy()
     broken[3, 4] = np.nan if world.rank == 1 else 0
-    assert np.isnan(mpicomp.allreduce(world, broken, method, state=memory).astype(float)).all()
+    assert np.isnan(mpicomp.allreduce(world, broken, method, memory=memory).astype(float)).all()
     assert memory.residual.tobytes() == before.tobytes()
-    assert np.isfinite(mpicomp.allreduce(world, x, method, state=memory).astype(float)).all()
+    assert np.isfinite(mpicomp.allreduce(world, x, method, memory=memory).astype(float)).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

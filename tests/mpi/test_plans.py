@@ -101,14 +101,15 @@ def test_cut_into_many_messages(world: Any, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("method", ["dense", "topk(density=0.2)", "two_stage(uniform(bits=8))"])
 def test_plans_and_requests(world: Any, method: str) -> None:
-    """Plans, their requests and plain ones, in between each other, give what calls with a state give."""
+    """Plans, their requests and plain ones, in between each other, give what calls with a memory give."""
     xs = [array_of(world.rank, (33, 5), step) for step in range(5)]
-    plan = mpicomp.plan(world, xs[0], method, "mean", memory=True)
-    state = mpicomp.state(method, xs[0])
+    plan = mpicomp.plan(world, xs[0], method, "mean", feedback=True)
+    memory = mpicomp.memory(method, xs[0])
     requests = [plan.start(xs[0]), plan.start(xs[1], out=np.empty_like(xs[1]))]
-    plain = [mpicomp.iallreduce(world, x, method, "mean", state=state) for x in xs[:3]]
+    plain = [mpicomp.iallreduce(world, x, method, "mean", memory=memory) for x in xs[:3]]
     results = [*(request.wait() for request in requests), *map(plan, xs[2:])]
-    expected = [*(r.wait() for r in plain), *(mpicomp.allreduce(world, x, method, "mean", state=state) for x in xs[3:])]
+    rest = [mpicomp.allreduce(world, x, method, "mean", memory=memory) for x in xs[3:]]
+    expected = [*(request.wait() for request in plain), *rest]
     for one, other in zip(results, expected, strict=True):
         assert one.tobytes() == other.tobytes()
         assert same_everywhere(world, one)

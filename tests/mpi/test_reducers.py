@@ -22,7 +22,8 @@ from team import Team
 
 from mpicomp.arrays import Array
 from mpicomp.comm.communicator import Comm
-from mpicomp.comm.transport import MPITransport, Topology
+from mpicomp.comm.topology import Topology
+from mpicomp.comm.transport import MPITransport
 from mpicomp.comm.watch import Traffic
 from mpicomp.reducers import Layout, Reducer
 

@@ -52,7 +52,7 @@ def nodes(comm: Any, how: str) -> Any:
     """Tell the library that the ranks are on one node, that each has a node, or that two share one; return comm."""
     if how != "one":
         from mpicomp.comm.communicator import Comm
-        from mpicomp.comm.transport import Topology
+        from mpicomp.comm.topology import Topology
 
         wide = 1 if how == "each" else 2
         ranks = range(comm.size)

@@ -14,7 +14,7 @@ from product import members
 
 import mpicomp
 from mpicomp.api.arguments import Form
-from mpicomp.api.memory import Memory
+from mpicomp.api.memories import Memory
 from mpicomp.reducers import Layout
 from mpicomp.registry import parse
 
@@ -62,7 +62,7 @@ def dtypes() -> tuple[str, ...]:
     """Those that a plain call takes."""
     found = ["float32", "float64", "float16", "bfloat16", "complex64"]
     try:
-        mpicomp.state("dense", np.zeros(1, np.complex64))
+        mpicomp.memory("dense", np.zeros(1, np.complex64))
     except TypeError:
         found.remove("complex64")
     return tuple(found)

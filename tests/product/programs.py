@@ -29,11 +29,11 @@ STEPS = {
         case.check(comm, x, result)""",
     "memory": """\
         owed = memory.residual
-        result = mpicomp.allreduce(comm, x, case.spec, case.op, state=memory)
+        result = mpicomp.allreduce(comm, x, case.spec, case.op, memory=memory)
         case.check(comm, x, result, owed, memory.residual)""",
     "i memory": """\
         owed = memory.residual
-        result = mpicomp.iallreduce(comm, x, case.spec, case.op, state=memory).wait()
+        result = mpicomp.iallreduce(comm, x, case.spec, case.op, memory=memory).wait()
         case.check(comm, x, result, owed, memory.residual)""",
     "plan": """\
         owed, result = plan.residual, plan(x)
@@ -48,9 +48,9 @@ STEPS = {
 STEPS["plan with memory"] = STEPS["plan"]
 MAKE = {
     "plain": "",
-    "memory": "memory = mpicomp.state(case.spec, case.like)",
+    "memory": "memory = mpicomp.memory(case.spec, case.like)",
     "plan": "plan = mpicomp.plan(comm, case.like, case.spec, op=case.op)",
-    "plan with memory": "plan = mpicomp.plan(comm, case.like, case.spec, op=case.op, memory=True)",
+    "plan with memory": "plan = mpicomp.plan(comm, case.like, case.spec, op=case.op, feedback=True)",
     "hook": "trainer = Trainer(case.like, case.spec)",
 }
 MAKE |= {"i memory": MAKE["memory"], "started plan": MAKE["plan"], "i plain": ""}
@@ -59,14 +59,14 @@ MOVED = {
     "pickle": "memory = pickle.loads(pickle.dumps(memory))",
     "export": """\
 need(memory, "export", "restore")
-memory = mpicomp.state(case.spec, case.like)
+memory = mpicomp.memory(case.spec, case.like)
 memory.restore(original.export())""",
 }
 REFUSED = {
     "plain": "mpicomp.allreduce(comm, *bad)",
     "i plain": "mpicomp.iallreduce(comm, *bad).wait()",
-    "memory": "mpicomp.allreduce(comm, *bad, state=memory)",
-    "i memory": "mpicomp.iallreduce(comm, *bad, state=memory).wait()",
+    "memory": "mpicomp.allreduce(comm, *bad, memory=memory)",
+    "i memory": "mpicomp.iallreduce(comm, *bad, memory=memory).wait()",
     "plan": "mpicomp.plan(comm, *bad)",
     "hook": "Trainer(case.like, bad[1])",
 }

@@ -69,8 +69,8 @@ def test_feedback_owes_no_more_than_was_allowed() -> None:
     spec = "error_feedback(two_stage(bounded(abs=0.5)))"
 
     def f(comm: Comm) -> Array:
-        state = mpicomp.state(spec, worst(0, 0.1))
-        return np.sum([mpicomp.allreduce(comm, worst(comm.rank, 0.1), spec, state=state) for _ in range(10)], axis=0)
+        memory = mpicomp.memory(spec, worst(0, 0.1))
+        return np.sum([mpicomp.allreduce(comm, worst(comm.rank, 0.1), spec, memory=memory) for _ in range(10)], axis=0)
 
     exact = 10 * sum(worst(rank, 0.1) for rank in range(3))
     assert np.abs(Team(3).run(f)[0] - exact).max() <= 0.5 * (1 + 1e-9)

@@ -11,7 +11,7 @@ from team import Team
 
 from mpicomp.arrays import Array
 from mpicomp.comm.communicator import Comm
-from mpicomp.comm.transport import Topology
+from mpicomp.comm.topology import Topology
 from mpicomp.planner import Link, Machine, Point, predict
 from mpicomp.planner.allowance import allowances, divided
 from mpicomp.planner.auto import EXACT, Auto

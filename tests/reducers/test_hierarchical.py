@@ -9,7 +9,7 @@ from team import Team
 
 from mpicomp.arrays import Array
 from mpicomp.comm.communicator import Comm
-from mpicomp.comm.transport import Topology
+from mpicomp.comm.topology import Topology
 from mpicomp.errors import ConfigMismatchError
 from mpicomp.reducers import Hierarchical, Layout, Reducer, State, Units
 from mpicomp.reducers.parts.place import Place, node_shards

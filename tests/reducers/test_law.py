@@ -30,7 +30,7 @@ from team import Team
 
 from mpicomp.arrays import Array
 from mpicomp.comm.communicator import Comm
-from mpicomp.comm.transport import Topology
+from mpicomp.comm.topology import Topology
 from mpicomp.reducers import Layout, Unit
 
 STEPS = 60

@@ -11,7 +11,8 @@ from team import Team
 
 from mpicomp.arrays import Array
 from mpicomp.comm.communicator import Comm
-from mpicomp.comm.transport import Request, Topology
+from mpicomp.comm.topology import Topology
+from mpicomp.comm.transport import Request
 from mpicomp.reducers import After, Dense, ErrorFeedback, Gather, Partition, SharedSupport, TwoStage
 from mpicomp.reducers.parts.layout import Layout, Unit
 from mpicomp.registry import parse

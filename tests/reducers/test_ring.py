@@ -9,7 +9,7 @@ from team import Team
 
 from mpicomp.arrays import Array
 from mpicomp.comm.communicator import Comm
-from mpicomp.comm.transport import Topology
+from mpicomp.comm.topology import Topology
 from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.parts.layout import Layout, even_cuts
 from mpicomp.reducers.parts.ring import ring_cost, ring_slots, ring_sum

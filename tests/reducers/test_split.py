@@ -12,7 +12,7 @@ from team import Team
 from mpicomp.arrays import Array
 from mpicomp.codecs import indices
 from mpicomp.comm.communicator import Comm
-from mpicomp.comm.transport import Topology
+from mpicomp.comm.topology import Topology
 from mpicomp.reducers import Layout, Unit
 from mpicomp.reducers.parts.entries import Coding
 from mpicomp.reducers.parts.regions import Division, divide, owned_regions

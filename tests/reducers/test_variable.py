@@ -13,7 +13,7 @@ from team import Team
 from mpicomp.api import allgather
 from mpicomp.arrays import Array
 from mpicomp.codecs import CODECS, Key
-from mpicomp.comm.transport import Topology
+from mpicomp.comm.topology import Topology
 from mpicomp.reducers import Layout, Reducer
 from mpicomp.reducers.gather import Gather
 from mpicomp.reducers.policies import ErrorFeedback

@@ -78,8 +78,8 @@ def test_kinds_of_tensors(method: str, kind: str, dtype: Any) -> None:
 def test_a_memory_for_complex_tensors() -> None:
     def f(comm: Any) -> Any:
         x = values(comm.rank, torch.complex64)
-        memory = mpicomp.torch.state("topk(density=0.25)", x)
-        total = mpicomp.torch.allreduce(comm, x.t().contiguous().t(), "topk(density=0.25)", state=memory)
+        memory = mpicomp.torch.memory("topk(density=0.25)", x)
+        total = mpicomp.torch.allreduce(comm, x.t().contiguous().t(), "topk(density=0.25)", memory=memory)
         return total, torch.from_numpy(memory.residual)
 
     results = Team(2).run(f)
@@ -146,4 +146,4 @@ def test_outputs_that_share_memory_are_refused() -> None:
 
 def test_low_rank_takes_no_complex_tensors() -> None:
     with pytest.raises(TypeError, match="real matrices only"):
-        mpicomp.torch.state("low_rank(rank=2)", torch.ones(4, 4, dtype=torch.complex64))
+        mpicomp.torch.memory("low_rank(rank=2)", torch.ones(4, 4, dtype=torch.complex64))

@@ -154,6 +154,8 @@ def test_close_finishes_what_is_queued_and_ends_the_thread(worker: Worker) -> No
     worker.close()
     worker.close()
     assert seen == list(range(10))
-    assert not worker._thread.is_alive()
+    thread = worker._thread._thread
+    assert thread is not None
+    assert not thread.is_alive()
     with pytest.raises(RuntimeError, match="destroyed"):
         worker.submit(lambda: None)

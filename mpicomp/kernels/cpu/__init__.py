@@ -1,4 +1,7 @@
-"""The kernels for NumPy arrays: Numba, one core, no locks held. Importing this package compiles nothing."""
+"""The kernels for NumPy arrays, as `mpicomp.kernels.HostKernels` declares them: Numba, one core, no locks held.
+
+Importing this package compiles nothing.
+"""
 
 from mpicomp.kernels.cpu.bounded import bounded_valid, decode_bounded, encode_bounded
 from mpicomp.kernels.cpu.convert import narrow, narrow_residual, widen, widen_add
@@ -23,65 +26,4 @@ from mpicomp.kernels.cpu.scatter import gather, gather_residual, put_at, scatter
 from mpicomp.kernels.cpu.select import select_above, select_top
 from mpicomp.kernels.cpu.select_blocks import block_top_k
 from mpicomp.kernels.cpu.sign import encode_sign, largest, moments
-from mpicomp.kernels.cpu.sums import add, axpy, divide, nonfinite, sum_tree
-
-__all__ = [
-    "unspread",
-    "spread",
-    "products",
-    "left_out",
-    "add",
-    "add_bitmap",
-    "add_codes",
-    "add_marked",
-    "add_elias_fano",
-    "ascending",
-    "axpy",
-    "back_project",
-    "bits_set",
-    "block_top_k",
-    "block_tops",
-    "bounded_valid",
-    "codes_valid",
-    "collect",
-    "count_marks",
-    "decode_bitmap",
-    "decode_blocks",
-    "decode_bounded",
-    "decode_elias_fano",
-    "decode_floats",
-    "decode_powers",
-    "decode_sums",
-    "divide",
-    "encode_bitmap",
-    "encode_blocks",
-    "encode_bounded",
-    "encode_elias_fano",
-    "encode_floats",
-    "encode_powers",
-    "encode_sign",
-    "fill_uniform",
-    "gather",
-    "gather_residual",
-    "largest",
-    "mark_first",
-    "merge",
-    "moments",
-    "narrow",
-    "narrow_residual",
-    "nonfinite",
-    "orthogonalise",
-    "outer",
-    "outer_add",
-    "pack_sums",
-    "put_at",
-    "random_support",
-    "rotate",
-    "scatter_add",
-    "select_above",
-    "select_top",
-    "sum_tree",
-    "unrotate",
-    "widen",
-    "widen_add",
-]
+from mpicomp.kernels.cpu.sums import axpy, divide, nonfinite

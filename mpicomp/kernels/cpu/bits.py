@@ -1,7 +1,7 @@
-"""The bits of floats, and groups of elements above a threshold, as LLVM sees them.
+"""Bits of floats and of words, as LLVM instructions.
 
-Magnitudes of floats compare as unsigned integers, with NaN on top, and integer maxima vectorise where float maxima do
-not; so kernels compare `magnitude(x[i])`.
+Magnitudes of floats compare as unsigned integers, NaN being the largest, and integer maxima vectorise where float
+maxima do not; so kernels compare `magnitude(x[i])`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,23 @@ from numba import extending, types
 
 from mpicomp.kernels.cpu.compile import inline
 
-GROUP = 16  # elements that `above` looks at together
-
 
 def intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:
     """Make a function of LLVM instructions out of one that returns its signature and its generator."""
     return cast("Callable[..., Any]", extending.intrinsic(function))
+
+
+def pointer(context: Any, builder: Any, array_type: Any, array: Any, place: Any, pointee: Any) -> Any:
+    """Return the address of an array's element as a pointer to a `pointee`."""
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [place]), pointee.as_pointer())
+
+
+def splat(builder: Any, scalar: Any, lanes: int) -> Any:
+    """Return a vector of `lanes` times one number."""
+    undefined = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
+    first = builder.insert_element(undefined, scalar, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes))
 
 
 def unsigned(floating: Any) -> Any:
@@ -63,15 +74,14 @@ def magnitude(typing_context: Any, value: Any) -> Any:
 
 @intrinsic
 def group_largest(typing_context: Any, x: Any, start: Any) -> Any:
-    """Return the largest magnitude, as its bits, of x[start : start + 32]; nothing checks that they are there."""
+    """Return the largest magnitude, as its bits, of x[start : start + 32]; no bounds are checked."""
     word_type = unsigned(x.dtype)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         word = ir.IntType(word_type.bitwidth)
         vector = ir.VectorType(word, 32)
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        loaded = builder.load(builder.bitcast(builder.gep(data, [args[1]]), vector.as_pointer()))
-        loaded.align = word_type.bitwidth // 8
+        address = pointer(context, builder, signature.args[0], args[0], args[1], vector)
+        loaded = builder.load(address, align=word_type.bitwidth // 8)
         mask = ir.Constant(vector, [(1 << (word_type.bitwidth - 1)) - 1] * 32)
         name = f"llvm.vector.reduce.umax.v32i{word_type.bitwidth}"
         largest = builder.module.declare_intrinsic(name, (), ir.FunctionType(word, [vector]))
@@ -82,17 +92,12 @@ def group_largest(typing_context: Any, x: Any, start: Any) -> Any:
 
 @intrinsic
 def fill_group(typing_context: Any, out: Any, start: Any, value: Any) -> Any:
-    """Set out[start : start + 32] to a float; nothing checks that they are there."""
-    width = out.dtype.bitwidth
+    """Set out[start : start + 32] to a float; no bounds are checked."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        vector = ir.VectorType(args[2].type, 32)
-        undefined = ir.Constant(vector, ir.Undefined)
-        first = builder.insert_element(undefined, args[2], ir.Constant(ir.IntType(32), 0))
-        splat = builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(ir.IntType(32), 32), [0] * 32))
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        stored = builder.store(splat, builder.bitcast(builder.gep(data, [args[1]]), vector.as_pointer()))
-        stored.align = width // 8
+        repeated = splat(builder, args[2], 32)
+        address = pointer(context, builder, signature.args[0], args[0], args[1], repeated.type)
+        builder.store(repeated, address, align=out.dtype.bitwidth // 8)
         return context.get_dummy_value()
 
     return types.void(out, types.int64, out.dtype), codegen
@@ -126,58 +131,49 @@ def from_ordered(typing_context: Any, value: Any) -> Any:
 
 
 @intrinsic
-def above(typing_context: Any, x: Any, start: Any, threshold: Any) -> Any:
-    """Return bit i set where the magnitude of x[start + i] is at least `threshold`, i < GROUP; as uint64.
-
-    x: (n,) float, threshold: bits of a magnitude as uint64; nothing checks start + GROUP <= n.
-    """
-    width = unsigned(x.dtype).bitwidth
+def load64(typing_context: Any, data: Any, at: Any) -> Any:
+    """Return bytes at .. at + 7 of data, (n,) uint8, as a little-endian uint64; no bounds are checked."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        word = ir.IntType(width)
-        vector = ir.VectorType(word, GROUP)
-        undefined = ir.Constant(vector, ir.Undefined)
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        loaded = builder.load(builder.bitcast(builder.gep(data, [args[1]]), vector.as_pointer()))
-        loaded.align = width // 8
-        limit = args[2] if width == 64 else builder.trunc(args[2], word)
-        first = builder.insert_element(undefined, limit, ir.Constant(ir.IntType(32), 0))
-        splat = builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(ir.IntType(32), GROUP), [0] * GROUP))
-        mask = ir.Constant(vector, [(1 << (width - 1)) - 1] * GROUP)
-        hit = builder.icmp_unsigned(">=", builder.and_(loaded, mask), splat)
-        return builder.zext(builder.bitcast(hit, ir.IntType(GROUP)), ir.IntType(64))
+        return builder.load(pointer(context, builder, signature.args[0], args[0], args[1], ir.IntType(64)), align=1)
 
-    return types.uint64(x, types.int64, types.uint64), codegen
-
-
-def _word_at(context: Any, builder: Any, array_type: Any, array: Any, place: Any) -> Any:
-    data = context.make_array(array_type)(context, builder, array).data
-    word = ir.IntType(64)
-    return builder.bitcast(builder.gep(data, [place]), word.as_pointer())
+    return types.uint64(data, types.int64), codegen
 
 
 @intrinsic
-def word(typing_context: Any, x: Any, place: Any) -> Any:
-    """Return bytes place .. place + 7 of a uint8 array as uint64; nothing checks that they are there."""
+def store64(typing_context: Any, data: Any, at: Any, word: Any) -> Any:
+    """Set bytes at .. at + 7 of data, (n,) uint8, to a little-endian uint64; no bounds are checked."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        loaded = builder.load(_word_at(context, builder, signature.args[0], args[0], args[1]))
-        loaded.align = 1
-        return loaded
-
-    return types.uint64(x, types.int64), codegen
-
-
-@intrinsic
-def set_word(typing_context: Any, x: Any, place: Any, value: Any) -> Any:
-    """Write what `word` reads."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        stored = builder.store(args[2], _word_at(context, builder, signature.args[0], args[0], args[1]))
-        stored.align = 1
+        builder.store(args[2], pointer(context, builder, signature.args[0], args[0], args[1], ir.IntType(64)), align=1)
         return context.get_dummy_value()
 
-    return types.void(x, types.int64, types.uint64), codegen
+    return types.void(data, types.int64, types.uint64), codegen
+
+
+@intrinsic
+def prefetch(typing_context: Any, x: Any, at: Any) -> Any:
+    """Ask for x[at] to be brought to the cache; never fails."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        byte, word = ir.IntType(8), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), word, word, word])
+        asked = builder.module.declare_intrinsic("llvm.prefetch", [byte.as_pointer()], kind)
+        where = pointer(context, builder, signature.args[0], args[0], args[1], byte)
+        builder.call(asked, [where, ir.Constant(word, 1), ir.Constant(word, 3), ir.Constant(word, 1)])
+        return context.get_dummy_value()
+
+    return types.void(x, types.int64), codegen
+
+
+@intrinsic
+def ones(typing_context: Any, value: Any) -> Any:
+    """Return how many bits of a uint64 are set."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.ctpop(args[0])
+
+    return types.int64(types.uint64), codegen
 
 
 @intrinsic

@@ -39,8 +39,7 @@ from mpicomp.kernels.cpu.modes import (
     words_of,
     write_codes,
 )
-
-MAGIC32, MAGIC64 = 1.5 * 2.0**23, 1.5 * 2.0**52  # added, they round to an integer in the low bits
+from mpicomp.kernels.cpu.scale import MAGIC32, MAGIC64
 
 
 @inline
@@ -258,11 +257,6 @@ def encode_bounded(
     limit: int,
     shift: int,
 ) -> int:
-    """Encode x + old, (n,) float; `new` gets what is left out; return how many words were written.
-
-    headers: (blocks,) uint8; words: (n,) or more, uint32 for float32, uint64 for float64. step, inverse and `limit`,
-    the bits of a float as an integer, for the absolute bound, `shift` for the relative one. One pass.
-    """
     feedback = new is not None
     old, new = x[:0] if old is None else old, np.empty(0, x.dtype) if new is None else new
     kind, word = x.dtype.type, words.dtype.type
@@ -273,13 +267,11 @@ def encode_bounded(
 def decode_bounded(
     headers: Array, words: Array, out: Array, relative: bool, step: float, shift: int, factor: float = 1.0
 ) -> None:
-    """Add factor * d to `out`, (n,) float; one pass. WireFormatError where a block is none or lies outside `words`."""
     kind = out.dtype.type
     if not _decoder(out.itemsize)(headers, words, out, relative, kind(step), shift, kind(factor)):
         raise WireFormatError("a block is of no kind that exists or has too few words; the message was changed")
 
 
 def bounded_valid(headers: Array, words: Array, size: int, relative: bool, step: float, shift: int) -> bool:
-    """Tell whether headers are ones that exist, their blocks fill `words`, and all numbers are finite."""
     kind = np.float32 if words.itemsize == 4 else np.float64
     return bool(_checker(words.itemsize)(headers, words, size, relative, kind(step), shift, np.empty(BLOCK, kind)))

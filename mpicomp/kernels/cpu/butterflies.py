@@ -12,7 +12,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from mpicomp.kernels.cpu.bits import intrinsic
+from mpicomp.kernels.cpu.bits import intrinsic, pointer, splat
 from mpicomp.kernels.cpu.compile import inline
 
 LANES = 16
@@ -20,9 +20,8 @@ LANES = 16
 
 def _vector_at(context: Any, builder: Any, array_type: Any, array: Any, place: Any) -> tuple[Any, Any]:
     """Return the address of 16 numbers of an array, and their alignment."""
-    data = context.make_array(array_type)(context, builder, array).data
     vector = ir.VectorType(context.get_value_type(array_type.dtype), LANES)
-    return builder.bitcast(builder.gep(data, [place]), vector.as_pointer()), array_type.dtype.bitwidth // 8
+    return pointer(context, builder, array_type, array, place, vector), array_type.dtype.bitwidth // 8
 
 
 @intrinsic
@@ -36,18 +35,13 @@ def within(typing_context: Any, y: Any, start: Any, factor: Any) -> Any:
         bits = signature.args[2].bitwidth
         words = ir.VectorType(ir.IntType(bits), LANES)
         undefined = ir.Constant(vector, ir.Undefined)
-        first = builder.insert_element(undefined, args[2], ir.Constant(ir.IntType(32), 0))
-        splat = builder.shuffle_vector(first, undefined, ir.Constant(lanes, [0] * LANES))
-        value = builder.load(address)
-        value.align = align
-        value = builder.fmul(value, splat)
+        value = builder.fmul(builder.load(address, align=align), splat(builder, args[2], LANES))
         for width in (1, 2, 4, 8):
             other = builder.shuffle_vector(value, undefined, ir.Constant(lanes, [i ^ width for i in range(LANES)]))
             signs = ir.Constant(words, [1 << (bits - 1) if i & width else 0 for i in range(LANES)])
             negated = builder.bitcast(builder.xor(builder.bitcast(value, words), signs), vector)
             value = builder.fadd(other, negated)
-        stored = builder.store(value, address)
-        stored.align = align
+        builder.store(value, address, align=align)
         return context.get_dummy_value()
 
     return types.void(y, types.int64, y.dtype), codegen
@@ -64,9 +58,7 @@ def _between(count: int) -> Callable[..., Any]:
             for _ in range(count):
                 address, align = _vector_at(context, builder, signature.args[0], args[0], place)
                 addresses.append(address)
-                loaded = builder.load(address)
-                loaded.align = align
-                values.append(loaded)
+                values.append(builder.load(address, align=align))
                 place = builder.add(place, args[2])
             width = 1
             while width < count:
@@ -76,8 +68,7 @@ def _between(count: int) -> Callable[..., Any]:
                         values[i], values[i + width] = builder.fadd(a, b), builder.fsub(a, b)
                 width *= 2
             for value, address in zip(values, addresses, strict=True):
-                stored = builder.store(value, address)
-                stored.align = align
+                builder.store(value, address, align=align)
             return context.get_dummy_value()
 
         return types.void(y, types.int64, types.int64), codegen

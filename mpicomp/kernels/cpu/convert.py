@@ -16,6 +16,7 @@ import numpy as np
 from mpicomp.arrays import Array
 from mpicomp.kernels.cpu.bits import bits_of, float_of
 from mpicomp.kernels.cpu.compile import Kernel, inline, kernel
+from mpicomp.kernels.shared import is_half
 
 U = np.uint32
 SIGN, ABS, INFINITE = U(0x80000000), U(0x7FFFFFFF), U(0x7F800000)
@@ -127,27 +128,17 @@ def _widener(half: bool, fresh: bool) -> Kernel[..., Any]:
     return widen
 
 
-def _is_half(dtype: str) -> bool:
-    if dtype not in ("float16", "bfloat16"):
-        raise ValueError(f"dtype must be float16 or bfloat16, got {dtype}")
-    return dtype == "float16"
-
-
 def narrow(x: Array, out: Array, dtype: str, saturate: bool = True) -> None:
-    """Set `out`, (n,) uint16, to the bits of x, (n,) float, in `dtype`: "float16" or "bfloat16"."""
-    _narrower(_is_half(dtype), False, False, saturate)(x, x, np.empty(0, x.dtype), out)
+    _narrower(is_half(dtype), False, False, saturate)(x, x, np.empty(0, x.dtype), out)
 
 
 def narrow_residual(x: Array, old: Array | None, new: Array, out: Array, dtype: str) -> None:
-    """Set `out` to the bits of x + old in `dtype`, and `new` to what they leave out; one pass."""
-    _narrower(_is_half(dtype), old is not None, True)(x, x if old is None else old, new, out)
+    _narrower(is_half(dtype), old is not None, True)(x, x if old is None else old, new, out)
 
 
 def widen(bits: Array, out: Array, dtype: str) -> None:
-    """Set `out`, (n,) float, to the numbers whose bits in `dtype` are `bits`, (n,) uint16."""
-    _widener(_is_half(dtype), True)(bits, out, out.dtype.type(1))
+    _widener(is_half(dtype), True)(bits, out, out.dtype.type(1))
 
 
 def widen_add(bits: Array, out: Array, scale: float, dtype: str) -> None:
-    """Add scale times the numbers whose bits in `dtype` are `bits` to `out`."""
-    _widener(_is_half(dtype), False)(bits, out, out.dtype.type(scale))
+    _widener(is_half(dtype), False)(bits, out, out.dtype.type(scale))

@@ -149,11 +149,6 @@ def _decoder(name: str, shared: bool) -> Kernel[..., Any]:
 def encode_floats(
     x: Array, old: Array | None, new: Array | None, exponents: Array | None, packed: Array, name: str
 ) -> None:
-    """Write x + old as codes of the format `name` to packed, uint8; `new` gets what is left out; one pass.
-
-    With `exponents`, (groups,) uint8, every 32 elements are first divided by 2^(exponent - 127), which gives the
-    largest of them the format's largest exponent; an exponent beyond 0 .. 254 becomes the nearest.
-    """
     if x.size:
         _encoder(name, exponents is not None, new is not None)(
             x,
@@ -165,7 +160,6 @@ def encode_floats(
 
 
 def decode_floats(exponents: Array | None, packed: Array, out: Array, name: str, factor: float = 1.0) -> None:
-    """Add factor times what the codes stand for to `out`, (n,) float."""
     if out.size:
         decoder = _decoder(name, exponents is not None)
         decoder(packed if exponents is None else exponents, packed, out, out.dtype.type(factor))
@@ -237,14 +231,6 @@ def encode_powers(
     base: int,
     start: int,
 ) -> None:
-    """Write x + old as signed powers of two times a scale a block; `new` gets what is left out; one pass.
-
-    The scale before it is multiplied by `shrink` is the power of two at or below the block's largest magnitude, at
-    least the smallest normal number and at most a quarter of the first one beyond the largest (more is clipped). Code:
-    sign in bit 7, below it c = 0 for zero, else 1 .. 127 for 2^(c - 126) times the scale. The float32 of |x| / scale is
-    rounded to a power of two at random such that its mean stays: draw32 >> 9 is added to its bits and the mantissa
-    dropped. Below 2^-125 of the scale numbers become zero.
-    """
     if x.size:
         _power_encoder(new is not None)(
             x,
@@ -260,6 +246,5 @@ def encode_powers(
 
 
 def decode_powers(scales: Array, codes: Array, out: Array, block: int, factor: float = 1.0) -> None:
-    """Add factor times what the codes stand for to `out`, (n,) float."""
     if out.size:
         _decode_powers(scales, codes, out, block, out.dtype.type(factor))

@@ -26,7 +26,7 @@ from mpicomp.kernels.cpu.bits import clear, copy
 from mpicomp.kernels.cpu.butterflies import transform
 from mpicomp.kernels.cpu.compile import inline, kernel
 from mpicomp.kernels.cpu.random import draws32
-from mpicomp.kernels.cpu.sums import TREE, fold, sum_squares, total
+from mpicomp.kernels.cpu.sums import TREE, block_product, sum_squares, total
 
 CHUNK = 4096  # elements
 LEAST = 64  # elements of the smallest chunk of a Kashin representation
@@ -47,15 +47,15 @@ def sign(y: Any, size: int, base: Any, counter: int, words: Any) -> None:
 
 
 @inline
-def forth(y: Any, size: int, base: Any, counter: int, words: Any) -> None:
+def rotate_chunk(y: Any, size: int, base: Any, counter: int, words: Any) -> None:
     """Rotate y[:size]."""
     sign(y, size, base, counter, words)
     transform(y, size, y.dtype.type(1.0 / np.sqrt(np.float64(size))))
 
 
 @inline
-def back(y: Any, size: int, base: Any, counter: int, words: Any) -> None:
-    """Undo `forth`."""
+def unrotate_chunk(y: Any, size: int, base: Any, counter: int, words: Any) -> None:
+    """Undo `rotate_chunk`."""
     transform(y, size, y.dtype.type(1.0 / np.sqrt(np.float64(size))))
     sign(y, size, base, counter, words)
 
@@ -94,11 +94,11 @@ def _rotate(x: Any, old: Any, y: Any, base: Any, start: int) -> None:
     for first in range(0, x.size - length + 1, length):
         chunk = y[first : first + length]
         load_clipped(x, old, first, first + length, chunk)
-        forth(chunk, length, base, start + first, words)
+        rotate_chunk(chunk, length, base, start + first, words)
     rest = x.size % length
     if rest:
         load_clipped(x, old, x.size - rest, x.size, y[x.size - rest :])
-        forth(y[x.size - length :], length, base, start + x.size - width, words)
+        rotate_chunk(y[x.size - length :], length, base, start + x.size - width, words)
 
 
 @kernel("T[], u8, i8")
@@ -107,9 +107,9 @@ def _unrotate(y: Any, base: Any, start: int) -> None:
     length = length_of(y.size)
     width = max(1, length // 32)
     if y.size % length:
-        back(y[y.size - length :], length, base, start + y.size - width, words)
+        unrotate_chunk(y[y.size - length :], length, base, start + y.size - width, words)
     for first in range(0, y.size - length + 1, length):
-        back(y[first : first + length], length, base, start + first, words)
+        unrotate_chunk(y[first : first + length], length, base, start + first, words)
 
 
 @inline
@@ -136,7 +136,7 @@ def _spread(x: Any, old: Any, a: Any, base: Any, start: int) -> None:
         for iteration in range(ITERATIONS):
             copy(rest, size, part)
             clear(part, size, length)
-            forth(part, length, base, start + at, words)
+            rotate_chunk(part, length, base, start + at, words)
             last = iteration == ITERATIONS - 1
             if not last:
                 for i in range(length):
@@ -148,7 +148,7 @@ def _spread(x: Any, old: Any, a: Any, base: Any, start: int) -> None:
                 for i in range(length):
                     chunk[i] += part[i]
             if not last:
-                back(part, length, base, start + at, words)
+                unrotate_chunk(part, length, base, start + at, words)
                 for i in range(size):
                     rest[i] -= part[i]
                 level *= x.dtype.type(ETA)
@@ -165,7 +165,7 @@ def _gather(a: Any, out: Any, base: Any, start: int) -> None:
             length //= 2
         size = min(room(length), out.size - first)
         chunk = a[at : at + length]
-        back(chunk, length, base, start + at, words)
+        unrotate_chunk(chunk, length, base, start + at, words)
         copy(chunk, size, out[first : first + size])
         first += size
         at += length
@@ -179,35 +179,28 @@ def _products(y: Any, z: Any) -> Any:
     for block in range(blocks):
         first = block * TREE
         size = min(TREE, y.size - first)
-        for i in range(size):
-            buffer[i] = np.float64(y[first + i]) * np.float64(y[first + i])
-        same[block] = fold(buffer, size)
-        for i in range(size):
-            buffer[i] = np.float64(y[first + i]) * np.float64(z[first + i])
-        mixed[block] = fold(buffer, size)
+        left, right = y[first : first + size], z[first : first + size]
+        same[block] = block_product(left, left, size, buffer)
+        mixed[block] = block_product(left, right, size, buffer)
     return total(same, blocks, buffer), total(mixed, blocks, buffer)
 
 
 def rotate(x: Array, old: Array | None, y: Array, base: int, start: int) -> None:
-    """Set y to the rotation of x + old, (n,) float; one pass."""
     if x.size:
         _rotate(x, x[:0] if old is None else old, y, np.uint64(base), start)
 
 
 def unrotate(y: Array, base: int, start: int) -> None:
-    """Undo `rotate` in place."""
     if y.size:
         _unrotate(y, np.uint64(base), start)
 
 
 def spread(x: Array, old: Array | None, a: Array, base: int, start: int) -> None:
-    """Set `a` to the Kashin representation of x + old, (n,) float; one pass."""
     if x.size:
         _spread(x, x[:0] if old is None else old, a, np.uint64(base), start)
 
 
 def unspread(a: Array, out: Array, base: int, start: int) -> None:
-    """Set `out` to what `a` represents; overwrites `a`."""
     if out.size:
         _gather(a, out, np.uint64(base), start)
 
@@ -223,11 +216,9 @@ def _left_out(x: Any, old: Any, z: Any, scale: Any, new: Any) -> None:
 
 
 def left_out(x: Array, old: Array | None, z: Array, scale: float, new: Array) -> None:
-    """Set new = x + old - scale * z."""
     _left_out(x, x[:0] if old is None else old, z, x.dtype.type(scale), new)
 
 
 def products(y: Array, z: Array) -> tuple[float, float]:
-    """Return the sums of y * y and of y * z, by the tree of `sums`."""
     same, mixed = _products(y, z)
     return float(same), float(mixed)

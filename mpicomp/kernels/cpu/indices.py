@@ -13,69 +13,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import types
 
 from mpicomp.arrays import Array
 from mpicomp.errors import WireFormatError
-from mpicomp.kernels.cpu.bits import clear, intrinsic, lowest
+from mpicomp.kernels.cpu.bits import clear, load64, lowest, ones, prefetch, store64
 from mpicomp.kernels.cpu.compile import inline, kernel
 
 ZERO, ONE, WORD = np.uint64(0), np.uint64(1), np.uint64(64)
 S6, LOW3, LOW6 = np.uint64(6), np.uint64(7), np.uint64(63)
 STEP = 1024  # elements whose memory is asked for together
-
-
-@intrinsic
-def load64(typing_context: Any, data: Any, at: Any) -> Any:
-    """Return bytes at .. at + 7 of data, (n,) uint8, as a little-endian uint64; nothing checks at + 8 <= n."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        start = context.make_array(signature.args[0])(context, builder, args[0]).data
-        word = builder.load(builder.bitcast(builder.gep(start, [args[1]]), ir.IntType(64).as_pointer()))
-        word.align = 1
-        return word
-
-    return types.uint64(data, types.int64), codegen
-
-
-@intrinsic
-def store64(typing_context: Any, data: Any, at: Any, word: Any) -> Any:
-    """Set bytes at .. at + 7 of data, (n,) uint8, to a little-endian uint64; nothing checks at + 8 <= n."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        start = context.make_array(signature.args[0])(context, builder, args[0]).data
-        stored = builder.store(args[2], builder.bitcast(builder.gep(start, [args[1]]), ir.IntType(64).as_pointer()))
-        stored.align = 1
-        return context.get_dummy_value()
-
-    return types.void(data, types.int64, types.uint64), codegen
-
-
-@intrinsic
-def prefetch(typing_context: Any, x: Any, at: Any) -> Any:
-    """Ask for x[at] to be brought to the cache; never fails."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        start = context.make_array(signature.args[0])(context, builder, args[0]).data
-        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
-        asked = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
-        where = builder.bitcast(builder.gep(start, [args[1]]), byte)
-        builder.call(asked, [where, ir.Constant(word, 1), ir.Constant(word, 3), ir.Constant(word, 1)])
-        return context.get_dummy_value()
-
-    return types.void(x, types.int64), codegen
-
-
-@intrinsic
-def ones(typing_context: Any, value: Any) -> Any:
-    """Return how many bits of a uint64 are set."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.ctpop(args[0])
-
-    return types.int64(types.uint64), codegen
 
 
 @inline
@@ -233,33 +179,27 @@ def _ascending(indices: Any, size: int) -> bool:
 
 
 def encode_bitmap(indices: Array, out: Array) -> None:
-    """Write ascending indices, (k,) uint32, as a bitmap, (ceil(size / 8),) uint8."""
     _encode_bitmap(indices, out)
 
 
 def encode_elias_fano(indices: Array, width: int, out: Array) -> None:
-    """Write ascending indices, (k,) uint32, k > 0, as an Elias-Fano code of that width."""
     _encode_elias_fano(indices, width, out)
 
 
 def decode_bitmap(data: Array, out: Array) -> None:
-    """Set out, (k,) uint32, to the k indices of a bitmap; WireFormatError where there are more or fewer."""
     _expect(_decode(data, -1, out), out.size)
 
 
 def decode_elias_fano(data: Array, width: int, out: Array) -> None:
-    """Set out, (k,) uint32, to the indices of an Elias-Fano code; WireFormatError where there are more or fewer."""
     _expect(_decode(data, width, out), out.size)
 
 
 def add_bitmap(data: Array, values: Array, out: Array, scale: float = 1.0) -> None:
-    """Add scale * values, (k,), to `out` at the k places of a bitmap; WireFormatError where it has others."""
     if values.size:
         _expect(_add(data, -1, values, out, out.dtype.type(scale)), values.size)
 
 
 def add_elias_fano(data: Array, width: int, values: Array, out: Array, scale: float = 1.0) -> None:
-    """Add scale * values, (k,), to `out` at the places of an Elias-Fano code; WireFormatError where it has others."""
     if values.size:
         _expect(_add(data, width, values, out, out.dtype.type(scale)), values.size)
 
@@ -273,10 +213,8 @@ def _expect(found: int, k: int) -> None:
 
 
 def bits_set(data: Array, bits: int) -> int:
-    """Return how many of the first `bits` bits are set, -1 where one beyond them is; data: (ceil(bits / 8),) uint8."""
     return int(_count(data, bits))
 
 
 def ascending(indices: Array, size: int) -> bool:
-    """Tell whether indices, (k,) uint32, ascend strictly and stay below size."""
     return bool(_ascending(indices, size))

@@ -12,31 +12,21 @@ from typing import Any
 import numpy as np
 
 from mpicomp.arrays import Array
-from mpicomp.kernels.cpu.bits import bits_of, clear, float_of, magnitude
+from mpicomp.kernels.cpu.bits import bits_of, clear, magnitude
 from mpicomp.kernels.cpu.compile import kernel
 from mpicomp.kernels.cpu.pack import pack, padded, unpack
+from mpicomp.kernels.cpu.scale import load_largest
 
 
 @kernel("const T[], const T[], T[], i8")
 def _block_tops(x: Any, old: Any, tops: Any, block: int) -> None:
+    buffer = np.empty(block, x.dtype)
     for number in range(tops.size):
         first = number * block
-        source = x[first : min(x.size, first + block)]
-        top = magnitude(x.dtype.type(0))
-        if old.size:
-            rest = old[first : first + source.size]
-            for i in range(source.size):
-                word = magnitude(source[i] + rest[i])
-                top = word if word > top else top
-        else:
-            for i in range(source.size):
-                word = magnitude(source[i])
-                top = word if word > top else top
-        tops[number] = float_of(top)
+        tops[number] = load_largest(x, old, first, min(block, x.size - first), buffer)
 
 
 def block_tops(x: Array, old: Array | None, tops: Array, block: int) -> None:
-    """Set tops, (blocks,), to the largest magnitude of each block of x + old, NaN where there is one."""
     _block_tops(x, x[:0] if old is None else old, tops, block)
 
 
@@ -54,7 +44,6 @@ def _add_codes(packed: Any, sums: Any, bits: int, block: int) -> None:
 
 
 def add_codes(packed: Array, sums: Array, bits: int, block: int) -> None:
-    """Add codes of the grid "symmetric" to sums, (n,) uint32, which hold signed numbers modulo 2^32."""
     if sums.size:
         _add_codes(packed, sums, bits, block)
 
@@ -78,7 +67,6 @@ def _pack_sums(sums: Any, packed: Any, width: int, block: int) -> None:
 
 
 def pack_sums(sums: Array, packed: Array, width: int, block: int) -> None:
-    """Pack sums, (n,) uint32, into `packed`, uint8, `width` bits each."""
     if sums.size:
         _pack_sums(sums, packed, width, block)
 
@@ -114,5 +102,4 @@ def _decode_sums(scales: Any, packed: Any, out: Any, width: int, block: int) -> 
 
 
 def decode_sums(scales: Array, packed: Array, out: Array, width: int, block: int) -> bool:
-    """Set `out`, (n,) float, to the sums times their blocks' scales; return whether all that is finite."""
     return not out.size or bool(_decode_sums(scales, packed, out, width, block))

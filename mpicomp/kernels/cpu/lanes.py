@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils as untyped
 
-from mpicomp.kernels.cpu.bits import intrinsic
+from mpicomp.kernels.cpu.bits import intrinsic, splat
 
 cgutils: Any = untyped
 
@@ -88,10 +88,7 @@ class _Lanes:
 
     def splat(self, value: Any) -> Any:
         """Return a vector of one number."""
-        undefined = ir.Constant(self.vector, ir.Undefined)
-        first = self.builder.insert_element(undefined, value, ir.Constant(ir.IntType(32), 0))
-        zeros = ir.Constant(ir.VectorType(ir.IntType(32), self.count), [0] * self.count)
-        return self.builder.shuffle_vector(first, undefined, zeros)
+        return splat(self.builder, value, self.count)
 
     def variable(self, value: Any) -> Any:
         """Return a variable, which LLVM keeps in a register."""

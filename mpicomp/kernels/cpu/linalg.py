@@ -15,7 +15,7 @@ from mpicomp.arrays import Array
 from mpicomp.kernels.cpu.bits import clear
 from mpicomp.kernels.cpu.compile import Kernel, inline, kernel
 from mpicomp.kernels.cpu.random import draw, draw24
-from mpicomp.kernels.cpu.sums import TREE, fold, total
+from mpicomp.kernels.cpu.sums import TREE, block_product, total
 
 BLOCK = 1024
 TRIES = 3  # random columns before a column is given up: the columns before it span the whole space
@@ -28,10 +28,7 @@ def dot(a: Any, b: Any, partial: Any, tree: Any) -> float:
     for block in range(blocks):
         first = block * TREE
         size = min(TREE, a.size - first)
-        left, right = a[first : first + size], b[first : first + size]
-        for i in range(size):
-            tree[i] = left[i] * right[i]
-        partial[block] = fold(tree, size)
+        partial[block] = block_product(a[first : first + size], b[first : first + size], size, tree)
     return total(partial, blocks, tree)
 
 
@@ -100,12 +97,6 @@ def _orthogonalise(p: Any, base: Any, least: float) -> None:
 
 
 def orthogonalise(p: Array, base: int) -> None:
-    """Make the columns of p, (m, r) float, C-contiguous, orthonormal in place, to the accuracy of their dtype.
-
-    Modified Gram-Schmidt in float64, each column scaled first. A column that vanishes, or of which less than 8 units
-    of rounding are left after the projections, becomes a random one, drawn from `base`, orthogonal to the others too.
-    Columns beyond the m-th become zero. NaN and Inf give columns of no meaning, never a loop without end.
-    """
     if p.size:
         _orthogonalise(p, np.uint64(base), 8.0 * float(np.finfo(p.dtype).eps))
 
@@ -156,16 +147,11 @@ def _outer(adding: bool) -> Kernel[..., Any]:
 
 
 def outer_add(p: Array, q: Array, out: Array, scale: float = 1.0) -> None:
-    """Add scale * p @ q.T to `out`, (m, n) float, for p (m, r) and q (n, r), all C-contiguous.
-
-    Element (i, j) is out + sum over t, in this order from zero, of (scale * p[i, t]) * q[j, t].
-    """
     if out.size and p.shape[1]:
         _outer(True)(p, np.ascontiguousarray(q.T), out, out.dtype.type(scale))
 
 
 def outer(p: Array, q: Array, out: Array) -> None:
-    """Set `out` to p @ q.T, summed as `outer_add` does."""
     _outer(False)(p, np.ascontiguousarray(q.T), out, out.dtype.type(1))
 
 
@@ -193,7 +179,6 @@ def _back_project(m: Any, p: Any, q_rows: Any) -> None:
 
 
 def back_project(m: Array, p: Array, q: Array) -> None:
-    """Set q = m.T @ p for m (m, n), p (m, r), q (n, r), C-contiguous; one pass, for one rank alone."""
     q_rows = np.empty((q.shape[1], q.shape[0]), q.dtype)  # (r, n)
     _back_project(m, p, q_rows)
     q[...] = q_rows.T

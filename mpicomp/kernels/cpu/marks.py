@@ -8,17 +8,10 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 
-from mpicomp.kernels.cpu.bits import intrinsic, magnitude, unsigned
+from mpicomp.kernels.cpu.bits import intrinsic, magnitude, ones, pointer, splat, unsigned
 from mpicomp.kernels.cpu.compile import inline
-from mpicomp.kernels.cpu.indices import ones
 
 ZERO = np.uint64(0)
-
-
-def _splat(builder: Any, scalar: Any, lanes: int) -> Any:
-    undefined = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
-    first = builder.insert_element(undefined, scalar, ir.Constant(ir.IntType(32), 0))
-    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes))
 
 
 def _joined(builder: Any, hits: list[Any]) -> Any:
@@ -42,18 +35,15 @@ class _Vectors:
         self.mask = ir.Constant(self.words, [(1 << (self.width - 1)) - 1] * self.lanes)
 
     def address(self, array_type: Any, array: Any, start: Any, part: int) -> Any:
-        data = self.context.make_array(array_type)(self.context, self.builder, array).data
         place = self.builder.add(start, ir.Constant(ir.IntType(64), part * self.lanes))
-        return self.builder.bitcast(self.builder.gep(data, [place]), self.floats.as_pointer())
+        return pointer(self.context, self.builder, array_type, array, place, self.floats)
 
     def load(self, address: Any) -> Any:
-        loaded = self.builder.load(address)
-        loaded.align = self.width // 8
-        return loaded
+        return self.builder.load(address, align=self.width // 8)
 
     def limit(self, threshold: Any) -> Any:
         scalar = threshold if self.width == 64 else self.builder.trunc(threshold, ir.IntType(self.width))
-        return _splat(self.builder, scalar, self.lanes)
+        return splat(self.builder, scalar, self.lanes)
 
     def reaches(self, value: Any, limit: Any) -> Any:
         size = self.builder.and_(self.builder.bitcast(value, self.words), self.mask)
@@ -90,8 +80,7 @@ def sum_above64(typing_context: Any, x: Any, old: Any, new: Any, start: Any, low
             first = vectors.load(vectors.address(signature.args[0], args[0], args[3], part))
             second = vectors.load(vectors.address(signature.args[1], args[1], args[3], part))
             value = builder.fadd(first, second)
-            stored = builder.store(value, vectors.address(signature.args[2], args[2], args[3], part))
-            stored.align = vectors.width // 8
+            builder.store(value, vectors.address(signature.args[2], args[2], args[3], part), align=vectors.width // 8)
             for each, limit in zip(hits, limits, strict=True):
                 each.append(vectors.reaches(value, limit))
         return context.make_tuple(builder, signature.return_type, [_joined(builder, each) for each in hits])

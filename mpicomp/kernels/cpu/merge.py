@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from mpicomp.arrays import Array
-from mpicomp.kernels.cpu.bits import lowest
+from mpicomp.kernels.cpu.bits import lowest, ones, prefetch
 from mpicomp.kernels.cpu.compile import kernel
-from mpicomp.kernels.cpu.indices import STEP, ones, prefetch
+from mpicomp.kernels.cpu.indices import STEP
 
 ZERO, ONE = np.uint64(0), np.uint64(1)
 S6, LOW6 = np.uint64(6), np.uint64(63)
@@ -90,31 +90,20 @@ def _merge(places: Any, values: Any, others: Any, theirs: Any, merged: Any, sums
 
 
 def add_marked(places: Array, values: Array, sums: Array, marks: Array) -> None:
-    """Add values, (k,), to sums[places] and set their bits: that of element i is bit i % 64 of marks[i // 64].
-
-    places: (k,) uint32, distinct and below sums.size, which nothing checks; marks: (ceil(sums.size / 64),) uint64.
-    """
     _add_marked(places, values, sums, marks)
 
 
 def count_marks(marks: Array) -> int:
-    """Return how many bits are set."""
     return int(_count_marks(marks))
 
 
 def mark_first(marks: Array, count: int) -> None:
-    """Set the `count` lowest bits that are not set; the caller knows that they lie within the array."""
     _mark_first(marks, count)
 
 
 def collect(marks: Array, sums: Array, values: Array, places: Array) -> None:
-    """Move the k marked elements of `sums` to values, (k,), and places, (k,) uint32, ascending; all are zero then."""
     _collect(marks, sums, values, places)
 
 
 def merge(places: Array, values: Array, others: Array, theirs: Array, merged: Array, sums: Array) -> int:
-    """Add two sparse vectors with ascending places, uint32; return how many places the sum has.
-
-    `merged` and `sums` have room for the elements of both.
-    """
     return int(_merge(places, values, others, theirs, merged, sums))

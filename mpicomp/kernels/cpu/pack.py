@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mpicomp.kernels.cpu.bits import copy, set_word, word
+from mpicomp.kernels.cpu.bits import copy, load64, store64
 from mpicomp.kernels.cpu.compile import inline
 
 
@@ -28,8 +28,8 @@ def pack_plane(codes: Any, known: int, width: int, out: Any) -> None:
     for j in range(0, size - 7, 8):
         packed = np.uint64(0)
         for t in range(8 // width):
-            packed |= ((word(codes, t * size + j) >> down) & wide) << np.uint64(t * width)
-        set_word(out, j, packed)
+            packed |= ((load64(codes, t * size + j) >> down) & wide) << np.uint64(t * width)
+        store64(out, j, packed)
     for j in range(size // 8 * 8, size):
         byte = 0
         for t in range(8 // width):
@@ -43,10 +43,10 @@ def unpack_plane(plane: Any, width: int, known: int, codes: Any) -> None:
     size, mask = plane.size, (1 << width) - 1
     wide, up = np.uint64(mask * 0x0101010101010101), np.uint64(known)
     for j in range(0, size - 7, 8):
-        packed = word(plane, j)
+        packed = load64(plane, j)
         for t in range(8 // width):
             found = ((packed >> np.uint64(t * width)) & wide) << up
-            set_word(codes, t * size + j, found | word(codes, t * size + j) if known else found)
+            store64(codes, t * size + j, found | load64(codes, t * size + j) if known else found)
     for j in range(size // 8 * 8, size):
         for t in range(8 // width):
             found8 = np.uint8(((plane[j] >> (t * width)) & mask) << known)

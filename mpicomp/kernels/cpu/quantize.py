@@ -36,12 +36,11 @@ from mpicomp.kernels.cpu.bits import bits_of, clear
 from mpicomp.kernels.cpu.compile import Kernel, inline, kernel
 from mpicomp.kernels.cpu.pack import pack, padded, unpack
 from mpicomp.kernels.cpu.random import UNIT, draws32, unit24
-from mpicomp.kernels.cpu.scale import inverse_scale, load_largest, load_norm, load_range
+from mpicomp.kernels.cpu.scale import MAGIC32, MAGIC64, inverse_scale, load_largest, load_norm, load_range
 from mpicomp.kernels.cpu.sums import TREE, mean_magnitude
 
 SYMMETRIC, SIGN, ODD, RANGE, PAIR = "symmetric", "sign", "odd", "range", "pair"
 LARGEST, NORM, MEAN, GIVEN, SHARED = "largest", "norm", "mean", "given", "shared"
-MAGIC32, MAGIC64 = 1.5 * 2.0**23, 1.5 * 2.0**52
 
 
 @inline
@@ -245,11 +244,6 @@ def encode_blocks(
     base: int = 0,
     start: int = 0,
 ) -> None:
-    """Quantise x + old, blockwise, into scales and `lows` of the dtype of x and packed, uint8; see the module.
-
-    `new` gets what is left out. Blocks below 2^-100 (float64: 2^-900) or above the inverse are divided by the scale,
-    others multiplied by levels / largest. x and old are read once, new is written once.
-    """
     if x.size:
         kind, empty = x.dtype.type, np.empty(0, x.dtype)
         _encoder(grid, rule, bits, stochastic, new is not None)(
@@ -278,10 +272,6 @@ def decode_blocks(
     factor: float = 1.0,
     fresh: bool = False,
 ) -> None:
-    """Add factor times what the codes stand for to `out`, (n,) float, or to zeros where it is `fresh`.
-
-    There is one scale a block, or a single one for all.
-    """
     if out.size:
         _decoder(grid, bits, fresh)(
             scales, scales if lows is None else lows, packed, out, block, out.dtype.type(factor)
@@ -289,5 +279,4 @@ def decode_blocks(
 
 
 def codes_valid(packed: Array, size: int, bits: int, block: int, smallest: int, largest: int) -> bool:
-    """Tell whether every code lies within smallest .. largest (two's complement below 0), and the padding is zero."""
     return bool(_validator(bits)(packed, size, block, largest, smallest))

@@ -109,7 +109,6 @@ def _fill_uniform(out: Any, base: Any) -> None:
 
 
 def fill_uniform(out: Array, base: int) -> None:
-    """Fill `out`, (n,) float, with multiples of 2^-23 in [-1, 1): element i from draw(base, i)."""
     _fill_uniform(out, np.uint64(base))
 
 
@@ -151,10 +150,6 @@ def _support(n: int, base: Any, start: Any, out: Any) -> None:
 
 
 def random_support(size: int, k: int, base: int, start: int = 0) -> Array:
-    """Return k distinct positions below `size` <= 2^32, ascending, as uint32; every subset is equally likely.
-
-    `start`, where the array begins in its unit, selects one of 2^64 independent supports.
-    """
     out = np.empty(k, np.uint32)
     _support(size, np.uint64(base), np.uint64(start), out)
     return out

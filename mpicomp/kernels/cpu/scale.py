@@ -10,6 +10,7 @@ from mpicomp.kernels.cpu.bits import float_of, from_ordered, load, magnitude, ne
 from mpicomp.kernels.cpu.compile import inline
 from mpicomp.kernels.cpu.sums import sum_squares
 
+MAGIC32, MAGIC64 = 1.5 * 2.0**23, 1.5 * 2.0**52  # added, they round to an integer in the low bits
 SMALL32, SMALL64 = 2.0**-100, 2.0**-900  # blocks below take a division, since levels / top could overflow
 
 

@@ -25,14 +25,12 @@ def _gather(x: Any, old: Any, new: Any, indices: Any, values: Any, factor: Any) 
 
 
 def gather(x: Array, indices: Array, values: Array, factor: float = 1.0) -> None:
-    """Set values = factor * x[indices]; indices are uint32."""
     _gather(x, x[:0], np.empty(0, x.dtype), indices, values, x.dtype.type(factor))
 
 
 def gather_residual(
     x: Array, old: Array | None, new: Array, indices: Array, values: Array, factor: float = 1.0
 ) -> None:
-    """Set values = factor * (x + old)[indices], and `new` to x + old less those values at their places; one pass."""
     _gather(x, x[:0] if old is None else old, new, indices, values, x.dtype.type(factor))
 
 
@@ -43,7 +41,6 @@ def _scatter_add(indices: Any, values: Any, out: Any, scale: Any) -> None:
 
 
 def scatter_add(indices: Array, values: Array, out: Array, scale: float = 1.0) -> None:
-    """Add scale * values to out[indices]; indices are uint32 and below out.size, which nothing checks."""
     _scatter_add(indices, values, out, out.dtype.type(scale))
 
 
@@ -54,5 +51,4 @@ def _put_at(indices: Any, values: Any, out: Any) -> None:
 
 
 def put_at(indices: Array, values: Array, out: Array) -> None:
-    """Set out[indices] = values; indices are uint32."""
     _put_at(indices, values, out)

@@ -19,18 +19,16 @@ from typing import Any
 import numpy as np
 
 from mpicomp.arrays import Array
-from mpicomp.kernels.cpu.bits import load, lowest, magnitude
+from mpicomp.kernels.cpu.bits import load, lowest, magnitude, ones, prefetch
 from mpicomp.kernels.cpu.compile import kernel
-from mpicomp.kernels.cpu.indices import ones, prefetch
 from mpicomp.kernels.cpu.marks import marked, reaching, sum_above64
 from mpicomp.kernels.cpu.random import draw
+from mpicomp.kernels.shared import DIRECT, bits_of_magnitude, sample_size
 
 CHUNK = 1024  # elements, a multiple of 64
-SAMPLE = 16384  # elements at most, for an exact selection
 RUN = 4  # neighbours that an exact selection samples together: what a sample costs is the cache lines it touches
 WIDER = 4  # times as far from k are the ranks of `low` and `high`, where a sample misled
 AHEAD = 64  # elements whose memory is asked for before they are zeroed, or read as a sample
-DIRECT = 4096  # arrays of fewer elements are not sampled
 ZERO, ONE, S32 = np.uint64(0), np.uint64(1), np.uint64(32)
 
 
@@ -177,31 +175,13 @@ def _nothing(x: Array, old: Array | None, new: Array | None) -> tuple[Array, Arr
     return x[:0] if old is None else old, np.empty(0, x.dtype) if new is None else new, x if new is None else new
 
 
-def bits_of_magnitude(x: Array, value: float) -> int:
-    """Return the bits of the least number of the dtype of x that is at least `value`, a finite one that is positive."""
-    kind = x.dtype.type
-    with np.errstate(over="ignore"):
-        nearest = kind(value)
-    if float(nearest) < value:
-        nearest = np.nextafter(nearest, kind(np.inf))
-    return int(nearest.view(np.uint32 if x.itemsize == 4 else np.uint64))
-
-
 def select_above(x: Array, old: Array | None, new: Array | None, value: float) -> Selection:
-    """Choose the elements of x + old whose magnitude is at least `value` > 0; `new` is set to x + old. One pass."""
     old, new, source = _nothing(x, old, new)
     marks = _scratch("marks", -(-x.size // 64), np.dtype(np.uint64))
     low = bits_of_magnitude(x, value)
     found, band = _scratch("found", x.size // 16, x.dtype), _scratch("band", CHUNK, x.dtype)
     reached = _mark(x, old, new, np.uint64(low), np.uint64(low - 1), marks, found, band)[0] if x.size else 0
     return Selection(source, marks, found[: reached if reached + CHUNK <= found.size else 0], low - 1, 0, reached)
-
-
-def sample_size(size: int, share: float = 0.0) -> int:
-    """Return how many elements are sampled: none of small arrays, at most 16384 for an exact selection."""
-    if share:
-        return min(size, max(DIRECT, math.ceil(share * size)))
-    return 0 if size <= DIRECT else min(SAMPLE, max(1024, size // 128))
 
 
 def _quantile(sample: Array, rank: int) -> int:
@@ -227,13 +207,6 @@ def _limits(sample: Array, k: int, n: int, share: float, wide: int) -> tuple[int
 
 
 def select_top(x: Array, old: Array | None, new: Array | None, k: int, share: float = 0.0) -> Selection:
-    """Choose the k largest magnitudes of x + old, 0 < k <= n <= 2^32; `new` is set to x + old.
-
-    Exact; of equal magnitudes those with the lowest indices. With a `share`, the ceil(k * size / n)-th largest of a
-    sample of size = min(n, max(4096, ceil(share * n))) elements is a threshold: where fewer than k elements reach it,
-    these are chosen, and all of them. Element i of such a sample is x[i s + ((draw(0, i) >> 32) * s >> 32)] + old[...],
-    s = n // size. One pass, and the elements that the threshold leaves are read a second time.
-    """
     n = x.size
     old, new, source = _nothing(x, old, new)
     none = x[:0]

@@ -64,11 +64,6 @@ def _block_top_k(x: Any, old: Any, new: Any, block: int, k: int, values: Any, in
 def block_top_k(
     x: Array, old: Array | None, new: Array | None, block: int, k: int, values: Array, indices: Array
 ) -> None:
-    """Select the k largest magnitudes of x + old in every block of `block` elements; of the last what is left of k.
-
-    values, (m,), and indices, (m,) uint32, are in ascending order of index; `new` gets what was not selected. Exact, of
-    equal magnitudes the lowest indices. One pass; a block is read about a dozen times, from the cache where it fits.
-    """
     if values.size:
         empty = np.empty(0, x.dtype)
         _block_top_k(x, x[:0] if old is None else old, empty if new is None else new, block, k, values, indices)

@@ -101,7 +101,6 @@ def _largest(x: Any, old: Any) -> float:
 
 
 def largest(x: Array, old: Array | None) -> float:
-    """Return the largest magnitude of x + old, (n,) float; one pass."""
     return float(_largest(x, x[:0] if old is None else old))
 
 
@@ -123,17 +122,11 @@ def _moments(x: Any, old: Any, limit: Any, factor: float) -> Any:
 
 
 def moments(x: Array, old: Array | None, limit: float, factor: float) -> tuple[float, float]:
-    """Return the sums of c and of c^2, c = factor * min(|x + old|, limit), by the tree of `sums`; one pass."""
     one, two = _moments(x, x[:0] if old is None else old, x.dtype.type(limit), factor)
     return float(one), float(two)
 
 
 def encode_sign(x: Array, old: Array | None, new: Array | None, scales: Array, packed: Array) -> None:
-    """Write the signs of x + old, and to scales, (1,), its mean magnitude; to (2,) the means of x >= 0 and of x < 0.
-
-    x and old are read once; `new`, what is left out, is written and then updated in a second pass. The mean below zero
-    is the sum of magnitudes less that of what is positive, over their number; all sums by the tree of `sums`.
-    """
     if x.size:
         encoder = _encoder(scales.size == 2, new is not None)
         encoder(x, x[:0] if old is None else old, np.empty(0, x.dtype) if new is None else new, scales, packed)

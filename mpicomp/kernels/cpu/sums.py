@@ -99,6 +99,14 @@ def sum_squares(x: Any, size: int, factor: float, partial: Any, buffer: Any) -> 
 
 
 @inline
+def block_product(a: Any, b: Any, size: int, buffer: Any) -> float:
+    """Sum a[:size] * b[:size] of one block, size <= TREE."""
+    for i in range(size):
+        buffer[i] = np.float64(a[i]) * np.float64(b[i])
+    return fold(buffer, size)
+
+
+@inline
 def mean_magnitude(x: Any, size: int, partial: Any, buffer: Any) -> float:
     """Return the mean of |x[:size]|, which is finite where x is.
 
@@ -110,17 +118,6 @@ def mean_magnitude(x: Any, size: int, partial: Any, buffer: Any) -> float:
     if mean == np.inf:
         mean = sum_magnitudes(x, size, DOWN, partial, buffer) / size * UP
     return mean
-
-
-@kernel("const T[]")
-def _sum_tree(x: Any) -> float:
-    partial, buffer = np.empty(x.size // TREE + 1, np.float64), np.empty(TREE, np.float64)
-    return sum_magnitudes(x, x.size, 1.0, partial, buffer)
-
-
-def sum_tree(x: Array) -> float:
-    """Sum the magnitudes of x, (n,) float, by the tree of the module docstring."""
-    return float(_sum_tree(x))
 
 
 @kernel("const T[], const T[]")
@@ -139,7 +136,6 @@ def _nonfinite(x: Any, old: Any) -> bool:
 
 
 def nonfinite(x: Array, old: Array | None = None) -> bool:
-    """Tell whether any element of x + old, (n,) float, is NaN or infinite; one read pass."""
     return bool(_nonfinite(x, x[:0] if old is None else old))
 
 
@@ -155,19 +151,7 @@ def _divide(x: Any, divisor: Any) -> bool:
 
 
 def divide(x: Array, divisor: float) -> bool:
-    """Divide x, (n,) float, in place; return whether all of it is finite. One pass."""
     return bool(_divide(x, x.dtype.type(divisor)))
-
-
-@kernel("const T[], const T[], T[]")
-def _add(x: Any, old: Any, out: Any) -> None:
-    for i in range(x.size):
-        out[i] = x[i] + old[i]
-
-
-def add(x: Array, old: Array, out: Array) -> None:
-    """Set out = x + old; `out` may be either."""
-    _add(x, old, out)
 
 
 @kernel("const T[], T[], T")
@@ -177,5 +161,4 @@ def _axpy(x: Any, out: Any, scale: Any) -> None:
 
 
 def axpy(x: Array, out: Array, scale: float = 1.0) -> None:
-    """Set out += scale * x."""
     _axpy(x, out, out.dtype.type(scale))

@@ -198,24 +198,3 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode_bounded(
         if (i < place.size) out[place.first + i] = sums[r] + (T)factor * d[r];
     }
 }
-
-extern "C" __global__ void __launch_bounds__(THREADS) bounded_valid(
-    const u8* headers, const Bits* words, i64 room, i64 relative, double step, i64 shift, i64 total, u64* progress) {
-    __shared__ i64 shared[WARPS + 1];
-    const Place place(progress, shared, total);
-    const Bound bound{relative != 0, (T)step, T(0), Bits(0), (int)shift};
-    const int header = place.size ? headers[place.number] : ZEROS;
-    const i64 count = words_of(header, place.size);
-    i64 end;
-    const i64 at = place.words_at(progress, count, shared, end);
-    bool bad = !known(header);
-    bad |= at + count > room || (header >= FOLDED && !relative);
-    if ((place.tile + 1) * (WARPS * BLOCK) >= total) bad |= room - end >= 8 / (int)sizeof(T);
-    if (!bad && header != ZEROS) {
-        T d[EACH];
-        decode_block(bound, header, words + at, place.size, place.lane, d);
-#pragma unroll
-        for (int r = 0; r < EACH; r++) bad |= WARP * r + place.lane < place.size && magnitude(d[r]) >= INFINITE;
-    }
-    if (bad) progress[1] = 1;
-}

@@ -5,11 +5,7 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef long long i64;
 typedef unsigned long long u64;
-#ifdef WORK
 typedef WORK T;
-#else
-typedef float T;
-#endif
 
 constexpr u32 ALL = 0xffffffffu;  // lanes of a warp
 constexpr int WARP = 32;

@@ -1,5 +1,6 @@
 // Small floats, one by one or with a power of two for 32 of them: mpicomp/kernels/cpu/floats.py says what is computed.
 #include "floats.cuh"
+#include "random.cuh"
 
 template <typename Format>
 __device__ __forceinline__ void encode_rows(const T* x, const T* old, T* new_, u8* exponents, u8* packed) {
@@ -123,4 +124,128 @@ extern "C" __global__ void __launch_bounds__(256) decode_floats(
     if (format == 0) decode(E4M3());
     else if (format == 1) decode(E5M2());
     else decode(E2M1());
+}
+
+// ---- Signed powers of two times a scale per block
+
+constexpr int AT_A_TIME = 8;  // elements of a thread; a power of two of threads, a team, has a block
+constexpr Bits LEAST = INFINITE & (~INFINITE + 1);  // the smallest normal number
+constexpr Bits MOST = INFINITE - 1 - LEAST;         // half the largest number: twice the scale must be finite
+
+// Eight elements of a block for each thread of a team, in rows of K, from element `start` of the block on.
+template <int K>
+struct Part {
+    int size, rank, team, start;
+    __device__ __forceinline__ int at(int row) const { return start + (row * team + rank) * K; }
+    __device__ __forceinline__ bool has(int row) const { return at(row) < size; }
+};
+
+// The largest of the values of a team, for all its threads; all threads of the CUDA block come here.
+__device__ __forceinline__ Bits largest_of(Bits value, int team, Bits* of_warps) {
+    for (int away = min(team, WARP) / 2; away; away /= 2) value = max(value, __shfl_xor_sync(ALL, value, away));
+    if (team <= WARP) return value;
+    const int warp = threadIdx.x / WARP, warps = team / WARP;
+    if (threadIdx.x % WARP == 0) of_warps[warp] = value;
+    __syncthreads();
+    for (int other = warp / warps * warps, i = 0; i < warps; i++) value = max(value, of_warps[other + i]);
+    return value;
+}
+
+// The float32 that a code without sign stands for.
+__device__ __forceinline__ float power_of(u32 code) { return float_of(code + (code > 0) << 23); }
+
+template <int K>
+__device__ __forceinline__ void encode_team(
+    const T* x, const T* old, T* new_, T* sent, u8* codes, int block, T shrink, u64 base, u64 start, Part<K> part,
+    Bits* of_warps) {
+    const int step = AT_A_TIME * part.team;
+    Row<K, T> v[AT_A_TIME / K];
+    Bits top = 0;
+    for (part.start = 0; part.start < block; part.start += step) {
+        load_rows(part, x, old, v);
+#pragma unroll
+        for (int r = 0; r < AT_A_TIME / K; r++)
+#pragma unroll
+            for (int k = 0; k < K; k++) top = max(top, magnitude(v[r][k]));
+    }
+    top = largest_of(top, part.team, of_warps);
+    const bool codable = top > 0 && top <= INFINITE;
+    T scale = float_of(codable ? max(min(top, MOST) & INFINITE, LEAST) : top);  // zero and NaN stay
+    const T inverse = codable ? 1 / scale : T(0);
+    scale *= shrink;
+    if (part.rank == 0 && part.size > 0) *sent = scale;
+    for (part.start = 0; part.start < block; part.start += step) {
+        if (block > step) load_rows(part, x, old, v);
+#pragma unroll
+        for (int r = 0; r < AT_A_TIME / K; r++) {
+            if (!part.has(r)) continue;
+            Row<K, u8> row;
+#pragma unroll
+            for (int k = 0; k < K; k++) {
+                const u32 size = bits_of((float)(v[r][k] * inverse)) & ~SIGN32;
+                const u32 sum = size + (draw32(base, start + (u32)(part.at(r) + k)) >> 9) >> 23;
+                const u32 code = min(sum ? sum - 1 : 0, 127u), sign = (u32)(bits_of(v[r][k]) >> (8 * sizeof(T) - 1));
+                const T value = (T)power_of(code) * scale;
+                row[k] = (u8)(code | sign << 7);
+                v[r][k] -= sign ? -value : value;
+            }
+            put_row(codes, part.at(r), row);
+            if (new_) put_row(new_, part.at(r), v[r]);
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256) encode_powers(
+    const T* x, const T* old, T* new_, T* scales, u8* codes, i64 block, double shrink, u64 base, i64 start, i64 team,
+    i64 size) {
+    __shared__ Bits of_warps[THREADS / WARP];
+    const int threads = (int)team, teams = THREADS / threads;
+    const i64 number = (i64)blockIdx.x * teams + (int)threadIdx.x / threads, first = number * block;
+    const int own = (int)max(min(size - first, block), (i64)0), rank = (int)threadIdx.x % threads;
+    const bool whole = ((i64)blockIdx.x + 1) * teams * block <= size;
+    const bool rows = whole && fits_rows(x) && fits_rows(old) && fits_rows(new_) && fits_rows(codes);
+    x += first, codes += first, scales += number;
+    if (old) old += first;
+    if (new_) new_ += first;
+    const auto encode = [&](auto part) {
+        encode_team(x, old, new_, scales, codes, (int)block, (T)shrink, base, (u64)(start + first), part, of_warps);
+    };
+    if (rows) encode(Part<4>{own, rank, threads, 0});
+    else encode(Part<1>{own, rank, threads, 0});
+}
+
+template <int K>
+__device__ __forceinline__ void decode_tile(const T* scales, const u8* codes, T* out, i64 block, T factor, i64 size) {
+    const Tile<K> tile{size};
+    // Blocks are counted from the one in which the tile begins: 64 bits are divided once
+    const i64 first = (i64)blockIdx.x * TILE / block * block;
+    const T* own = scales + first / block;
+    Row<K, u8> rows[Tile<K>::ROWS];
+    Row<K, T> sums[Tile<K>::ROWS];
+    T scale[Tile<K>::ROWS];
+#pragma unroll
+    for (int r = 0; r < Tile<K>::ROWS; r++) {
+        if (!tile.has(r)) continue;
+        rows[r] = row_at<K>(codes, tile.at(r));
+        scale[r] = own[(u32)(tile.at(r) - first) / (u32)block];
+    }
+    load_rows(tile, out, nullptr, sums);
+#pragma unroll
+    for (int r = 0; r < Tile<K>::ROWS; r++) {
+        if (!tile.has(r)) continue;
+#pragma unroll
+        for (int k = 0; k < K; k++) {
+            const T value = (T)power_of(rows[r][k] & 127) * scale[r];
+            sums[r][k] += factor * (rows[r][k] & 128 ? -value : value);
+        }
+        put_row(out, tile.at(r), sums[r]);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256, 4) decode_powers(
+    const T* scales, const u8* codes, T* out, i64 block, double factor, i64 size) {
+    if (whole_tile(size) && fits_rows(codes) && fits_rows(out))
+        decode_tile<4>(scales, codes, out, block, (T)factor, size);
+    else
+        decode_tile<1>(scales, codes, out, block, (T)factor, size);
 }

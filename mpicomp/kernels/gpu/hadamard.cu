@@ -1,7 +1,7 @@
 // Rotations and Kashin representations, a chunk a block: mpicomp/kernels/cpu/hadamard.py says what is computed.
 #include "elements.cuh"
 #include "hadamard.cuh"
-#include "levels.cuh"
+#include "sums.cuh"
 
 // The last whole chunk and the one that overlaps it, where the array ends with a part of a chunk, are one block's.
 extern "C" __global__ void __launch_bounds__(256, RESIDENT) rotate(const T* x, const T* old, T* y, i64 size, i64 chunk, u64 base, i64 start) {
@@ -20,7 +20,7 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) rotate(const T* x, c
                 if (j < rotated) v[k] = y[first + j];
             }
         }
-        forth(v, shared, length, base, (u64)counter);
+        rotate_chunk(v, shared, length, base, (u64)counter);
         store(v, y + first, length);
         if (!last || first + chunk == size) return;
         rotated = (int)(first + 2 * chunk - size);
@@ -41,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) unrotate(T* y, i64 s
         const i64 counter = overlapping ? start + size - width_of(length) : start + own;
         T v[EACH];
         load(v, y + first, length);
-        back(v, shared, length, base, (u64)counter);
+        unrotate_chunk(v, shared, length, base, (u64)counter);
         store(v, y + first, length);
         if (!overlapping) return;
         overlapping = false;
@@ -100,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(256) spread(const T* x, const T* ol
         T part[EACH];
 #pragma unroll
         for (int k = 0; k < EACH; k++) part[k] = rest[k];
-        forth(part, shared, length, base, counter);
+        rotate_chunk(part, shared, length, base, counter);
         const bool last = iteration == 2;
 #pragma unroll
         for (int k = 0; k < EACH; k++) {
@@ -111,7 +111,7 @@ extern "C" __global__ void __launch_bounds__(256) spread(const T* x, const T* ol
             sum[k] += part[k];
         }
         if (last) break;
-        back(part, shared, length, base, counter);
+        unrotate_chunk(part, shared, length, base, counter);
 #pragma unroll
         for (int k = 0; k < EACH; k++)
             if ((int)threadIdx.x + k * WIDE < piece.count) rest[k] -= part[k];
@@ -125,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) unspread(const T* a,
     const Piece piece = piece_of(blockIdx.x, size);
     T v[EACH];
     load(v, a + piece.at, piece.length);
-    back(v, shared, piece.length, base, (u64)(start + piece.at));
+    unrotate_chunk(v, shared, piece.length, base, (u64)(start + piece.at));
     store(v, out + piece.first, piece.count);
 }
 
@@ -166,7 +166,7 @@ extern "C" __global__ void __launch_bounds__(256) products(const T* y, const T* 
 
 // The totals of arrays of sums, `room` apart; a block an array.
 extern "C" __global__ void __launch_bounds__(1024) totals(double* sums, i64 count, i64 room, double* results) {
-    const double sum = total(sums + blockIdx.x * room, count);
+    const double sum = finish_tree(sums + blockIdx.x * room, count);
     if (threadIdx.x == 0) results[blockIdx.x] = sum;
 }
 

@@ -94,11 +94,11 @@ __device__ __forceinline__ void sign(T (&v)[EACH], int length, u64 base, u64 cou
 }
 
 // Rotate, and undo it.
-__device__ __forceinline__ void forth(T (&v)[EACH], T* shared, int length, u64 base, u64 counter) {
+__device__ __forceinline__ void rotate_chunk(T (&v)[EACH], T* shared, int length, u64 base, u64 counter) {
     sign(v, length, base, counter);
     transform(v, shared, length);
 }
-__device__ __forceinline__ void back(T (&v)[EACH], T* shared, int length, u64 base, u64 counter) {
+__device__ __forceinline__ void unrotate_chunk(T (&v)[EACH], T* shared, int length, u64 base, u64 counter) {
     transform(v, shared, length);
     sign(v, length, base, counter);
 }

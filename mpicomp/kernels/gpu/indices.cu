@@ -3,7 +3,90 @@
 // Both have a string of bits in which index number j sets a bit that ascends with j. To write it, a block makes a tile
 // of it in shared memory, of the indices between two places that it searches for; so every byte is written once. A
 // bitmap has the width -1 here.
-#include "bits.cuh"
+#include "scan.cuh"
+
+constexpr int WIDE = 256;            // threads of a block
+constexpr int TILE_BITS = 32 * WIDE;  // one word a thread
+
+// Bytes as words of 32 bits. Word 0 begins up to three bytes before the first one, so that words are aligned: bit b of
+// the string is bit `skipped + b` of the words. What lies outside the string is read as zero, and never written.
+struct Words {
+    u8* bytes;
+    i64 size;
+    int skipped;  // bits
+
+    __device__ __forceinline__ Words(const u8* bytes, i64 size)
+        : bytes((u8*)bytes), size(size), skipped(8 * (int)((u64)bytes & 3)) {}
+
+    __device__ __forceinline__ i64 count() const { return (size + skipped / 8 + 3) / 4; }
+    __device__ __forceinline__ i64 first_byte(i64 word) const { return 4 * word - skipped / 8; }
+    __device__ __forceinline__ bool whole(i64 byte) const { return byte >= 0 && byte + 4 <= size; }
+
+    __device__ __forceinline__ u32 load(i64 word) const {
+        const i64 byte = first_byte(word);
+        if (whole(byte)) return *(const u32*)(bytes + byte);
+        u32 value = 0;
+        for (int k = 0; k < 4; k++)
+            if (byte + k >= 0 && byte + k < size) value |= (u32)bytes[byte + k] << 8 * k;
+        return value;
+    }
+    __device__ __forceinline__ void store(i64 word, u32 value) const {
+        const i64 byte = first_byte(word);
+        if (whole(byte)) {
+            *(u32*)(bytes + byte) = value;
+        } else {
+            for (int k = 0; k < 4; k++)
+                if (byte + k >= 0 && byte + k < size) bytes[byte + k] = (u8)(value >> 8 * k);
+        }
+    }
+    // Bits bit .. bit + width - 1, width < 32.
+    __device__ __forceinline__ u32 field(i64 bit, int width) const {
+        const i64 at = bit + skipped;
+        const int shift = (int)(at & 31);
+        u64 value = load(at >> 5);
+        if (shift + width > 32) value |= (u64)load((at >> 5) + 1) << 32;
+        return (u32)(value >> shift) & ((1u << width) - 1);
+    }
+};
+
+// Shared memory of a block that visits bits.
+struct BitsRoom {
+    u16 places[TILE_BITS];
+    u32 warps[WARP];
+    i64 tile;
+    u64 first;
+};
+
+// Call act(j, p) for the set bits p of a string in ascending order, j = 0, 1, ...; a tile of 2^13 bits a block,
+// adjacent j to adjacent threads. `states`: one word for the ticket and one per tile, all zero.
+template <typename Act>
+__device__ __forceinline__ void visit_bits(Words words, u64* states, BitsRoom& room, Act act) {
+    const i64 tile = next_tile(states, &room.tile), number = tile * WIDE + threadIdx.x;
+    u32 word = number < words.count() ? words.load(number) : 0;
+    u32 total, at = block_exclusive((u32)__popc(word), room.warps, total);
+    if (threadIdx.x < WARP) {
+        const u64 before = look_back(states + 1, tile, total);
+        if (threadIdx.x == 0) room.first = before;
+    }
+    for (; word; word &= word - 1) room.places[at++] = (u16)(32 * threadIdx.x + __ffs(word) - 1);
+    __syncthreads();
+    const i64 first = (i64)room.first, bit = tile * TILE_BITS - words.skipped;
+    for (u32 i = threadIdx.x; i < total; i += WIDE) act(first + i, bit + room.places[i]);
+}
+
+// The first i in low .. high for which before(i) is false, `high` if there is none; before() is true up to there. By
+// one whole warp: 32 probes at a time.
+template <typename F>
+__device__ __forceinline__ i64 search(i64 low, i64 high, F before) {
+    const int lane = threadIdx.x % WARP;
+    while (low < high) {
+        const i64 step = (high - low + WARP - 1) / WARP, probe = low + (lane + 1) * step - 1;
+        const int yes = __popc(__ballot_sync(ALL, probe < high && before(probe)));
+        low += yes * step;
+        high = min(high, low + step - 1);
+    }
+    return low;
+}
 
 constexpr int MOST = 4;  // words a thread in a tile that is written
 
@@ -70,18 +153,12 @@ __device__ __forceinline__ void visit_indices(
     const u8* data, i64 nbytes, i64 k, i64 width, u64* states, BitsRoom& room, Act act) {
     const i64 lower = lower_bytes(k, width);
     const Words lowest(data, lower);
-    visit_bits(Words(data + lower, nbytes - lower), false, states, room, [&](i64 j, i64 bit) {
+    visit_bits(Words(data + lower, nbytes - lower), states, room, [&](i64 j, i64 bit) {
         if (j >= k) return;
         if (width > 0) bit = (bit - j) << width | lowest.field(j * width, (int)width);
         else if (width == 0) bit -= j;
         act(j, bit);
     });
-}
-
-extern "C" __global__ void __launch_bounds__(256) decode(
-    const u8* data, i64 nbytes, i64 k, i64 width, u32* out, u64* states) {
-    __shared__ BitsRoom room;
-    visit_indices(data, nbytes, k, width, states, room, [&](i64 j, i64 index) { out[j] = (u32)index; });
 }
 
 extern "C" __global__ void __launch_bounds__(256) decode_add(
@@ -92,26 +169,4 @@ extern "C" __global__ void __launch_bounds__(256) decode_add(
     visit_indices(data, nbytes, k, width, states, room, [&](i64 j, i64 index) {
         if (index < size) out[index] += factor * values[j];
     });
-}
-
-// Count set bits; the count's highest bit says that one is at `bits` or above.
-extern "C" __global__ void __launch_bounds__(256) count(const u8* data, i64 nbytes, i64 bits, u64* found) {
-    __shared__ u64 warps[WARP];
-    const Words words(data, nbytes);
-    u64 own = 0, all;
-    for (i64 i = thread_of_grid(); i < words.count(); i += threads_of_grid()) {
-        const u32 word = words.load(i);
-        const i64 left = bits - (32 * i - words.skipped);  // only the last byte may have bits beyond
-        if (left < 32 && word >> max(left, 0ll)) atomicOr(found, 1ull << 63);
-        own += __popc(word);
-    }
-    block_exclusive(own, warps, all);
-    if (threadIdx.x == 0) atomicAdd(found, all);
-}
-
-extern "C" __global__ void __launch_bounds__(256) descends(const u32* indices, i64 k, i64 size, int* found) {
-    bool wrong = false;
-    for (i64 i = thread_of_grid(); i < k; i += threads_of_grid())
-        wrong |= i ? indices[i] <= indices[i - 1] : (i64)indices[k - 1] >= size;
-    if (wrong) *found = 1;
 }

@@ -3,7 +3,7 @@
 #include "random.cuh"
 
 enum Grid { SYMMETRIC, SIGNS, ODD, RANGE, PAIR };
-enum Rule { LARGEST, NORM, MEAN, GIVEN, SHARED };
+enum Rule { LARGEST, NORM, MEAN, GIVEN };
 
 // Added to a number it rounds it, ties to even, and leaves the integer in the low bits.
 constexpr T MAGIC = (T)(sizeof(T) == 4 ? 0x1.8p23 : 0x1.8p52);
@@ -77,7 +77,6 @@ __device__ __forceinline__ Scale scale_of(
         top = float_of((Bits)found.high);
         if constexpr (SUMS) top = average<K>(team, block, v, exact, how.rule == NORM, top);
         if (how.rule == GIVEN) top = *given * how.levels;
-        if (how.rule == SHARED) top = *given;
     }
     T inverse = 1, divisor = top;
     if (!how.is(SIGNS) && top > 0) {
@@ -137,7 +136,7 @@ __device__ __forceinline__ u32 code_integers(
         for (int k = 0; k < K; k++) y[k] = quotient(y[k], scale.divisor);
     }
     // Infinity over infinity, or NaN where others gave the scale: the low bits of a NaN are zeros on a CPU, ones here.
-    if (!how.stochastic && (scale.inverse == 0 || how.rule == GIVEN || how.rule == SHARED)) {
+    if (!how.stochastic && (scale.inverse == 0 || how.rule == GIVEN)) {
 #pragma unroll
         for (int k = 0; k < K; k++)
             if (y[k] != y[k]) kept &= ~(255u << 8 * k);
@@ -175,9 +174,7 @@ __device__ __forceinline__ void encode(
 #pragma unroll
         for (int i = 0; i < 8 * K; i++) v[i / K][i % K] = 0;  // of teams without a block, which sum along
     }
-    const T* given = how.rule == SHARED && share.size ? scales + share.number : scales;
-    const Scale scale = scale_of<K>(how, team, block, v, exact, given);
-    team.wait();  // SHARED: all have read the scale
+    const Scale scale = scale_of<K>(how, team, block, v, exact, scales);
     if (team.rank == 0 && share.size) {
         if (how.rule != GIVEN) scales[share.number] = scale.sent;
         if (how.is(RANGE)) lows[share.number] = scale.sent_low;

@@ -1,6 +1,6 @@
 // Threads that share a block: what they find out together about its numbers.
-#include "packing.cuh"
-#include "tree.cuh"
+#include "pack.cuh"
+#include "sums.cuh"
 
 __device__ __forceinline__ int signed_of(u32 bits) { return (int)bits; }
 __device__ __forceinline__ i64 signed_of(u64 bits) { return (i64)bits; }

@@ -1,26 +1,43 @@
-"""Blocks of numbers as small integers, packed; `mpicomp.kernels.cpu.quantize` says what is computed."""
+"""Blocks of numbers as small integers, packed, and the grids in which kernels visit their codes; see `pack.cuh`."""
 
 from __future__ import annotations
+
+from typing import TypeAlias
 
 import numpy as np
 
 from mpicomp.arrays import Array
-from mpicomp.kernels.gpu.launch import THREADS, TYPES, Source, c_type
-from mpicomp.kernels.gpu.packing import shape, visits
+from mpicomp.kernels.gpu.launch import THREADS, Source
 
-QUANTIZE = Source("quantize", WORK=TYPES)
+QUANTIZE = Source("quantize")
 GRIDS = {"symmetric": 0, "sign": 1, "odd": 2, "range": 3, "pair": 4}
-RULES = {"largest": 0, "norm": 1, "mean": 2, "given": 3, "shared": 4}
+RULES = {"largest": 0, "norm": 1, "mean": 2, "given": 3}
 TREE = 1024  # elements that a warp holds, and one level of the tree of sums
 LOG_WARP, LOG_TEAMS = 5, 7
 TEAMS = 1 << LOG_TEAMS  # threads of a CUDA block of teams: few, so that some load while others store
+Shape: TypeAlias = tuple[int, int, int, int]  # elements, those of a block, whole blocks, whether columns come in fours
 
 
-def teams(size: int, block: int, whole: int, four: int, warp: bool = False) -> tuple[int, int]:
+def _shape(size: int, block: int, *arrays: Array | None) -> Shape:
+    """Return how an array is taken: four columns at a time where blocks and all the arrays' addresses allow it."""
+    four = block % 32 == 0 and all(
+        array.data.ptr % (4 if array.itemsize == 1 else 16) == 0  # type: ignore[attr-defined]
+        for array in arrays
+        if array is not None
+    )
+    return size, block, size // block, int(four)
+
+
+def _visits(size: int, block: int, whole: int, four: int) -> int:
+    """Return how many CUDA blocks have a thread for all columns; see `visit` of `pack.cuh`."""
+    return -(-whole * (block // (32 if four else 8)) // THREADS) + -(-(size - whole * block) // (8 * THREADS))
+
+
+def _teams(size: int, block: int, whole: int, four: int, warp: bool) -> tuple[int, int]:
     """Return how many CUDA blocks of TEAMS threads there are and log2 of the threads of a team; see `quantize.cuh`.
 
-    A team is some lanes, with `warp` a whole one unless each lane has its columns and none is left; for large blocks it
-    is the CUDA block.
+    A team is some lanes of a warp, and for large blocks the CUDA block. With `warp` it is a whole warp, unless every
+    lane has columns of its own and no lane is idle.
     """
     each = block // (32 if four else 8)
     log_team = (each - 1).bit_length()
@@ -48,23 +65,17 @@ def encode_blocks(
     base: int = 0,
     start: int = 0,
 ) -> None:
-    """Quantise x + old, blockwise, into scales, `lows` and packed, and what is left out into `new`.
-
-    One pass over memory, but blocks of more than 4096 elements, and with a mean or a norm those above 1024 or of no
-    power of two, are read again from the caches.
-    """
+    # One pass over memory. The caches serve a second read of blocks above 4096 elements and, with a mean or a norm, of
+    # blocks above 1024 or of no power of two.
     sums = rule in ("mean", "norm")
-    how = shape(x.size, block, x, old, new, packed)
+    shape = _shape(x.size, block, x, old, new, packed)
     if sums and (block > TREE or block.bit_count() > 1):
-        how = (*how[:3], 0)
-    blocks, log_team = teams(*how, sums)
+        shape = (*shape[:3], 0)
+    blocks, log_team = _teams(*shape, sums)
     QUANTIZE.launch(
-        "encode_blocks_by_sums" if sums else "encode_blocks",
-        blocks,
-        TEAMS,
-        *(x, old, new, scales, lows, packed, *how, log_team),
-        *(GRIDS[grid], RULES[rule], bits, levels, float(shrink), int(stochastic), np.uint64(base), start),
-        WORK=c_type(x),
+        *("encode_blocks_by_sums" if sums else "encode_blocks", x, blocks, TEAMS),
+        *(x, old, new, scales, lows, packed, *shape, log_team),
+        *(GRIDS[grid], RULES[rule], bits, levels, float(shrink), stochastic, np.uint64(base), start),
     )
 
 
@@ -79,15 +90,8 @@ def decode_blocks(
     factor: float = 1.0,
     fresh: bool = False,
 ) -> None:
-    """Add factor times what the codes stand for to `out`, (n,) float, or to zeros where it is `fresh`.
-
-    There is one scale a block, or a single one for all.
-    """
-    how, single = shape(out.size, block, packed, out), scales.size == 1 or grid == "pair"
+    shape, single = _shape(out.size, block, packed, out), scales.size == 1 or grid == "pair"
     QUANTIZE.launch(
-        "decode_blocks",
-        visits(*how),
-        THREADS,
-        *(scales, lows, packed, out, *how, GRIDS[grid], bits, float(factor), int(single), int(fresh)),
-        WORK=c_type(out),
+        *("decode_blocks", out, _visits(*shape), THREADS),
+        *(scales, lows, packed, out, *shape, GRIDS[grid], bits, float(factor), single, fresh),
     )

@@ -1,7 +1,7 @@
 """The largest magnitudes of a whole array; `mpicomp.kernels.cpu.select` says what is chosen, `select.cu` how.
 
-A residual costs one pass, in which x and old are read and new is written; a sample, and what is done with the few
-elements that reach its bound, comes on top. Nothing waits for the device except `count`, where it is not known before.
+A residual costs one pass, which reads x and old and writes new; the sample and the few elements that reach its bound
+cost little more. The host waits for the device only for a `count` that it does not know before.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from mpicomp.arrays import Array
-from mpicomp.kernels.cpu.select import DIRECT, bits_of_magnitude, sample_size
-from mpicomp.kernels.gpu.launch import THREADS, TYPES, Source, c_type, scratch, zeros
-from mpicomp.kernels.gpu.top import sample
+from mpicomp.kernels.gpu.launch import THREADS, Source, scratch, zeros
+from mpicomp.kernels.gpu.select_blocks import sample
+from mpicomp.kernels.shared import DIRECT, bits_of_magnitude, sample_size
 
-SELECT = Source("select", WORK=TYPES)
+SELECT = Source("select")
 PACKS = 4 * THREADS  # of 16 bytes in a tile
 GROUP = 2 * THREADS // 32  # tiles of a block that writes what is chosen
 BITS = 11  # of a digit
 COUNTING = 1024  # blocks at most that count digits: each adds its counts to those of all
 WORDS = 16  # of state, and then the counts of every digit's values
-REACHED, LOW, EXACT = 0, 1, 2  # where in the state there is what Python passes on or reads
+REACHED, LOW, EXACT = 0, 1, 2  # places in the state that Python passes on or reads
 ARRIVED = WORDS - 1  # blocks of the sample
 NEVER = np.uint64(2**64 - 1)  # a bound that no magnitude reaches
 
@@ -39,7 +39,7 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which elements of an array, x or `new`, are chosen, `count` of them; valid as long as the source is."""
+    """See `mpicomp.kernels.Selection`; valid as long as the source is."""
 
     source: Array
     candidates: Candidates
@@ -47,8 +47,7 @@ class Selection:
     bound: int
     count: int
 
-    def write(self, values: Array, indices: Array, zero: bool = False) -> None:
-        """Write the chosen elements, (count,), and where they are, uint32, ascending; zero them in the source too."""
+    def write(self, values: Array, indices: Array, zero: bool = False) -> None:  # noqa: D102
         if self.count:
             x, listed = self.source, self.candidates
             number = tiles(x)
@@ -56,7 +55,7 @@ class Selection:
             scans = zeros(1 + 2 * blocks, "uint64")
             which = (x, listed.found, listed.places, listed.segments, x.size, number, listed.room, self.count)
             how = (np.uint64(self.bound), self.state, scans)
-            SELECT.launch("emit", blocks, THREADS, *which, *how, values, indices, x if zero else None, WORK=c_type(x))
+            SELECT.launch("emit", x, blocks, THREADS, *which, *how, values, indices, x if zero else None)
 
 
 def tiles(x: Array) -> int:
@@ -84,7 +83,7 @@ def mark(
     if room:
         listed = Candidates(room, scratch(room, x.dtype.name), scratch(room, "uint32"), scratch(number, "uint64"))
     lists = (room, listed.found, listed.places, listed.segments)
-    SELECT.launch("mark", number, THREADS, x, old, new, x.size, low, bound, *lists, state, WORK=c_type(x))
+    SELECT.launch("mark", x, number, THREADS, x, old, new, x.size, low, bound, *lists, state)
     return listed
 
 
@@ -105,12 +104,11 @@ def find_threshold(
     blocks = min(-(-source.size // (16 * THREADS)), COUNTING)
     for level in range(levels(source)):
         counts = state[WORDS + (level << BITS) :]
-        data = (source, listed.found, source.size, listed.room, k, level, int(itself), int(share))
-        SELECT.launch("digit", blocks, THREADS, *data, low, state, counts, WORK=c_type(source))
+        data = (source, listed.found, source.size, listed.room, k, level, itself, share)
+        SELECT.launch("digit", source, blocks, THREADS, *data, low, state, counts)
 
 
 def select_above(x: Array, old: Array | None, new: Array | None, value: float) -> Selection:
-    """Choose the elements of x + old whose magnitude is at least `value` > 0; `new` is set to x + old. One pass."""
     source, bound = x if new is None else new, bits_of_magnitude(x, value)
     if x.size == 0:
         return Selection(source, Candidates(0, None, None, None), None, bound, 0)
@@ -120,10 +118,6 @@ def select_above(x: Array, old: Array | None, new: Array | None, value: float) -
 
 
 def select_top(x: Array, old: Array | None, new: Array | None, k: int, share: float = 0.0) -> Selection:
-    """Choose the k largest magnitudes of x + old, 0 < k <= n <= 2^32; `new` is set to x + old.
-
-    With a `share`, those that reach a sample's threshold, where they are no more than k.
-    """
     n, source, state = x.size, x if new is None else new, new_state(x)
     size = sample_size(n, share)
     expected = size * k / n

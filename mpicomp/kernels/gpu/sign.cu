@@ -5,7 +5,7 @@
 // elements b, b + 128, ..., b + 7 * 128, the first in its lowest bit: a lane that takes all eight of four such columns
 // has four bytes for itself, and the three upper folds of the tree.
 #include "elements.cuh"
-#include "tree.cuh"
+#include "sums.cuh"
 
 constexpr int ROWS = 8, COLUMNS = TREE / ROWS;
 constexpr double DOWN = 0x1p-64, UP = 0x1p64, LARGEST = 0x1.fffffffffffffp1023;

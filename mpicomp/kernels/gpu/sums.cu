@@ -1,6 +1,6 @@
 // Sums in one fixed order, and passes that only add: mpicomp/kernels/cpu/sums.py says what is computed.
 #include "elements.cuh"
-#include "tree.cuh"
+#include "sums.cuh"
 
 // Whether a number is NaN or infinite.
 __device__ __forceinline__ bool endless(T x) { return magnitude(x) >= INFINITE; }
@@ -48,15 +48,6 @@ extern "C" __global__ void __launch_bounds__(256) nonfinite(const T* x, const T*
         for (int k = 0; k < access.K; k++) bad |= endless(v[k]);
     });
     if (bad) *found = 1;
-}
-
-// The lowest level of the tree over magnitudes: a warp a block.
-extern "C" __global__ void __launch_bounds__(256) sum_blocks(const T* x, double* sums, i64 size) {
-    const i64 block = thread_of_grid() / WARP;
-    if (block * TREE >= size) return;
-    const T* own = x + block * TREE;
-    const double sum = fold_tree((int)min(size - block * TREE, (i64)TREE), [&](int i) { return fabs((double)own[i]); });
-    if (threadIdx.x % WARP == 0) sums[block] = sum;
 }
 
 // A level above: `rows` times `size` sums of blocks become those of blocks of 1024 of them, a warp each.

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mpicomp.arrays import Array
-from mpicomp.kernels import kernels_for
+from mpicomp.kernels import host_kernels
 from mpicomp.reducers.base import State
 from mpicomp.reducers.parts.layout import Layout, Piece, Unit
 
@@ -85,7 +85,7 @@ class InTurn(Factors):
 
     def back_project(self, m: Array, p: Array, q: Array, state: State) -> None:
         """Make the columns of P orthonormal, set Q = M^T P, and the new residual to M - P Q^T, where there is one."""
-        kernels = kernels_for(m)
+        kernels = host_kernels(m)
         for each in self.matrices.values():
             columns, found = p[each.p].reshape(-1, self.rank), q[each.q].reshape(-1, self.rank)
             kernels.orthogonalise(columns, each.base(state))
@@ -114,7 +114,7 @@ class InTurn(Factors):
             np.multiply(p[whole.p], factor, out=out[whole.where])
         for each in self.matrices.values():
             columns, rows = p[each.p].reshape(-1, self.rank), q[each.q].reshape(-1, self.rank)
-            kernels_for(p).outer(columns, rows, out[each.unit.where].reshape(each.shape))
+            host_kernels(p).outer(columns, rows, out[each.unit.where].reshape(each.shape))
 
 
 def magnitude(x: Array) -> float:

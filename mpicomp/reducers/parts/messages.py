@@ -11,7 +11,7 @@ from mpicomp.arrays import Array, Copied, empty, fetch, pinned, put
 from mpicomp.codecs.base import Codec, Key
 from mpicomp.comm.collectives import as_bytes, exchange
 from mpicomp.comm.communicator import Comm
-from mpicomp.device import gpu_aware
+from mpicomp.comm.info import gpu_aware
 from mpicomp.errors import ConfigMismatchError
 from mpicomp.kernels import kernels_for
 from mpicomp.reducers.base import State

@@ -11,7 +11,7 @@ import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import stream_of
-from mpicomp.comm.transport import Topology
+from mpicomp.comm.topology import Topology
 from mpicomp.reducers.parts.layout import Layout, Piece, Unit
 
 GRAIN = 1 << 12  # elements of a part of a unit, at least

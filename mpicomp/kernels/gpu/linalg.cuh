@@ -1,5 +1,5 @@
 // Modified Gram-Schmidt in double by one block of threads, every sum by the tree: mpicomp/kernels/cpu/linalg.py.
-#include "levels.cuh"
+#include "sums.cuh"
 
 constexpr int QUARTER = WARP;  // sums of a quarter of a block of the tree, one a lane
 
@@ -72,7 +72,7 @@ __device__ __noinline__ double pass(
         if (lane == 0) sums[block] = sum;
     }
     __syncthreads();
-    return total(sums, blocks);
+    return finish_tree(sums, blocks);
 }
 
 // Make column j a unit vector orthogonal to those before it; false where less than `least` of it is left.

@@ -41,7 +41,7 @@ class Running(NamedTuple):
 
 @dataclass
 class Memory:
-    """What a reduction remembers between steps; made by `mpicomp.state`, updated in place by `allreduce`.
+    """What a reduction remembers between steps; made by `mpicomp.memory`, updated in place by `allreduce`.
 
     It is values, and may be copied, pickled, exported and restored between steps: the copy goes on, bit for bit, as the
     original would. From its first step on it belongs to one rank of so many ranks, on any communicator of that size.
@@ -97,9 +97,9 @@ class Memory:
         """Raise ValueError where this was made for something else."""
         if self.form != form:
             made, given = (f"{each}{' on a GPU' if each.device else ''}" for each in (self.form, form))
-            raise ValueError(f"state was made for {made}, got {given}")
+            raise ValueError(f"memory was made for {made}, got {given}")
         if self.method != method:
-            raise ValueError(f"state was made for {self.method}, got method {method}")
+            raise ValueError(f"memory was made for {self.method}, got method {method}")
 
     def prepare(self, comm: Comm, op: str) -> Running:
         """Return what would run; nothing changes yet.
@@ -109,15 +109,15 @@ class Memory:
         here = Place(comm.rank, comm.size)
         if self.place not in (None, here):
             raise ValueError(
-                f"state belongs to {self.place}, where its first step was, and this is {here}; make a state for each "
-                f"communicator of another size or order"
+                f"memory belongs to {self.place}, where its first step was, and this is {here}; make a memory for "
+                f"each communicator of another size or order"
             )
         reducer = self.reducer or resolve(self.method, self.form.layout, self.form.dtype, comm.size, self.feedback)
         check_place(reducer, self.form.device)
         found = Running(reducer, divided(reducer, comm.size, op))
         if self.running not in (None, found.divided):
             raise ValueError(
-                f"state was begun with {self.running}, and op {op!r} needs {found.divided}; make a state for each"
+                f"memory was begun with {self.running}, and op {op!r} needs {found.divided}; make a memory for each"
             )
         return found
 
@@ -177,7 +177,7 @@ class Memory:
         ValueError for what belongs to another method or to arrays of other shapes; this memory then stays as it was.
         """
         if exported.get("method") != str(self.method):
-            raise ValueError(f"this state is of {self.method}, and {exported.get('method')} was exported")
+            raise ValueError(f"this memory is of {self.method}, and {exported.get('method')} was exported")
         if "units" not in exported:
             self.state, self.before, self.place, self.resolved = None, None, None, None
             return
@@ -190,7 +190,7 @@ class Memory:
             if "residual" in kept and (kept["residual"].size, kept["residual"].dtype.name) != (sizes[name], dtype)
         ]
         if wrong:
-            raise ValueError(f"this state is of {self.form}, and what was exported differs in {', '.join(wrong)}")
+            raise ValueError(f"this memory is of {self.form}, and what was exported differs in {', '.join(wrong)}")
         resolved = Running(*(_reducer_of(exported[name]) for name in ("reducer", "running")))
         seed, step = exported["seed"], exported["step"]
         fresh = resolved.divided.init(self.form.layout, dtype, seed=seed, step=step)
@@ -207,7 +207,7 @@ def _reducer_of(spec: str) -> Reducer:
     return reducer  # type: ignore[no-any-return]  # what `export` wrote
 
 
-def state(method: Method, x: Arrays, seed: int = 0) -> Memory:
+def memory(method: Method, x: Arrays, seed: int = 0) -> Memory:
     """Return the memory with which `allreduce` of arrays like x feeds back what it could not send.
 
     A bare codec means error feedback over the default reducer. Raises SpecError, TypeError or ValueError for a
