@@ -1,7 +1,7 @@
-"""The only place that tells one array library from another, one memory from another, and the half types from the rest.
+"""The only place that distinguishes array libraries (NumPy, CuPy), memories (host, GPU) and half types from the rest.
 
-Arrays of CuPy lie in a GPU's memory. NumPy's functions that take an array find CuPy's own for them by themselves
-(`np.empty_like`, `np.add(..., out=)`); what makes or moves memory is here. All is done on the current stream.
+Arrays of CuPy lie in a GPU's memory. NumPy's functions that take an array call CuPy's for them by themselves
+(`np.empty_like`, `np.add(..., out=)`); functions that make or move memory are here. All use the current stream.
 
 Work arrays and residuals are float32, float64 where the input is float64. Half types enter as their bits, since
 Numba has no float16 on the CPU and NumPy has no bfloat16: `widen` and `narrow` convert by integer arithmetic. Complex
@@ -23,18 +23,18 @@ Result = TypeVar("Result")
 
 COMPLEX = ("complex64", "complex128")
 DTYPES = ("float32", "float16", "bfloat16", "float64", *COMPLEX)
-"""The element types that may be compressed; complex ones by what acts on each element."""
+"""The element types that may be compressed; complex ones by codecs that act on each element alone."""
 
 
 def work_dtype(dtype: str) -> str:
-    """Name of the dtype in which an input of `dtype` is summed; that of a part of a complex number."""
+    """Name of the dtype in which an input of `dtype` is summed; for complex numbers the dtype of their parts."""
     return "float64" if dtype in ("float64", "complex128") else "float32"
 
 
 def dtype_name(x: Array) -> str:
     """Name of the dtype of `x`, of a structured one all its fields.
 
-    bfloat16 is recognised by name, whoever defined it (ml_dtypes, JAX).
+    bfloat16 is recognised by name, since several libraries define it (ml_dtypes, JAX).
     """
     return str(x.dtype) if x.dtype.names else _name(x.dtype)
 
@@ -49,22 +49,22 @@ def on_device(x: Any) -> bool:
     return type(x) is not np.ndarray and type(x).__module__.partition(".")[0] == "cupy"
 
 
-def check_gpu(what: str) -> None:
+def check_gpu(name: str) -> None:
     """Raise ValueError where CuPy cannot use a GPU."""
     try:
         import cupy
 
         found = cupy.cuda.runtime.getDeviceCount()
     except ImportError as error:
-        raise ValueError(f"{what} is a CuPy array, and CuPy cannot be imported: {error}") from error
+        raise ValueError(f"{name} is a CuPy array, and CuPy cannot be imported: {error}") from error
     except cupy.cuda.runtime.CUDARuntimeError as error:
-        raise ValueError(f"{what} is a CuPy array, and there is no GPU to be used here: {error}") from error
+        raise ValueError(f"{name} is a CuPy array, and no GPU can be used here: {error}") from error
     if not found:
-        raise ValueError(f"{what} is a CuPy array, and CUDA shows no GPU here")
+        raise ValueError(f"{name} is a CuPy array, and CUDA shows no GPU here")
 
 
 def bound(call: Callable[[], Result], x: Any) -> Callable[[], Result]:
-    """Return `call` as it runs on the stream and device that are current now, whatever thread it will run on."""
+    """Return a call that runs `call` on the stream and device that are current now, in any thread."""
     if not on_device(x):
         return call
     import cupy
@@ -88,7 +88,7 @@ def on_stream(pointer: int, device: int) -> Iterator[None]:
 
 
 def borrowed(tensor: Any) -> Array:
-    """Return another library's array on a GPU as CuPy's, by DLPack: the same memory, after what is being written."""
+    """Return another library's array on a GPU as CuPy's, by DLPack: the same memory, ordered after pending writes."""
     import cupy
 
     array: Array = cupy.from_dlpack(tensor)
@@ -109,7 +109,7 @@ def empty(size: int, dtype: str, device: bool = False) -> Array:
 
 
 def pinned(nbytes: int) -> Array:
-    """Host memory that a GPU reads and writes while nobody waits, (nbytes,) uint8, uninitialised."""
+    """Host memory that a GPU reads and writes asynchronously, (nbytes,) uint8, uninitialised."""
     import cupy
 
     memory: Array = np.frombuffer(cupy.cuda.alloc_pinned_memory(max(1, nbytes)), np.uint8, nbytes)
@@ -117,7 +117,7 @@ def pinned(nbytes: int) -> Array:
 
 
 class Copied:
-    """A place on the current stream: what was begun before it, such as a copy, can be waited for."""
+    """An event on the current stream, after a copy or other work that was begun before it."""
 
     def __init__(self) -> None:
         import cupy
@@ -126,7 +126,7 @@ class Copied:
         self._event.record(cupy.cuda.get_current_stream())
 
     def wait(self) -> None:
-        """Return when the copy, and what the stream had to do before, is done."""
+        """Return when the copy and all earlier work of the stream are done."""
         self._event.synchronize()
 
 
@@ -159,13 +159,13 @@ def on_host(x: Array, out: Array) -> Iterator[tuple[Array, Array]]:
 
 
 def to_host(x: Any) -> Array:
-    """Return a NumPy array with what x holds: a copy."""
+    """Return the elements of x as a NumPy array: a copy."""
     copy: Array = x.get() if on_device(x) else x.copy()
     return copy
 
 
 def to_device(x: Array) -> Array:
-    """Return an array of CuPy with what a NumPy array holds."""
+    """Return the elements of a NumPy array as an array of CuPy."""
     import cupy
 
     made: Array = cupy.asarray(x)

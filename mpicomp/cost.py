@@ -1,39 +1,39 @@
-"""What one reduction takes: bytes, rounds, messages, passes over data. Nothing here is measured."""
+"""The cost of one reduction: bytes, rounds, messages, passes over data. Nothing here is measured."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Work(NamedTuple):
-    """A pass over data by this rank: what is done to how many elements."""
+    """A pass over data by this rank."""
 
     op: str
     """"encode", "encode_residual" or "decode_add" of a codec; "add" of an array to another; "copy"; "matmul", the
     product of a matrix with a thin one, in elements of the matrix."""
     elements: int
-    codec: str = ""
-    """The codec's spec, where one is at work."""
+    codec: Any = None
+    """The codec, where one is at work."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a reduction takes of one rank; the default is nothing."""
+    """The cost of a reduction on one rank; the default is nothing."""
 
     nbytes: int = 0
-    """Bytes sent to other ranks, headers and padding included: exactly so many, or at most, where sizes vary."""
+    """Bytes sent to other ranks, headers and padding included: exact, or an upper bound where sizes vary."""
     rounds: int = 0
-    """Messages that must follow each other: latencies on the critical path."""
+    """Messages that must wait for each other: latencies on the critical path."""
     messages: int = 0
     """Messages sent, each of which costs its sender some time."""
     lossy: int = 0
-    """Events at which an input loses information on its way to the total, at most."""
+    """Upper bound of the encodings that lose information on the way from an input to the total."""
     work: tuple[Work, ...] = ()
     chunks: int = 1
     """Parts in which coding and sending overlap; 1: one after the other."""
     mpi: tuple[int, ...] = ()
-    """Sizes in bytes of the arrays that MPI's own allreduce sums: their bytes are in `nbytes` by the least formula."""
+    """Sizes in bytes of the arrays that MPI's own allreduce sums; `nbytes` has the fewest bytes that can take."""
     shared: int = 0
     """Bytes copied to and from memory that the ranks of a node share."""
 

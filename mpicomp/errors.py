@@ -16,7 +16,7 @@ REPAIR = (
 
 
 class CommunicatorError(MPICompError, RuntimeError):
-    """An error on one rank has broken a communicator: no rank can complete what was under way on it."""
+    """An error on one rank has broken a communicator: no rank can complete its pending calls."""
 
 
 class WireFormatError(MPICompError, ValueError):

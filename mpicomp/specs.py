@@ -3,15 +3,15 @@
     error_feedback(gather(topk(density=0.01)))
 
 A *member* is a frozen dataclass that inherits from `Spec`; its fields are its settings. `str(member)` prints it and
-`parse` reads it back, `parse(str(member), ...) == member`. What is read is literals and known names only: the text
-goes through `ast` against a literal registry and nothing is ever evaluated.
+`parse` reads it back, `parse(str(member), ...) == member`. Only literals and known names are read: the text goes
+through `ast` against a literal registry and is never evaluated. Length and depth are bounded, in both directions.
 
 **How a member is printed.** Fields at their defaults are left out; a member without arguments prints as its bare
 name. The leading fields that are required or hold members form the *head*; it is printed by position up to its last
-member, `after(100, two_stage(uniform))`, and everything else by keyword: `topk(density=0.01)`,
-`partition(dense, low_rank(rank=4), min_size=1024)`.
+member, `after(two_stage(uniform), steps=100)`, and everything else by keyword: `topk(density=0.01)`,
+`partition(small=dense, large=low_rank(rank=4), min_size=1024)`.
 
-**What is read besides.** Any field by position or keyword, tuples and lists (both become tuples), an int for a float,
+**What else is read.** Any field by position or keyword, tuples and lists (both become tuples), an int for a float,
 `inf` and `nan` for a float, and a bare name where the field is annotated `str`: `cast(dtype=bf16)`.
 """
 
@@ -21,6 +21,7 @@ import ast
 import dataclasses
 import difflib
 import keyword
+import re
 import threading
 import types
 import typing
@@ -29,8 +30,9 @@ from typing import Any, ClassVar, Literal, NoReturn, Union
 
 from mpicomp.errors import SpecError
 
-MAX_CHARS = 10_000  # of a spec; far above any real one, far below what overflows the stack of Python's parser
-MAX_DEPTH = 50  # members and tuples inside each other
+MAX_CHARS = 10_000  # of a spec; far more than any real one has
+MAX_DEPTH = 50  # members and tuples inside each other, signs before a number
+MAX_BITS = 1100  # of an integer; far more than a float can hold
 
 # Python before 3.11.8 and 3.12.2 counts the depth of one `ast.parse` beside another thread's and raises SystemError
 # (gh-106905). Reentrant, because the garbage collector may run a finalizer amid parsing.
@@ -46,14 +48,14 @@ class Spec:
         """Print the spec, which `parse` reads back to an equal member."""
         known = vars(self)  # a member never changes, and its spec names it in every operation
         if "_printed" not in known:
-            known["_printed"] = self._print()
+            known["_printed"] = self._print(0)
         printed: str = known["_printed"]
         return printed
 
-    def _print(self) -> str:
+    def _print(self, depth: int) -> str:
         fields = _init_fields(type(self))
         values = [getattr(self, field.name) for field in fields]
-        texts = [_text(value, kinds) for value, kinds in zip(values, _kinds(type(self)), strict=True)]
+        texts = [_text(value, kinds, depth + 1) for value, kinds in zip(values, _kinds(type(self)), strict=True)]
         shown = [text != _default_text(type(self), field) for field, text in zip(fields, texts, strict=True)]
         head = 0
         for place, field in enumerate(fields):
@@ -67,21 +69,27 @@ class Spec:
         return f"{self.spec_name}({', '.join(arguments)})" if arguments else self.spec_name
 
 
-def parse(text: str, registry: Mapping[str, type[Any]], aliases: Mapping[str, str] | None = None) -> Any:
+def parse(
+    text: str,
+    registry: Mapping[str, type[Any]],
+    aliases: Mapping[str, str] | None = None,
+    other_names: Mapping[str, str] | None = None,
+) -> Any:
     """Read a spec: build the member that `text` describes.
 
-    `registry` maps the names of members to their dataclasses, `aliases` further names to specs, as
-    `{"bf16": "cast(dtype=bf16)"}`. Raises SpecError.
+    `registry` maps the names of members to their dataclasses, `aliases` further names to specs, as in
+    `{"bf16": "cast(dtype=bf16)"}`. `other_names` maps names of the literature, in lower case without "_" and "-", to
+    those known here; such a name is refused with a hint. Raises SpecError.
     """
     if not isinstance(text, str):
         raise TypeError(f"a spec is a string, got {type(text).__name__}")
-    return _Parser(text.strip(), registry, aliases or {}).parse()
+    return _Parser(text.strip(), registry, aliases or {}, other_names or {}).parse()
 
 
 # ---------------------------------------------------------------------------------------------- fields of a member
 
 Kinds = frozenset[str] | None
-"""What a field takes: some of "int", "float", "bool", "str", "tuple", "none", "member"; None: not known, anything."""
+"""The kinds of value of a field: some of "int", "float", "bool", "str", "tuple", "none", "member"; None: any."""
 
 _SIMPLE: dict[Any, str] = {int: "int", float: "float", bool: "bool", str: "str", tuple: "tuple", type(None): "none"}
 
@@ -94,7 +102,7 @@ _kinds_by_class: dict[type[Any], tuple[Kinds, ...]] = {}
 
 
 def _kinds(cls: type[Any]) -> tuple[Kinds, ...]:
-    """Return what each field of a member takes, from its annotation."""
+    """Return the kinds of each field of a member, from its annotation."""
     if cls not in _kinds_by_class:
         _kinds_by_class[cls] = _read_kinds(cls)
     return _kinds_by_class[cls]
@@ -131,19 +139,21 @@ def _default_text(cls: type[Any], field: dataclasses.Field[Any]) -> str | None:
     if _required(field):
         return None
     default = field.default if field.default is not dataclasses.MISSING else typing.cast(Any, field.default_factory)()
-    return _text(default, _kinds(cls)[_init_fields(cls).index(field)])
+    return _text(default, _kinds(cls)[_init_fields(cls).index(field)], 0)
 
 
 def _holds_member(value: Any) -> bool:
     return isinstance(value, Spec) or (isinstance(value, tuple) and any(map(_holds_member, value)))
 
 
-def _text(value: Any, kinds: Kinds) -> str:
+def _text(value: Any, kinds: Kinds, depth: int) -> str:
     """Print the value of a field. Equal texts mean equal values of one type, so defaults are compared by text."""
+    if depth > MAX_DEPTH:
+        raise SpecError(f"a member is nested deeper than {MAX_DEPTH} levels, too deep for a spec")
     if isinstance(value, Spec):
-        return str(value)
+        return value._print(depth)
     if isinstance(value, tuple):
-        return "(" + ", ".join(_text(item, None) for item in value) + ("," if len(value) == 1 else "") + ")"
+        return "(" + ", ".join(_text(item, None, depth + 1) for item in value) + ("," if len(value) == 1 else "") + ")"
     if isinstance(value, bool) or value is None:
         return repr(value)
     if kinds is not None and "float" in kinds and "int" not in kinds and not isinstance(value, str):
@@ -153,7 +163,8 @@ def _text(value: Any, kinds: Kinds) -> str:
     if isinstance(value, str):
         bare = kinds is not None and _is_name_field(kinds) and value.isidentifier() and value.isascii()
         return value if bare and not keyword.iskeyword(value) else repr(str(value))
-    return repr(int(value))
+    number = int(value)
+    return str(number) if number.bit_length() <= MAX_BITS else hex(number)  # Python refuses to print longer decimals
 
 
 def _is_name_field(kinds: Kinds) -> bool:
@@ -165,8 +176,10 @@ def _is_name_field(kinds: Kinds) -> bool:
 
 
 class _Parser:
-    def __init__(self, text: str, registry: Mapping[str, type[Any]], aliases: Mapping[str, str]) -> None:
-        self.text, self.registry, self.aliases = text, registry, aliases
+    def __init__(
+        self, text: str, registry: Mapping[str, type[Any]], aliases: Mapping[str, str], other_names: Mapping[str, str]
+    ) -> None:
+        self.text, self.registry, self.aliases, self.other_names = text, registry, aliases, other_names
 
     def parse(self) -> Any:
         if not self.text:
@@ -178,13 +191,15 @@ class _Parser:
                 body = ast.parse(self.text, mode="eval").body
         except SyntaxError as error:
             where = (error.lineno or 1, (error.offset or 1) - 1)
-            self.fail(f"not a spec: {error.msg}", where, self.known(), error)
-        except (RecursionError, MemoryError) as error:
+            meant = next(filter(None, map(self.meant, re.findall(r"[\w-]+", self.text))), "")  # 1bit is no Python name
+            self.fail(f"not a spec: {error.msg}{meant}", where, self.known(), error)
+        except (RecursionError, MemoryError, SystemError) as error:
             self.fail("the spec is nested too deeply", None, "", error)
         except ValueError as error:  # a null byte, a lone surrogate
             self.fail(f"not a spec: {error}", None, self.known(), error)
         if not isinstance(body, ast.Call | ast.Name):
-            self.fail("a spec is a name or a call, such as topk(density=0.01)", body, self.known())
+            what = f"a spec is a name or a call, such as topk(density=0.01){self.meant(self.text)}"
+            self.fail(what, body, self.known())
         return self.value(body, None, 0)
 
     def value(self, node: ast.expr, kinds: Kinds, depth: int) -> Any:
@@ -193,6 +208,8 @@ class _Parser:
             self.fail(f"the spec is nested deeper than {MAX_DEPTH} levels", node)
         match node:
             case ast.Constant(value=bool() | int() | float() | str() | None as value):
+                if isinstance(value, int) and value.bit_length() > MAX_BITS:
+                    self.fail(f"a number has more than {MAX_BITS} bits", node)
                 return value
             case ast.UnaryOp(op=ast.USub() | ast.UAdd() as sign, operand=operand):
                 number = self.value(operand, kinds, depth + 1)
@@ -221,7 +238,8 @@ class _Parser:
                 self.fail(f"{name} stands for {self.aliases[name]} and takes no arguments", node)
             return parse(self.aliases[name], self.registry, self.aliases)
         if name not in self.registry:
-            self.fail(f"unknown name {name!r}{_guess(name, self.names())}", node, self.known())
+            guess = self.meant(name) or _guess(name, self.names())
+            self.fail(f"unknown name {name!r}{guess}", node, self.known())
         cls = self.registry[name]
         fields = {field.name: kinds for field, kinds in zip(_init_fields(cls), _kinds(cls), strict=True)}
         takes = f"{name} takes: {', '.join(fields)}" if fields else f"{name} takes no arguments"
@@ -267,8 +285,13 @@ class _Parser:
             words = {"int": "an integer", "float": "a number", "bool": "True or False", "str": "a name", "none": "None"}
             words |= {"tuple": "a tuple", "member": "a codec or reducer"}
             wanted = " or ".join(words[each] for each in words if each in kinds)
-            self.fail(f"{field} must be {wanted}, got {_text(value, kinds) if kind != 'str' else repr(value)}", node)
+            self.fail(f"{field} must be {wanted}, got {_text(value, kinds, 0) if kind != 'str' else repr(value)}", node)
         return value
+
+    def meant(self, name: str) -> str:
+        """Return the hint for a name of the literature, empty for any other."""
+        known = self.other_names.get(name.lower().replace("_", "").replace("-", ""))
+        return f"; did you mean {known!r}?" if known else ""
 
     def names(self) -> list[str]:
         return sorted({*self.registry, *self.aliases})
@@ -283,7 +306,7 @@ class _Parser:
         hint: str = "",
         cause: BaseException | None = None,
     ) -> NoReturn:
-        """Raise SpecError: what is wrong, the text, a caret below the place, a hint."""
+        """Raise SpecError: the fault, the text, a caret below the place, a hint."""
         lines = self.text.splitlines() or [""]
         if isinstance(where, ast.AST):
             row, column = typing.cast(Any, where).lineno, typing.cast(Any, where).col_offset
@@ -300,5 +323,5 @@ class _Parser:
 
 
 def _guess(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""

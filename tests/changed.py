@@ -16,16 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from mpicomp.codecs import CODECS, Key
+from mpicomp.codecs import Key
 from mpicomp.errors import WireFormatError
 from mpicomp.kernels import cpu
-from mpicomp.reducers.parts.entries import Coding, Entries
+from mpicomp.reducers.parts.entries import Entries, EntryCodec
 from mpicomp.reducers.parts.layout import Layout, Piece
-from mpicomp.reducers.parts.parcels import Wire
+from mpicomp.reducers.parts.parcels import Parcels
 from mpicomp.reducers.parts.regions import Region
 from mpicomp.reducers.parts.workspace import Workspace
-from mpicomp.registry import ALIASES
-from mpicomp.specs import parse
+from mpicomp.registry import parse
 from mpicomp.wire import HEADER, Field, MessageLayout
 
 SIZES = (1, 2, 7, 8, 9, 33, 64, 255, 257, 700, 5000, 70_000)
@@ -132,7 +131,7 @@ def attack_payloads(codec: Any, messages: int, seed: int = 0) -> None:
 
 
 class Peer:
-    """A world of one for `Wire`, which here only views messages."""
+    """A world of one for `Parcels`, which here only views messages."""
 
     rank, size = 0, 1
 
@@ -152,19 +151,19 @@ def attack_entries(codec: Any, messages: int, seed: int = 0) -> tuple[int, int]:
             entries = Entries(rng.standard_normal(count).astype(dtype), places)
             unit = Layout.single((size,)).units[0]
             region = Region(0, Piece(unit, 0, size), count)
-            coding = Coding(codec, dtype)
+            coding = EntryCodec(codec, dtype)
             layout = MessageLayout([(Field((1,), "<u4"),), coding.fields(size, count)])
             honest = np.zeros(layout.nbytes, np.uint8)
-            told, payload = layout.views(honest)
-            told[0][:] = count
-            coding.write(entries, payload, size, KEY)
+            counts, payload = layout.views(honest)
+            counts[0][:] = count
+            coding.write(entries, payload, size, KEY, None)
 
             class State:
                 pass
 
             state: Any = State()
             state.dtype = dtype
-            wire = Wire(Peer(), state, Workspace(), coding, None, "test")  # type: ignore[arg-type]
+            parcels = Parcels(Peer(), state, Workspace(), coding, None, "test")  # type: ignore[arg-type]
         message = memory.array((honest.size,), "uint8")
         message[:] = honest
         change(message[HEADER:], rng)
@@ -172,7 +171,7 @@ def attack_entries(codec: Any, messages: int, seed: int = 0) -> tuple[int, int]:
         marks = words.array((-(-size // 64),), "uint64")
         sums[:], marks[:] = 0, 0
         try:
-            parcel = wire.view(message, [region])
+            parcel = parcels.view(message, [region])
             told_count = int(parcel.counts[0])
             if told_count > size:
                 continue
@@ -185,7 +184,7 @@ def attack_entries(codec: Any, messages: int, seed: int = 0) -> tuple[int, int]:
             number_of = cpu.merge(entries.places, entries.values, found.places, found.values, both, merged)
             cpu.scatter_add(both[:number_of], merged[:number_of], sums)
             again = MessageLayout([coding.fields(size, told_count)])
-            coding.write(found, again.views(np.zeros(again.nbytes, np.uint8))[0], size, KEY)
+            coding.write(found, again.views(np.zeros(again.nbytes, np.uint8))[0], size, KEY, None)
             coding.add(parcel.payloads[0], told_count, sums, KEY)
         except WireFormatError:
             refused += 1
@@ -201,7 +200,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.codec:
-        codecs = [parse(spec, CODECS, ALIASES) for spec in args.codec]
+        codecs = [parse(spec) for spec in args.codec]
     else:
         from codec_members import CODECS_TESTED
 
@@ -213,7 +212,7 @@ def main() -> None:
         refused, decoded = attack_codec(codec, args.messages, args.seed)
         attack_payloads(codec, args.messages, args.seed)
         print(f"{refused} refused, {decoded} decoded, {time.perf_counter() - began:.1f} s", flush=True)
-    for codec in (None, parse("bf16", CODECS, ALIASES), parse("uniform(bits=4)", CODECS, ALIASES)):
+    for codec in (None, parse("bf16"), parse("uniform(bits=4)")):
         print(f"entries of {codec}: ", end="", flush=True)
         refused, decoded = attack_entries(codec, args.messages, args.seed)
         print(f"{refused} refused, {decoded} decoded", flush=True)

@@ -24,6 +24,7 @@ from mpicomp.codecs import (
     TopK,
     Uniform,
 )
+from mpicomp.codecs.blockwise import Blockwise
 
 CODECS_TESTED = [
     Cast("fp16"),
@@ -80,7 +81,7 @@ CODECS_TESTED = [
     FP8(),
     FP8("e5m2"),
     Rotated(Sign()),
-    Rotated(Sign(), scaled=True),
+    Rotated(Sign(), rescale=True),
     Rotated(Uniform(bits=4, stochastic=True)),
     Rotated(Uniform(bits=2, block=64, stochastic=True), kashin=True),
 ]
@@ -119,16 +120,10 @@ def decoded(codec, payload, size, dtype, key=KEY):
     return out
 
 
-def inside(codec):
-    """Return the codec that codes the values or the rotated numbers of another, None where there is none."""
-    return getattr(codec, "values", None) or getattr(codec, "codec", None)
-
-
 def rounds_at_random(codec):
     """Tell whether a codec draws numbers of each rank's own."""
-    if codec is None:
-        return False
-    return isinstance(codec, Natural | Ternary) or getattr(codec, "random", False) or rounds_at_random(inside(codec))
+    own = isinstance(codec, Natural | Ternary) or (isinstance(codec, Blockwise) and codec.random)
+    return own or any(map(rounds_at_random, codec.inner))
 
 
 def draws(codec):

@@ -16,11 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from mpicomp.codecs import CODECS, Key
+from mpicomp.codecs import Key
 from mpicomp.errors import WireFormatError
-from mpicomp.registry import ALIASES
-from mpicomp.specs import parse
-from mpicomp.wire import CHECKSUM, FRAME, checksum, frame, unframe
+from mpicomp.frames import CHECKSUM, FRAME, checksum, frame, unframe
+from mpicomp.registry import parse
 
 SIZES = (0, 1, 2, 7, 8, 9, 31, 33, 64, 100, 255, 257, 500, 700)
 GUARD = 64  # elements before and behind `out`
@@ -156,7 +155,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.codec:
-        codecs = [parse(spec, CODECS, ALIASES) for spec in args.codec]
+        codecs = [parse(spec) for spec in args.codec]
     else:
         from codec_members import CODECS_TESTED
 

@@ -66,7 +66,7 @@ def test_a_cupy_array_without_cupy_or_without_a_gpu_is_refused_with_the_reason(m
     cupy.cuda.runtime.CUDARuntimeError = failure
     cupy.cuda.runtime.getDeviceCount.side_effect = failure("cudaErrorInsufficientDriver")
     monkeypatch.setitem(sys.modules, "cupy", cupy)
-    with pytest.raises(ValueError, match="no GPU to be used here: cudaErrorInsufficientDriver"):
+    with pytest.raises(ValueError, match="no GPU can be used here: cudaErrorInsufficientDriver"):
         checked(CUPY(), device=True)
 
 

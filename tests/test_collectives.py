@@ -1,4 +1,4 @@
-"""Collectives over a team of threads: what arrives, what is counted, and what happens when ranks part ways."""
+"""Collectives over a team of threads: results, counted bytes, and ranks that disagree."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A communicator over a team of threads: calls take turns, an error breaks it on all ranks, and a reset repairs it."""
+"""A communicator over a team of threads: calls run in order, an error breaks it on all ranks, a reset repairs it."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ def test_an_error_breaks_the_communicator_on_all_ranks_until_it_is_reset(error: 
         plan = mpicomp.plan(comm, X, "sign")
         plan(X)
         fails(comm, lambda: BEGIN[begin](comm, failing(error)), error)
-        told = rf"rank 1 of 3 failed: a sum that fails.*{type(error).__name__}: {error}"
+        expected = rf"rank 1 of 3 failed: a sum that fails.*{type(error).__name__}: {error}"
         for _ in range(2):
             for again in (mpicomp.allreduce, lambda *args: mpicomp.iallreduce(*args).wait()):
-                with pytest.raises(CommunicatorError, match=told):
+                with pytest.raises(CommunicatorError, match=expected):
                     again(comm, X, "dense")
-            with pytest.raises(CommunicatorError, match=told):
+            with pytest.raises(CommunicatorError, match=expected):
                 plan(X)
         with pytest.raises(CommunicatorError, match=r"mpicomp\.reset"):
             mpicomp.allreduce(comm, X, "dense")
@@ -122,7 +122,7 @@ def test_what_was_queued_behind_an_error_does_not_run_and_a_reset_does() -> None
 
 
 def test_what_is_under_way_is_given_up() -> None:
-    """Messages that nobody takes, and receives of what nobody sends, meet nothing that comes after a reset."""
+    """Messages that no rank receives, and receives without a message, match nothing after a reset."""
 
     def prepare(comm: Comm) -> Operation:
         def run() -> None:
@@ -158,7 +158,7 @@ def test_a_reset_of_what_is_whole_does_no_harm() -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_two_threads_that_call_on_one_communicator_take_turns(ranks: int) -> None:
+def test_two_threads_that_call_on_one_communicator(ranks: int) -> None:
     def f(comm: Comm) -> None:
         found: list[Any] = []
 

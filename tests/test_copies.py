@@ -356,7 +356,7 @@ def test_a_list_of_integers() -> None:
 def test_a_partition_looks_at_the_shapes_in_a_list() -> None:
     def f(comm: Comm) -> Any:
         xs = [array_of(comm.rank, (5,)), array_of(comm.rank, (40, 30))]
-        memory = mpicomp.memory("partition(dense, error_feedback(gather(topk(density=0.1))))", xs)
+        memory = mpicomp.memory("partition(small=dense, large=error_feedback(gather(topk(density=0.1))))", xs)
         mpicomp.allreduce(comm, xs, memory.method, memory=memory)
         assert isinstance(memory.residual, list)
         return [bool(debt.any()) for debt in memory.residual]

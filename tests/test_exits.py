@@ -75,7 +75,7 @@ def test_silent_rank_is_given_up(tmp_path: Path) -> None:
 
 
 @needs_mpirun
-def test_requests_that_nobody_waits_for_are_finished(tmp_path: Path) -> None:
+def test_requests_without_a_wait_are_finished(tmp_path: Path) -> None:
     job = start(
         tmp_path,
         2,
@@ -90,7 +90,7 @@ def test_requests_that_nobody_waits_for_are_finished(tmp_path: Path) -> None:
 
 
 @needs_mpirun
-def test_a_request_that_fails_and_that_nobody_waits_for(tmp_path: Path) -> None:
+def test_a_request_that_fails_without_a_wait(tmp_path: Path) -> None:
     job = start(
         tmp_path,
         2,

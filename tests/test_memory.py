@@ -22,7 +22,7 @@ SPECS = [
     "sign",
     "topk(density=0.05)",
     "randomk(density=0.1)",
-    "threshold(value=1.5)",
+    "threshold(at=1.5)",
     "uniform(bits=4, stochastic=True, scaled=False)",
     "error_feedback(gather(fp8))",
     "error_feedback(two_stage(uniform(bits=4)))",
@@ -33,9 +33,11 @@ SPECS = [
     "error_feedback(low_rank(rank=2))",
     "error_feedback(hierarchical(two_stage(sign)))",
     "error_feedback(auto(allow=(low_rank(rank=2), uniform(bits=4))))",
-    "after(3, error_feedback(low_rank(rank=2)))",
-    "after(3, partition(dense, error_feedback(two_stage(uniform(bits=4, stochastic=True, scaled=False)))))",
-    "partition(error_feedback(gather(sign)), after(4, error_feedback(two_stage(randomk(density=0.2, scaled=False)))))",
+    "after(error_feedback(low_rank(rank=2)), steps=3)",
+    "after(partition(small=dense, "
+    "large=error_feedback(two_stage(uniform(bits=4, stochastic=True, scaled=False)))), steps=3)",
+    "partition(small=error_feedback(gather(sign)), "
+    "large=after(error_feedback(two_stage(randomk(density=0.2, scaled=False))), steps=4))",
 ]
 
 

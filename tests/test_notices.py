@@ -41,7 +41,7 @@ def test_a_long_text_is_cut_between_characters() -> None:
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_a_rank_that_waits_learns_that_a_peer_has_failed(grouped: bool) -> None:
-    def attend_until_told(comm: Comm) -> None:
+    def attend_until_it_fails(comm: Comm) -> None:
         while True:
             watch.attend(comm, "gather")
 
@@ -52,16 +52,16 @@ def test_a_rank_that_waits_learns_that_a_peer_has_failed(grouped: bool) -> None:
         if comm.rank != 0:
             return ""
         with pytest.raises(CommunicatorError) as caught:
-            attend_until_told(used)
+            attend_until_it_fails(used)
         return str(caught.value)
 
-    said = Team(3).run(f)[0]
-    assert said.startswith(
+    text = Team(3).run(f)[0]
+    assert text.startswith(
         "rank 1 of 3 failed: topk: ValueError: too large. Rank 0 was in gather (collective number 0)"
     )
 
 
-def test_a_rank_that_has_ended_ends_the_job_of_who_needs_it() -> None:
+def test_a_rank_that_has_ended_ends_the_job_where_a_peer_needs_it() -> None:
     def f(comm: Comm) -> None:
         allreduce(comm, np.zeros(1, np.int32), np.empty(1, np.int32))
         if comm.rank == 1:
@@ -109,7 +109,7 @@ def test_the_report_names_silent_ranks_and_those_elsewhere() -> None:
 
     with pytest.raises((TimeoutError, Aborted)) as caught:
         Team(3, timeout=0.3).run(f)
-    said = str(caught.value)
-    assert "rank 0 of 3 waited" in said
-    assert "rank 2 does not answer" in said
-    assert "rank 1 waits in receive from 2" in said
+    text = str(caught.value)
+    assert "rank 0 of 3 waited" in text
+    assert "rank 2 does not answer" in text
+    assert "rank 1 waits in receive from 2" in text

@@ -38,8 +38,8 @@ METHODS = [
     "gather(topk(density=0.2))",
     "two_stage(uniform(bits=8, block=32))",
     "low_rank(rank=2)",
-    "after(1, two_stage(sign))",
-    "partition(dense, two_stage(sign))",
+    "after(two_stage(sign), steps=1)",
+    "partition(small=dense, large=two_stage(sign))",
 ]
 REMEMBERING = [
     "topk(density=0.2)",
@@ -49,8 +49,8 @@ REMEMBERING = [
     "bf16",
     "error_feedback(two_stage(topk(density=0.2)))",
     "error_feedback(low_rank(rank=2))",
-    "after(1, error_feedback(gather(sign)))",
-    "partition(dense, error_feedback(two_stage(sign)), min_size=3)",
+    "after(error_feedback(gather(sign)), steps=1)",
+    "partition(small=dense, large=error_feedback(two_stage(sign)), min_size=3)",
 ]
 
 

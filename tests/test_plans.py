@@ -24,7 +24,7 @@ METHODS = [
     "two_stage(uniform(bits=8, block=32))",
     "low_rank(rank=2)",
     "bounded(abs=0.01)",
-    "partition(dense, error_feedback(two_stage(sign)), min_size=3)",
+    "partition(small=dense, large=error_feedback(two_stage(sign)), min_size=3)",
 ]
 
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpicomp.errors import SpecError
-from mpicomp.specs import Spec, parse
+from mpicomp.specs import MAX_DEPTH, Spec, parse
 
 
 class Member(Protocol):
@@ -415,6 +415,20 @@ def test_nothing_is_evaluated(text: str) -> None:
         "topk(density=" + "9" * 5000 + ")",
         "topk(density='\0')",
         "topk(density='\ud800')",
+        "(" * 100_000,
+        "(" * 100_000 + "sign" + ")" * 100_000,
+        "-" * 100_000 + "1",
+        "topk(density=" + "-" * 9000 + "1)",
+        "topk(density=" + "-" * 60 + "1)",
+        "topk(density=" + "~" * 5000 + "1)",
+        "topk(density=1" + "+1" * 4000 + ")",
+        "topk(density=1" + "**1" * 3000 + ")",
+        "topk(density=" + "not " * 2000 + "1)",
+        "sign" + "[0]" * 3000,
+        "sign" + "()" * 4000,
+        "topk(density=0x" + "f" * 900 + ")",
+        "topk(values=0x" + "f" * 900 + ")",
+        "warmup(" + "(" * 60 + "1" + ",)" * 60 + ", dense)",
     ],
     ids=lambda text: repr(text[:8]),
 )
@@ -422,6 +436,46 @@ def test_monstrous_input(text: str) -> None:
     with pytest.raises(SpecError) as caught:
         read(text)
     assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "powersgd",
+        "PowerSGD(rank=4)",
+        "gather(Power_SGD)",
+        "1bit",
+        "gather(1bit)",
+        "1-bit",
+        "None",
+    ],
+)
+def test_names_of_the_literature_get_a_hint(text: str) -> None:
+    others = {"powersgd": "low_rank", "1bit": "sign", "none": "dense"}
+    with pytest.raises(SpecError, match=r"; did you mean '(low_rank|sign|dense)'\?"):
+        parse(text, REGISTRY, ALIASES, others)
+
+
+def test_a_member_that_is_nested_too_deep_is_not_printed() -> None:
+    member: Any = Dense()
+    for _ in range(MAX_DEPTH):
+        member = ErrorFeedback(member)
+    assert read(str(member)) == member
+    for more in (1, 100_000):
+        for _ in range(more):
+            member = ErrorFeedback(member)
+        with pytest.raises(SpecError, match="nested deeper than 50 levels"):
+            str(member)
+    deep: Any = ()
+    for _ in range(100_000):
+        deep = (deep,)
+    with pytest.raises(SpecError, match="nested deeper than 50 levels"):
+        str(Warmup(deep, Dense()))
+    with pytest.raises(SpecError, match="nested deeper than 50 levels"):
+        str(Gather(ByName(((deep, Dense()),))))
+    while deep:  # Python frees a deep tuple by recursion
+        (deep,) = deep
+    del member
 
 
 def test_long_line_is_cut_around_the_place() -> None:

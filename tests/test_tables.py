@@ -11,8 +11,7 @@ from codec_members import CODECS_TESTED
 from golden import reference
 from reducers.members import COMPOSED, MEMBERS, REPRESENTATIVES
 
-from mpicomp.codecs import CODECS
-from mpicomp.registry import ALIASES, REDUCERS
+from mpicomp.registry import ALIASES, CODECS, REDUCERS
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,7 +46,7 @@ def specs_of(program: str) -> str:
 def test_a_codec_is_in_the_contract_suite(name: str) -> None:
     assert any(type(codec) is CODECS[name] for codec in CODECS_TESTED), (
         f"tests/codec_members.py: add {CODECS[name].__name__}(...) to CODECS_TESTED, a row per setting that changes "
-        "what runs, and its bound to tests/codecs/test_contract.py"
+        "what runs, and its bound to tests/codec_bounds.py"
     )
 
 

@@ -15,11 +15,10 @@ from mpicomp.api.accept import checked, checked_target, described, whole
 from mpicomp.arrays import COMPLEX, Array, dtype_name, on_device, work_dtype
 from mpicomp.codecs.base import Codec
 from mpicomp.comm.communicator import Comm
-from mpicomp.reducers.base import Reducer
-from mpicomp.reducers.low_rank import LowRank
+from mpicomp.reducers.base import Reducer, walk
 from mpicomp.reducers.parts.apply import OPS
 from mpicomp.reducers.parts.layout import Layout, Unit
-from mpicomp.registry import Method, leaves, parse, parsed
+from mpicomp.registry import Method, parse, parsed
 
 HALF = ("float16", "bfloat16")
 
@@ -192,10 +191,10 @@ def check_elementwise(member: Codec | Reducer, form: Form) -> None:
     """Raise TypeError for complex arrays and a method that does not act on each element for itself."""
     if not any(dtype in COMPLEX for dtype in form.dtypes):
         return
-    for leaf in leaves(member):  # type: ignore[arg-type]  # a codec is a leaf
-        if isinstance(leaf, LowRank):
+    for each in walk(member) if isinstance(member, Reducer) else ():
+        if not each.takes_complex:
             raise TypeError(
-                f"{leaf} takes real matrices only, got {form}; compress complex numbers by a codec that acts on each "
+                f"{each} takes real matrices only, got {form}; compress complex numbers by a codec that acts on each "
                 f"element, such as topk or uniform, or reduce x.real and x.imag"
             )
 

@@ -19,7 +19,7 @@ from mpicomp.comm.communicator import Comm
 from mpicomp.kernels import kernels_for
 from mpicomp.reducers.base import State
 from mpicomp.reducers.parts.layout import Layout
-from mpicomp.reducers.parts.messages import Message, exchange_messages, says_poison
+from mpicomp.reducers.parts.messages import Message, check_header, exchange_messages
 
 Flats = list[Array]
 
@@ -148,7 +148,8 @@ class Coded:
         """See Carrier."""
         rooms = self._exchanged(comm, outgoing, [True] * comm.size, operation)
         total[...] = 0
-        poisoned = [says_poison(room.buffer, source, self._sequence, self._state) for source, room in self._sent(rooms)]
+        sequence, state = self._sequence, self._state
+        poisoned = [check_header(room.buffer, source, sequence, state) for source, room in self._sent(rooms)]
         if any(poisoned):
             total[...] = np.nan
             return
@@ -187,13 +188,13 @@ class Coded:
                     kernels_for(flat).widen(flat, wide[unit.where], self._dtype)
                 else:
                     wide[unit.where] = flat
-        finite = message.encode(wide, self._state, 0, me, None, None)
+        finite = message.encode(wide, self._state, 0, me)
         message.seal(self._sequence, self._state, not finite)
 
     def _read(self, message: Message, flats: Flats, source: int) -> None:
         direct = not self._half and len(flats) == 1
         wide = flats[0] if direct else empty(self._layout.size, self._state.dtype)
-        if message.pieces and says_poison(message.buffer, source, self._sequence, self._state):
+        if message.pieces and check_header(message.buffer, source, self._sequence, self._state):
             wide[...] = np.nan
         else:
             message.decode(wide, self._state, 0, source)

@@ -7,7 +7,7 @@ is not finite arrives as NaN, with those that shared its message; by `dense` all
 from __future__ import annotations
 
 import sys
-from typing import Any, cast
+from typing import Any
 
 from mpicomp import __version__
 from mpicomp.api.accept import check_apart
@@ -26,9 +26,10 @@ from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
 from mpicomp.comm.background import Request
 from mpicomp.comm.communicator import Comm
+from mpicomp.reducers.base import Reducer
 from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.gather import Gather
-from mpicomp.registry import Method, arithmetic, is_codec
+from mpicomp.registry import Method, arithmetic
 
 
 def allgather(comm: Any, x: Arrays, codec: Method, out: Arrays | None = None) -> Arrays:
@@ -208,13 +209,13 @@ def _alltoall(comm: Comm, x: Any, codec: Method, out: Any) -> Operation:
 def sources(name: str, x: Any, codec: Method, what: str = "x") -> tuple[Codec | Dense, list[Array], Form]:
     """Return how arrays travel, the arrays, and their form; raises SpecError, TypeError or ValueError."""
     member = member_of(codec)
-    if not is_codec(member) and not isinstance(member, Dense):
+    if isinstance(member, Reducer) and not isinstance(member, Dense):
         raise TypeError(f"{name} takes a codec or dense, got the reducer {member}")
     exact = isinstance(member, Dense)
     xs, form = checked_arrays(x, exact, what), Form.of(x)
     if not exact:
         _ = form.dtype  # one for all
-    return cast(Codec | Dense, member), xs, form
+    return member, xs, form
 
 
 def targets(out: Any, form: Form, xs: list[Array], like: str) -> list[Array] | None:

@@ -16,7 +16,6 @@ from mpicomp.planner.allowance import divided
 from mpicomp.reducers.base import Reducer, State, check_place
 from mpicomp.reducers.parts.apply import apply
 from mpicomp.reducers.parts.workspace import Workspace
-from mpicomp.reducers.policies import After, ErrorFeedback, Partition
 from mpicomp.registry import Method, parse, resolve
 
 
@@ -226,8 +225,4 @@ def memory(method: Method, x: Arrays, seed: int = 0) -> Memory:
 
 def remembers(method: Any) -> bool:
     """Whether a method names error feedback anywhere."""
-    if isinstance(method, After):
-        return remembers(method.reducer)
-    if isinstance(method, Partition):
-        return remembers(method.small) or remembers(method.large)
-    return isinstance(method, ErrorFeedback)
+    return isinstance(method, Reducer) and method.remembers

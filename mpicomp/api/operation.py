@@ -6,12 +6,11 @@ that refuses its own arguments takes part in it, so that the others raise Config
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from mpicomp.comm.agreement import agree, confirm, digest_of
+from mpicomp.comm.agreement import confirm, digest_of, refuse
 from mpicomp.comm.background import Request, background_of, begin, run_in_order
 from mpicomp.comm.communicator import Comm
 
@@ -37,7 +36,7 @@ def call(comm: Any, prepare: Prepare, *args: Any) -> Any:
     try:
         operation = prepare(comm, *args)
     except (TypeError, ValueError) as error:
-        run_in_order(comm, partial(_refuse, comm, error))
+        run_in_order(comm, partial(refuse, comm, error))
         raise
     return run_in_order(comm, partial(_run, comm, operation))
 
@@ -48,7 +47,7 @@ def start(comm: Any, prepare: Prepare, *args: Any) -> Request[Any]:
     try:
         operation = prepare(comm, *args)
     except (TypeError, ValueError) as error:
-        begin(comm, partial(_refuse, comm, error))
+        begin(comm, partial(refuse, comm, error))
         raise
     return begin(comm, partial(_run, comm, operation))
 
@@ -67,11 +66,6 @@ def _run(comm: Comm, operation: Operation) -> Any:
     except BaseException as error:  # ConfigMismatchError too: something was sent
         comm.breaks(error, description or operation.describe())
         raise
-
-
-def _refuse(comm: Comm, refusal: Exception) -> None:
-    with contextlib.suppress(type(refusal)):  # the caller raises it
-        agree(comm, "", refusal)
 
 
 def reset(comm: Any) -> None:

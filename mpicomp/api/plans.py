@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Generic, cast
+from typing import Any, Generic
 
 import numpy as np
 
@@ -29,11 +29,10 @@ from mpicomp.comm.watch import Traffic
 from mpicomp.cost import Cost
 from mpicomp.planner import Machine
 from mpicomp.planner.allowance import allowances
-from mpicomp.planner.auto import Auto
 from mpicomp.planner.cache import known
-from mpicomp.reducers.base import Explained, Reducer, State
+from mpicomp.planner.explain import explain
+from mpicomp.reducers.base import Reducer, State
 from mpicomp.reducers.dense import Dense
-from mpicomp.reducers.policies import ErrorFeedback
 from mpicomp.registry import Method, describe
 
 
@@ -126,10 +125,8 @@ class Plan(Generic[Arrays]):
     def chosen(self) -> Reducer:
         """What runs at present: of `auto`, what it has chosen."""
         running = self.memory.running
-        while isinstance(running, ErrorFeedback):
-            running = running.reducer
         assert running is not None
-        return running.running(self._state) if isinstance(running, Auto) else running
+        return running.running(self._state)
 
     @property
     def _state(self) -> State:
@@ -164,8 +161,9 @@ class Plan(Generic[Arrays]):
         The time is that on `machine`, or on what is known of this one: `auto` and `python -m mpicomp plan` measure it.
         """
         comm: Comm = self._comm
-        running = cast(Explained, self.memory.running)
-        text = running.explain(self._form.layout, self._width, comm.topology, comm.rank, machine or known(comm))
+        running = self.memory.running
+        assert running is not None
+        text = explain(running, self._form.layout, self._width, comm.topology, comm.rank, machine or known(comm))
         head = f"{self.op} of {self._form} over {comm.size} ranks by {self}"
         return "\n".join([head, text, *allowances(self.reducer, comm.size, self.op)])
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from typing import NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import numpy as np
 
 from mpicomp.arrays import Array
-from mpicomp.codecs.accuracy import Scope
+from mpicomp.codecs.checks import check_bytes, work_dtype_of
+from mpicomp.specs import Spec
 from mpicomp.wire import Field, Payload
 
 
@@ -26,7 +30,7 @@ class Key(NamedTuple):
     start: int = 0
 
     def shared(self) -> Key:
-        """The same key on every rank and in both stages, for a support that nobody sends."""
+        """The same key on every rank and in both stages, for a support that is not sent."""
         return self._replace(stage=0, rank=0)
 
     def base(self) -> int:
@@ -46,81 +50,174 @@ def stream_of(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1
 
 
-class Codec(Protocol):
+class Scope(NamedTuple):
+    """The magnitudes for which a codec's relative error holds."""
+
+    least: float
+    """Rounding may change any element by this much in addition: smaller elements may vanish."""
+    most: float
+    """Larger elements are clipped, and the rest stays in the residual."""
+
+
+class Codec(Spec, ABC):
     """Turns an array of `size` elements into a payload, and adds a payload to an array.
 
-    Implementations are frozen dataclasses: their fields are their configuration, checked in `__post_init__`. Arrays
-    are float32 or float64, contiguous, one-dimensional. `fields(0, dtype)` is valid and empty of bytes, and `encode`
-    of nothing writes nothing.
+    A member is a frozen dataclass: its fields are its configuration, checked in `__post_init__`. It sets `spec_name`,
+    overrides the attributes whose defaults are wrong for it, as class attributes or properties, and implements the
+    abstract methods. Arrays are float32 or float64, contiguous, one-dimensional. `fields(0, dtype)` is valid and empty
+    of bytes; `_encode`, `_decode_add` and `_check` never see an empty array.
+    """
+
+    density: float | None = None
+    """The share of the elements that a sparse codec keeps, in (0, 1]; None where no share is set.
+
+    A member that has it as a required field declares `density: float = field()`: dataclasses take a plain annotation
+    for one with this default.
     """
 
     @property
     def linear(self) -> bool:
         """Payloads consist of floats and may be summed element by element."""
-        ...
+        return False
+
+    @property
+    def fixed(self) -> bool:
+        """Every message of a size has the length that `fields` gives."""
+        return True
+
+    @property
+    def blockwise(self) -> bool:
+        """An array cut at multiples of `block` is coded as the whole is: each part by itself, to the same codes."""
+        return False
 
     @property
     def unbiased(self) -> bool:
         """The mean of decode(encode(x)) over keys is x."""
-        ...
+        return False
 
     @property
     def contractive(self) -> bool:
         """The error of decode(encode(x)) is, in the mean over keys, smaller than x: error feedback stays bounded."""
-        ...
-
-    @property
-    def fixed(self) -> bool:
-        """Every message of a size has the same length, the one that `fields` says."""
-        ...
-
-    @property
-    def block(self) -> int:
-        """Shards of a tensor are cut at multiples of this number of elements; a tensor of fewer has one owner."""
-        ...
-
-    @property
-    def blockwise(self) -> bool:
-        """An array cut at multiples of `block` is coded as the whole is: each part for itself, to the same codes."""
-        ...
+        return False
 
     @property
     def ranged(self) -> bool:
         """Values have an absolute largest number, on which larger ones saturate: there is no scale of their own."""
-        ...
+        return any(codec.ranged for codec in self.inner)
 
     @property
-    def loud(self) -> bool:
-        """What is not finite in an input shows in the first field of the payload: nobody need look for it before."""
-        ...
+    def marks_nonfinite(self) -> bool:
+        """NaN or infinity in an input shows in the first field of the payload: no pass need look for it before."""
+        return False
 
+    @property
+    def selects(self) -> bool:
+        """Sends index-value pairs, which `pick` gives: this is a `mpicomp.codecs.sparse.Selecting`."""
+        return False
+
+    @property
+    def rotates(self) -> bool:
+        """Rotates an array before it encodes it: a second rotation has no use."""
+        return False
+
+    @property
+    def sets_fresh(self) -> bool:
+        """`_decode_add` sets every element of a fresh `out`, which therefore need not be filled with zeros first."""
+        return False
+
+    @property
+    def block(self) -> int:
+        """Shards of a tensor are cut at multiples of this number of elements; a smaller tensor has one owner."""
+        return 256
+
+    @property
+    def inner(self) -> tuple[Codec, ...]:
+        """The codecs inside this one."""
+        return ()
+
+    @abstractmethod
     def relative_error(self, size: int) -> float:
-        """The largest |d - x| / |x| of d = decode(encode(x)), or its root mean square over keys; see `Accurate`."""
-        ...
+        """Return the bound r of the error of d = decode(encode(x)), where x has `size` elements:
+
+            |d - x| <= r |x| + sqrt(size) scope(dtype).least
+
+        in Euclidean norms, for elements of magnitudes up to scope(dtype).most; under feedback x stands for x + old.
+        Where the codec draws numbers, the bound holds for the root of the mean over keys of the squared error; a single
+        key exceeds it t times with probability 1 / t^2 at most.
+        """
 
     def scope(self, dtype: str) -> Scope:
-        """Which magnitudes `relative_error` is said of."""
-        ...
+        """Return the magnitudes for which `relative_error` holds; denormal numbers are not exact in any codec."""
+        info = np.finfo(dtype)
+        return Scope(64 * float(info.smallest_normal), float(info.max) / 256)
 
+    @abstractmethod
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
-        """The payload of an array of `size` elements of work dtype `dtype` ("float32" or "float64")."""
-        ...
+        """The payload of an array of `size` elements of work dtype `dtype`, "float32" or "float64".
+
+        A codec of variable size gives one field of bytes: the capacity.
+        """
 
     def encode(self, x: Array, payload: Payload, key: Key) -> int:
         """Write x into `payload`; return the bytes used."""
-        ...
+        return self._encode(x, None, payload, None, key) if x.size else 0
 
     def encode_residual(self, x: Array, old: Array | None, payload: Payload, new: Array, key: Key) -> int:
         """Encode x + old (old None is zero) and set new = x + old - decode(payload); return the bytes used."""
-        ...
+        return self._encode(x, old, payload, new, key) if x.size else 0
+
+    @abstractmethod
+    def _encode(self, x: Array, old: Array | None, payload: Payload, new: Array | None, key: Key) -> int:
+        """Write x + old into `payload` and, unless None, `new` = x + old - decode(payload); return the bytes used."""
 
     def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0, fresh: bool = False) -> None:
-        """Add scale * decode(payload) to `out`, every element of which has its place in the code; to zeros if `fresh`.
+        """Add scale * decode(payload) to `out`, to zeros if `fresh`, whatever a fresh `out` holds.
 
-        What a fresh `out` held does not matter: so codecs that reach every element need not have it filled first.
+        WireFormatError where a payload of variable size belongs to another work dtype than that of `out`.
         """
-        ...
+        if out.size:
+            if fresh and not self.sets_fresh:
+                out[...] = 0
+            self._decode_add(payload, out, key, scale, fresh)
+
+    @abstractmethod
+    def _decode_add(self, payload: Payload, out: Array, key: Key, scale: float, fresh: bool) -> None:
+        """Add scale * decode(payload) to `out`; where `fresh` and `sets_fresh`, set `out` to it."""
 
     def check(self, payload: Payload, size: int) -> None:
-        """Raise WireFormatError where decoding `payload` into `size` elements would leave memory or sense."""
-        ...
+        """Raise WireFormatError unless `encode` could have written `payload` from `size` finite elements.
+
+        A payload that passes decodes to finite numbers, and only within `out`.
+        """
+        if self.fixed:
+            work_dtype_of(payload, lambda dtype: self.fields(size, dtype))
+        else:
+            check_bytes(payload, size)
+        if size:
+            self._check(payload, size)
+
+    @abstractmethod
+    def _check(self, payload: Payload, size: int) -> None:
+        """See `check`: the content of arrays whose shapes and dtypes are right."""
+
+    def contraction(self) -> Codec:
+        """Return the contraction beside an unbiased codec, for error feedback; a contraction as it is.
+
+        ValueError where there is none.
+        """
+        found = self if self.contractive else self._contracting()
+        if not found.contractive:
+            raise ValueError(
+                f"error feedback needs a contraction, and {self} neither is one nor has one beside it; use another "
+                f"codec, or a reducer without feedback, as in two_stage({self})"
+            )
+        return found
+
+    def _contracting(self) -> Codec:
+        """Return this codec with the settings that make it contract, or as it is where none do."""
+        return self
+
+
+def nbytes_of(payload: Payload) -> int:
+    """Bytes of a payload of fixed size, all of which are used."""
+    return sum(field.nbytes for field in payload)

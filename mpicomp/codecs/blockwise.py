@@ -1,20 +1,21 @@
-"""What codecs of few bits share: a scale a block, and the contraction beside an unbiased code."""
+"""What codecs of few bits share: a scale per block, and the contraction beside an unbiased code."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import ClassVar
+from abc import abstractmethod
+from dataclasses import replace
+from typing import Any, ClassVar, cast
 
 from mpicomp.arrays import Array
-from mpicomp.codecs.accuracy import Accurate, of_variance
-from mpicomp.codecs.base import Key
-from mpicomp.codecs.checks import check_fields, check_integer, check_scales, little, packed_bytes, work_dtype_of
+from mpicomp.codecs.accuracy import of_variance
+from mpicomp.codecs.base import Codec, Key, nbytes_of
+from mpicomp.codecs.checks import check_scales, little, packed_bytes
 from mpicomp.errors import WireFormatError
 from mpicomp.kernels import host_kernels, kernels_for
 from mpicomp.wire import Field, Payload
 
 
-class Unbiased(ABC):
+class Unbiased(Codec):
     """What codecs share that are unbiased, and with scaled=False send 1 / (1 + omega) times as much and contract."""
 
     scaled: bool
@@ -26,47 +27,50 @@ class Unbiased(ABC):
 
     @property
     def unbiased(self) -> bool:
-        """The mean of decode(encode(x)) over keys is x."""
+        """See Codec."""
         return self.scaled
 
     @property
     def contractive(self) -> bool:
-        """The error is smaller than x in the mean over keys."""
+        """See Codec."""
         return not self.scaled
 
     @property
     def shrink(self) -> float:
-        """1 / (1 + omega) where not scaled."""
+        """The factor on the code: 1 / (1 + omega) where not scaled."""
         return 1.0 if self.scaled else 1.0 / (1.0 + self.omega)
 
+    def relative_error(self, size: int) -> float:
+        """Root mean square over keys: sqrt(omega), or sqrt(omega / (1 + omega)) where not scaled."""
+        return of_variance(self.omega, self.scaled)
 
-class Blockwise(Accurate, ABC):
+    def _contracting(self) -> Codec:
+        return cast(Codec, replace(cast(Any, self), scaled=False))
+
+
+class Blockwise(Unbiased):
     """What codecs share that quantise blocks, each with a scale of its own; `mpicomp.kernels.cpu.quantize` does it.
 
     Payload: scales (blocks,) in the work dtype, for the grid "range" the lows (blocks,) too, then codes, u1, packed as
     `mpicomp.kernels.cpu.pack` says. `encode` reads x once; `encode_residual` reads x and old once and writes new once.
     """
 
-    block: int
-
-    linear: ClassVar[bool] = False
-    fixed: ClassVar[bool] = True
     blockwise: ClassVar[bool] = True
-    ranged: ClassVar[bool] = False
+    sets_fresh: ClassVar[bool] = True
 
     @property
-    def loud(self) -> bool:
-        """A scale is not finite where an element of its block is not, but those of a range are clipped."""
+    def marks_nonfinite(self) -> bool:
+        """A scale is NaN or infinite where an element of its block is; those of a range are clipped."""
         return self.grid != "range"
 
     @property
     @abstractmethod
     def grid(self) -> str:
-        """What codes stand for; see the kernels."""
+        """The values that codes stand for; see the kernels."""
 
     @property
     def rule(self) -> str:
-        """What the scale is made of; see the kernels."""
+        """The statistic of a block that makes its scale; see the kernels."""
         return "largest"
 
     @property
@@ -77,17 +81,7 @@ class Blockwise(Accurate, ABC):
     @property
     @abstractmethod
     def levels(self) -> int:
-        """What an element as large as the scale allows is rounded to."""
-
-    def relative_error(self, size: int) -> float:
-        """Root mean square over keys: sqrt(omega), or sqrt(omega / (1 + omega)) where not scaled."""
-        if self.shrink < 1.0:
-            return of_variance(self.variance(self.block), scaled=False)
-        return of_variance(self.variance(min(size, self.block)))
-
-    @abstractmethod
-    def variance(self, size: int) -> float:
-        """The bound on the relative variance of a block of `size` elements, or on the relative squared error."""
+        """The code of the largest element that the scale allows."""
 
     @property
     def random(self) -> bool:
@@ -95,64 +89,40 @@ class Blockwise(Accurate, ABC):
         return True
 
     @property
-    def shrink(self) -> float:
-        """The factor that makes a contraction of an unbiased codec, 1 / (1 + omega); 1 where there is none."""
-        return 1.0
+    def omega(self) -> float:
+        """See Unbiased."""
+        return self.variance(self.block)
+
+    @abstractmethod
+    def variance(self, size: int) -> float:
+        """The bound on the relative variance of a block of `size` elements, or on the relative squared error."""
+
+    def relative_error(self, size: int) -> float:
+        """See Unbiased; a short array has the variance of a short block, unless it is shrunk as a whole block is."""
+        return of_variance(self.variance(min(size, self.block))) if self.scaled else super().relative_error(size)
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
-        """The payload of an array of `size` elements of work dtype `dtype`."""
+        """See Codec."""
         scales = Field((-(-size // self.block),), little(dtype))
         codes = Field((packed_bytes(size, self.width, self.block),), "|u1")
         return (scales, scales, codes) if self.grid == "range" else (scales, codes)
 
-    def encode(self, x: Array, payload: Payload, key: Key) -> int:
-        """Write x into `payload`; return the bytes used."""
-        return self._encode(x, None, payload, None, key)
-
-    def encode_residual(self, x: Array, old: Array | None, payload: Payload, new: Array, key: Key) -> int:
-        """Encode x + old and set new = x + old - decode(payload); return the bytes used."""
-        return self._encode(x, old, payload, new, key)
-
     def _encode(self, x: Array, old: Array | None, payload: Payload, new: Array | None, key: Key) -> int:
         scales, *lows, packed = payload
-        kernels_for(x).encode_blocks(
-            x,
-            old,
-            new,
-            scales,
-            lows[0] if lows else None,
-            packed,
-            self.grid,
-            self.rule,
-            self.width,
-            self.block,
-            self.levels,
-            stochastic=self.random,
-            shrink=self.shrink,
-            base=key.base() if self.random else 0,
-            start=key.start,
-        )
-        return sum(field.nbytes for field in payload)
+        low, how = lows[0] if lows else None, (self.grid, self.rule, self.width, self.block, self.levels)
+        draws = (self.random, self.shrink, key.base() if self.random else 0, key.start)
+        kernels_for(x).encode_blocks(x, old, new, scales, low, packed, *how, *draws)
+        return nbytes_of(payload)
 
-    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0, fresh: bool = False) -> None:
-        """Add scale * decode(payload) to `out`, to zeros if `fresh`."""
+    def _decode_add(self, payload: Payload, out: Array, key: Key, scale: float, fresh: bool) -> None:
         scales, *lows, packed = payload
         low = lows[0] if lows else None
         kernels_for(out).decode_blocks(scales, low, packed, out, self.grid, self.width, self.block, scale, fresh)
 
-    def check(self, payload: Payload, size: int) -> None:
-        """Raise WireFormatError where `payload` is not one of `size` elements that `encode` could have written."""
-        check_fields(payload, self.fields(size, work_dtype_of(payload, 0)))
+    def _check(self, payload: Payload, size: int) -> None:
         scales, *lows, packed = payload
         check_scales(scales, self.levels, lows[0] if lows else None)
         smallest = -self.levels if self.grid == "symmetric" else 0
         largest = 1 if self.width == 1 else self.levels
         if not host_kernels(packed).codes_valid(packed, size, self.width, self.block, smallest, largest):
-            raise WireFormatError("codes hold a value that is never written")
-
-
-def check_block(block: object) -> None:
-    """Raise ValueError where a block is none."""
-    check_integer("block", block, 8, 65_536)
-    if int(block) % 8:  # type: ignore[call-overload]
-        raise ValueError(f"block must be a multiple of 8 in 8..65536, got {block}")
+            raise WireFormatError(f"a code is not in {smallest}..{largest}, or the padding is not zero")

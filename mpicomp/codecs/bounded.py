@@ -10,21 +10,19 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 
 from mpicomp.arrays import Array, on_device
-from mpicomp.codecs.accuracy import Accurate, Scope
-from mpicomp.codecs.base import Key
+from mpicomp.codecs.base import Codec, Key, Scope
 from mpicomp.codecs.checks import is_number
 from mpicomp.errors import WireFormatError
 from mpicomp.kernels import host_kernels, kernels_for
-from mpicomp.specs import Spec
 from mpicomp.wire import Field, Payload
 
 BLOCK = 256  # elements
-LENGTH = 8  # bytes of the field that says how many are used
-NARROWER = 1 - 2.0**-6  # of a step: what rounding d costs then rarely breaks the bound; 0.02 bits an element
+LENGTH = 8  # bytes of the number of bytes used
+NARROWER = 1 - 2.0**-6  # of a step: the rounding of d then rarely breaks the bound; costs 0.02 bits per element
 
 
 class Settings(NamedTuple):
-    """What the kernels take for a bound and a dtype; see `mpicomp.kernels.cpu.bounded`."""
+    """The arguments of the kernels for a bound and a dtype; see `mpicomp.kernels.cpu.bounded`."""
 
     relative: bool
     step: float
@@ -35,7 +33,7 @@ class Settings(NamedTuple):
 
 @lru_cache(maxsize=256)
 def settings(absolute: float | None, relative: float | None, dtype: str) -> Settings:
-    """Return what the kernels take; step and inverse are numbers of the dtype."""
+    """Return the arguments of the kernels; step and inverse are numbers of the dtype."""
     kind, word = (np.float32, np.uint32) if dtype == "float32" else (np.float64, np.uint64)
     if relative is not None:
         mantissa = max(0, math.ceil(-math.log2(relative)) - 1)
@@ -53,27 +51,27 @@ def settings(absolute: float | None, relative: float | None, dtype: str) -> Sett
 
 
 @dataclass(frozen=True)
-class Bounded(Accurate, Spec):
+class Bounded(Codec):
     """Keep every element within a bound, |x - d| <= abs, or pointwise |x - d| <= rel * |x|; exactly one is given.
 
     d is what `decode_add` adds to zeros of x's dtype, and the bound holds in exact arithmetic, for any finite x: the
-    encoder compares each x with the d that the decoder will compute, and a block of 256 of which one element misses the
-    bound (huge beside `abs`, denormal under `rel`) is stored as it is. `rel` is relative to each element, not to the
-    range of the array as elsewhere: a range is known only after a pass over x, differs between ranks, and says nothing
-    about small elements; for it, compute `abs` from the range. `rel` keeps ceil(-log2(rel)) - 1 bits of mantissa
-    rounded to the nearest, so bounds between two powers of 1/2 cost what the smaller one costs; a zero stays zero.
-    Of complex numbers the real and the imaginary part are each within the bound, and the number within sqrt(2) * abs,
-    or rel times its absolute value.
+    encoder compares each x with the d that the decoder will compute; where one element of a block of 256 misses the
+    bound (huge beside `abs`, denormal under `rel`), the block is stored as it is. `rel` is relative to each element,
+    not to the range of the array as elsewhere: a range is known only after a pass over x, differs between ranks, and
+    says nothing about small elements; for it, compute `abs` from the range. `rel` keeps ceil(-log2(rel)) - 1 bits of
+    mantissa rounded to the nearest, so a bound between two powers of 1/2 costs as much as the smaller power; a zero
+    stays zero. Of complex numbers the real and the imaginary part are each within the bound, and the number within
+    sqrt(2) abs, or rel times its absolute value.
 
-    Payload: one array of bytes: how many are used (u8, a multiple of 8), itemsize of x (u1), a header for each block,
-    zeros up to a multiple of 8, then the blocks' words and zeros up to a multiple of 8, all as
+    Payload: one array of bytes: the number of bytes used (u8, a multiple of 8), itemsize of x (u1), a header for each
+    block, zeros up to a multiple of 8, then the blocks' words and zeros up to a multiple of 8, all as
     `mpicomp.kernels.cpu.bounded` says; nothing for size 0. For `abs`, step is 2 * abs * (1 - 2^-6) in double precision,
     at most the largest number of x's dtype, rounded to it; inverse is 1 / step in double precision, rounded to it, or 0
     where that is infinite; limit is `abs` rounded to the dtype towards zero, at least its smallest number. For `rel`,
     shift is the bits of a mantissa less those that are kept. Quantisation follows SZ (Di, Cappello 2016), with its
     first-order prediction where that takes fewer bits.
 
-    Under error feedback the residual is what is left out, so it stays within the bound too (`rel`: of x + old).
+    Under error feedback the residual is x + old - d, so it stays within the bound too (`rel`: of x + old).
     `encode` reads x once; `encode_residual` reads x and old once and writes new once.
     """
 
@@ -81,6 +79,9 @@ class Bounded(Accurate, Spec):
     rel: float | None = None
 
     spec_name: ClassVar[str] = "bounded"
+    contractive: ClassVar[bool] = True
+    fixed: ClassVar[bool] = False
+    block: ClassVar[int] = BLOCK
 
     def __post_init__(self) -> None:
         if (self.abs is None) == (self.rel is None):
@@ -91,39 +92,20 @@ class Bounded(Accurate, Spec):
         if self.rel is not None and self.rel >= 1.0:
             raise ValueError(f"rel must be below 1, got {self.rel!r}")
 
-    linear: ClassVar[bool] = False
-    unbiased: ClassVar[bool] = False
-    contractive: ClassVar[bool] = True
-    fixed: ClassVar[bool] = False
-    blockwise: ClassVar[bool] = False
-    loud: ClassVar[bool] = False
-    ranged: ClassVar[bool] = False
-    block: ClassVar[int] = BLOCK
-
     def relative_error(self, size: int) -> float:
         """`rel`; 0 where the bound is absolute."""
         return self.rel or 0.0
 
     def scope(self, dtype: str) -> Scope:
-        """An absolute bound is of every element; nothing is clipped."""
+        """See Codec; an absolute bound holds for every element, and nothing is clipped."""
         return Scope(self.abs or 0.0, float(np.finfo(dtype).max))
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
-        """The payload of an array of `size` elements of work dtype `dtype`: room for all of them as they are."""
+        """See Codec: room for all elements as they are."""
         itemsize = np.dtype(dtype).itemsize
         return (Field((_words_at(size) + -(-size * itemsize // 8) * 8 if size else 0,), "|u1"),)
 
-    def encode(self, x: Array, payload: Payload, key: Key) -> int:
-        """Write x into `payload`; return the bytes used."""
-        return self._encode(x, None, payload, None)
-
-    def encode_residual(self, x: Array, old: Array | None, payload: Payload, new: Array, key: Key) -> int:
-        """Encode x + old and set new = x + old - decode(payload); return the bytes used."""
-        return self._encode(x, old, payload, new)
-
-    def _encode(self, x: Array, old: Array | None, payload: Payload, new: Array | None) -> int:
-        if not x.size:
-            return 0
+    def _encode(self, x: Array, old: Array | None, payload: Payload, new: Array | None, key: Key) -> int:
         (message,) = payload
         start, blocks = _words_at(x.size), -(-x.size // BLOCK)
         message[LENGTH] = x.itemsize
@@ -138,33 +120,21 @@ class Bounded(Accurate, Spec):
         message[:LENGTH].view("<u8")[0] = used
         return used
 
-    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0, fresh: bool = False) -> None:
-        """Add scale * decode(payload) to `out`, to zeros if `fresh`; WireFormatError where it is of another dtype."""
-        if not out.size:
-            return
+    def _decode_add(self, payload: Payload, out: Array, key: Key, scale: float, fresh: bool) -> None:
         headers, words = _parts(payload[0], out.size)
         if words.itemsize != out.itemsize:
-            raise WireFormatError(f"the message holds elements of {words.itemsize} bytes, out those of {out.itemsize}")
+            raise WireFormatError(f"the message has elements of {words.itemsize} bytes, expected {out.itemsize}")
         wide = settings(self.abs, self.rel, out.dtype.name)
-        if fresh:
-            out[...] = 0
         kernels_for(out).decode_bounded(headers, words, out, wide.relative, wide.step, wide.shift, scale)
 
-    def check(self, payload: Payload, size: int) -> None:
-        """Raise WireFormatError where `payload` is not one of `size` finite elements."""
-        if len(payload) != 1 or payload[0].dtype != np.uint8 or payload[0].ndim != 1:
-            raise WireFormatError("a payload of one array of bytes expected")
-        message = payload[0]
-        if size == 0:
-            if message.size:
-                raise WireFormatError(f"no bytes expected for no elements, got {message.size}")
-            return
+    def _check(self, payload: Payload, size: int) -> None:
+        (message,) = payload
         headers, words = _parts(message, size)
         wide = settings(self.abs, self.rel, f"float{8 * words.itemsize}")
         if message.size > self.fields(size, f"float{8 * words.itemsize}")[0].shape[0]:
-            raise WireFormatError(f"{message.size} bytes are more than {size} elements can take")
+            raise WireFormatError(f"the message has {message.size} bytes, more than {size} elements can take")
         if not host_kernels(message).bounded_valid(headers, words, size, wide.relative, wide.step, wide.shift):
-            raise WireFormatError("headers and words do not fit each other, or an element is not finite")
+            raise WireFormatError("the headers do not fit the words, or an element is not finite")
 
     def ratio(self, payload: Payload, size: int, dtype: str) -> float:
         """Return the ratio achieved: bytes of an array of `size` elements of `dtype` over the bytes used for it."""
@@ -177,14 +147,14 @@ def _words_at(size: int) -> int:
 
 
 def _parts(message: Array, size: int) -> tuple[Array, Array]:
-    """Return the headers and words of a message; WireFormatError where it is too short or contradicts itself."""
+    """Return the headers and words of a message; WireFormatError where its lengths or item size are impossible."""
     start = _words_at(size)
     if not on_device(message) and (not message.flags.aligned or message.ctypes.data % 8):
         message = message.copy()
     used = int(message[:LENGTH].view("<u8")[0]) if message.size >= LENGTH else 0
     if not start <= used <= message.size or used % 8:
-        raise WireFormatError(f"a message of {message.size} bytes says that {used} are used, {start} at least expected")
+        raise WireFormatError(f"{used} bytes of {message.size} are used, expected a multiple of 8 of at least {start}")
     itemsize = int(message[LENGTH])
     if itemsize not in (4, 8):
-        raise WireFormatError(f"elements of {itemsize} bytes; 4 or 8 expected")
+        raise WireFormatError(f"the message has elements of {itemsize} bytes, expected 4 or 8")
     return message[LENGTH + 1 : LENGTH + 1 + -(-size // BLOCK)], message[start:used].view(f"<u{itemsize}")

@@ -9,13 +9,17 @@ from typing import ClassVar
 import numpy as np
 
 from mpicomp.arrays import Array
-from mpicomp.codecs.accuracy import Accurate, Scope, of_variance
-from mpicomp.codecs.base import Key
-from mpicomp.codecs.blockwise import Unbiased, check_block
-from mpicomp.codecs.checks import check_bool, check_fields, check_scales, little, packed_bytes, work_dtype_of
+from mpicomp.codecs.base import Codec, Key, Scope, nbytes_of
+from mpicomp.codecs.blockwise import Unbiased
+from mpicomp.codecs.checks import (
+    check_block,
+    check_bool,
+    check_scales,
+    little,
+    packed_bytes,
+)
 from mpicomp.errors import WireFormatError
 from mpicomp.kernels import host_kernels, kernels_for
-from mpicomp.specs import Spec
 from mpicomp.wire import Field, Payload
 
 CODES = 512  # elements whose codes lie together
@@ -24,31 +28,27 @@ LARGEST = {"e4m3": 8, "e5m2": 15, "e2m1": 2}  # exponent of the largest finite n
 TOP = {"e4m3": 0x7E, "e5m2": 0x7B, "e2m1": 0x7}  # its code, without sign
 
 
-class SmallFloat(Accurate):
+class SmallFloat(Codec):
     """What codecs share that write small floats, as `mpicomp.kernels.cpu.floats` does.
 
     Payload: where 32 elements share a power of two, its exponents (groups,), u1, biased by 127 (E8M0); then codes, u1,
-    packed in blocks of 512 as `mpicomp.kernels.cpu.pack` says. Rounding is to the nearest, ties to even; what exceeds
-    the largest number becomes that, and the rest stays in the residual. `encode` reads x once; `encode_residual` reads
-    x and old once and writes new once.
+    packed in blocks of 512 as `mpicomp.kernels.cpu.pack` says. Rounding is to the nearest, ties to even; a number
+    beyond the largest becomes the largest, and the rest stays in the residual. `encode` reads x once;
+    `encode_residual` reads x and old once and writes new once.
     """
 
     format: str
 
-    linear: ClassVar[bool] = False
-    unbiased: ClassVar[bool] = False
     contractive: ClassVar[bool] = True
-    fixed: ClassVar[bool] = True
     block: ClassVar[int] = CODES
     blockwise: ClassVar[bool] = True
-    loud: ClassVar[bool] = False
     shared: ClassVar[bool] = True
 
     def relative_error(self, size: int) -> float:
-        """Half the last place, or with a shared exponent what saturates; of four bits also what is near zero.
+        """Half the last place; with a shared exponent the numbers that saturate; of four bits also those near zero.
 
         Numbers of up to 2^(largest exponent + 1) become the largest one: 8 becomes 6 in e2m1, 512 448 in e4m3. In e2m1
-        what is below half the smallest number, 1/16 of the group's largest one, is lost.
+        numbers below half the smallest one, 1/16 of the group's largest, are lost.
         """
         if not self.shared:
             return {"e4m3": 2.0**-4, "e5m2": 2.0**-3}[self.format]
@@ -57,7 +57,7 @@ class SmallFloat(Accurate):
         return math.sqrt(most**2 + max(0, min(size, GROUP) - 1) * near_zero)
 
     def scope(self, dtype: str) -> Scope:
-        """Without a shared exponent the range of the format."""
+        """See Codec; without a shared exponent the range of the format."""
         if self.shared:
             inner = super().scope(dtype)
             return Scope(max(inner.least, 2.0**-120), min(inner.most, 2.0**126))
@@ -65,7 +65,7 @@ class SmallFloat(Accurate):
 
     @property
     def ranged(self) -> bool:
-        """Whether numbers have an absolute range: where no elements share a power of two."""
+        """See Codec."""
         return not self.shared
 
     @property
@@ -73,31 +73,18 @@ class SmallFloat(Accurate):
         return 4 if self.format == "e2m1" else 8
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
-        """The payload of an array of `size` elements of work dtype `dtype`."""
+        """See Codec."""
         codes = Field((packed_bytes(size, self._bits, CODES),), "|u1")
         return (Field((-(-size // GROUP),), "|u1"), codes) if self.shared else (codes,)
 
-    def encode(self, x: Array, payload: Payload, key: Key) -> int:
-        """Write x into `payload`; return the bytes used."""
-        return self._encode(x, None, payload, None)
-
-    def encode_residual(self, x: Array, old: Array | None, payload: Payload, new: Array, key: Key) -> int:
-        """Encode x + old and set new = x + old - decode(payload); return the bytes used."""
-        return self._encode(x, old, payload, new)
-
-    def _encode(self, x: Array, old: Array | None, payload: Payload, new: Array | None) -> int:
+    def _encode(self, x: Array, old: Array | None, payload: Payload, new: Array | None, key: Key) -> int:
         kernels_for(x).encode_floats(x, old, new, payload[0] if self.shared else None, payload[-1], self.format)
-        return sum(field.nbytes for field in payload)
+        return nbytes_of(payload)
 
-    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0, fresh: bool = False) -> None:
-        """Add scale * decode(payload) to `out`, to zeros if `fresh`."""
-        if fresh:
-            out[...] = 0
+    def _decode_add(self, payload: Payload, out: Array, key: Key, scale: float, fresh: bool) -> None:
         kernels_for(out).decode_floats(payload[0] if self.shared else None, payload[-1], out, self.format, scale)
 
-    def check(self, payload: Payload, size: int) -> None:
-        """Raise WireFormatError where `payload` is not one of `size` finite elements."""
-        check_fields(payload, self.fields(size, "float32"))
+    def _check(self, payload: Payload, size: int) -> None:
         if self.shared and (payload[0] > 254 - LARGEST[self.format]).any():
             raise WireFormatError(f"exponents must be at most {254 - LARGEST[self.format]}")
         codes = payload[-1]
@@ -108,10 +95,10 @@ class SmallFloat(Accurate):
 
 
 @dataclass(frozen=True)
-class MXFP4(SmallFloat, Spec):
-    """E2M1, four bits: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and a shared power of two; 4.25 bits an element (OCP MX 1.0, 2023).
+class MXFP4(SmallFloat):
+    """E2M1, four bits: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and a shared power of two; 4.25 bits per element (OCP MX 1.0, 2023).
 
-    The shared exponent is floor(log2(largest magnitude)) - 2, so what lies above 6 (up to 8) times it becomes 6.
+    The shared exponent is floor(log2(largest magnitude)) - 2, so numbers from 6 to 8 times its power become 6 times it.
     """
 
     spec_name: ClassVar[str] = "mxfp4"
@@ -119,8 +106,8 @@ class MXFP4(SmallFloat, Spec):
 
 
 @dataclass(frozen=True)
-class MXFP8(SmallFloat, Spec):
-    """E4M3 or E5M2, eight bits, and a shared power of two; 8.25 bits an element (OCP MX 1.0, 2023).
+class MXFP8(SmallFloat):
+    """E4M3 or E5M2, eight bits, and a shared power of two; 8.25 bits per element (OCP MX 1.0, 2023).
 
     The shared exponent is floor(log2(largest magnitude)) less the format's largest exponent, 8 or 15.
     """
@@ -134,10 +121,10 @@ class MXFP8(SmallFloat, Spec):
 
 
 @dataclass(frozen=True)
-class FP8(SmallFloat, Spec):
-    """E4M3 (largest 448, smallest 2^-9) or E5M2 (57344, 2^-16) as they are, as `ml_dtypes` rounds; 8 bits an element.
+class FP8(SmallFloat):
+    """E4M3 (largest 448, smallest 2^-9) or E5M2 (57344, 2^-16) as they are, as `ml_dtypes` rounds; 8 bits per element.
 
-    There is no scale: what is below half the smallest number becomes zero and waits in the residual.
+    There is no scale: a number below half the smallest one becomes zero and stays in the residual.
     """
 
     format: str = "e4m3"
@@ -155,7 +142,7 @@ def _check_format(name: object) -> None:
 
 
 @dataclass(frozen=True)
-class Natural(Unbiased, Accurate, Spec):
+class Natural(Unbiased):
     """Round each magnitude at random to a power of two next to it (natural compression, Horvath et al. 2019).
 
     Unbiased with E||Q - x||^2 <= ||x||^2 / 8; `scaled=False` sends 8/9 as much, which contracts. Payload: scales
@@ -168,50 +155,24 @@ class Natural(Unbiased, Accurate, Spec):
     scaled: bool = True
 
     spec_name: ClassVar[str] = "natural"
-
-    linear: ClassVar[bool] = False
-    fixed: ClassVar[bool] = True
     blockwise: ClassVar[bool] = True
-    loud: ClassVar[bool] = False
-    ranged: ClassVar[bool] = False
+    omega: ClassVar[float] = 0.125  # theorem 1 of the paper
 
     def __post_init__(self) -> None:
         check_block(self.block)
-        check_bool(self, "scaled")
-
-    @property
-    def omega(self) -> float:
-        """The bound on the relative variance (theorem 1 of the paper)."""
-        return 0.125
-
-    def relative_error(self, size: int) -> float:
-        """Root mean square over keys: sqrt(1/8), or 1/3 where not scaled."""
-        return of_variance(self.omega, self.scaled)
+        check_bool(scaled=self.scaled)
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
-        """The payload of an array of `size` elements of work dtype `dtype`."""
+        """See Codec."""
         return Field((-(-size // self.block),), little(dtype)), Field((size,), "|u1")
-
-    def encode(self, x: Array, payload: Payload, key: Key) -> int:
-        """Write x into `payload`; return the bytes used."""
-        return self._encode(x, None, payload, None, key)
-
-    def encode_residual(self, x: Array, old: Array | None, payload: Payload, new: Array, key: Key) -> int:
-        """Encode x + old and set new = x + old - decode(payload); return the bytes used."""
-        return self._encode(x, old, payload, new, key)
 
     def _encode(self, x: Array, old: Array | None, payload: Payload, new: Array | None, key: Key) -> int:
         scales, codes = payload
         kernels_for(x).encode_powers(x, old, new, scales, codes, self.block, self.shrink, key.base(), key.start)
-        return scales.nbytes + codes.nbytes
+        return nbytes_of(payload)
 
-    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0, fresh: bool = False) -> None:
-        """Add scale * decode(payload) to `out`, to zeros if `fresh`."""
-        if fresh:
-            out[...] = 0
+    def _decode_add(self, payload: Payload, out: Array, key: Key, scale: float, fresh: bool) -> None:
         kernels_for(out).decode_powers(payload[0], payload[1], out, self.block, scale)
 
-    def check(self, payload: Payload, size: int) -> None:
-        """Raise WireFormatError where `payload` is not one of `size` finite elements."""
-        check_fields(payload, self.fields(size, work_dtype_of(payload, 0)))
+    def _check(self, payload: Payload, size: int) -> None:
         check_scales(payload[0], 2)

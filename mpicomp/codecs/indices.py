@@ -1,13 +1,13 @@
-"""How k ascending indices below `size` become bytes, and which way takes the fewest.
+"""The codings of k ascending indices below `size` as bytes, and the choice of the shortest.
 
-    u32         4 bytes an index, little-endian
-    u16         in blocks of 65,536 elements: for every block but the last the number of its indices, 4 bytes; then the
-                lower 2 bytes of every index; little-endian
-    bitmap      one bit an element
+    u32         4 bytes per index, little-endian
+    u16         in blocks of 65,536 elements: the number of indices per block but the last, 4 bytes each; then the lower
+                2 bytes per index; little-endian
+    bitmap      one bit per element
     elias_fano  the lower w bits of every index, then its upper part in unary; w = `width(size, k)`
 
-`mpicomp.kernels.cpu.indices` says where each bit of the last two lies. `smallest` chooses by `nbytes` alone, so that
-sizes are known before any data is, and are the same on every rank.
+`mpicomp.kernels.cpu.indices` has the order of the bits of the last two. `smallest` chooses by `nbytes` alone, so that
+sizes are known before any data exists, and are the same on every rank.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _upper_bits(size: int, k: int) -> int:
 
 
 def nbytes(coding: str, size: int, k: int) -> int:
-    """Return how many bytes `k` indices below `size` take; none for k = 0."""
+    """Return the number of bytes that `k` indices below `size` take; 0 for k = 0."""
     if k == 0:
         return 0
     if coding == "u32":
@@ -81,9 +81,9 @@ def encode(indices: Array, size: int, coding: str, out: Array) -> None:
 
 
 def decode(data: Array, size: int, coding: str, out: Array) -> None:
-    """Set out, (k,) uint32, to the indices in `data`; WireFormatError where they are not k of them below size.
+    """Set out, (k,) uint32, to the indices in `data`; WireFormatError unless these are k indices below size.
 
-    On a GPU the host does not look at them, and those not below size must meet kernels that leave them out.
+    On a GPU the host does not read them: kernels that take them must leave out those not below size.
     """
     if out.size == 0:
         return
@@ -96,7 +96,7 @@ def decode(data: Array, size: int, coding: str, out: Array) -> None:
             counts = _seen(data[: 4 * blocks].view("<u4")).astype(np.int64)
             last = out.size - int(counts.sum())
             if last < 0:
-                raise WireFormatError(f"a message has {out.size - last} indices or more, expected {out.size}")
+                raise WireFormatError(f"the message has at least {out.size - last} indices, expected {out.size}")
             high = np.repeat(np.arange(blocks + 1, dtype=np.uint32) << np.uint32(16), np.append(counts, last))
             out |= to_device(high) if on_device(out) else high
     elif coding == "bitmap":
@@ -104,11 +104,11 @@ def decode(data: Array, size: int, coding: str, out: Array) -> None:
     else:
         host_kernels(out).decode_elias_fano(data, width(size, out.size), out)
     if not on_device(out) and int(out.max()) >= size:
-        raise WireFormatError(f"an index is {int(out.max())}, and must be below {size}")
+        raise WireFormatError(f"an index is {int(out.max())}, expected below {size}")
 
 
 def _seen(x: Array) -> Array:
-    """Return an array that the host may look at: from a GPU a copy, of few numbers where "u16" is the smallest."""
+    """Return an array that the host may read: from a GPU a copy, which is short where "u16" is the smallest."""
     return to_host(x) if on_device(x) else x
 
 
@@ -126,7 +126,7 @@ def scatter_add(data: Array, coding: str, values: Array, out: Array, scale: floa
 
 
 def check(data: Array, size: int, k: int, coding: str) -> None:
-    """Raise WireFormatError where `data`, (nbytes(coding, size, k),) uint8, is not what `encode` writes for k indices.
+    """Raise WireFormatError unless `encode` could have written `data`, (nbytes(coding, size, k),) uint8, for k indices.
 
     Takes 4 k bytes of memory.
     """
@@ -149,4 +149,4 @@ def check(data: Array, size: int, k: int, coding: str) -> None:
         decode(data, size, coding, indices)
         whole = host_kernels(data).ascending(indices, size)
     if not whole:
-        raise WireFormatError(f"indices must be {k}, ascend strictly and stay below {size}")
+        raise WireFormatError(f"the message must have {k} indices that ascend strictly and stay below {size}")

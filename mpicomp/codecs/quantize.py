@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mpicomp.codecs.accuracy import of_mean
-from mpicomp.codecs.blockwise import Blockwise, Unbiased, check_block
-from mpicomp.codecs.checks import check_bool, check_integer
-from mpicomp.specs import Spec
+from mpicomp.codecs.base import Codec
+from mpicomp.codecs.blockwise import Blockwise
+from mpicomp.codecs.checks import check_block, check_bool, check_integer
 
 
 @dataclass(frozen=True)
-class Uniform(Blockwise, Spec):
+class Uniform(Blockwise):
     """Round each element of a block to one of 2^bits - 1 values evenly spaced about zero, or of 2^bits in its range.
 
     Payload: see `Blockwise`. The scale is the block's largest magnitude over levels = 2^(bits-1) - 1. One bit stands
@@ -43,30 +43,30 @@ class Uniform(Blockwise, Spec):
     def __post_init__(self) -> None:
         check_integer("bits", self.bits, 1, 8)
         check_block(self.block)
-        check_bool(self, "stochastic", "scaled", "minmax")
+        check_bool(stochastic=self.stochastic, scaled=self.scaled, minmax=self.minmax)
         if not self.scaled and not self.stochastic:
             raise ValueError("scaled=False needs stochastic=True: deterministic rounding has one scale only")
 
     @property
     def unbiased(self) -> bool:
-        """The mean of decode(encode(x)) over keys is x."""
+        """See Codec."""
         return self.stochastic and self.scaled
 
     @property
     def contractive(self) -> bool:
-        """The error is smaller than x in the mean over keys."""
+        """See Codec."""
         if self.minmax and not self.stochastic:
             return self.block < 2 * self.levels**2
         return not self.unbiased
 
     @property
     def grid(self) -> str:
-        """What codes stand for."""
+        """See Blockwise."""
         return "range" if self.minmax else "sign" if self.bits == 1 else "symmetric"
 
     @property
     def rule(self) -> str:
-        """What the scale is made of."""
+        """See Blockwise."""
         return "mean" if self.grid == "sign" and not self.stochastic else "largest"
 
     @property
@@ -81,38 +81,29 @@ class Uniform(Blockwise, Spec):
 
     @property
     def random(self) -> bool:
-        """Whether rounding is stochastic."""
+        """See Blockwise."""
         return self.stochastic
-
-    @property
-    def shrink(self) -> float:
-        """1 / (1 + omega) where not scaled."""
-        return 1.0 if self.scaled else 1.0 / (1.0 + self.omega)
-
-    @property
-    def omega(self) -> float:
-        """The bound on the relative variance of stochastic rounding; see the class docstring."""
-        return self._variance(self.block)
-
-    def _variance(self, size: int) -> float:
-        if self.minmax:
-            return size / self.levels**2
-        return float(size - 1) if self.bits == 1 else (size - 1) / (4.0 * self.levels * self.levels)
 
     def variance(self, size: int) -> float:
         """See the class docstring; to the nearest all errors but the largest element's are half a step, or x_i."""
         if not size:
             return 0.0
-        omega = self._variance(size)
+        if self.minmax:
+            omega = size / self.levels**2
+        else:
+            omega = float(size - 1) if self.bits == 1 else (size - 1) / (4.0 * self.levels * self.levels)
         if self.stochastic:
             return omega
         if self.minmax:
             return omega / 2 if size > 1 else 0.0
         return of_mean(size) ** 2 if self.bits == 1 else omega / (1 + omega)
 
+    def _contracting(self) -> Codec:
+        return super()._contracting() if self.stochastic else self
+
 
 @dataclass(frozen=True)
-class QSGD(Unbiased, Blockwise, Spec):
+class QSGD(Blockwise):
     """Round each element at random to one of `levels` steps of its bucket's norm, either sign (Alistarh et al. 2017).
 
     Payload: see `Blockwise`; the scale is norm / levels, codes have as many bits as -levels .. levels take. Unbiased:
@@ -131,14 +122,12 @@ class QSGD(Unbiased, Blockwise, Spec):
 
     def __post_init__(self) -> None:
         check_integer("levels", self.levels, 1, 127)
-        check_integer("bucket", self.bucket, 8, 65_536)
-        if self.bucket % 8:
-            raise ValueError(f"bucket must be a multiple of 8 in 8..65536, got {self.bucket}")
-        check_bool(self, "scaled")
+        check_block(self.bucket, "bucket")
+        check_bool(scaled=self.scaled)
 
     @property
-    def block(self) -> int:  # type: ignore[override]
-        """Shards are cut at multiples of a bucket."""
+    def block(self) -> int:
+        """See Codec."""
         return self.bucket
 
     @property
@@ -146,18 +135,13 @@ class QSGD(Unbiased, Blockwise, Spec):
         """Bits of a code."""
         return self.levels.bit_length() + 1
 
-    @property
-    def omega(self) -> float:
-        """The bound on the relative variance."""
-        return self.variance(self.bucket)
-
     def variance(self, size: int) -> float:
         """See the class docstring."""
         return min(size / self.levels**2, math.sqrt(size) / self.levels)
 
 
 @dataclass(frozen=True)
-class DoReFa(Unbiased, Blockwise, Spec):
+class DoReFa(Blockwise):
     """Round each element at random to one of 2^bits values from -m to m, m its block's largest magnitude (Zhou 2016).
 
     Their quantiser of gradients (eq. 12) with its dither of one cell: 2 m (quantize(x / 2m + 1/2 + noise) - 1/2). It is
@@ -177,7 +161,7 @@ class DoReFa(Unbiased, Blockwise, Spec):
     def __post_init__(self) -> None:
         check_integer("bits", self.bits, 1, 8)
         check_block(self.block)
-        check_bool(self, "scaled")
+        check_bool(scaled=self.scaled)
 
     @property
     def width(self) -> int:
@@ -188,11 +172,6 @@ class DoReFa(Unbiased, Blockwise, Spec):
     def levels(self) -> int:
         """Cells from -m to m."""
         return (1 << self.bits) - 1
-
-    @property
-    def omega(self) -> float:
-        """The bound on the relative variance."""
-        return self.variance(self.block)
 
     def variance(self, size: int) -> float:
         """See the class docstring."""

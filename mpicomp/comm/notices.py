@@ -56,9 +56,8 @@ def send(
     transport: Transport, kind: int, text: str, *, number: int = 0, status: int = 0, to: Iterable[int] | None = None
 ) -> None:
     """Send a notice to every peer, or to those in `to`. Returns at once; text beyond the size is cut off."""
-    data = np.zeros(SIZE, np.uint8)
     raw = (_HEAD.pack(kind, number, status) + text.encode(errors="replace"))[:SIZE]
-    data[: len(raw)] = np.frombuffer(raw, np.uint8)
+    data = np.frombuffer(raw.ljust(SIZE, b"\0"), np.uint8)
     for peer in range(transport.size) if to is None else to:
         if peer != transport.rank:
             transport.notify(data, peer)

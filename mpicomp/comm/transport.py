@@ -1,5 +1,7 @@
 """The operations of a communicator that this library uses: over MPI here, among threads in the tests."""
 
+# ruff: noqa: D102 (Transport documents the methods of MPITransport)
+
 from __future__ import annotations
 
 import ctypes
@@ -24,7 +26,6 @@ class Request(Protocol):
 
     def Test(self) -> bool:
         """Whether it is complete; makes progress."""
-        ...
 
 
 class Transport(Protocol):
@@ -37,68 +38,55 @@ class Transport(Protocol):
 
     def send(self, data: Array, peer: int, tag: int) -> Request:
         """Begin to send (n,) uint8 to a peer."""
-        ...
 
     def receive(self, data: Array, peer: int, tag: int) -> Request:
         """Begin to receive (n,) uint8 from a peer."""
-        ...
 
     def allreduce(self, x: Array, total: Array, op: str) -> Request:
         """Begin MPI's own allreduce of a numeric array; `op` is one of OPS."""
-        ...
 
     def broadcast(self, data: Array, root: int) -> Request:
         """Begin MPI's own broadcast of (n,) uint8, in place."""
-        ...
 
     def progress(self) -> None:
         """Make progress on operations under way: MPI makes none outside its own calls."""
-        ...
 
     def notify(self, data: Array, peer: int) -> None:
         """Send (n,) uint8, which must not change any more, to a peer; it need not wait for it, see `notice`."""
-        ...
 
     def notice(self, nbytes: int) -> tuple[int, Array] | None:
         """Return the sender and the (nbytes,) uint8 of the next notice that has arrived, or None."""
-        ...
 
     @staticmethod
     def check_threads() -> None:
         """Raise RuntimeError where transports may be used from one thread only."""
-        ...
 
     def topology(self) -> Topology:
         """Find out which ranks share a node; collective."""
-        ...
 
     def among(self, ranks: Sequence[int]) -> Transport:
         """Create a transport of some ranks, in this order; only these ranks call this."""
-        ...
 
     def window(self, nbytes: int) -> Window:
         """Allocate memory that all ranks share, `nbytes` per rank; collective, on one node only."""
-        ...
 
     def renewed(self) -> tuple[Transport, Request]:
-        """Begin to create another transport of the same ranks, usable when the request is complete; collective."""
-        ...
+        """Begin to create another transport of the same ranks, usable when the request is complete; collective.
+
+        RuntimeError where MPI did not duplicate this one.
+        """
 
     def remember(self, key: int | None, comm: object) -> None:
         """Attach the library's communicator to the user's, under MPI's attribute `key`."""
-        ...
 
     def abandon(self) -> list[Request]:
         """Cancel operations under way; return the receives that have begun and cannot be cancelled any more."""
-        ...
 
     def free(self) -> None:
         """Free the communicator; collective, and nothing may be under way."""
-        ...
 
     def abort(self, code: int) -> None:
         """End all ranks of the job."""
-        ...
 
 
 def world() -> Any:
@@ -141,19 +129,15 @@ class MPITransport:
         self._notices: list[tuple[Any, Array]] = []  # under way: request and data
 
     def send(self, data: Array, peer: int, tag: int) -> Request:
-        """See Transport."""
         return self._keep(self._others, self.mpi.Isend(data, dest=peer, tag=tag))
 
     def receive(self, data: Array, peer: int, tag: int) -> Request:
-        """See Transport."""
         return self._keep(self._receives, self.mpi.Irecv(data, source=peer, tag=tag))
 
     def allreduce(self, x: Array, total: Array, op: str) -> Request:
-        """See Transport."""
         return self._keep(self._others, self.mpi.Iallreduce(x, total, self._ops[op]))
 
     def broadcast(self, data: Array, root: int) -> Request:
-        """See Transport."""
         return self._keep(self._others, self.mpi.Ibcast(data, root=root))
 
     def _keep(self, kept: list[Any], request: Any) -> Request:
@@ -165,18 +149,15 @@ class MPITransport:
         return cast(Request, request)
 
     def progress(self) -> None:
-        """See Transport."""
         self.mpi.Iprobe()
 
     def notify(self, data: Array, peer: int) -> None:
-        """See Transport."""
         self._notices = [(request, kept) for request, kept in self._notices if not request.Test()]
         mpi, tag = self._notice_board()
         if mpi:
             self._notices.append((mpi.Isend(data, dest=peer, tag=tag), data))
 
     def notice(self, nbytes: int) -> tuple[int, Array] | None:
-        """See Transport."""
         from mpi4py import MPI
 
         mpi, tag = self._notice_board()
@@ -199,11 +180,9 @@ class MPITransport:
 
     @staticmethod
     def check_threads() -> None:
-        """See Transport."""
         world()
 
     def topology(self) -> Topology:
-        """See Transport."""
         from mpi4py import MPI
 
         node = self.mpi.Split_type(MPI.COMM_TYPE_SHARED, key=self.rank)
@@ -215,7 +194,6 @@ class MPITransport:
         return Topology(tuple(tuple(np.flatnonzero(firsts == each).tolist()) for each in np.unique(firsts)))
 
     def among(self, ranks: Sequence[int]) -> MPITransport:
-        """See Transport."""
         everyone = self.mpi.Get_group()
         some = everyone.Incl(list(ranks))
         try:
@@ -225,7 +203,6 @@ class MPITransport:
             everyone.Free()
 
     def window(self, nbytes: int) -> MPIWindow:
-        """See Transport."""
         return MPIWindow(self.mpi, nbytes)
 
     @classmethod
@@ -239,29 +216,24 @@ class MPITransport:
         return cls(duplicate, mpi), request
 
     def renewed(self) -> tuple[MPITransport, Request]:
-        """See Transport. RuntimeError where this is no duplicate."""
         if self._source is None:
             raise RuntimeError("this communicator is a process group's: destroy the group and create a new one")
         return self.duplicate(self._source)
 
     def remember(self, key: int | None, comm: object) -> None:
-        """See Transport."""
         if key is not None:
             self._source.Set_attr(key, comm)
 
-    def abandon(self) -> list[Request]:
-        """See Transport. MPI cancels receives that have not begun, and nothing else."""
+    def abandon(self) -> list[Request]:  # MPI cancels receives that have not begun, and nothing else
         for request in self._receives:
             if request:
                 request.Cancel()
         return [request for request in self._receives if request and not request.Test()]
 
     def free(self) -> None:
-        """See Transport."""
         self.mpi.Free()
 
     def abort(self, code: int) -> None:
-        """See Transport."""
         abort(code)
 
 

@@ -98,14 +98,14 @@ def _place(comm: Comm, operation: str) -> str:
 
 
 def answered(comm: Comm, requests: Sequence[Request], operation: str, peer: int | None) -> bool:
-    """Ask all peers where they wait; return whether the requests were completed meanwhile."""
+    """Ask all peers where they wait; return whether the requests, if there are any, were completed meanwhile."""
     parent = comm.parent
     parent.answers.clear()
     notices.send(parent.transport, notices.ASK, _place(comm, operation))
     end = time.perf_counter() + ANSWER
     while time.perf_counter() < end and len(parent.answers) < parent.size - 1:
         attend(comm, operation, peer)
-        if all([request.Test() for request in requests]):
+        if requests and all([request.Test() for request in requests]):
             return True
         time.sleep(REST)
     return False
@@ -149,7 +149,7 @@ def guarded(comm: Comm, operation: str) -> Iterator[None]:
     """Limit the time of calls of MPI that have no non-blocking form: another thread ends the job."""
 
     def end() -> None:
-        answered(comm, [_Never()], operation, None)
+        answered(comm, [], operation, None)
         give_up(comm, operation, 1, comm.timeout, None)
 
     timer = threading.Timer(comm.timeout, end)
@@ -160,13 +160,6 @@ def guarded(comm: Comm, operation: str) -> Iterator[None]:
     finally:
         timer.cancel()
         timer.join()
-
-
-class _Never:
-    """The request of a call that blocks."""
-
-    def Test(self) -> bool:
-        return False
 
 
 def wait(comm: Comm, requests: Sequence[Request], operation: str, calm: bool = False, peer: int | None = None) -> None:

@@ -1,5 +1,7 @@
 """Memory that the ranks of a node share."""
 
+# ruff: noqa: D102 (Window documents the methods of MPIWindow)
+
 from __future__ import annotations
 
 import atexit
@@ -21,11 +23,9 @@ class Window(Protocol):
 
     def sync(self) -> None:
         """Make this rank's writes visible to others, and theirs to it."""
-        ...
 
     def free(self) -> None:
         """Free the memory; collective, and `parts` must not be used again."""
-        ...
 
 
 class MPIWindow:
@@ -55,11 +55,9 @@ class MPIWindow:
         _windows.append(self)
 
     def sync(self) -> None:
-        """See Window."""
         self._win.Sync()
 
     def free(self) -> None:
-        """See Window."""
         _windows.remove(self)
         self.parts = []
         self._win.Unlock_all()

@@ -1,8 +1,8 @@
 """The loops over elements: one implementation for NumPy arrays, one for CuPy arrays. Nothing here knows ranks or MPI.
 
-`Kernels` is what both implementations provide, with results that are equal bit by bit; `HostKernels` adds what only
-NumPy arrays have. These protocols are the documentation of the functions in `mpicomp.kernels.cpu` and
-`mpicomp.kernels.gpu`; the modules of `mpicomp.kernels.cpu` define every bit and byte.
+`Kernels` are the kernels of both implementations, whose results are equal bit by bit; `HostKernels` adds the kernels
+for NumPy arrays only. These protocols document the functions of `mpicomp.kernels.cpu` and `mpicomp.kernels.gpu`; the
+modules of `mpicomp.kernels.cpu` define every bit and byte.
 
 Unless a kernel says otherwise:
 
@@ -12,7 +12,7 @@ Unless a kernel says otherwise:
 - `base` and `start` select random numbers: `Key.base()`, and the place of the array's first element in its unit;
 - decoding adds `factor` or `scale` times the decoded numbers to `out`.
 
-An implementation is imported when it is first asked for: `import mpicomp` loads no compiler.
+An implementation is imported at its first use: `import mpicomp` loads no compiler.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Kernels(Protocol):
     def add_bitmap(self, data: Array, values: Array, out: Array, scale: float = 1.0) -> None:
         """Add scale * values, (k,), to `out` at the k places of a bitmap.
 
-        For other than k places below out.size the CPU raises WireFormatError; the GPU ignores those beyond.
+        If there are not k places below out.size, the CPU raises WireFormatError; the GPU ignores the others.
         """
 
     def encode_elias_fano(self, indices: Array, width: int, out: Array) -> None:
@@ -114,7 +114,7 @@ class Kernels(Protocol):
         """Add scale * values, (k,), to `out` at the k places of an Elias-Fano code; errors as in `add_bitmap`."""
 
     def gather(self, x: Array, indices: Array, values: Array, factor: float = 1.0) -> None:
-        """Set values = factor * x[indices]; indices: (k,) uint32, none of them twice."""
+        """Set values = factor * x[indices]; indices: (k,) uint32, distinct."""
 
     def gather_residual(
         self, x: Array, old: Array | None, new: Array, indices: Array, values: Array, factor: float = 1.0
@@ -122,7 +122,7 @@ class Kernels(Protocol):
         """Set values = factor * (x + old)[indices], and `new` to x + old less these values at their places."""
 
     def scatter_add(self, indices: Array, values: Array, out: Array, scale: float = 1.0) -> None:
-        """Add scale * values to out[indices]; indices: (k,) uint32, none of them twice.
+        """Add scale * values to out[indices]; indices: (k,) uint32, distinct.
 
         The CPU does not check that indices are below out.size; the GPU ignores the others.
         """
@@ -264,7 +264,7 @@ class Kernels(Protocol):
 
 
 class HostKernels(Kernels, Protocol):
-    """The kernels for NumPy arrays: in addition those that only the host calls."""
+    """The kernels for NumPy arrays: those of `Kernels`, and the kernels that only the host calls."""
 
     # ---- Checks of messages from outside the job
 

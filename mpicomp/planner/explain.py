@@ -2,34 +2,71 @@
 
 from __future__ import annotations
 
-from mpicomp.cost import Cost
+import numpy as np
+
+from mpicomp.comm.topology import Topology
 from mpicomp.planner.machine import Machine, Prediction, predict, size_text, time_text
+from mpicomp.reducers.base import Reducer
+from mpicomp.reducers.parts.layout import Layout
 
 
-def explain(what: str, cost: Cost, dense_nbytes: float, machine: Machine | None = None) -> str:
-    """Describe a reduction by its cost, and by its time where a machine is known; some lines of text.
+def explain(
+    reducer: Reducer,
+    layout: Layout | tuple[int, ...],
+    dtype: str = "float32",
+    topology: Topology | int = 1,
+    me: int = 0,
+    machine: Machine | None = None,
+    feedback: bool = False,
+) -> str:
+    """Describe one `reduce` of rank `me`: bytes, rounds, lossy events, and the time on a measured machine.
 
-    `dense_nbytes` are the bytes that a rank sends for the exact sum, 2 n (P-1)/P elements.
+    `layout` may be the shape of an array, `topology` a number of ranks, each on a node of its own. Of a reducer that
+    chooses, all candidates with their predicted times are listed, and the fastest one is described.
     """
-    share = f", {cost.nbytes / dense_nbytes:.2%} of the exact sum's {size_text(dense_nbytes)}" if dense_nbytes else ""
+    layout = layout if isinstance(layout, Layout) else Layout.single(layout)
+    topology = Topology.flat(topology) if isinstance(topology, int) else topology
+    candidates = reducer.candidates(feedback)
+    if len(candidates) == 1:
+        return "\n".join([str(reducer), *_lines(reducer, layout, dtype, topology, me, machine, feedback)])
+    head = f"{reducer}, the fastest of"
+    if machine is None:
+        return "\n".join([head, *(f"  {each}" for each in candidates)])
+    feedback = feedback or reducer.remembers
+    costs = [each.cost(layout, dtype, topology, me, feedback) for each in candidates]
+    times = [predict(cost, machine).seconds for cost in costs]
+    listed = [f"  {time_text(seconds):>8}  {each}" for each, seconds in zip(candidates, times, strict=True)]
+    first = candidates[times.index(min(times))]
+    return "\n".join(
+        [head, *listed, f"at first {first}", *_lines(first, layout, dtype, topology, me, machine, feedback)]
+    )
+
+
+def _lines(
+    reducer: Reducer, layout: Layout, dtype: str, topology: Topology, me: int, machine: Machine | None, feedback: bool
+) -> list[str]:
+    """Return the cost and the time of a reducer, a line each."""
+    cost = reducer.cost(layout, dtype, topology, me, feedback)
+    dense = 2 * layout.size * np.dtype(dtype).itemsize * (topology.size - 1) / topology.size
+    share = f", {cost.nbytes / dense:.2%} of the exact sum's {size_text(dense)}" if dense else ""
     sums = f", and MPI's own allreduce of {' and '.join(map(size_text, cost.mpi))}" if cost.mpi else ""
-    lines = [
-        what,
-        f"  sends        {size_text(cost.nbytes)} a rank{share}",
+    copies = [f"  copies       {size_text(cost.shared)} through the memory of its node"] if cost.shared else []
+    time = (
+        "unknown: this machine was not measured; python -m mpicomp measure does"
+        if machine is None
+        else time_line(predict(cost, machine))
+    )
+    return [
+        f"  sends        {size_text(cost.nbytes)} per rank{share}",
+        *copies,
         f"  rounds       {cost.rounds}, messages {cost.messages}{sums}",
         f"  lossy events {cost.lossy or 'none: exact, to rounding'}",
+        f"  time         {time}",
     ]
-    if cost.shared:
-        lines.insert(2, f"  copies       {size_text(cost.shared)} through the memory of its node")
-    if machine is None:
-        lines.append("  time         unknown: this machine was not measured; python -m mpicomp plan does")
-    else:
-        lines.append(f"  time         {time_line(predict(cost, machine))}")
-    return "\n".join(lines)
 
 
 def time_line(prediction: Prediction) -> str:
-    """Print where the time goes."""
+    """Return a predicted time and its parts."""
     parts = [
         f"{name} {time_text(seconds)}"
         for name, seconds in (

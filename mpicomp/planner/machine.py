@@ -73,7 +73,7 @@ class Machine:
     @staticmethod
     def pass_name(work: Work) -> str:
         """What the times of a work are filed under."""
-        return f"{work.op} {work.codec}".rstrip()
+        return work.op if work.codec is None else f"{work.op} {work.codec}"
 
     def with_passes(self, passes: Mapping[str, Curve]) -> Machine:
         """The machine of which more is known."""

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from mpicomp.arrays import Array
-from mpicomp.codecs import CODECS, Codec, Key
+from mpicomp.codecs import Codec, Key
 from mpicomp.comm.collectives import allreduce, barrier, begin_receive, begin_send
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.share import shared
@@ -26,7 +26,6 @@ from mpicomp.cost import Work
 from mpicomp.kernels import kernels_for
 from mpicomp.planner.fit import Sample, fit
 from mpicomp.planner.machine import Curve, Machine, Point
-from mpicomp.specs import parse
 from mpicomp.wire import MessageLayout
 
 SIZES = tuple(1 << bits for bits in range(12, 25, 2))  # bytes a rank sends in one burst
@@ -201,8 +200,8 @@ def measure_passes(comm: Comm, machine: Machine, works: Sequence[Work]) -> Machi
 
 def _pass(work: Work, x: Array) -> Callable[[], object]:
     """Return a call that does this work on x; ValueError for work of no known kind."""
-    if work.codec:
-        return _coding(parse(work.codec, CODECS), work.op, x)
+    if work.codec is not None:
+        return _coding(work.codec, work.op, x)
     out = np.zeros_like(x)
     if work.op == "add":
         return lambda: np.add(out, x, out=out)
@@ -229,7 +228,7 @@ def _coding(codec: Codec, op: str, x: Array) -> Callable[[], object]:
     if op in ("encode", "encode_residual"):
 
         def encode() -> None:
-            if not codec.loud:  # as reducers do, who look for what is not finite
+            if not codec.marks_nonfinite:  # as reducers do, who look for what is not finite
                 kernels_for(x).nonfinite(x, old if op == "encode_residual" else None)
             if op == "encode":
                 codec.encode(x, payload, key)

@@ -1,4 +1,4 @@
-"""How long reductions take, predicted and measured: what `python -m mpicomp plan` shows."""
+"""How long reductions take, predicted and measured: what `python -m mpicomp measure` shows."""
 
 from __future__ import annotations
 
@@ -53,10 +53,8 @@ def known_machine(comm: Comm, reducers: Sequence[Reducer], fresh: bool = False) 
 
 
 def cost_feedback(reducer: Reducer) -> bool:
-    """Whether a reducer would be fed back: what compresses by a contraction is."""
-    inner = getattr(reducer, "reducer", reducer)  # of what is hierarchical
-    codec = getattr(inner, "codec", None)
-    return bool(getattr(inner if codec is None else codec, "contractive", hasattr(inner, "rank")))
+    """Whether a reducer is measured with error feedback: if it compresses by a contraction."""
+    return reducer.contractive and not reducer.exact
 
 
 def survey(comm: Comm, machine: Machine, reducers: Sequence[Reducer], sizes: Sequence[int], limit: float) -> list[Row]:

@@ -4,23 +4,26 @@
 
     total + sum of new residuals == sum of (x + old residual)
 
-up to rounding, and `total` has the same bits on every rank. So error feedback is exact book-keeping whatever the
-method: what a step does not send, some rank still owes.
+up to rounding, and `total` has the same bits on every rank. So error feedback is exact book-keeping for every method:
+what a step does not send stays in the residual of some rank.
 
 **Sums and means.** Reducers compute sums, and one place divides: `complete`. A reducer may fold the division into a
-pass that it makes anyway, and its `Reduction` says by what it has divided; what it has not done, `complete` does.
+pass that it makes anyway. Its `Reduction` then says by what it has divided, and `complete` does the rest.
 
 **Two generations.** A step reads the old residual and writes the new one elsewhere. The state that a step was given
-stays valid until the next step: a caller who decides that the step never happened goes on with it. Nothing is undone.
+stays valid until the next step. A caller who discards a step goes on with that state; nothing needs to be undone.
 
 **A state is values.** It may be copied, stored and restored between any two steps. Buffers are in a `Workspace`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol, cast
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from enum import IntEnum
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import numpy as np
 
@@ -31,239 +34,311 @@ from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
 from mpicomp.kernels import kernels_for
-from mpicomp.planner import Machine
-from mpicomp.planner.explain import explain
 from mpicomp.reducers.parts.layout import Layout, Piece, Unit
 from mpicomp.reducers.parts.workspace import Workspace
+from mpicomp.specs import Spec
 
 Units = dict[str, dict[str, Array]]
-"""What is worth keeping of a state, by unit name: {"layer.weight": {"residual": (size,) array}}."""
+"""The part of a state that is worth storing, by unit name: {"layer.weight": {"residual": (size,) array}}."""
 
 
 class Reduction(NamedTuple):
-    """What a reduction yields on this rank."""
+    """The result of a reduction on this rank."""
 
     total: Array
-    """(extent,) the sum over ranks, the same bits everywhere; other elements than the layout's are untouched."""
+    """(extent,) the sum over ranks, the same bits everywhere; elements outside the layout are untouched."""
     poisoned: bool = False
-    """Some rank's input was not finite: `total` is NaN, the state is the old one. The same on all ranks."""
+    """Some rank's input had NaN or infinity: `total` is NaN, the state is the old one. The same on all ranks."""
     divided: int = 1
-    """What `total` is divided by already: 1, or the workspace's divisor."""
+    """The divisor that `total` already contains: 1, or the workspace's divisor."""
     finite: bool = False
-    """`total` is known to be finite, without a look at all of it."""
+    """`total` is known to be finite without a scan."""
+
+
+End = Callable[[], "tuple[Reduction, State]"]
+"""Completes a reduction that was begun, and returns its result and the next state."""
 
 
 @dataclass(frozen=True)
-class State:
-    """What a reducer remembers of one flat array; `reduce` takes one and returns the next.
+class StatePart:
+    """What a reducer remembers of one flat array, except for the seed and the step, which the root of a state has.
 
-    `residual` (extent,) is this rank's debt, None without feedback; `spare` is where the next one will be written.
-    `memory` holds what else a method carries from step to step, by name. `inner` holds the states of wrapped reducers,
-    whose step and seed are those of the outermost one: see `nested`.
+    `residual` (extent,) is what this rank has not sent yet, None without feedback; the next one is written to `spare`.
+    `memory` holds what else a method carries from step to step, by name. `inner` holds the parts of wrapped reducers.
     """
 
     layout: Layout
     dtype: str
-    seed: int
-    step: int
     digest: int
     residual: Array | None = None
     spare: Array | None = None
     memory: Mapping[str, Array] = field(default_factory=dict)
-    inner: tuple[State, ...] = ()
+    inner: tuple[StatePart, ...] = ()
+    extra: Any = None
+    """Further values of a reducer, in a type of its own."""
     device: bool = False
     """Whether the arrays are CuPy's; they begin as NumPy's."""
 
-    def placed(self, device: bool) -> State:
-        """Return this state with its arrays where those to be summed are: moved at the first step."""
+    def placed(self, device: bool) -> Self:
+        """Return this with its arrays where the input is; they move to the GPU at the first step."""
         if self.device or not device:
             return self
-        residual, spare = (None if debt is None else to_device(debt) for debt in (self.residual, self.spare))
+        residual, spare = (None if array is None else to_device(array) for array in (self.residual, self.spare))
         memory = {name: to_device(array) for name, array in self.memory.items()}
-        inner = tuple(state.placed(device) for state in self.inner)
+        inner = tuple(part.placed(device) for part in self.inner)
         return replace(self, device=True, residual=residual, spare=spare, memory=memory, inner=inner)
 
+
+@dataclass(frozen=True)
+class State(StatePart):
+    """What a reducer remembers of one flat array; `reduce` takes one and returns the next."""
+
+    seed: int = field(kw_only=True)
+    step: int = field(kw_only=True)
+
     def at(self, step: int) -> State:
-        """Return this state at another step: one that sat out some has fallen behind."""
+        """Return this state at another step."""
         return self if self.step == step else replace(self, step=step)
 
     def nested(self, number: int = 0) -> State:
-        """Return the state of a wrapped reducer, at this one's step: all of a tree count together."""
-        return self.inner[number].at(self.step)
+        """Return the state of a wrapped reducer: its part, with the seed and the step of this state."""
+        return _made(State, self.inner[number], {"seed": self.seed, "step": self.step})
+
+    @property
+    def part(self) -> StatePart:
+        """This state as part of another: without seed and step."""
+        part = _made(StatePart, self, {})
+        del vars(part)["seed"], vars(part)["step"]
+        return part
 
     def advanced(self, **changes: Any) -> State:
         """The next step's state: the residual that was just written becomes current."""
-        after = object.__new__(type(self))  # what `replace` does, in a quarter of its 2.5 us
-        vars(after).update(vars(self), step=self.step + 1, residual=self.spare, spare=self.residual, **changes)
-        return after
+        return _made(State, self, {"step": self.step + 1, "residual": self.spare, "spare": self.residual, **changes})
 
     def key(self, piece: Piece, stage: int, rank: int) -> Key:
-        """Where an encoding of this step happens."""
+        """Return the key of an encoding in this step."""
         return Key(self.seed, self.step, stream_of(piece.unit.name), stage, rank, piece.start)
 
 
-class Reducer(Protocol):
-    """Sums a flat array over the ranks of a communicator. Implementations are frozen dataclasses, printed as specs."""
+P = TypeVar("P", bound=StatePart)
 
-    def init(self, layout: Layout, dtype: str, feedback: bool = False, seed: int = 0, step: int = 0) -> State:
-        """Return the state of a fresh start; `dtype` is the work dtype, "float32" or "float64"."""
-        ...
 
+def _made(kind: type[P], part: StatePart, changes: dict[str, Any]) -> P:
+    """Return what `replace` does, in a quarter of its 2.5 us."""
+    made = object.__new__(kind)
+    vars(made).update(vars(part), **changes)
+    return made
+
+
+class Level(IntEnum):
+    """The order in which policies wrap each other: a reducer holds reducers of higher levels only."""
+
+    OUTER = 0
+    """after and partition, which may also hold each other."""
+    FEEDBACK = 1
+    CHOICE = 2
+    NODES = 3
+    METHOD = 4
+    """A reducer that sends by itself."""
+
+
+class Reducer(Spec, ABC):
+    """Sums a flat array over the ranks of a communicator. Members are frozen dataclasses, printed as specs.
+
+    A member defines `cost` and `reduce`, and overrides what the defaults below do not fit.
+    """
+
+    level: ClassVar[Level] = Level.METHOD
+
+    takes_complex: ClassVar[bool] = True
+    """Whether it sums complex arrays as twice as many real numbers."""
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it sums arrays on a GPU, too."""
+        return False
+
+    @property
+    def exact(self) -> bool:
+        """Whether the sum is exact to rounding, with NaN and infinity element by element as in IEEE 754."""
+        return False
+
+    @property
+    def contractive(self) -> bool:
+        """Whether residuals stay bounded under error feedback."""
+        return all(codec.contractive for codec in self.codecs) and all(each.contractive for each in self.inner)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether it has error feedback by itself, or a reducer inside it has."""
+        return any(each.remembers for each in self.inner)
+
+    @cached_property
+    def codecs(self) -> tuple[Codec, ...]:
+        """The codecs whose arithmetic all ranks must share: those among the fields."""
+        return tuple(value for value in self._values() if isinstance(value, Codec))
+
+    @cached_property
+    def inner(self) -> tuple[Reducer, ...]:
+        """The reducers inside this one: those among the fields."""
+        return tuple(value for value in self._values() if isinstance(value, Reducer))
+
+    def _values(self) -> list[Any]:
+        return [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]  # members are dataclasses
+
+    def with_members(self, codec: Callable[[Codec], Codec], reducer: Callable[[Reducer], Reducer]) -> Reducer:
+        """Return this reducer with every codec and every reducer among its fields replaced by a function of it."""
+        changes: dict[str, Any] = {}
+        for each, value in zip(fields(self), self._values(), strict=True):  # type: ignore[arg-type]  # as above
+            new = codec(value) if isinstance(value, Codec) else reducer(value) if isinstance(value, Reducer) else value
+            if new is not value:
+                changes[each.name] = new
+        return replace(self, **changes) if changes else self  # type: ignore[type-var]  # as above
+
+    def contraction(self) -> Reducer:
+        """Return the form of this reducer that contracts, for use under error feedback; ValueError without one."""
+        return self.with_members(lambda codec: codec.contraction(), lambda reducer: reducer.contraction())
+
+    def with_bound(self, ranks: int, op: str) -> Reducer:
+        """Return this reducer with a bound on the result of `op` divided among its own encodings; see `allowance`."""
+        return self
+
+    def candidates(self, feedback: bool = False) -> tuple[Reducer, ...]:
+        """Return the reducers among which this one chooses when it runs: itself, if there is no choice."""
+        return (self,)
+
+    def running(self, state: State) -> Reducer:
+        """Return the reducer that runs in a state: itself, unless it chooses among others."""
+        return self
+
+    def parts(self, state: State) -> list[tuple[Reducer, State]]:
+        """Return the reducers that have a part of this state, each with that part."""
+        return [(reducer, state.nested(number)) for number, reducer in enumerate(self.inner)]
+
+    @abstractmethod
+    def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
+        """What one `reduce` takes of rank `me`, with or without feedback; tests compare its bytes with the count."""
+
+    @abstractmethod
     def reduce(
         self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
     ) -> tuple[Reduction, State]:
-        """Sum x, (extent,) of the work dtype, over ranks into `out`, which may be x itself, or into a fresh array.
+        """Sum x, (extent,) of the work dtype, over ranks into `out`, which may be x itself, or into a new array.
 
         Consumes `state`, except that it stays valid until the next call (see the module). `work` keeps buffers from
         call to call, and says what the total will be divided by; without one both last for this call. Collective.
         """
-        ...
 
-    def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
-        """What one `reduce` takes of rank `me`, with or without feedback; its bytes are what the count must meet."""
-        ...
+    def begin(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace | None = None) -> End:
+        """Begin `reduce` and return the function that completes it; x must stay untouched until then.
 
-    def explain(
-        self,
-        layout: Layout | tuple[int, ...],
-        dtype: str = "float32",
-        topology: Topology | int = 1,
-        me: int = 0,
-        machine: Machine | None = None,
-        feedback: bool = False,
-    ) -> str:
-        """Say in words what `cost` says, and how long that takes on a machine; see Explained."""
-        ...
-
-    def export(self, state: State) -> Units:
-        """What this rank must keep to go on: residuals and the like, by unit name; copies."""
-        ...
-
-    def restore(self, state: State, units: Units) -> State:
-        """Return a fresh state with what was exported put in; a unit that is not there starts at zero."""
-        ...
-
-    def absorb(self, comm: Comm, dropped: Array, state: State) -> None:
-        """Add what the final rounding dropped, (extent,), to the residual of each element's owner; in place."""
-        ...
-
-    def absorbing(self, state: State) -> tuple[Unit, ...]:
-        """The units whose rounding `absorb` remembers: those with a residual on some rank."""
-        ...
+        By default all is done at once. Collective.
+        """
+        result = self.reduce(comm, x, state, out, work)
+        return lambda: result
 
     def rehearse(self, x: Array, total: Array) -> list[Array]:
-        """Return what the kernels of a step, beside those of codecs, make of x, (n,) float32; `total` is room."""
-        ...
+        """Run the kernels of a step, except those of `codecs`, on x, (n,) float32, and return their results.
 
-
-class Explained:
-    """What all reducers share: they say in words what `cost` says, and have no kernels of their own unless they do."""
-
-    def rehearse(self, x: Array, total: Array) -> list[Array]:
-        """See Reducer."""
+        Ranks compare the results before they work together. `total`, (n,), is a buffer.
+        """
         return []
 
-    def explain(
-        self,
-        layout: Layout | tuple[int, ...],
-        dtype: str = "float32",
-        topology: Topology | int = 1,
-        me: int = 0,
-        machine: Machine | None = None,
-        feedback: bool = False,
-    ) -> str:
-        """Describe one `reduce` of rank `me`: bytes, rounds, lossy events, and the time on a measured machine.
-
-        `layout` may be the shape of an array, `topology` a number of ranks, each on a node of its own.
-        """
-        layout, topology = laid_out(layout, topology)
-        dense = 2 * layout.size * np.dtype(dtype).itemsize * (topology.size - 1) / topology.size
-        cost = cast(Reducer, self).cost(layout, dtype, topology, me, feedback)
-        return explain(str(self), cost, dense, machine)
-
-
-def laid_out(layout: Layout | tuple[int, ...], topology: Topology | int) -> tuple[Layout, Topology]:
-    """Take the shape of an array for its layout, and a number of ranks for as many nodes."""
-    return (
-        layout if isinstance(layout, Layout) else Layout.single(layout),
-        Topology.flat(topology) if isinstance(topology, int) else topology,
-    )
-
-
-class Remembering(Explained):
-    """What most reducers share: a residual in the state's own arrays, owned by rank 0 where no shard has an owner."""
-
     def init(self, layout: Layout, dtype: str, feedback: bool = False, seed: int = 0, step: int = 0) -> State:
-        """See Reducer."""
-        digest = digest_of(f"{self} {layout} {dtype} {seed}") & 0xFFFFFFFF
-        debts = (np.zeros(layout.extent, dtype), np.zeros(layout.extent, dtype)) if feedback else (None, None)
-        return State(layout, dtype, seed, step, digest, *debts)
+        """Return the state of a fresh start; `dtype` is the work dtype, "float32" or "float64"."""
+        residuals = (np.zeros(layout.extent, dtype), np.zeros(layout.extent, dtype)) if feedback else (None, None)
+        return State(layout, dtype, self.digest(layout, dtype, seed), *residuals, seed=seed, step=step)
+
+    def digest(self, layout: Layout, dtype: str, seed: int) -> int:
+        """Return the digest in the headers of messages: 32 bits that ranks with other settings do not have."""
+        return digest_of(f"{self} {layout} {dtype} {seed}") & 0xFFFFFFFF
 
     def export(self, state: State) -> Units:
-        """See Reducer."""
+        """Return copies of what this rank must store to go on: residuals and the like, by unit name."""
         units: Units = {}
         for unit in state.layout.units:
             kept = {name: to_host(array) for name, array in self.kept(state, unit.name).items()}
             if state.residual is not None:
                 kept["residual"] = to_host(state.residual[unit.where])
             units[unit.name] = kept
+        for reducer, inner in self.parts(state):
+            units |= reducer.export(inner)
         return units
 
     def kept(self, state: State, unit: str) -> Mapping[str, Array]:
-        """What is exported of a unit beside its residual."""
+        """Return what is exported of a unit beside its residual."""
         return {}
 
     def restore(self, state: State, units: Units) -> State:
-        """See Reducer."""
+        """Return a fresh state with an export put in; a unit that the export lacks starts at zero."""
         for unit in state.layout.units:
-            debt = units.get(unit.name, {}).get("residual")
-            if debt is not None and state.residual is not None:
-                state.residual[unit.where] = debt
-        return state
+            residual = units.get(unit.name, {}).get("residual")
+            if residual is not None and state.residual is not None:
+                state.residual[unit.where] = residual
+        parts = tuple(reducer.restore(inner, units).part for reducer, inner in self.parts(state))
+        return replace(state, inner=parts) if parts else state
 
     def absorb(self, comm: Comm, dropped: Array, state: State) -> None:
-        """See Reducer."""
+        """Add what the final rounding dropped, (extent,), to the residual of each element's owner, in place.
+
+        Rank 0 owns all elements where shards have no owners.
+        """
         if comm.rank == 0 and state.residual is not None:
             for unit in state.layout.units:
                 state.residual[unit.where] += dropped[unit.where]
+        for reducer, inner in self.parts(state):
+            reducer.absorb(comm, dropped, inner)
 
     def absorbing(self, state: State) -> tuple[Unit, ...]:
-        """See Reducer."""
-        return () if state.residual is None else state.layout.units
+        """Return the units whose rounding `absorb` remembers: those with a residual on some rank."""
+        inner = tuple(unit for reducer, inner in self.parts(state) for unit in reducer.absorbing(inner))
+        return inner if state.residual is None else state.layout.units
+
+
+def walk(reducer: Reducer) -> Iterator[Reducer]:
+    """Yield a reducer and all reducers inside it, from the outside in."""
+    yield reducer
+    for each in reducer.inner:
+        yield from walk(each)
+
+
+def rebuild(reducer: Reducer, change: Callable[[Reducer], Reducer]) -> Reducer:
+    """Return a reducer rebuilt from the leaves up: `change` is applied to each one after the reducers inside it."""
+    return change(reducer.with_members(lambda codec: codec, lambda inner: rebuild(inner, change)))
 
 
 def check_place(reducer: Reducer, device: bool) -> None:
     """Raise TypeError for a reducer that cannot sum arrays on a GPU, where they are."""
-    if device and not getattr(reducer, "on_gpu", False):
+    if device and not reducer.on_gpu:
         raise TypeError(
             f"{reducer} sums NumPy arrays and CPU tensors only; on a GPU there are dense, gather, two_stage and "
             f"low_rank, in error_feedback, partition and after"
         )
 
 
-def check_codec(reducer: object, codec: object) -> Codec:
-    """Raise TypeError for what is no codec."""
-    if not hasattr(codec, "decode_add"):
+def check_codec(reducer: Reducer, codec: object) -> Codec:
+    """Return a codec; TypeError for anything else."""
+    if not isinstance(codec, Codec):
         raise TypeError(f"{type(reducer).__name__} takes a codec such as topk(density=0.01), got {codec!s}")
-    return cast(Codec, codec)
+    return codec
 
 
-def rescale(state: State, factor: float) -> None:
-    """Multiply all residuals in place: they were measured in another unit, say another loss scale."""
+def rescale(state: StatePart, factor: float) -> None:
+    """Multiply all residuals in place, for example when the loss scale changes."""
     if state.residual is not None:
         np.multiply(state.residual, factor, out=state.residual)
     for inner in state.inner:
         rescale(inner, factor)
 
 
-def scaled(state: State, factor: float) -> State:
-    """Return a state whose residuals are multiplied, in arrays of their own."""
+def scaled(state: P, factor: float) -> P:
+    """Return a copy of a state with its residuals multiplied."""
     residual = None if state.residual is None else state.residual * state.residual.dtype.type(factor)
     return replace(state, residual=residual, inner=tuple(scaled(inner, factor) for inner in state.inner))
 
 
 def nonfinite(x: Array, old: Array | None, layout: Layout) -> bool:
-    """Whether any element of the layout's units of x + old is NaN or infinite."""
+    """Whether any element of x + old in the layout's units is NaN or infinite."""
     kernels = kernels_for(x)
     return any(
         kernels.nonfinite(x[unit.where], None if old is None else old[unit.where]) for unit in layout.units if unit.size
@@ -271,14 +346,14 @@ def nonfinite(x: Array, old: Array | None, layout: Layout) -> bool:
 
 
 def coding(codec: Codec, elements: int, op: str = "encode", feedback: bool = False) -> Work:
-    """The work of encoding or decoding so many elements."""
-    return Work("encode_residual" if feedback and op == "encode" else op, elements, str(codec))
+    """Return the work of encoding or decoding `elements` elements."""
+    return Work("encode_residual" if feedback and op == "encode" else op, elements, codec)
 
 
 def complete(reduction: Reduction, layout: Layout, divisor: int) -> bool:
-    """Divide the units of a total by `divisor` in place, unless that has been done; return whether all is finite.
+    """Divide the units of a total by `divisor` in place, unless the reducer has; return whether they are finite.
 
-    The only place that makes a mean of a sum.
+    Means are made of sums nowhere else.
     """
     total, finite = reduction.total, not reduction.poisoned
     if reduction.divided == divisor:
@@ -290,6 +365,6 @@ def complete(reduction: Reduction, layout: Layout, divisor: int) -> bool:
 
 
 def poisoned_total(out: Array, layout: Layout) -> Reduction:
-    """The result when some rank's input was not finite."""
+    """Return the result for an input with NaN or infinity on some rank."""
     layout.fill(out, np.nan)
     return Reduction(out, poisoned=True)

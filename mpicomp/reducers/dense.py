@@ -1,4 +1,4 @@
-"""dense: the sum of uncompressed arrays, by MPI's own allreduce, by a segmented ring or by our own two-shot."""
+"""dense: the sum of uncompressed arrays, by MPI's allreduce, a segmented ring or a reduce-scatter and allgather."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from typing import ClassVar
 import numpy as np
 
 from mpicomp.arrays import Array, on_device, on_host
-from mpicomp.comm.collectives import allreduce, as_bytes, begin_exchange, begin_receive, begin_send
+from mpicomp.comm.collectives import allreduce, as_bytes, begin_exchange, peers
 from mpicomp.comm.communicator import Comm
+from mpicomp.comm.exchange import Exchange
 from mpicomp.comm.topology import Topology
-from mpicomp.comm.transport import Request
 from mpicomp.comm.watch import wait
 from mpicomp.cost import Cost, Work
-from mpicomp.reducers.base import Reduction, Remembering, State, nonfinite
+from mpicomp.reducers.base import End, Reducer, Reduction, State, nonfinite
 from mpicomp.reducers.parts.layout import Layout, cut_up, even_cuts
+from mpicomp.reducers.parts.pipeline import round_robin
 from mpicomp.reducers.parts.ring import ring_cost, ring_slots, ring_sum
 from mpicomp.reducers.parts.workspace import Workspace
-from mpicomp.specs import Spec
 
 ALGORITHMS = ("best", "mpi", "two_shot", "ring")
-GROUP = 1 << 21  # bytes in a message at most: few, and yet sums hide behind the network
+GROUP = 1 << 21  # bytes per message at most; lower = more messages, higher = less overlap of sums and transfer
 # Which is "best" where every rank has its own node: measured at 1 and 10 Gb/s on 2, 4 and 8 hosts (bench/results).
-RING_FROM = 1 << 22  # bytes of an array
-RING_SHARE = 1 << 19  # bytes of a rank's share of it: with less the two rounds of the two-shot are as fast
-TWO_SHOT_FROM = 1 << 20  # bytes of an array
-FEW = 4  # ranks for which MPI's own does as well as the two-shot
-ONE_ROUND = 1 << 15  # bytes that a rank sends
+RING_FROM = 1 << 22  # bytes of the smallest array for the ring
+RING_SHARE = 1 << 19  # bytes of its smallest chunk per rank; below, the two rounds of the two-shot are as fast
+TWO_SHOT_FROM = 1 << 20  # bytes of the smallest array for the two-shot
+FEW = 4  # ranks up to which MPI's allreduce is as fast as the two-shot
+ONE_ROUND = 1 << 15  # bytes that a rank sends at most in one round; above, two rounds with fewer bytes are faster
 
 
-@np.errstate(over="ignore", invalid="ignore")  # what is not finite is an input like others, no ground to warn
+@np.errstate(over="ignore", invalid="ignore")  # NaN and infinity are valid input: no warning
 def two_shot_sum(comm: Comm, flat: Array, total: Array, rows: Array, operation: str) -> None:
-    """Sum `flat` over ranks into `total`, both (n,), apart; every element in rank order, so its place changes no bit.
+    """Sum `flat` over ranks into `total`, (n,) each, without overlap, and every element in rank order at any place.
 
-    Each rank adds up one cut of every array and shares the sum: 2n(P-1)/P elements sent by each. A cut travels in
-    groups, so that the network need not wait for sums. Small arrays go to all ranks whole, in one round instead of two.
-    `rows` is a workspace of `two_shot_rows` elements.
+    Each rank adds up one cut of every array and shares the sum: it sends 2n(P-1)/P elements. A cut travels in groups,
+    so that sums and transfer overlap. A small array goes whole to all ranks, in one round instead of two. `rows` is a
+    buffer of `two_shot_rows` elements.
     """
     me, ranks = comm.rank, comm.size
     if _in_one_round(flat.nbytes, ranks):
@@ -48,42 +48,32 @@ def two_shot_sum(comm: Comm, flat: Array, total: Array, rows: Array, operation: 
     parts = [cut_up(cut, GROUP // flat.itemsize) for cut in cuts]
     size = _length(cuts[me])
     received = rows[: ranks * size].reshape(ranks, size)  # (ranks, size of my cut); mine holds the sum
-    arrivals: list[list[list[Request]]] = [[] for _ in range(ranks)]
-    shares: list[list[list[Request]]] = [[] for _ in range(ranks)]
-    for distance in range(1, ranks):
-        peer = (me - distance) % ranks
-        for part in parts[me]:
-            place = slice(part.start - cuts[me].start, part.stop - cuts[me].start)
-            arrivals[peer].append(begin_receive(comm, as_bytes(received[peer, place]), peer))
-        shares[peer] = [begin_receive(comm, as_bytes(total[part]), peer) for part in parts[peer]]
-    sends: list[Request] = []
-    for number in range(max(map(len, parts))):
-        for distance in range(1, ranks):
-            peer = (me + distance) % ranks
-            for part in parts[peer][number : number + 1]:
-                sends += begin_send(comm, as_bytes(flat[part]), peer)
-    for number, part in enumerate(parts[me]):
-        place = slice(part.start - cuts[me].start, part.stop - cuts[me].start)
-        share = received[me, place]  # what is sent; a result in `total` is the caller's
-        for rank in range(ranks):
-            if rank != me:
-                wait(comm, arrivals[rank][number], f"{operation}, stage 1")
-            row = flat[part] if rank == me else received[rank, place]
-            if rank == 0:
-                share[...] = row
-            else:
-                share += row
-        for distance in range(1, ranks):
-            sends += begin_send(comm, as_bytes(share), (me + distance) % ranks)
-        total[part] = share
-    for peer in range(ranks):
-        for requests in shares[peer]:
-            wait(comm, requests, f"{operation}, stage 2")
-    wait(comm, sends, operation)
+    inside = [slice(part.start - cuts[me].start, part.stop - cuts[me].start) for part in parts[me]]
+    first, second = Exchange(comm, f"{operation}, stage 1"), Exchange(comm, f"{operation}, stage 2")
+    first.receive([[as_bytes(row[place]) for place in inside] for row in received])
+    second.receive([[as_bytes(total[part]) for part in cut] for cut in parts])
+    order = peers(me, ranks)
+    with second, first:
+        for peer, number in round_robin(parts, order):
+            first.send(as_bytes(flat[parts[peer][number]]), peer)
+        for number, (part, place) in enumerate(zip(parts[me], inside, strict=True)):
+            share = received[me, place]  # this is sent; a result in `total` is the caller's
+            for rank in range(ranks):
+                first.arrived(rank, number)
+                row = flat[part] if rank == me else received[rank, place]
+                if rank == 0:
+                    share[...] = row
+                else:
+                    share += row
+            for peer in order:
+                second.send(as_bytes(share), peer)
+            total[part] = share
+        for peer, number in round_robin(parts, order):
+            second.arrived(peer, number)
 
 
 def _begin_one_round(comm: Comm, flat: Array, total: Array, rows: Array, operation: str) -> Callable[[], None]:
-    """Begin `two_shot_sum` of a small array, and return what ends it; until then `flat` must stay untouched."""
+    """Begin `two_shot_sum` of a small array and return the function that ends it; leave `flat` untouched until then."""
     received = rows[: comm.size * flat.size].reshape(comm.size, flat.size)
     requests = begin_exchange(comm, [as_bytes(flat)] * comm.size, [as_bytes(row) for row in received])
 
@@ -102,12 +92,12 @@ def _length(cut: slice) -> int:
 
 
 def _in_one_round(nbytes: int, ranks: int) -> bool:
-    """Whether every rank sums the whole array: a second round would take longer than the bytes that it saves."""
+    """Whether every rank sums the whole array: a second round costs more than the bytes that it saves."""
     return nbytes * (ranks - 1) <= ONE_ROUND
 
 
 def two_shot_rows(nbytes: int, itemsize: int, ranks: int) -> int:
-    """Elements of workspace that `two_shot_sum` needs for an array of `nbytes`."""
+    """Elements of the buffer that `two_shot_sum` needs for an array of `nbytes`."""
     size = nbytes // itemsize
     return ranks * (size if _in_one_round(nbytes, ranks) else _length(even_cuts(size, ranks)[0]))
 
@@ -129,17 +119,17 @@ def two_shot_cost(nbytes: int, itemsize: int, ranks: int, me: int) -> Cost:
 
 
 @dataclass(frozen=True)
-class Dense(Remembering, Spec):
-    """The exact sum, to rounding; NaN and infinity follow IEEE element by element.
+class Dense(Reducer):
+    """The exact sum, to rounding; NaN and infinity follow IEEE 754 element by element.
 
-    `algorithm` "mpi" is MPI's own allreduce, which promises the same bits on all ranks but not the same for an
-    element at another place; neither does "ring", see there; "two_shot" adds in rank order whatever the place. "best"
-    is one of ours for large arrays where every rank has a node of its own, else MPI's: from nodes of several ranks ours
-    send more than need be; for these there is `hierarchical`.
+    `algorithm` "mpi" is MPI's allreduce: the same bits on all ranks, but an element may have other bits at another
+    place in the array, as with "ring". "two_shot" adds in rank order at every place. "best" is "ring" or "two_shot" for
+    large arrays where every rank has its own node, otherwise "mpi": with several ranks per node use `hierarchical`.
     """
 
     spec_name: ClassVar[str] = "dense"
     on_gpu: ClassVar[bool] = True
+    exact: ClassVar[bool] = True
     algorithm: str = "best"
 
     def __post_init__(self) -> None:
@@ -147,7 +137,7 @@ class Dense(Remembering, Spec):
             raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {self.algorithm!r}")
 
     def _algorithm(self, nbytes: int, topology: Topology) -> str:
-        """Which algorithm sums an array of so many bytes: decided by what all ranks know, so alike in every run."""
+        """The algorithm for an array of `nbytes`, from facts that all ranks share and that no run changes."""
         if self.algorithm != "best":
             return self.algorithm
         ranks = topology.size
@@ -169,13 +159,11 @@ class Dense(Remembering, Spec):
     def reduce(
         self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
     ) -> tuple[Reduction, State]:
-        """See Reducer. With feedback, `poisoned` says whether the total is not finite."""
+        """See Reducer. With feedback `poisoned` is also set if the total is not finite."""
         return self.begin(comm, x, state, np.empty_like(x) if out is None else out, work)()
 
-    def begin(
-        self, comm: Comm, x: Array, state: State, out: Array, work: Workspace | None = None
-    ) -> Callable[[], tuple[Reduction, State]]:
-        """Begin `reduce`, and return what ends it: until then what takes one round is under way, all else is done."""
+    def begin(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace | None = None) -> End:
+        """See Reducer: a sum of one round is under way until then, others are complete."""
         comm.next_call()
         work = work or Workspace(state.device)
         layout, itemsize = state.layout, x.itemsize
@@ -213,7 +201,7 @@ class Dense(Remembering, Spec):
         return end
 
     def _buffers(self, x: Array, state: State, out: Array, work: Workspace, apart: bool) -> tuple[Array, Array, bool]:
-        """Return what is summed and where to, both (size,), apart or one array, and whether that is in `out` itself."""
+        """Return the array to sum and the array for the sum, (size,) each, and whether that is a part of `out`."""
         layout, where = state.layout, state.layout.where
         if (
             where is not None
@@ -224,10 +212,10 @@ class Dense(Remembering, Spec):
         flat = work.buffer("flat", layout.size, state.dtype)
         layout.collect(x, flat)
         if state.residual is not None:
-            debt = work.buffer("debt", layout.size, state.dtype)
-            layout.collect(state.residual, debt)
-            with np.errstate(over="ignore", invalid="ignore"):  # IEEE, as above
-                flat += debt
+            residual = work.buffer("residual", layout.size, state.dtype)
+            layout.collect(state.residual, residual)
+            with np.errstate(over="ignore", invalid="ignore"):  # as above
+                flat += residual
         if where is not None:
             return flat, out[where], True
         return flat, work.buffer("total", layout.size, state.dtype), False

@@ -9,22 +9,24 @@ import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
+from mpicomp.codecs.bounded import Bounded
+from mpicomp.comm.collectives import peers
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
-from mpicomp.reducers.base import Reduction, Remembering, State, check_codec, coding, poisoned_total
+from mpicomp.reducers.base import Reducer, Reduction, State, check_codec, coding, poisoned_total
+from mpicomp.reducers.parts.bounds import bound_of_sum
 from mpicomp.reducers.parts.layout import Layout
-from mpicomp.reducers.parts.messages import Message, encoded, message_nbytes
-from mpicomp.reducers.parts.pipeline import Burst, groups, in_turn
+from mpicomp.reducers.parts.messages import Message, encode_all, message_nbytes
+from mpicomp.reducers.parts.pipeline import MessageExchange, groups, round_robin
 from mpicomp.reducers.parts.workspace import Workspace
-from mpicomp.specs import Spec
 
 
 @dataclass(frozen=True)
-class Gather(Remembering, Spec):
-    """Allgather of encoded arrays: one lossy event, one burst of messages, bytes that grow with the ranks.
+class Gather(Reducer):
+    """Allgather of encoded arrays: one lossy event, one round, and bytes that grow with the number of ranks.
 
-    Best for few ranks and for messages so small that only their number counts.
+    Best for few ranks, and for messages so small that only their number counts.
     """
 
     spec_name: ClassVar[str] = "gather"
@@ -33,6 +35,11 @@ class Gather(Remembering, Spec):
 
     def __post_init__(self) -> None:
         check_codec(self, self.codec)
+
+    def with_bound(self, ranks: int, op: str) -> Reducer:
+        """See Reducer: an element is encoded by every rank."""
+        bound = bound_of_sum(self.codec, ranks, op)
+        return self if bound is None else Gather(Bounded(abs=bound / ranks))
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
         """See Reducer."""
@@ -59,36 +66,30 @@ class Gather(Remembering, Spec):
         out = np.empty_like(x) if out is None else out
         work = work or Workspace(state.device)
         shrink = work.shrink(self.codec, 1)
-        mine, *received = work.made(("messages", shrink), lambda: self._messages(state, comm.size, shrink))
-        sequence = comm.next_call()
-
-        poisoned = False
-        burst = Burst(comm, [mine] * comm.size, received, str(self))
-        for number, (message, finite) in enumerate(encoded(mine, x, state, 0, comm.rank, state.residual, state.spare)):
-            message.seal(sequence, state, not finite)
-            poisoned |= not finite
-            kept = received[comm.rank][number]  # decoded in its turn, when what was sent may be gone
-            kept.repeat(message)
-            for distance in range(1, comm.size):
-                burst.send((comm.rank + distance) % comm.size, number)
-        burst.send_all()
-
-        finite = True
-        for rank, number in in_turn(received):
-            message = received[rank][number]
-            poisoned |= burst.arrived(rank, number, sequence, state)
-            if not poisoned:
-                finite = finite and message.tame
-                (message.decode_add if rank else message.decode)(out, state, 0, rank, work.factor)
-        burst.finish()
+        messages = work.made(("messages", shrink), lambda: self._messages(state, comm.size, shrink))
+        mine, sequence, poisoned, finite = messages[comm.rank], comm.next_call(), False, True
+        exchange = MessageExchange(comm, [mine] * comm.size, messages, sequence, state, str(self))
+        with exchange:
+            codes = encode_all(mine, x, state, 0, comm.rank)
+            for group, (message, sound) in enumerate(zip(mine, codes, strict=True)):
+                message.seal(sequence, state, not sound)
+                poisoned |= not sound
+                exchange.send_written(group, *peers(comm.rank, comm.size))
+            exchange.flush()
+            for rank, group in round_robin(messages, range(comm.size)):
+                poisoned |= exchange.poisoned(rank, group)
+                if not poisoned:
+                    message = messages[rank][group]
+                    finite = finite and message.cannot_overflow
+                    message.decode_add(out, state, 0, rank, work.factor, fresh=rank == 0)
         if poisoned:
             return poisoned_total(out, state.layout), state
         return Reduction(out, divided=work.factored, finite=finite), state.advanced()
 
     def _messages(self, state: State, ranks: int, shrink: float) -> list[list[Message]]:
-        """This rank's message, by group, and those of all ranks."""
+        """The messages of all ranks, by group; this rank decodes its own where it has encoded them."""
         parts = groups(state.layout.whole(), self.codec)
         return [
             [Message(self.codec, part, state.dtype, device=state.device, shrink=shrink) for part in parts]
-            for _ in range(ranks + 1)
+            for _ in range(ranks)
         ]

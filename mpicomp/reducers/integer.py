@@ -1,18 +1,20 @@
 """integer: all ranks quantise with the same scales, so that their codes are added as integers, exactly.
 
-The scale of a block is made of its largest magnitude on any rank, which one small MAX reduction finds. Then every rank
-sends each owner its codes of b bits, owners add them up and share sums of b + ceil(log2 P) bits at most. So there is
-one lossy event, each rank knows for itself what it has lost, and the order of addition changes no bit (homomorphic
-compression: THC, Li et al., NSDI'24; its rotation is not used here).
+The scale of a block comes from its largest magnitude on any rank, which one small MAX allreduce finds. Then every rank
+sends each owner its codes of b bits, and owners share sums of at most b + ceil(log2 P) bits. There is one lossy event,
+every rank knows its own loss, and the order of addition changes no bit (homomorphic compression: THC, Li et al.,
+NSDI'24, without its rotation).
 
-The maximum is MPI's own, and cannot depend on the order either: magnitudes are compared as unsigned integers, where
-NaN and infinity come out on top. So every rank learns here whether some input was not finite, before anything is sent.
+MPI's MAX does not depend on the order either: magnitudes are compared as unsigned integers, of which NaN and infinity
+are the largest. So every rank learns before it sends anything whether some input had NaN or infinity.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, cast
 
 import numpy as np
@@ -25,25 +27,24 @@ from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
 from mpicomp.kernels import host_kernels
-from mpicomp.reducers.base import Reduction, Remembering, State, coding, poisoned_total
+from mpicomp.reducers.base import Reducer, Reduction, State, coding, poisoned_total
 from mpicomp.reducers.parts.layout import Layout, Piece, shards
-from mpicomp.reducers.parts.messages import Envelope
-from mpicomp.reducers.parts.pipeline import Burst, groups, in_turn, ring
+from mpicomp.reducers.parts.messages import Envelope, residuals
+from mpicomp.reducers.parts.pipeline import Steps, TwoStages, groups
 from mpicomp.reducers.parts.workspace import Workspace
-from mpicomp.specs import Spec
 from mpicomp.wire import Field, MessageLayout
 
 
 @dataclass(frozen=True)
-class Integer(Remembering, Spec):
-    """The exact sum of b-bit integers, which all ranks round to with one scale a block.
+class Integer(Reducer):
+    """The exact sum of b-bit integers, to which all ranks round with one scale per block.
 
-    With the levels L = 2^(bits-1) - 1 and the scale s = m / L, m a block's largest magnitude on any rank, rounding to
-    the nearest leaves out at most s / 2 of an element, and never more than the element. Under feedback m <= X + E, X
-    the largest input and E the largest debt, so E <= (X + E) / 2L: debts stay below X / (2L - 1), whichever rank the
-    maximum comes from. `stochastic` rounding is unbiased and leaves out less than s: debts stay below X / (L - 1),
-    which takes three bits (two owe several steps' worth of plain noise); no smaller steps are needed, as `scaled` gives
-    the codecs. Rounding to one bit, plus or minus m, would leave out up to m, and is not offered.
+    Let L = 2^(bits-1) - 1 be the levels and s = m / L the scale, where m is a block's largest magnitude on any rank.
+    Rounding to the nearest leaves out at most s / 2 of an element, and never more than the element. Under feedback
+    m <= X + E with the largest input X and the largest residual E, so E <= (X + E) / 2L: residuals stay below
+    X / (2L - 1) on every rank. `stochastic` rounding is unbiased and leaves out less than s: residuals stay below
+    X / (L - 1), which needs three bits (with two they grow to several steps of plain noise). One bit, plus or minus m,
+    would leave out up to m, and is not offered.
     """
 
     spec_name: ClassVar[str] = "integer"
@@ -57,13 +58,17 @@ class Integer(Remembering, Spec):
 
     @property
     def quantizer(self) -> Uniform:
-        """The codec whose codes these are; the scales are others."""
+        """The codec that has the same codes, with scales of its own."""
         return Uniform(self.bits, self.block, self.stochastic)
 
     @property
     def contractive(self) -> bool:
-        """Whether debts stay bounded under feedback; see the class."""
+        """See the class."""
         return not self.stochastic or self.bits >= 3
+
+    def contraction(self) -> Reducer:
+        """See Reducer."""
+        return self if self.contractive else replace(self, stochastic=False)
 
     def width(self, ranks: int) -> int:
         """Bits of a sum of so many codes: those of -levels * ranks ... levels * ranks. ValueError above 32."""
@@ -119,133 +124,113 @@ class Integer(Remembering, Spec):
         if not state.layout.size:
             return Reduction(out), state.advanced()
         work = work or Workspace()
-        buffers = work.made("buffers", lambda: _Buffers(self, state, comm.size, comm.rank))
-        self._find_tops(x, state, buffers)
+        buffers = work.made("buffers", lambda: _Buffers(self, state.layout, state.dtype, comm.size, comm.rank))
+        steps = _Steps(x, state, out, comm.rank, self, buffers)
+        steps.find_tops()
         word = f"uint{8 * x.itemsize}"
         allreduce(comm, buffers.tops.view(word), buffers.scales.view(word), "max")
         if not np.isfinite(buffers.scales).all():
             return poisoned_total(out, state.layout), state
-
-        first = Burst(comm, buffers.outgoing, buffers.incoming, f"{self}, stage 1")
-        for peer, number in ring(comm, buffers.outgoing):
-            self._encode(x, state, buffers, buffers.outgoing[peer][number], comm.rank)
-            buffers.outgoing[peer][number].seal(sequence, state, poisoned=False)
-            first.send(peer, number)
-        if buffers.share:  # headers first: after a mismatch nothing more may be under way
-            for rank in range(comm.size):
-                first.arrived(rank, 0, sequence, state)
-
-        second = Burst(comm, [buffers.share] * comm.size, buffers.shares, f"{self}, stage 2")
-        finite = True
-        for number, share in enumerate(buffers.share):
-            for rank in range(comm.size):
-                first.arrived(rank, number, sequence, state)
-            self._add(share, [messages[number] for messages in buffers.incoming], buffers)
-            share.seal(sequence, state, poisoned=False)
-            finite &= self._decode(buffers.shares[comm.rank][number], buffers, out)  # once sent it may be gone
-            for distance in range(1, comm.size):
-                second.send((comm.rank + distance) % comm.size, number)
-        first.finish()
-        for owner, number in in_turn(buffers.shares):
-            second.arrived(owner, number, sequence, state)
-            if owner != comm.rank:
-                finite &= self._decode(buffers.shares[owner][number], buffers, out)
-        second.finish()
+        _, finite = buffers.messages.run(comm, steps, sequence, str(self))
         return (Reduction(out), state.advanced()) if finite else (poisoned_total(out, state.layout), state)
 
     def rehearse(self, x: Array, total: Array) -> list[Array]:
         """See Reducer."""
         state = self.init(Layout.single(x.shape), x.dtype.name, feedback=True)
-        buffers = _Buffers(self, state, 1, 0)
-        self._find_tops(x, state, buffers)
+        buffers = _Buffers(self, state.layout, state.dtype, 1, 0)
+        steps = _Steps(x, state, total, 0, self, buffers)
+        steps.find_tops()
         buffers.scales[...] = buffers.tops
-        for message, share in zip(buffers.outgoing[0], buffers.share, strict=True):
-            self._encode(x, state, buffers, message, 0)
-            self._add(share, [message], buffers)
-            self._decode(share, buffers, total)
-        messages = (*buffers.outgoing[0], *buffers.share)
-        return [total, cast(Array, state.spare), *(message.buffer for message in messages)]
-
-    def _find_tops(self, x: Array, state: State, buffers: _Buffers) -> None:
-        """Find the largest magnitude of every block on this rank."""
-        for unit in state.layout.units:
-            old = None if state.residual is None else state.residual[unit.where]
-            host_kernels(x).block_tops(x[unit.where], old, buffers.tops[buffers.blocks[unit.name]], self.block)
-
-    def _encode(self, x: Array, state: State, buffers: _Buffers, message: Envelope, me: int) -> None:
-        """Write this rank's codes of some pieces, and what they leave out to its residual."""
-        how = self.quantizer
-        for piece, (packed,) in zip(message.pieces, message.payloads, strict=True):
-            key, where = state.key(piece, 0, me), piece.where
-            host_kernels(x).encode_blocks(
-                x[where],
-                None if state.residual is None else state.residual[where],
-                None if state.spare is None else state.spare[where],
-                buffers.scales_of(piece),
-                None,
-                packed,
-                how.grid,
-                "shared",
-                how.width,
-                how.block,
-                how.levels,
-                stochastic=how.random,
-                base=key.base() if how.random else 0,
-                start=key.start,
-            )
-
-    def _add(self, share: Envelope, messages: list[Envelope], buffers: _Buffers) -> None:
-        """Add up what all ranks sent for a part of this rank's shard."""
-        for place, (piece, (packed,)) in enumerate(zip(share.pieces, share.payloads, strict=True)):
-            sums, kernels = buffers.sums[: piece.size], host_kernels(buffers.sums)
-            sums[...] = 0
-            for message in messages:
-                kernels.add_codes(message.payloads[place][0], sums, self.bits, self.block)
-            kernels.pack_sums(sums, packed, buffers.width, self.block)
-
-    def _decode(self, message: Envelope, buffers: _Buffers, out: Array) -> bool:
-        """Set some pieces of `out` to what the sums stand for; return whether it is finite."""
-        finite = True
-        for piece, (packed,) in zip(message.pieces, message.payloads, strict=True):
-            scales = buffers.scales_of(piece)
-            finite &= host_kernels(out).decode_sums(scales, packed, out[piece.where], buffers.width, self.block)
-        return finite
+        codes, sums = buffers.messages.outgoing[0], buffers.messages.shares[0]
+        for share, message, _ in zip(sums, codes, steps.encode(codes), strict=True):
+            steps.add(share, {0: message})
+            steps.decode(share, 0)
+        return [total, cast(Array, state.spare), *(message.buffer for message in (*codes, *sums))]
 
     def absorb(self, comm: Comm, dropped: Array, state: State) -> None:
-        """See Reducer: the owner of a shard takes what rounding dropped there."""
+        """See Reducer: the owner of a shard owns its elements."""
         if state.residual is not None:
             for piece in shards(state.layout, self.block, comm.size)[comm.rank]:
                 state.residual[piece.where] += dropped[piece.where]
 
 
 class _Buffers:
-    """The messages of one rank, by peer and group, and the blocks' scales."""
+    """The messages of one rank, and the scales of blocks."""
 
-    def __init__(self, reducer: Integer, state: State, ranks: int, me: int) -> None:
-        self.width, self.block = reducer.width(ranks), reducer.block
+    def __init__(self, reducer: Integer, layout: Layout, dtype: str, ranks: int, me: int) -> None:
+        self.width, block = reducer.width(ranks), reducer.block
         self.blocks: dict[str, slice] = {}
         end = 0
-        for unit in state.layout.units:
-            self.blocks[unit.name] = slice(end, end + -(-unit.size // self.block))
+        for unit in layout.units:
+            self.blocks[unit.name] = slice(end, end + -(-unit.size // block))
             end = self.blocks[unit.name].stop
-        self.tops, self.scales = empty(end, state.dtype), empty(end, state.dtype)  # (blocks,)
+        self.tops, self.scales = empty(end, dtype), empty(end, dtype)  # (blocks,)
 
-        parts = [groups(pieces, reducer.quantizer) for pieces in shards(state.layout, self.block, ranks)]
-        codes = [[reducer.fields(part, reducer.bits) for part in own] for own in parts]
-        sums = [[reducer.fields(part, self.width) for part in own] for own in parts]
-        self.outgoing = [[Envelope(*each) for each in zip(*own, strict=True)] for own in zip(parts, codes, strict=True)]
-        # What a rank has for itself stays where it is.
-        self.incoming = [
-            self.outgoing[me]
-            if rank == me
-            else [Envelope(part, fields) for part, fields in zip(parts[me], codes[me], strict=True)]
-            for rank in range(ranks)
-        ]
-        self.shares = [[Envelope(*each) for each in zip(*own, strict=True)] for own in zip(parts, sums, strict=True)]
-        self.share = self.shares[me]
-        self.sums = empty(max((piece.size for part in parts[me] for piece in part), default=0), "uint32")
+        def message(width: int, pieces: list[Piece]) -> Envelope:
+            return Envelope(pieces, reducer.fields(pieces, width))
 
-    def scales_of(self, piece: Piece) -> Array:
+        parts = [groups(pieces, reducer.quantizer) for pieces in shards(layout, block, ranks)]
+        self.messages = TwoStages(me, parts, partial(message, reducer.bits), partial(message, self.width), own=True)
+        self.sums = empty(self.messages.largest, "uint32")
+
+
+@dataclass(frozen=True)
+class _Steps(Steps[Envelope]):
+    """One reduction."""
+
+    reducer: Integer
+    buffers: _Buffers
+
+    def find_tops(self) -> None:
+        """Find the largest magnitude of every block on this rank."""
+        x, state, buffers = self.x, self.state, self.buffers
+        for unit in state.layout.units:
+            old, _ = residuals(state, unit.where)
+            host_kernels(x).block_tops(x[unit.where], old, buffers.tops[buffers.blocks[unit.name]], self.reducer.block)
+
+    def encode(self, messages: Sequence[Envelope]) -> Iterator[bool]:
+        """See Steps."""
+        x, state, how = self.x, self.state, self.reducer.quantizer
+        for message in messages:
+            for piece, (packed,) in zip(message.pieces, message.payloads, strict=True):
+                key = state.key(piece, 0, self.me)
+                host_kernels(x).encode_blocks(
+                    x[piece.where],
+                    *residuals(state, piece.where),
+                    self._scales_of(piece),
+                    None,
+                    packed,
+                    how.grid,
+                    "shared",
+                    how.width,
+                    how.block,
+                    how.levels,
+                    stochastic=how.random,
+                    base=key.base() if how.random else 0,
+                    start=key.start,
+                )
+            yield True
+
+    def add(self, share: Envelope, received: dict[int, Envelope]) -> bool:
+        """See Steps."""
+        for place, (piece, (packed,)) in enumerate(zip(share.pieces, share.payloads, strict=True)):
+            sums = self.buffers.sums[: piece.size]
+            kernels = host_kernels(sums)
+            sums[...] = 0
+            for message in received.values():
+                kernels.add_codes(message.payloads[place][0], sums, self.reducer.bits, self.reducer.block)
+            kernels.pack_sums(sums, packed, self.buffers.width, self.reducer.block)
+        return True
+
+    def decode(self, share: Envelope, owner: int) -> bool:
+        """See Steps."""
+        finite, width, block = True, self.buffers.width, self.reducer.block
+        for piece, (packed,) in zip(share.pieces, share.payloads, strict=True):
+            target = self.out[piece.where]
+            finite &= host_kernels(target).decode_sums(self._scales_of(piece), packed, target, width, block)
+        return finite
+
+    def _scales_of(self, piece: Piece) -> Array:
         """The scales of a piece, before it is encoded its blocks' largest magnitudes."""
-        first = self.blocks[piece.unit.name].start + piece.start // self.block
-        return self.scales[first : first + -(-piece.size // self.block)]
+        first = self.buffers.blocks[piece.unit.name].start + piece.start // self.reducer.block
+        return self.buffers.scales[first : first + -(-piece.size // self.reducer.block)]

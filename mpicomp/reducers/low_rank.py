@@ -27,19 +27,18 @@ from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
 from mpicomp.kernels import host_kernels
-from mpicomp.reducers.base import Reduction, Remembering, State, Units, poisoned_total
+from mpicomp.reducers.base import Reducer, Reduction, State, Units, poisoned_total
 from mpicomp.reducers.parts.factors import Factors, InTurn, magnitude, matrix_shape
 from mpicomp.reducers.parts.layout import Layout, Unit
-from mpicomp.reducers.parts.messages import TAME
+from mpicomp.reducers.parts.messages import SAFE
 from mpicomp.reducers.parts.workspace import Workspace
-from mpicomp.specs import Spec
 
 if TYPE_CHECKING:
     from mpicomp.reducers.parts.batches import Batches
 
 
 @dataclass(frozen=True)
-class LowRank(Remembering, Spec):
+class LowRank(Reducer):
     """The sum of matrices as a product of two thin factors, `rank` columns each; lower = smaller messages.
 
     A unit of fewer than two dimensions, and one that two factors would not make smaller, is summed as it is in the
@@ -48,6 +47,7 @@ class LowRank(Remembering, Spec):
 
     spec_name: ClassVar[str] = "low_rank"
     on_gpu: ClassVar[bool] = True
+    takes_complex: ClassVar[bool] = False
     rank: int = 4
 
     def __post_init__(self) -> None:
@@ -120,7 +120,7 @@ class LowRank(Remembering, Spec):
         warm = factors.normalised(sum_q, warm)
         np.multiply(sum_q, work.factor, out=sum_q)
         factors.expand(sum_p, sum_q, out, work.factor)
-        return Reduction(out, divided=work.factored, finite=top < TAME), state.advanced(memory={"q": warm})
+        return Reduction(out, divided=work.factored, finite=top < SAFE), state.advanced(memory={"q": warm})
 
     def rehearse(self, x: Array, total: Array) -> list[Array]:
         """See Reducer."""

@@ -12,17 +12,16 @@ from mpicomp.codecs.base import Codec
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost
-from mpicomp.reducers.base import Reduction, Remembering, State, check_codec, coding, nonfinite, poisoned_total
+from mpicomp.reducers.base import Reducer, Reduction, State, check_codec, coding, nonfinite, poisoned_total
 from mpicomp.reducers.dense import two_shot_cost, two_shot_rows, two_shot_sum
 from mpicomp.reducers.parts.layout import Layout
 from mpicomp.reducers.parts.messages import Message, message_nbytes
 from mpicomp.reducers.parts.workspace import Workspace
-from mpicomp.specs import Spec
 from mpicomp.wire import ALIGN, HEADER, Field
 
 
 @dataclass(frozen=True)
-class SharedSupport(Remembering, Spec):
+class SharedSupport(Reducer):
     """One dense sum of k values where the codec keeps k of n; exact but for what the codec leaves out.
 
     The sum carries one more number, 0 or NaN: whether all inputs were finite.
@@ -59,7 +58,7 @@ class SharedSupport(Remembering, Spec):
 
         poisoned = nonfinite(x, state.residual, state.layout)
         if not poisoned:
-            mine.encode(x, state, 0, comm.rank, state.residual, state.spare)
+            mine.encode(x, state, 0, comm.rank)
         mine.payloads[-1][0][0] = np.nan if poisoned else 0.0
         rows = work.buffer("rows", two_shot_rows(values.nbytes, values.itemsize, comm.size), state.dtype)
         two_shot_sum(comm, values, sums, rows, str(self))

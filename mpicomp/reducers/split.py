@@ -1,20 +1,19 @@
-"""split: entries go straight to the owner of their region, who adds them up and shares the sums.
+"""split: every rank sends its entries to the owners of their regions, who add them up and share the sums.
 
-SparCML's split allgather (Renggli et al., SC'19) and, with `cut`, Ok-Topk (Li, Hoefler, PPoPP'22), in messages of
-their own: one to each peer in either stage, index-value pairs near their entropy, and regions balanced in every step
-(`regions`). With k entries a rank, K places that some rank selected and w bytes an entry a rank sends
+SparCML's split allgather (Renggli et al., SC'19) and, with `cut`, Ok-Topk (Li, Hoefler, PPoPP'22), with one message per
+peer and stage, index-value pairs near their entropy, and regions that are balanced in every step (`regions`). With k
+entries per rank, K places that some rank selected, and w bytes per entry, a rank sends
 
-    exact   w (k + K) (P-1)/P, and no rank much more;  K is n (1 - (1-k/n)^P) for independent ranks, k for like ones
-    cut     2 w k (P-1)/P, whatever the data; w is 3.1 for bfloat16 at 1 %
+    exact   w (k + K) (P-1)/P, and no rank much more;  K is n (1 - (1-k/n)^P) for independent ranks, k for equal ones
+    cut     2 w k (P-1)/P for any data; w is 3.1 for bfloat16 at 1 %
 
-**Messages** begin with the header that all have. In the first stage, and in the second unless entries are cut, there
-follow counts: of every region of the message the number of its entries, u32, filled up to a multiple of 8; 2^32 - 1
-says that the region is sent whole. Then for every region its fields, each at a multiple of 8: values and indices, which
-count from the region's start, or of a whole region the values alone. A rank without finite input sends the header only.
-The lengths of such messages go ahead, 8 bytes a peer: a receiver must know what to expect, and room for the largest
-message there could be, for every peer, is more than a region. Where entries are cut, owners leave a number that all
-know (of the region's elements they add some that are zero where too few were selected): no counts, no lengths, a round
-less.
+**Messages** begin with the common header. In the first stage, and in the second without `cut`, counts follow: for every
+region its number of entries, u32, with padding to a multiple of 8; 2^32 - 1 means that the region is sent whole. Then
+come the fields of every region, each at a multiple of 8: values and indices, which count from the region's start, or
+only values for a whole region. A rank whose input has NaN or infinity sends the header only. Lengths are exchanged
+before such messages, 8 bytes per peer, because room for the largest possible message of every peer would exceed a
+region. With `cut`, owners send a fixed number of entries, some of them zero where ranks selected fewer: this needs no
+counts, no lengths and one round less.
 """
 
 from __future__ import annotations
@@ -29,46 +28,47 @@ import numpy as np
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec, Key
 from mpicomp.codecs.checks import check_bool, is_number
-from mpicomp.codecs.sparse import check_values
+from mpicomp.codecs.sparse import Selecting, check_values
+from mpicomp.comm.collectives import peers
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
 from mpicomp.kernels import host_kernels
-from mpicomp.reducers.base import Reduction, Remembering, State, check_codec, coding, poisoned_total
-from mpicomp.reducers.parts.entries import Coding, Entries, Selecting, check_selecting, pick
+from mpicomp.reducers.base import Reducer, Reduction, State, check_codec, coding, poisoned_total
+from mpicomp.reducers.parts.entries import Entries, EntryCodec, check_selecting, select_units
 from mpicomp.reducers.parts.layout import Layout
-from mpicomp.reducers.parts.messages import encode
-from mpicomp.reducers.parts.parcels import WHOLE, Parcel, Post, Wire
+from mpicomp.reducers.parts.messages import encode, residuals
+from mpicomp.reducers.parts.parcels import WHOLE, Parcel, Parcels
 from mpicomp.reducers.parts.regions import Division, Region, divide, histogram_nbytes, owned_regions
 from mpicomp.reducers.parts.workspace import Workspace
-from mpicomp.specs import Spec
 from mpicomp.wire import ALIGN, HEADER, Payload
 
 
 @dataclass(frozen=True)
-class Split(Remembering, Spec):
+class Split(Reducer):
     """Sum what `codec` selects at the owners of balanced regions, and share the sums as entries.
 
-    A rank selects from whole units, once. The sums are exact, up to rounding and what `values` of the codec leaves out,
-    at most twice. With `cut` the owners keep as many entries of a unit as one rank selects, each those of largest
-    magnitude of its region; what an owner drops goes to its own residual. Owners have equal quotas, not what a common
-    threshold would leave them: regions have equally many entries, and so no owner ever has more to send than its part.
-    With `dense_after` an owner sends its region whole as soon as more than that share of it is taken, by the codec
-    `dense` or else as values are, with what that leaves out in the owner's residual; its message says so. Indices cost
-    one bit an element at most: unless `dense` is shorter than values are, a whole region has fewer bytes than its
-    entries only where 31/32 of it are taken (SparCML, whose indices have 32 bits, turns at 1/2).
+    A rank selects once, from whole units. The sums are exact up to rounding and up to what the codec's `values` leave
+    out, at most twice. With `cut` the owners of a unit keep together as many entries as one rank selects, each owner
+    the largest of its region; the rest goes to its residual. Owners have equal quotas instead of a common threshold:
+    regions have equally many entries, so no owner has more to send than its part.
+
+    With `dense_after` an owner sends its region whole if more than that share of it is taken, by the codec `dense` or
+    else as values; the loss goes to its residual. Indices take at most one bit per element: unless `dense` is shorter
+    than values, a whole region has fewer bytes than its entries only where 31/32 of it are taken (SparCML, with indices
+    of 32 bits, switches at 1/2).
     """
 
     spec_name: ClassVar[str] = "split"
-    codec: Codec
+    codec: Selecting
     cut: bool = field(default=False, kw_only=True)
     dense_after: float | None = field(default=None, kw_only=True)
     dense: Codec | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         check_selecting("split", check_codec(self, self.codec))
-        check_bool(self, "cut")
-        if self.cut and not hasattr(self.codec, "density"):
+        check_bool(cut=self.cut)
+        if self.cut and self.codec.density is None:
             raise ValueError(f"cut needs a codec that says how many entries to keep, such as topk, got {self.codec}")
         if self.dense_after is not None:
             if not is_number(self.dense_after) or not 0.0 < self.dense_after < 1.0:
@@ -83,28 +83,17 @@ class Split(Remembering, Spec):
             check_values(self.dense)
 
     @property
-    def selecting(self) -> Selecting:
-        """The codec, as one that selects."""
-        return check_selecting("split", self.codec)
-
-    @property
     def whole(self) -> Codec | None:
-        """What encodes a region that is sent whole."""
-        return self.dense or self.selecting.values
-
-    def init(self, layout: Layout, dtype: str, feedback: bool = False, seed: int = 0, step: int = 0) -> State:
-        """See Reducer; ValueError where feedback meets a `dense` that does not contract."""
-        if feedback and self.dense is not None and not self.dense.contractive:
-            raise ValueError(f"error feedback needs a contraction, and dense={self.dense} is none")
-        return super().init(layout, dtype, feedback, seed, step)
+        """The codec of a region that is sent whole."""
+        return self.dense or self.codec.values
 
     def divisions(self, layout: Layout, ranks: int) -> list[Division]:
-        """How the units are divided among ranks."""
-        return divide(layout, [self.selecting.kept(unit.size) for unit in layout.units], ranks)
+        """The regions of every unit."""
+        return divide(layout, [self.codec.kept(unit.size) for unit in layout.units], ranks)
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
-        """See Reducer: at most so many bytes, in the worst case of ranks that select different places."""
-        ranks, how = topology.size, Coding(self.selecting.values, dtype)
+        """See Reducer; bytes are an upper bound, for ranks that select different places."""
+        ranks, how = topology.size, EntryCodec(self.codec.values, dtype)
         divisions = self.divisions(layout, ranks)
         histogram = histogram_nbytes(divisions) if ranks > 1 else 0
         nbytes = -(-2 * histogram * (ranks - 1) // ranks)
@@ -119,16 +108,16 @@ class Split(Remembering, Spec):
             if me in owners:
                 share += self._most_shared(division, owners.index(me), how)
                 elements += -(-division.unit.size // division.parts)
-        told = {rank: HEADER + ALIGN + -(-4 * regions // ALIGN) * ALIGN for rank, regions in owned.items() if regions}
-        nbytes += sum(head for rank, head in told.items() if rank != me)
-        if me in told:
-            nbytes += (ranks - 1) * (share + (HEADER if self.cut else told[me]))
-        stages = 2 * len(set(told) - {me}) + (ranks - 1) * (me in told) * (1 if self.cut else 2)
+        heads = {rank: HEADER + ALIGN + -(-4 * regions // ALIGN) * ALIGN for rank, regions in owned.items() if regions}
+        nbytes += sum(head for rank, head in heads.items() if rank != me)
+        if me in heads:
+            nbytes += (ranks - 1) * (share + (HEADER if self.cut else heads[me]))
+        stages = 2 * len(set(heads) - {me}) + (ranks - 1) * (me in heads) * (1 if self.cut else 2)
         return Cost(
             nbytes,
             rounds=(3 if self.cut else 4) + bool(histogram),
             messages=stages,
-            lossy=1 + bool(self.cut or self.dense or self.selecting.values),
+            lossy=1 + bool(self.cut or self.dense or self.codec.values),
             work=(
                 coding(self.codec, layout.size, feedback=feedback),
                 coding(self.codec, elements * ranks, "decode_add"),
@@ -138,16 +127,16 @@ class Split(Remembering, Spec):
             mpi=(histogram,) if histogram else (),
         )
 
-    def _most_shared(self, division: Division, part: int, how: Coding) -> int:
-        """Bytes at most that the owner of a part sends for it to each peer."""
+    def _most_shared(self, division: Division, part: int, how: EntryCodec) -> int:
+        """An upper bound of the bytes that the owner of a part sends for it to each peer."""
         size = division.unit.size
         if self.cut:
             return how.most(size, min(size, division.quota(part)))
         taken = division.largest()
         if self.dense_after is None:
             return how.most(size, taken)
-        # a region that is sent whole is no longer than so: more than that share of it is taken
-        whole = Coding(self.whole, how.dtype).most_values(min(size, int(taken / self.dense_after)))
+        # more than that share of a whole region is taken, which bounds its size
+        whole = EntryCodec(self.whole, how.dtype).most_values(min(size, int(taken / self.dense_after)))
         return max(how.most(size, min(taken, int(self.dense_after * size) + 1)), whole)
 
     def reduce(
@@ -161,7 +150,7 @@ class Split(Remembering, Spec):
         return (poisoned_total(out, state.layout), state) if step.poisoned else (Reduction(out), state.advanced())
 
     def rehearse(self, x: Array, total: Array) -> list[Array]:
-        """See Reducer: entries are added up and collected."""
+        """See Reducer."""
         kernels, size = host_kernels(x), x.size
         marks, places = np.zeros(-(-size // 64), np.uint64), np.arange(0, size, 3, dtype=np.uint32)
         total[...] = 0
@@ -175,91 +164,78 @@ class Split(Remembering, Spec):
 
 
 class _Step:
-    """One reduction: what a rank knows in its course."""
+    """One reduction of this rank."""
 
     def __init__(self, reducer: Split, comm: Comm, state: State, work: Workspace) -> None:
         self.reducer, self.comm, self.state, self.work = reducer, comm, state, work
-        self.coding = Coding(reducer.selecting.values, state.dtype)
-        self.wire = Wire(comm, state, work, self.coding, reducer.whole, str(reducer))
+        self.coding = EntryCodec(reducer.codec.values, state.dtype)
+        self.parcels = Parcels(comm, state, work, self.coding, reducer.whole, str(reducer))
         self.first, self.second = (work.shrink(self.coding.codec, ranks) for ranks in (1, comm.size))
         self.whole = work.shrink(reducer.whole, comm.size)
         self.poisoned = False
         self.divisions = work.made("divisions", lambda: reducer.divisions(state.layout, comm.size))
-        self.picked: dict[int, Entries] = {}
-        self.owned: list[list[Region]] = []
+        self.selected: dict[int, Entries] = {}  # by number of unit
+        self.owned: list[list[Region]] = []  # by rank
 
     def select(self, x: Array) -> None:
-        """Select from all units, and agree on who owns what."""
-        state = self.state
-        for number, unit in ((division.number, division.unit) for division in self.divisions):
-            old = None if state.residual is None else state.residual[unit.where]
-            new = None if state.spare is None else state.spare[unit.where]
-            self.picked[number], finite = pick(self.reducer.selecting, x[unit.where], old, new)
-            if not finite:
-                self.poisoned = True
-                self.picked.clear()
-                break
-        places = {number: entries.places for number, entries in self.picked.items()}
+        """Select from all units, and agree on the owner of each region."""
+        found = select_units(self.reducer.codec, x, self.state)
+        self.poisoned = found is None
+        for division, entries in zip(self.divisions, found or (), strict=found is not None):
+            self.selected[division.number] = entries
+        places = {number: entries.places for number, entries in self.selected.items()}
         self.owned = owned_regions(self.comm, self.divisions, places)
 
     def scatter(self) -> list[Parcel]:
-        """Send every entry to the owner of its region; return what came for this rank's own, by source rank."""
-        comm, me = self.comm, self.comm.rank
+        """Send every entry to the owner of its region; return what came for this rank's regions, by source rank."""
+        ranks, me = self.comm.size, self.comm.rank
         parts = [[self._part(region) for region in regions] for regions in self.owned]
         counts = [[part.places.size for part in each] for each in parts]
-        outgoing = self.wire.parcels("outgoing", self.owned, counts, self.poisoned)
+        outgoing = self.parcels.lay_out("outgoing", self.owned, counts, self.poisoned)
         for regions, entries, parcel in zip(self.owned, parts, outgoing, strict=True):
             for region, part, payload in zip(regions, entries, parcel.payloads, strict=False):
-                rest = self._room(part.values)
-                key = self.state.key(region.piece, 0, me)
-                self.coding.write(part, payload, region.piece.size, key, rest, self.first)
-                if rest is not None and self.state.spare is not None:
-                    host_kernels(rest).put_at(part.places, rest, self.state.spare[region.piece.where])
+                key, new = self.state.key(region.piece, 0, me), residuals(self.state, region.piece.where)[1]
+                self.coding.write(part, payload, region.piece.size, key, new, self.first)
         mine = self.owned[me]
-        post = self.wire.post([parcel.data for parcel in outgoing], [bool(mine)] * comm.size, "entries")
-        messages = [post.arrived(rank) for rank in range(comm.size)]
-        self.poisoned |= any([self.wire.poisoned(data, rank) for rank, data in enumerate(messages)])
-        post.finish()
-        return [] if self.poisoned or not mine else [self.wire.view(data, mine) for data in messages]
+        exchange = self.parcels.exchange_counted([parcel.data for parcel in outgoing], [mine] * ranks, "entries")
+        with exchange:
+            messages = [exchange.arrived(rank) for rank in range(ranks)]
+            self.poisoned |= any([self.parcels.poisoned(data, rank) for rank, data in enumerate(messages)])
+        return [] if self.poisoned or not mine else [self.parcels.view(data, mine) for data in messages]
 
     def _part(self, region: Region) -> Entries:
         """This rank's entries in a region, none if it is poisoned."""
-        if region.number not in self.picked:
+        if region.number not in self.selected:
             return Entries(np.empty(0, self.state.dtype), np.empty(0, np.uint32))
-        entries, piece = self.picked[region.number], region.piece
+        entries, piece = self.selected[region.number], region.piece
         first = bisect_left(entries.places, piece.start)
         return entries.part(first, bisect_left(entries.places, piece.stop, first), piece.start)
 
-    def _room(self, values: Array) -> Array | None:
-        """Room for what the code of values leaves out, if it does and somebody is to owe it."""
-        return None if self.state.spare is None or self.coding.codec is None else np.empty_like(values)
-
     def share(self, incoming: Sequence[Parcel], out: Array) -> None:
         """Add up the entries of this rank's regions, send the sums to all, and set the units of `out` to all sums."""
-        comm, me, regions = self.comm, self.comm.rank, self.owned[self.comm.rank]
+        comm, me, regions, cut = self.comm, self.comm.rank, self.owned[self.comm.rank], self.reducer.cut
         found = [self._sum(region, incoming, number) for number, region in enumerate(regions) if incoming]
         self.poisoned |= any(sums.values.size and host_kernels(out).nonfinite(sums.values) for sums, _ in found)
-        if self.reducer.cut:
-            mine, *room = self.wire.cut("sums", [self.wire.quotas(each) for each in (regions, *self.owned)])
-            self.wire.seal(mine, self.poisoned)
-            self._encode(regions, found, self.wire.view(mine, regions, [region.quota for region in regions]))
-            post = Post(comm, [mine] * comm.size, room, f"{self.reducer}, sums")
+        quotas = [[region.quota for region in each] if cut else None for each in self.owned]
+        if cut:
+            mine, *room = self.parcels.buffers("sums", [self.parcels.quota_nbytes(o) for o in (regions, *self.owned)])
+            self.parcels.seal(mine, self.poisoned)
+            self._encode(regions, found, self.parcels.view(mine, regions, quotas[me]))
+            exchange = self.parcels.exchange([mine] * comm.size, room, "sums")
         else:
             counts = [count for _, count in found] or [0] * len(regions)
-            (parcel,) = self.wire.parcels("mine", [regions], [counts], self.poisoned)
+            (parcel,) = self.parcels.lay_out("mine", [regions], [counts], self.poisoned)
             self._encode(regions, found, parcel)
-            post = self.wire.post([parcel.data] * comm.size, [bool(each) for each in self.owned], "sums")
-        for distance in range(comm.size):  # its own first, then as they come
-            owner = (me - distance) % comm.size
-            data = post.arrived(owner)
-            self.poisoned |= self.wire.poisoned(data, owner)
-            if not self.poisoned:
-                quotas = [region.quota for region in self.owned[owner]] if self.reducer.cut else None
-                self._decode(self.wire.view(data, self.owned[owner], quotas), owner, out)
-        post.finish()
+            exchange = self.parcels.exchange_counted([parcel.data] * comm.size, self.owned, "sums")
+        with exchange:
+            for owner in (me, *reversed(peers(me, comm.size))):
+                data = exchange.arrived(owner)
+                self.poisoned |= self.parcels.poisoned(data, owner)
+                if not self.poisoned:
+                    self._decode(self.parcels.view(data, self.owned[owner], quotas[owner]), owner, out)
 
     def _sum(self, region: Region, incoming: Sequence[Parcel], number: int) -> tuple[Entries, int]:
-        """Add up the entries of a region in rank order; return the sums and what the message says of their number."""
+        """Add up the entries of a region in rank order; return the sums and their count, or WHOLE, for the message."""
         size, kernels = region.piece.size, host_kernels(incoming[0].data)
         sums, marks = self._zeros("region", size, self.state.dtype), self._zeros("marks", -(-size // 64), "uint64")
         for rank, parcel in enumerate(incoming):
@@ -279,48 +255,36 @@ class _Step:
         return found, count
 
     def _zeros(self, name: str, size: int, dtype: str) -> Array:
-        """Zeros from the workspace; the code that writes to them leaves zeros."""
+        """Zeros from the workspace; the code that writes to them must restore zeros."""
         return self.work.roomy(name, size, lambda room: np.zeros(room, dtype))
 
     def _encode(self, regions: Sequence[Region], found: Sequence[tuple[Entries, int]], parcel: Parcel) -> None:
-        """Write the sums of this rank's regions; what is left out goes to its residual."""
+        """Write the sums of this rank's regions; the loss goes to its residual."""
         if self.poisoned:
             return
         for region, (sums, count), payload in zip(regions, found, parcel.payloads, strict=True):
             piece, key = region.piece, self.state.key(region.piece, 1, self.comm.rank)
-            owed = None if self.state.spare is None else self.state.spare[piece.where]
+            new = residuals(self.state, piece.where)[1]
             if count == WHOLE:
-                self._encode_whole(sums.values, payload, owed, key)
+                self._encode_whole(sums.values, payload, new, key)
                 continue
-            kept = self._largest(sums, region.quota, owed) if self.reducer.cut else sums
-            rest = self._room(kept.values)
-            self.coding.write(kept, payload, piece.size, key, rest, self.second)
-            if rest is not None and owed is not None:
-                host_kernels(rest).scatter_add(kept.places, rest, owed)
+            kept = sums
+            if self.reducer.cut and sums.values.size != region.quota:
+                kept = sums.largest(region.quota, new)
+            self.coding.write(kept, payload, piece.size, key, new, self.second)
 
-    def _encode_whole(self, values: Array, payload: Payload, owed: Array | None, key: Key) -> None:
+    def _encode_whole(self, values: Array, payload: Payload, new: Array | None, key: Key) -> None:
         codec = self.reducer.whole
         if codec is None:
             payload[0][:] = values
             return
-        rest = None if owed is None else np.empty_like(values)
+        rest = None if new is None else np.empty_like(values)
         encode(codec, values, None, payload, rest, key, self.whole)
-        if rest is not None and owed is not None:
-            owed += rest
-
-    def _largest(self, sums: Entries, quota: int, owed: Array | None) -> Entries:
-        """Return the largest entries, as many as are to be kept; this rank owes the others from now on."""
-        if sums.values.size == quota:
-            return sums
-        kept, numbers = np.empty(quota, sums.values.dtype), np.empty(quota, np.uint32)
-        rest, kernels = None if owed is None else np.empty_like(sums.values), host_kernels(kept)
-        kernels.select_top(sums.values, None, rest, quota).write(kept, numbers, zero=rest is not None)
-        if rest is not None and owed is not None:
-            kernels.scatter_add(sums.places, rest, owed)
-        return Entries(kept, sums.places[numbers])
+        if rest is not None and new is not None:
+            new += rest
 
     def _decode(self, parcel: Parcel, owner: int, out: Array) -> None:
-        """Set an owner's regions of `out` to what it sent."""
+        """Set an owner's regions of `out` to the sums that it sent."""
         codec = self.reducer.whole
         for region, count, payload in zip(self.owned[owner], parcel.counts, parcel.payloads, strict=True):
             target, key = out[region.piece.where], self.state.key(region.piece, 1, owner)

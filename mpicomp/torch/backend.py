@@ -1,7 +1,7 @@
-"""The c10d backend "mpicomp": torch.distributed over MPI, exact by itself.
+"""The c10d backend "mpicomp": torch.distributed over MPI, without compression.
 
-A subclass of torch's ProcessGroup, the only thing that torch lets Python define. Arguments are checked before anything
-is sent, so that a mistake all ranks make raises on all of them at the call. torch has two generations of names for
+A subclass of torch's ProcessGroup, the only class that torch lets Python define. Arguments are checked before data is
+sent, so that the same mistake on all ranks raises on all of them at the call. torch has two generations of names for
 some operations; both are here.
 """
 
@@ -22,15 +22,15 @@ from mpicomp.torch.point import PointToPoint
 from mpicomp.torch.tensors import check_local
 from mpicomp.torch.worker import Work, Worker
 
-Routes = tuple[Sequence[Tensor | None], Sequence[Tensor | None]]
-"""What this rank sends to each rank, and what it receives from each; None is nothing."""
+Row = Sequence[Tensor | None]
+"""A tensor per rank, or None for no message."""
 
 
 class MPIProcessGroup(Identity):
     """A process group whose collectives run in order on one communication thread."""
 
     def __init__(self, make: Callable[[], Comm], at_end: Callable[[Comm], Callable[[], None]] | None = None) -> None:
-        """`make` returns a new communicator of the group's ranks; `at_end` what to do when this is destroyed."""
+        """`make` creates a communicator of the group's ranks; `at_end` returns a function to call at destruction."""
         comm, point_comm = make(), make()
         super().__init__(comm)
         self._make = make
@@ -40,11 +40,11 @@ class MPIProcessGroup(Identity):
         self._scratch = exact.Scratch()
 
     def shutdown(self) -> None:
-        """Finish what was submitted, end the communication thread and free the communicators; may be called again.
+        """Finish collectives under way, end the communication thread and free the communicators; may be called again.
 
         `destroy_process_group` calls this, on all ranks in the order of the groups' names. Messages between two ranks
-        that are still under way are given up. A group that was never destroyed keeps its communicators until the
-        process ends: freeing them is collective, and no garbage collector is.
+        that are still under way are abandoned. A group that was never destroyed keeps its communicators until the
+        process ends: freeing them is collective, which a garbage collector is not.
         """
         self.worker.close()
         self.point.close()
@@ -62,7 +62,7 @@ class MPIProcessGroup(Identity):
         old = self.comm
         if old.size == 1:
             return old
-        old.breaks(RuntimeError("the process group was reset"), "reset")  # others may be in a call that goes well
+        old.breaks(RuntimeError("the process group was reset"), "reset")  # others may wait in a call without an error
         old.close()
         made = self._make()
         made.timeout, made.traffic = old.timeout, old.traffic
@@ -78,12 +78,7 @@ class MPIProcessGroup(Identity):
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> Collective:
         """Reduce each tensor in place."""
         op = op_name(getattr(opts, "reduceOp", dist.ReduceOp.SUM), tensors)
-
-        def call() -> None:
-            for tensor in tensors:
-                exact.allreduce(self.comm, tensor, op, self._scratch)
-
-        return Collective(f"all_reduce({op}) of {forms(tensors)}", tensors, tensors, call)
+        return self._allreduce(f"all_reduce({op})", tensors, op, keep=True)
 
     allreduce_coalesced = allreduce
 
@@ -91,12 +86,14 @@ class MPIProcessGroup(Identity):
     def reduce(self, tensors: list[Tensor], opts: Any) -> Collective:
         """Reduce each tensor at the root."""
         op = op_name(opts.reduceOp, tensors)
+        return self._allreduce(f"reduce({op}) to {opts.rootRank}", tensors, op, self.comm.rank == opts.rootRank)
 
+    def _allreduce(self, operation: str, tensors: list[Tensor], op: str, keep: bool) -> Collective:
         def call() -> None:
             for tensor in tensors:
-                exact.allreduce(self.comm, tensor, op, self._scratch, keep=self.comm.rank == opts.rootRank)
+                exact.allreduce(self.comm, tensor, op, self._scratch, keep)
 
-        return Collective(f"reduce({op}) to {opts.rootRank} of {forms(tensors)}", tensors, tensors, call)
+        return Collective(f"{operation} of {forms(tensors)}", tensors, tensors, call)
 
     @collective
     def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> Collective:
@@ -105,10 +102,7 @@ class MPIProcessGroup(Identity):
 
     def _reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> Collective:
         op = op_name(getattr(opts, "reduceOp", dist.ReduceOp.SUM), outputs)
-        for output, parts in zip(outputs, inputs, strict=True):
-            exact.check_parts(parts, self.comm.size)
-            exact.check_same(output, parts[self.comm.rank])
-        everything = [part for parts in inputs for part in parts]
+        everything = self._checked(inputs, outputs)
 
         def call() -> None:
             for output, parts in zip(outputs, inputs, strict=True):
@@ -150,10 +144,7 @@ class MPIProcessGroup(Identity):
         return self._allgather(outputs, inputs)
 
     def _allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor]) -> Collective:
-        for parts, tensor in zip(outputs, inputs, strict=True):
-            exact.check_parts(parts, self.comm.size)
-            exact.check_same(tensor, parts[self.comm.rank])
-        everything = [part for parts in outputs for part in parts]
+        everything = self._checked(outputs, inputs)
 
         def call() -> None:
             for parts, tensor in zip(outputs, inputs, strict=True):
@@ -179,7 +170,7 @@ class MPIProcessGroup(Identity):
                 if whole.data_ptr() != output.data_ptr():
                     output.detach().copy_(whole.view(output.shape))
 
-        return Collective(f"all_gather of one {sizes(inputs)} a rank", [*outputs, *inputs], outputs, call)
+        return Collective(f"all_gather of one {sizes(inputs)} per rank", [*outputs, *inputs], outputs, call)
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Work:
         """Concatenate all ranks' tensors."""
@@ -188,34 +179,28 @@ class MPIProcessGroup(Identity):
     @collective
     def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any) -> Collective:
         """Copy rank r's inputs[i] to the root's outputs[i][r]; sizes may differ between ranks."""
-        at_root = self.comm.rank == opts.rootRank
-        for parts, tensor in zip(outputs, inputs, strict=True) if at_root else []:
-            exact.check_parts(parts, self.comm.size)
-            exact.check_same(tensor, parts[self.comm.rank])
-
-        def routes(i: int) -> Routes:
-            outgoing: list[Tensor | None] = [None] * self.comm.size
-            outgoing[opts.rootRank] = inputs[i]
-            return outgoing, list(outputs[i]) if at_root else [None] * self.comm.size
-
-        tensors = [*inputs, *(part for parts in outputs for part in parts)]
-        return self._exchanged("gather", f"gather to {opts.rootRank}", len(inputs), routes, tensors, outputs)
+        everything, routes = self._rooted(outputs, inputs, opts.rootRank)
+        return self._exchange("gather", f"gather to {opts.rootRank}", routes, everything, outputs)
 
     @collective
     def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> Collective:
         """Copy the root's inputs[i][r] to rank r's outputs[i]; sizes may differ between ranks."""
-        at_root = self.comm.rank == opts.rootRank
-        for parts, tensor in zip(inputs, outputs, strict=True) if at_root else []:
-            exact.check_parts(parts, self.comm.size)
-            exact.check_same(tensor, parts[self.comm.rank])
+        everything, routes = self._rooted(inputs, outputs, opts.rootRank)
+        mirrored = [(many, one) for one, many in routes]
+        return self._exchange("scatter", f"scatter from {opts.rootRank}", mirrored, everything, outputs)
 
-        def routes(i: int) -> Routes:
-            incoming: list[Tensor | None] = [None] * self.comm.size
-            incoming[opts.rootRank] = outputs[i]
-            return list(inputs[i]) if at_root else [None] * self.comm.size, incoming
-
-        tensors = [*outputs, *(part for parts in inputs for part in parts)]
-        return self._exchanged("scatter", f"scatter from {opts.rootRank}", len(outputs), routes, tensors, outputs)
+    def _rooted(
+        self, lists: list[list[Tensor]], tensors: list[Tensor], root: int
+    ) -> tuple[list[Tensor], list[tuple[Row, Row]]]:
+        """Return all tensors and, for each i, tensors[i] as the root's part of a row, and the root's row lists[i]."""
+        at_root = self.comm.rank == root
+        everything = self._checked(lists, tensors) if at_root else []
+        routes: list[tuple[Row, Row]] = []
+        for i, tensor in enumerate(tensors):
+            one: list[Tensor | None] = [None] * self.comm.size
+            one[root] = tensor
+            routes.append((one, lists[i] if at_root else [None] * self.comm.size))
+        return [*tensors, *everything], routes
 
     @collective
     def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Collective:
@@ -223,53 +208,51 @@ class MPIProcessGroup(Identity):
         return self._alltoall(outputs, inputs)
 
     def _alltoall(self, outputs: list[Tensor], inputs: list[Tensor]) -> Collective:
-        exact.check_parts(outputs, self.comm.size)
         exact.check_parts(inputs, self.comm.size)
-        exact.check_same(outputs[self.comm.rank], inputs[self.comm.rank])
-        return self._exchanged("alltoall", "all_to_all", 1, lambda _: (inputs, outputs), [*outputs, *inputs], outputs)
+        everything = [*self._checked([outputs], [inputs[self.comm.rank]]), *inputs]
+        return self._exchange("alltoall", "all_to_all", [(inputs, outputs)], everything, outputs)
 
     @collective
     def all_to_all_single(
         self, output: Tensor, input: Tensor, output_splits: list[int], input_splits: list[int], opts: Any = None
     ) -> Collective:
-        """Exchange rows: splits say how many go to and come from each rank, none means equal parts."""
+        """Exchange rows: splits are the numbers of rows that go to and come from each rank, empty means equal parts."""
         incoming = exact.rows_of(output, output_splits, self.comm.size)
         outgoing = exact.rows_of(input, input_splits, self.comm.size)
         return self._alltoall(incoming, outgoing)
 
-    def _exchanged(
-        self,
-        operation: str,
-        description: str,
-        count: int,
-        routes: Callable[[int], Routes],
-        tensors: list[Tensor],
-        result: Any,
-    ) -> Collective:
-        """A collective of `count` exchanges, for each of which `routes` says what goes where."""
+    def _checked(self, lists: list[list[Tensor]], tensors: list[Tensor]) -> list[Tensor]:
+        """Return the tensors of all lists; ValueError unless each has one per rank, and this rank's fits tensors[i]."""
+        for parts, tensor in zip(lists, tensors, strict=True):
+            exact.check_parts(parts, self.comm.size)
+            exact.check_same(tensor, parts[self.comm.rank])
+        return [part for parts in lists for part in parts]
 
-        exchanges = [routes(i) for i in range(count)]
+    def _exchange(
+        self, operation: str, description: str, routes: list[tuple[Row, Row]], tensors: list[Tensor], result: Any
+    ) -> Collective:
+        """Return a collective of one exchange per pair: what this rank sends to each rank, and receives from it."""
 
         def check() -> None:
-            sent = [_one_text(outgoing[rank] for outgoing, _ in exchanges) for rank in range(self.comm.size)]
-            received = [_one_text(incoming[rank] for _, incoming in exchanges) for rank in range(self.comm.size)]
+            sent = [_one_text(outgoing[rank] for outgoing, _ in routes) for rank in range(self.comm.size)]
+            received = [_one_text(incoming[rank] for _, incoming in routes) for rank in range(self.comm.size)]
             confirm_routes(self.comm, description, sent, received)
 
         def call() -> None:
-            for outgoing, incoming in exchanges:
+            for outgoing, incoming in routes:
                 exact.exchange(self.comm, outgoing, incoming, operation)
 
-        return Collective(f"{description} of {count} tensors a rank", tensors, result, call, check)
+        return Collective(f"{description} of {len(routes)} tensors per rank", tensors, result, call, check)
 
     @collective
     def barrier(self, opts: Any = None) -> Collective:
-        """Complete when all ranks are here: the agreement is all that it takes."""
+        """Complete when all ranks have begun it: the agreement suffices."""
         return Collective("barrier", [], [], lambda: None)
 
     # -------------------------------------------------------------------------------------- between two ranks
 
     def send(self, tensors: list[Tensor], peer: int, tag: int = 0) -> dist.Work:
-        """Send tensors to one rank, which hears of it if this one cannot."""
+        """Send tensors to one rank; an error here raises on both."""
         self.worker.check_open()
         try:
             check_local(tensors)
@@ -285,7 +268,7 @@ class MPIProcessGroup(Identity):
         return self.point.receive(tensors, peer, tag)
 
     def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> dist.Work:
-        """Refuse with a ValueError: this library always knows whom it hears."""
+        """Raise ValueError: this library receives from known ranks only."""
         raise ValueError("mpicomp cannot receive from any rank; pass recv(..., src=RANK)")
 
     # Names that torch used before 2.13, and still does in places.
@@ -311,8 +294,8 @@ def tensor_group(group: Any) -> MPIProcessGroup:
 def reset(group: Any = None) -> None:
     """Make a process group, of all ranks by default, usable again after an error; all its ranks call this.
 
-    After an error in a collective, other than ranks that disagree on it, all ranks refuse to use the group further.
-    What was begun on it is given up: tensors in which it wrote hold anything. A DDP model goes on from its last whole
-    step.
+    After an error in a collective, other than a ConfigMismatchError, all ranks refuse to use the group. Operations
+    under way are abandoned: the contents of their output tensors are undefined. A DDP model continues from its last
+    complete step.
     """
     tensor_group(dist.group.WORLD if group is None else group).reset()

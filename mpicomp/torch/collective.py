@@ -1,7 +1,7 @@
-"""How every collective of a process group runs: arguments are checked, all ranks agree, and only then anything is sent.
+"""How every collective of a process group runs: arguments are checked, all ranks agree, and only then data is sent.
 
-The agreement is 16 bytes and is never skipped. A rank that refuses its own arguments takes part in it, so that the
-others raise ConfigMismatchError instead of waiting for it.
+The agreement is 16 bytes and is never skipped. A rank whose arguments are wrong takes part in it, so that the others
+raise ConfigMismatchError instead of waiting for it.
 """
 
 from __future__ import annotations
@@ -10,101 +10,85 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from mpicomp.arrays import Array
 from mpicomp.comm import collectives
-from mpicomp.comm.agreement import agree, confirm, digest_of
+from mpicomp.comm.agreement import agree, digest_of, refuse
 from mpicomp.comm.communicator import Comm
+from mpicomp.comm.share import padded, unpadded
 from mpicomp.torch.streams import device_of
 from mpicomp.torch.tensors import check_local
-from mpicomp.torch.worker import Work, Worker
+from mpicomp.torch.worker import Work
 
-TEXT = 64  # bytes of what a rank says of one message when the ranks disagree
+if TYPE_CHECKING:
+    from mpicomp.torch.backend import MPIProcessGroup
+
+TEXT = 64  # bytes of the description of one message when the ranks disagree
 
 
 class Collective(NamedTuple):
-    """A collective whose arguments were found good."""
+    """A collective whose arguments are valid; the functions are called on the communication thread, in order."""
 
     description: str
     """All that must be the same on every rank."""
     tensors: Sequence[torch.Tensor]
-    """What it reads and writes."""
+    """Its inputs and outputs."""
     result: Any
-    """What its Work yields."""
+    """The result of its Work."""
     call: Callable[[], None]
-    """Communicate; called on the communication thread when its turn has come."""
+    """Communicate."""
     check: Callable[[], None] = lambda: None
-    """Find disagreement that the description cannot show, before anything else is sent; as `call`."""
-
-
-class Group(Protocol):
-    """A communicator and its communication thread."""
-
-    comm: Comm
-    worker: Worker
+    """Find disagreement that the description cannot show, before anything else is sent."""
 
 
 Prepare = Callable[..., Collective]
-"""Checks arguments, given a group and them, and raises for bad ones; communicates nothing."""
+"""Checks arguments, given a group and them, and raises for wrong ones; communicates nothing."""
 
 
 def collective(prepare: Prepare) -> Callable[..., Work]:
-    """Return the method of a process group that begins what `prepare` makes.
+    """Return the method of a process group that begins the collective of `prepare`.
 
-    What `prepare` raises is raised on this rank, and ConfigMismatchError on all others.
+    An error of `prepare` is raised on this rank, and ConfigMismatchError on all others.
     """
 
     @functools.wraps(prepare)
-    def begin(group: Group, *args: Any, **kwargs: Any) -> Work:
+    def begin(group: MPIProcessGroup, *args: Any, **kwargs: Any) -> Work:
         group.worker.check_open()
         try:
-            made = prepare(group, *args, **kwargs)
-            check_local(made.tensors)
-            device_of(made.tensors)
+            prepared = prepare(group, *args, **kwargs)
+            check_local(prepared.tensors)
+            device_of(prepared.tensors)
         except Exception as error:
-            refuse(group, error)
+            group.worker.submit(partial(refuse, group.comm, error)).wait()
             raise
 
         def run() -> Any:
             comm = group.comm
-            comm.context = made.description
-            confirm(comm, digest_of(made.description), lambda: made.description)
-            made.check()
-            with breaking(comm, made.description):
-                made.call()
+            comm.context = prepared.description
+            agree(comm, prepared.description)
+            prepared.check()
+            with breaking(comm, prepared.description):
+                prepared.call()
             comm.context = ""
-            return made.result
+            return prepared.result
 
-        return group.worker.submit(run, made.tensors)
+        return group.worker.submit(run, prepared.tensors)
 
     return begin
 
 
 @contextmanager
 def breaking(comm: Comm, operation: str) -> Iterator[None]:
-    """After an error in here all ranks refuse to use the communicator further: the others may be anywhere."""
+    """After an error in this block all ranks refuse to use the communicator: they may be in different operations."""
     try:
         yield
     except BaseException as error:
         comm.breaks(error, operation)
         raise
-
-
-def refuse(group: Group, error: Exception) -> None:
-    """Tell the other ranks, when the turn has come, that this one cannot do what comes next; the caller raises it."""
-
-    def run() -> None:
-        try:
-            agree(group.comm, "", error)
-        except type(error) as raised:
-            if raised is not error:
-                raise
-
-    group.worker.submit(run).wait()
 
 
 def forms(tensors: Iterable[torch.Tensor]) -> str:
@@ -118,7 +102,7 @@ def sizes(tensors: Iterable[torch.Tensor]) -> str:
 
 
 def size(tensor: torch.Tensor | None) -> str:
-    """Describe one tensor by its number of elements and dtype; nothing by nothing."""
+    """Describe one tensor by its number of elements and dtype; None by an empty text."""
     return "" if tensor is None else f"{tensor.numel()} {_name(tensor)}"
 
 
@@ -127,16 +111,16 @@ def _name(tensor: torch.Tensor) -> str:
 
 
 def _runs(texts: Iterable[str]) -> str:
-    """Join texts; of equal neighbours say how many there are."""
+    """Join texts; equal neighbours become one text with their number."""
     runs = [(text, sum(1 for _ in same)) for text, same in itertools.groupby(texts)]
     return ", ".join(text if count == 1 else f"{count} times {text}" for text, count in runs)
 
 
 def confirm_routes(comm: Comm, operation: str, sent: Sequence[str], received: Sequence[str]) -> None:
-    """Make sure that every rank expects what the others send it: `sent[r]` to and `received[r]` from rank r, as texts.
+    """Check that every rank expects what the others send it: `sent[r]` to and `received[r]` from rank r, as texts.
 
-    8 bytes by Allreduce(SUM): what is sent counts up, what is expected counts down. Where that does not come to
-    nothing, all ranks raise ConfigMismatchError.
+    8 bytes by Allreduce(SUM): digests of sent messages are added, those of expected ones subtracted. Unless the sum is
+    zero, all ranks raise ConfigMismatchError.
     """
     if comm.size == 1:
         return
@@ -144,20 +128,15 @@ def confirm_routes(comm: Comm, operation: str, sent: Sequence[str], received: Se
     down = (digest_of(f"{peer} {comm.rank} {text}") for peer, text in enumerate(received))
     mine = np.array([(sum(up) - sum(down)) % 2**64], np.uint64)
     total = np.empty_like(mine)
-    announced = [np.zeros(TEXT, np.uint8) for _ in received]
+    announced = [np.empty(TEXT, np.uint8) for _ in received]
     with breaking(comm, operation):
         collectives.allreduce(comm, mine, total)
         if total[0] == 0:
             return
-        collectives.exchange(comm, [_padded(text) for text in sent], announced, "agreement")
-    told = [array.tobytes().rstrip(b"\0").decode(errors="replace") for array in announced]
+        collectives.exchange(comm, [padded(text, TEXT) for text in sent], announced, "agreement")
     wrong = [
         f"expects {mine or 'nothing'} from rank {peer}, which sends {theirs or 'nothing'}"
-        for peer, (mine, theirs) in enumerate(zip(received, told, strict=True))
+        for peer, (mine, theirs) in enumerate(zip(received, map(unpadded, announced), strict=True))
         if mine[:TEXT] != theirs
     ]
     agree(comm, f"{operation} {'; '.join(wrong) or 'expects what the others send'} (as rank {comm.rank})")
-
-
-def _padded(text: str) -> Array:
-    return np.frombuffer(text.encode()[:TEXT].ljust(TEXT, b"\0"), np.uint8)

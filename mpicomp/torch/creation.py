@@ -1,7 +1,7 @@
-"""How torch gets a process group of this library: the backend's entry in torch's table, and what makes a group.
+"""How torch creates a process group of this library: the entry in torch's table of backends, and its function.
 
-The ranks meet at a port of rank 0 whenever torch is initialised. One that initialises it again may still find the old
-meeting there, which then closes: torch fails so with any backend. So the port, where it is ours to choose, changes.
+The ranks connect to a port of rank 0 whenever torch is initialised. A rank that initialises it again may still find the
+old store at that port, which then closes: torch fails so with any backend. So a port that the user did not set changes.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-import numpy as np
 import torch.distributed as dist
 
-from mpicomp.comm import collectives
 from mpicomp.comm.communicator import Comm
+from mpicomp.comm.share import shared
 from mpicomp.torch.backend import MPIProcessGroup
 from mpicomp.torch.identity import NAME
 from mpicomp.torch.launch import FILLED, group_comm
@@ -25,14 +24,14 @@ PORT = "MASTER_PORT"
 
 
 def register() -> None:
-    """Tell torch of the backend, once."""
+    """Register the backend with torch, once."""
     if NAME not in dist.Backend.backend_list:
         dist.Backend.register_backend(NAME, create, extended_api=True, devices=["cpu", "cuda"])
 
 
 def create(options: Any, _: Any = None) -> MPIProcessGroup:
-    """Make the process group that torch asks for; only its members are asked."""
-    ranks = list(options.global_ranks_in_group)  # none for that of all ranks, which is made first
+    """Create the process group that torch asks for; only its members are asked."""
+    ranks = list(options.global_ranks_in_group)  # empty for the group of all ranks, which is created first
     seconds = options.timeout.total_seconds() if isinstance(options.timeout, timedelta) else None
 
     def make() -> Comm:
@@ -45,22 +44,20 @@ def create(options: Any, _: Any = None) -> MPIProcessGroup:
 
 
 def next_port(comm: Comm) -> Callable[[], None]:
-    """Return what moves the ranks to a port that rank 0 keeps free for when they meet again. Collective.
+    """Return a function that sets the port of the next initialisation, which rank 0 reserves now. Collective.
 
-    It moves nothing where the user has set the port.
+    It sets nothing where the user has set the port.
     """
     ours = PORT in os.environ.get(FILLED, "").partition(":")[2].split(",")
-    port = np.zeros(1, np.int64)
-    kept = socket.socket() if comm.rank == 0 and ours else None
-    if kept is not None:
-        kept.bind(("", 0))
-        port[0] = kept.getsockname()[1]
-    collectives.broadcast(comm, port.view(np.uint8), 0)
+    reserved = socket.socket() if comm.rank == 0 and ours else None
+    if reserved is not None:
+        reserved.bind(("", 0))
+    port = shared(comm, 0 if reserved is None else reserved.getsockname()[1])
 
     def move() -> None:
-        if kept is not None:
-            kept.close()
-        if ours and port[0]:
-            os.environ[PORT] = str(port[0])
+        if reserved is not None:
+            reserved.close()
+        if ours and port:
+            os.environ[PORT] = str(port)
 
     return move

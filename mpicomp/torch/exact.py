@@ -1,7 +1,7 @@
-"""Collectives of tensors that move every bit: what the process group does by itself never compresses.
+"""Collectives of tensors without compression, those of the process group.
 
-All functions block, and run on the communication thread; CUDA tensors pass through the host's memory. Sums are exact
-for integers, MPI's own for float32 and float64, and for half types those of float32, rounded once.
+All functions block, and run on the communication thread; CUDA tensors pass through the host's memory. Sums of integers
+are exact, those of float32 and float64 are MPI's own, and those of half types are formed in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -19,18 +19,11 @@ from mpicomp.torch.tensors import bytes_of, flat, on_cpu
 
 Tensor = torch.Tensor
 
-_OPS: list[tuple[Any, str]] = [
-    (dist.ReduceOp.SUM, "sum"),
-    (dist.ReduceOp.AVG, "avg"),
-    (dist.ReduceOp.MAX, "max"),
-    (dist.ReduceOp.MIN, "min"),
-    (dist.ReduceOp.PRODUCT, "prod"),
-    (dist.ReduceOp.BAND, "band"),
-    (dist.ReduceOp.BOR, "bor"),
-    (dist.ReduceOp.BXOR, "bxor"),
-]
+_OPS = dict(SUM="sum", AVG="avg", MAX="max", MIN="min", PRODUCT="prod", BAND="band", BOR="bor", BXOR="bxor")
+"""torch's names of reductions, and ours."""
+
 _BOOL_OPS = {"sum": "max", "max": "max", "bor": "max", "prod": "min", "min": "min", "band": "min", "bxor": "bxor"}
-"""Reductions of bytes that are 0 or 1 which do to them what the operation does to truth values."""
+"""For each reduction of truth values the reduction of bytes 0 and 1 with the same result."""
 
 _PAIRWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sum": torch.Tensor.add_,
@@ -45,10 +38,10 @@ _PAIRWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def op_name(reduce_op: Any, tensors: Sequence[Tensor]) -> str:
-    """Return the name of a torch reduction if these tensors can be reduced so, or raise ValueError."""
-    name = next((name for op, name in _OPS if reduce_op == op), None)
+    """Return the name of a torch reduction; ValueError where it is not defined for these tensors."""
+    name = next((name for op, name in _OPS.items() if reduce_op == getattr(dist.ReduceOp, op)), None)
     if name is None:
-        raise ValueError(f"mpicomp cannot reduce with {reduce_op}; it has {', '.join(n.upper() for _, n in _OPS)}")
+        raise ValueError(f"mpicomp cannot reduce with {reduce_op}; it has {', '.join(_OPS)}")
     for tensor in tensors:
         floating = tensor.is_floating_point() or tensor.is_complex()
         if name in ("band", "bor", "bxor") and floating:
@@ -61,7 +54,7 @@ def op_name(reduce_op: Any, tensors: Sequence[Tensor]) -> str:
 
 
 def _widened(tensor: Tensor, op: str) -> tuple[Tensor, str]:
-    """Return the elements in a dtype in which MPI can reduce them, and the operation to use on them."""
+    """Return the elements in a dtype that MPI can reduce, and the operation to use."""
     elements = on_cpu(tensor)
     if elements.is_complex():
         return torch.view_as_real(elements).view(-1), op
@@ -75,22 +68,22 @@ def _widened(tensor: Tensor, op: str) -> tuple[Tensor, str]:
 
 
 def _shrink(tensor: Tensor, op: str, ranks: int) -> float:
-    """What elements are multiplied by before they are averaged, a power of two; bfloat16 has the range of float32.
+    """Return the factor of elements before a mean, a power of two of at most 1/ranks for bfloat16, else 1.
 
-    A sum of it may overflow where the mean does not.
+    bfloat16 has the range of float32: its sum may overflow where the mean does not.
     """
     return 0.5 ** (ranks - 1).bit_length() if op == "avg" and tensor.dtype == torch.bfloat16 else 1.0
 
 
 def _store(tensor: Tensor, elements: Tensor) -> None:
-    """Copy reduced elements, as `_widened` returned them, to where they belong."""
+    """Copy reduced elements, in the dtype of `_widened`, into a tensor."""
     if tensor.is_complex():
         elements = torch.view_as_complex(elements.view(-1, 2))
     tensor.detach().copy_(elements.view(tensor.shape))
 
 
 class Scratch:
-    """Memory that is kept: a fresh array for every message costs page faults."""
+    """Memory that is kept: a new array for every message costs page faults."""
 
     def __init__(self) -> None:
         self._bytes = np.empty(0, np.uint8)
@@ -104,7 +97,7 @@ class Scratch:
 
 
 def allreduce(comm: Comm, tensor: Tensor, op: str, scratch: Scratch, keep: bool = True) -> None:
-    """Reduce a tensor in place over all ranks; where `keep` is false this rank only helps."""
+    """Reduce a tensor over all ranks, in place if `keep`; otherwise this rank only contributes."""
     elements, mpi_op = _widened(tensor, op)
     if elements.numel() == 0:
         return
@@ -128,7 +121,7 @@ def broadcast(comm: Comm, tensor: Tensor, root: int) -> None:
 
 
 def exchange(comm: Comm, outgoing: Sequence[Tensor | None], incoming: Sequence[Tensor | None], operation: str) -> None:
-    """Send outgoing[r] to every rank r and receive incoming[r] from it; None is nothing."""
+    """Send outgoing[r] to every rank r and receive incoming[r] from it; None means no message."""
     nothing = torch.empty(0, dtype=torch.uint8)
     sent = [bytes_of(on_cpu(tensor)) if tensor is not None else bytes_of(nothing) for tensor in outgoing]
     received = [on_cpu(tensor) if tensor is not None else nothing for tensor in incoming]
@@ -161,7 +154,7 @@ def check_parts(parts: Sequence[Any], ranks: int) -> None:
 
 
 def check_same(a: Tensor, b: Tensor) -> None:
-    """Raise ValueError unless a rank's own part fits what it is copied to."""
+    """Raise ValueError unless a rank's own part has the size and dtype of its destination."""
     if a.numel() != b.numel() or a.dtype != b.dtype:
         raise ValueError(
             f"a rank's own part must have the same size and dtype on both sides, got {tuple(a.shape)} {a.dtype} "

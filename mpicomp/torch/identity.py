@@ -1,4 +1,6 @@
-"""What torch asks of every process group: its name, and who this rank is."""
+"""What torch asks of every process group: names, rank and size."""
+
+# ruff: noqa: D102 (the names are torch's)
 
 from __future__ import annotations
 
@@ -20,38 +22,31 @@ else:
 
 
 class Identity(_ProcessGroup):
-    """A process group over a communicator, without any operation."""
+    """A process group over a communicator, without operations."""
 
     def __init__(self, comm: Comm) -> None:
         super().__init__(comm.rank, comm.size)
         self.comm = comm
         self._name = self._description = ""
 
-    # torch's own class forgets the names that a Python subclass is given, and functional collectives need them.
+    # torch's class does not store names for a Python subclass, and functional collectives need them.
     def setGroupName(self, name: str) -> None:
-        """Store the name."""
         self._name = name
 
     def getGroupName(self) -> str:
-        """Return the name."""
         return self._name
 
     def setGroupDesc(self, description: str) -> None:
-        """Store the description."""
         self._description = description
 
     def getGroupDesc(self) -> str:
-        """Return the description."""
         return self._description
 
     def getBackendName(self) -> str:
-        """Return the name of the backend."""
         return NAME
 
     def getRank(self) -> int:
-        """Return this rank's number in the group."""
         return self.comm.rank
 
     def getSize(self) -> int:
-        """Return the number of ranks."""
         return self.comm.size

@@ -1,7 +1,7 @@
-"""From a launcher's world to torch's: who this rank is, and where rank 0 can be met.
+"""From a launcher's world to torch's: rank, number of ranks, and the address of rank 0.
 
-`init_process_group` reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which `mpirun` and `srun` do not set. They
-are filled in where absent, from MPI; what the user or another launcher set stays.
+`init_process_group` reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which `mpirun` and `srun` do not set. Absent
+ones are set here, from MPI; those of the user or another launcher stay.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ import socket
 import struct
 from typing import Any
 
-import numpy as np
 import torch
 
-from mpicomp.arrays import Array
-from mpicomp.comm import children, collectives
+from mpicomp.comm import children
 from mpicomp.comm.communicator import Comm
+from mpicomp.comm.share import shared, texts
 from mpicomp.comm.transport import world
 from mpicomp.device import device_number
 from mpicomp.environment import launcher_mismatch
@@ -27,22 +26,22 @@ LAUNCHERS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_STEP_ID", "
 """Variables that a process has if an MPI launcher started it."""
 
 FILLED = "MPICOMP_FILLED"
-"""Names the process that filled in the variables, so that a child, which inherits them, does not believe them."""
+"""The process that set the variables, and their names: a child, which inherits them, ignores them."""
 
-HOST = 256  # bytes of a host's name or address
+HOST = 256  # bytes of a host's name
 _SIOCGIFADDR = 0x8915  # Linux: address of an interface
 
 
 def device() -> torch.device:
-    """Return this rank's GPU, by its place among its node's ranks, which share where there are fewer; or the CPU."""
+    """Return this rank's GPU, by its rank on the node (ranks share GPUs where there are fewer), or the CPU."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return torch.device("cuda", device_number(os.environ, count)) if count else torch.device("cpu")
 
 
 def fill_environment() -> None:
-    """Set what torch's rendezvous reads, where it is absent; under a launcher this initialises MPI.
+    """Set the variables that torch's rendezvous reads, where they are absent; under a launcher this initialises MPI.
 
-    The child of a rank starts no MPI. A worker keeps what its parent was told, another program is alone.
+    The child of a rank starts no MPI: a worker keeps its parent's variables, another program is a world of one process.
     """
     if children.is_worker():
         return
@@ -60,9 +59,9 @@ def fill_environment() -> None:
 
 
 def group_comm(ranks: list[int], me: int, size: int) -> Comm:
-    """Return a new communicator of some ranks of the world, of all if none is named.
+    """Return a new communicator of some ranks of the world, of all if `ranks` is empty.
 
-    Raises RuntimeError where torch and MPI disagree on who this rank is.
+    Raises RuntimeError where torch and MPI disagree on this process' rank.
     """
     world = _world()
     comm = Comm.among(world, ranks or range(world.Get_size()))
@@ -75,7 +74,7 @@ def group_comm(ranks: list[int], me: int, size: int) -> Comm:
 
 
 def _world() -> Any:
-    """Return MPI's world, if torch can be run on it."""
+    """Return MPI's world; RuntimeError where torch cannot run on it."""
     children.refuse()
     everyone = world()
     complaint = launcher_mismatch(os.environ, everyone.Get_size())
@@ -85,7 +84,7 @@ def _world() -> Any:
 
 
 def _forget_inherited() -> None:
-    """Remove variables that a parent process filled in for itself."""
+    """Remove variables that a parent process has set for itself."""
     process, _, names = os.environ.get(FILLED, "").partition(":")
     if process and process != str(os.getpid()):
         for name in [*filter(None, names.split(",")), FILLED]:
@@ -94,29 +93,14 @@ def _forget_inherited() -> None:
 
 def _values_from_mpi() -> dict[str, str]:
     comm = Comm.of(_world())
-    hosts = [np.zeros(HOST, np.uint8) for _ in range(comm.size)]
-    collectives.allgather(comm, _padded(socket.gethostname()), hosts)
-    names = [_text(host) for host in hosts]
-    meeting = np.zeros(HOST, np.uint8)
+    hosts = texts(comm, socket.gethostname(), HOST, "names of hosts")
+    master = {}
     if comm.rank == 0:
-        address = os.environ.get("MASTER_ADDR") or ("127.0.0.1" if len(set(names)) == 1 else _reachable_address())
-        meeting = _padded(f"{address} {os.environ.get('MASTER_PORT') or _free_port()}")
-    collectives.broadcast(comm, meeting, 0)
-    address, port = _text(meeting).split()
-    local = names[: comm.rank].count(names[comm.rank])
+        address = os.environ.get("MASTER_ADDR") or ("127.0.0.1" if len(set(hosts)) == 1 else _reachable_address())
+        master = {"MASTER_ADDR": address, "MASTER_PORT": os.environ.get("MASTER_PORT") or str(_free_port())}
+    local = hosts[: comm.rank].count(hosts[comm.rank])
     values = {"RANK": str(comm.rank), "WORLD_SIZE": str(comm.size), "LOCAL_RANK": str(local)}
-    return values | {"MASTER_ADDR": address, "MASTER_PORT": port}
-
-
-def _padded(text: str) -> Array:
-    data = np.zeros(HOST, np.uint8)
-    raw = np.frombuffer(text.encode()[:HOST], np.uint8)
-    data[: raw.size] = raw
-    return data
-
-
-def _text(data: Array) -> str:
-    return data.tobytes().rstrip(b"\0").decode()
+    return values | shared(comm, master)  # type: ignore[no-any-return]
 
 
 def _free_port() -> int:
@@ -133,7 +117,7 @@ def _reachable_address() -> str:
     """
     name = socket.gethostname()
     found: list[str] = []
-    with contextlib.suppress(OSError):  # a name that nobody knows
+    with contextlib.suppress(OSError):  # a name that does not resolve
         found += [str(entry[4][0]) for entry in socket.getaddrinfo(name, None, socket.AF_INET)]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, interface in socket.if_nameindex():

@@ -1,11 +1,11 @@
-"""Messages between two ranks, which must not wait in the order of the collectives.
+"""Messages between two ranks, outside the order of the collectives.
 
-Two ranks that first send to each other and then receive would wait for ever if one thread did one thing after the
-other. So a message is begun by the caller, on a communicator of its own, and completed by whoever waits for it.
+Two ranks that first send to each other and then receive would wait forever if one thread executed operations in order.
+So the caller begins a message, on a separate communicator, and the thread that waits for it completes it.
 
-**No message meets a receive of another size**: Open MPI 5 writes beyond the end of a receive that is too small. A
-header goes before each message, and the message itself has a tag into which its number and size enter. So what the
-receiver has posted stays empty if the header names another size, is cancelled, and the message is taken and dropped.
+**No message matches a receive of another size**: Open MPI 5 writes beyond the end of a receive that is too small. A
+header precedes each message, whose tag depends on its number and size. So a posted receive stays unmatched if the
+header states another size; it is cancelled, and the message is received elsewhere and dropped.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from mpicomp.torch.tensors import bytes_of, on_cpu
 
 FIRST_TAG = 1 << 15  # lower ones have other uses on a communicator
 USER_TAGS = 1 << 15
-HEAD = struct.Struct("<q56s")  # bytes of the message, -1 for none to come; what it is, or why there is none
+HEAD = struct.Struct("<q56s")  # bytes of the message, -1 for none; description, or the reason
 
 Steps = Iterator[list[Request]]
-"""What is to be completed first, what then, and so on."""
+"""The requests of each step, in order."""
 
 _abandoned: list[Any] = []  # memory in which MPI may still read and write
 
@@ -49,7 +49,7 @@ class PointWork(dist.Work):
         self._requests = next(steps)
 
     def wait(self, timeout: timedelta | None = None) -> bool:
-        """Return when the message has left or arrived, or raise what is wrong with it."""
+        """Return when the message was sent or received, or raise the error."""
         while self._steps is not None:
             wait(self._point.comm, self._requests, self._operation, peer=self._peer)
             self._advance()
@@ -58,7 +58,7 @@ class PointWork(dist.Work):
         return True
 
     def is_completed(self) -> bool:
-        """Whether the message has left or arrived, or never will; makes progress."""
+        """Whether the message was sent or received, or failed; makes progress."""
         while self._steps is not None:
             self._requests = [request for request in self._requests if not request.Test()]
             if self._requests:
@@ -67,11 +67,11 @@ class PointWork(dist.Work):
         return True
 
     def is_success(self) -> bool:
-        """Whether the message has left or arrived."""
+        """Whether the message was sent or received without an error."""
         return self.is_completed() and self._error is None
 
     def exception(self) -> BaseException | None:
-        """What went wrong, if anything did."""
+        """Return the error, or None."""
         return self._error
 
     def get_future(self) -> torch.futures.Future[Any]:
@@ -82,7 +82,7 @@ class PointWork(dist.Work):
         return future
 
     def abandon(self, error: Exception) -> None:
-        """Give up a message; what MPI may still touch is kept."""
+        """Abandon a message; memory that MPI may still use is kept."""
         _abandoned.append((self._requests, self._steps))
         self._end(error)
 
@@ -105,8 +105,8 @@ class PointToPoint:
 
     def __init__(self, comm: Comm) -> None:
         self.comm = comm
-        self.under_way: set[PointWork] = set()  # also those that nobody holds: MPI reads and writes their memory
-        self._full = 64
+        self.under_way: set[PointWork] = set()  # keeps those without other references: MPI uses their memory
+        self._full = 64  # messages under way, beyond which complete ones are removed
         self._sent: dict[tuple[int, int], int] = defaultdict(int)  # messages so far, by peer and tag
         self._received: dict[tuple[int, int], int] = defaultdict(int)
         self._room = (last_tag() - FIRST_TAG) // USER_TAGS
@@ -117,18 +117,18 @@ class PointToPoint:
         return self._begin(self._sending([on_cpu(tensor) for tensor in tensors], peer, tag), "send to", peer)
 
     def receive(self, tensors: Sequence[Tensor], peer: int, tag: int) -> PointWork:
-        """Begin to receive tensors from a rank; its Work raises RuntimeError where that sends another size or dtype."""
+        """Begin to receive tensors from a rank; the Work raises RuntimeError where that sends another size or dtype."""
         self._check_tag(tag)
         return self._begin(self._receiving(tensors, peer, tag), "receive from", peer)
 
     def refuse(self, peer: int, tag: int, error: Exception) -> None:
-        """Tell a rank that the message for which it waits will not come."""
+        """Send the header of a message that will not be sent, with the reason."""
         self._sent[peer, tag] += 1
         head = _head(-1, str(error))
         self._begin(iter([self._send_head(head, peer, tag)]), "send to", peer)
 
     def close(self) -> None:
-        """Complete what can be completed at once, and give up what is still under way; the communicator goes next."""
+        """Complete messages that can be completed at once, and abandon the others; the communicator is freed next."""
         for work in list(self.under_way):
             if not work.is_completed():
                 work.abandon(RuntimeError(f"the process group was destroyed during a {work._operation}; wait for it"))
@@ -173,7 +173,7 @@ class PointToPoint:
                 continue
             if nbytes != bytes_of(received).size:
                 for request in payload:
-                    cast(Any, request).Cancel()  # which of all requests MPI's receives alone have
+                    cast(Any, request).Cancel()  # requests of MPI's receives have it
                 yield payload
                 dropped = np.empty(max(nbytes, 0), np.uint8)
                 payload = collectives.begin_receive(self.comm, dropped, peer, self._tag(tag, number, nbytes))
@@ -193,7 +193,7 @@ class PointToPoint:
         return collectives.begin_send(self.comm, head, peer, FIRST_TAG + tag * self._room)
 
     def _tag(self, tag: int, number: int, nbytes: int) -> int:
-        """A tag of the message that both sides can tell; those of one user's tag and unlike ones hardly ever meet."""
+        """Return the tag of a message, which both sides compute; two messages with one user's tag rarely share it."""
         return FIRST_TAG + tag * self._room + 1 + (nbytes + 7919 * number) % (self._room - 1)
 
     def _check_tag(self, tag: int) -> None:

@@ -1,6 +1,6 @@
-"""CUDA streams: collectives run on one of their own, after what produced their tensors, before whoever waits for them.
+"""CUDA streams: a collective runs on a stream of its own, after the work that produces its tensors.
 
-Nothing here waits for a device: events order the streams. Tensors of the CPU have no part in it.
+Nothing here waits for a device: events order the streams. CPU tensors use no stream.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def device_of(tensors: Iterable[torch.Tensor]) -> torch.device | None:
 
 @contextmanager
 def on(stream: torch.cuda.Stream) -> Iterator[None]:
-    """Make a stream and its device current, for torch and for CuPy."""
+    """Make a stream and its device current, in torch and in CuPy."""
     with torch.cuda.stream(stream), on_stream(stream.cuda_stream, stream.device.index):
         yield
 
 
 def bound(call: Callable[[], Result], device: torch.device | None) -> Callable[[], Result]:
-    """Return `call` as it runs on the stream that is current now, whatever thread it will run on."""
+    """Return `call` bound to the stream that is current now, for use on any thread."""
     if device is None:
         return call
     stream = torch.cuda.current_stream(device)
@@ -51,7 +51,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class Side:
-    """A stream beside that of the computation, and one collective on it; made when the collective is asked for."""
+    """One collective on a side stream; created when the user begins the collective."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.stream = device, _side_stream(device)
@@ -59,7 +59,7 @@ class Side:
         self._done: torch.cuda.Event | None = None
 
     def run(self, call: Callable[[], Result]) -> Result:
-        """Run a collective whose tensors are complete when the asking stream has come so far."""
+        """Run the collective after the work that the current stream had at creation."""
         with on(self.stream):
             self.stream.wait_event(self._ready)
             try:
@@ -68,6 +68,6 @@ class Side:
                 self._done = self.stream.record_event()
 
     def join(self) -> None:
-        """Make the current stream wait for what ran."""
+        """Make the current stream wait for the collective."""
         if self._done is not None:
             torch.cuda.current_stream(self.device).wait_event(self._done)

@@ -1,4 +1,4 @@
-"""Tensors as arrays: views that share memory, and what may be viewed."""
+"""Tensors as arrays: views that share memory, and checks of what may be viewed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ NAMES = {
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
 }
-"""Names of the dtypes that may be compressed."""
+"""Dtypes that may be compressed."""
 
 COMPLEX = {torch.complex64: "complex64", torch.complex128: "complex128"}
-"""Names of those that plain calls take too, as pairs of real numbers."""
+"""Dtypes that plain calls also take, as pairs of real numbers."""
 
 
 def check_local(tensors: Iterable[torch.Tensor]) -> None:
-    """Raise ValueError for tensors that are sparse, or neither in this computer's memory nor on a GPU of CUDA."""
+    """Raise ValueError for tensors that are sparse, or neither on the CPU nor on a CUDA device."""
     for tensor in tensors:
         if tensor.device.type not in ("cpu", "cuda"):
             raise ValueError(f"mpicomp moves tensors of the CPU and of CUDA only, got one on {tensor.device}")
@@ -36,7 +36,7 @@ def flat(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def whole(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's memory holds its elements as they are, in row-major order and aligned."""
+    """Whether a tensor's memory holds its elements in row-major order, aligned, and without a lazy conj or neg."""
     part = tensor.element_size() // (2 if tensor.is_complex() else 1)
     return bool(
         tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg() and tensor.data_ptr() % part == 0
@@ -44,19 +44,19 @@ def whole(tensor: torch.Tensor) -> bool:
 
 
 def span(tensor: torch.Tensor) -> tuple[int, int]:
-    """The addresses at which a strided tensor's memory begins and ends."""
+    """Return the addresses of the begin and end of a strided tensor's memory."""
     reach = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start = tensor.data_ptr()
     return start, start + (reach + 1) * tensor.element_size() if tensor.numel() else start
 
 
 def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the elements as `flat` does, on the CPU: a copy of those that are elsewhere, complete."""
+    """Return `flat(tensor)` on the CPU: a complete copy where the tensor is on a GPU."""
     return flat(tensor).cpu()
 
 
 def bytes_of(tensor: torch.Tensor) -> Array:
-    """View a contiguous tensor of the CPU as (nbytes,) uint8, whatever its dtype."""
+    """View a contiguous CPU tensor of any dtype as (nbytes,) uint8."""
     array: Array = tensor.detach().view(-1).view(torch.uint8).numpy()
     return array
 
@@ -64,7 +64,7 @@ def bytes_of(tensor: torch.Tensor) -> Array:
 def bits_of(tensor: torch.Tensor) -> Array:
     """View a contiguous tensor as a flat array: half types as uint16 bits, complex ones as pairs of real numbers.
 
-    Of a CUDA tensor that is an array of CuPy.
+    The view of a CUDA tensor is a CuPy array.
     """
     elements = tensor.detach().view(-1)
     if tensor.is_complex():

@@ -1,11 +1,11 @@
 """The communication thread of a process group: it runs the collectives in order, and completes their futures.
 
-Why one thread for both: torch's hooks ask for further collectives from the callbacks of earlier ones, and wait for
-them. Such a collective runs inline, at once. Queued, it would wait for itself; and if a second thread completed the
-futures, ranks could disagree on the order of what the callbacks ask for, which ends in truncated messages.
+Why one thread for both: torch's hooks begin further collectives in the callbacks of earlier ones, and wait for them.
+Such a collective runs inline, at once. Queued, it would wait for itself; and if a second thread completed the futures,
+ranks could disagree on the order of the collectives that callbacks begin, which ends in truncated messages.
 
-Errors never go through `Future.set_exception`, whose Python exception DDP takes for a list of tensors and crashes on:
-a future is completed with a `Failure`, and a callback raises it again for whoever waits.
+Errors never go through `Future.set_exception`: DDP takes its Python exception for a list of tensors and crashes. A
+future is completed with None instead, and a callback raises the error for those that wait for it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mpicomp.torch.streams import Side, device_of, on
 
 
 class Work(dist.Work):
-    """A collective under way. Where nobody waits for it and it fails, the job ends with its traceback."""
+    """A collective under way. Where it fails and is dropped without a wait, the job ends with its traceback."""
 
     def __init__(self, worker: Worker, thread: Background, side: Side | None = None) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Work(dist.Work):
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Return when the collective is complete; its time limit is the communicator's.
 
-        Of CUDA tensors it is then complete for what the current stream does next.
+        With CUDA tensors, later work on the current stream waits for it.
         """
         self.request.wait()
         if self._side is not None:
@@ -47,7 +47,7 @@ class Work(dist.Work):
         return True
 
     def get_future(self) -> torch.futures.Future[Any]:
-        """Return a future of the tensors; waiting for it raises what went wrong."""
+        """Return a future of the tensors; waiting for it raises the error, if there was one."""
         self.watched = True
         if self.request.failure is not None:
             self.request.failure.deferred = True
@@ -58,11 +58,11 @@ class Work(dist.Work):
         return self.request.is_complete()
 
     def is_success(self) -> bool:
-        """Whether the collective is complete and nothing went wrong."""
+        """Whether the collective is complete without an error."""
         return self.request.is_complete() and self.request.failure is None
 
     def exception(self) -> BaseException | None:
-        """What went wrong, if anything did."""
+        """Return the error, or None."""
         return self.request.failure.error if self.request.failure is not None else None
 
     def result(self) -> Any:
@@ -77,8 +77,8 @@ class Work(dist.Work):
         if self.request.failure is not None and self.watched:
             self.request.failure.deferred = True
         if self.request.failure is not None or self._side is None:
-            self.completion.set_result(None)  # `_value` knows
-        else:  # torch notes where the stream stands, for whoever waits
+            self.completion.set_result(None)  # `_value` returns the result
+        else:  # torch records an event on the stream, for those that wait
             with on(self._side.stream):
                 self.completion.set_result(self.request.outcome)
 
@@ -88,7 +88,7 @@ class Work(dist.Work):
         error = self.request.failure.error
         if isinstance(error, ConfigMismatchError | CommunicatorError):
             raise error
-        # C++ passes on the message only, so the traceback must be part of it.
+        # C++ passes on the message only, so the traceback becomes part of it.
         raise RuntimeError(
             f"the communication thread of rank {self.worker.comm.rank} failed:\n"
             + "".join(traceback.format_exception(error))
@@ -100,19 +100,20 @@ class Worker:
 
     def __init__(self, comm: Comm) -> None:
         self.comm = comm
-        # Where ranks disagree all of them raise it, before anything was sent: what comes next is not affected.
+        # A ConfigMismatchError is raised by all ranks before data is sent: further collectives are not affected.
         self._thread = Background("mpicomp", recoverable=(ConfigMismatchError,), is_seen=_is_seen)
         self._open = True
-        weakref.finalize(self, self._thread.close).atexit = False  # every Work holds this, so nothing is under way then
+        weakref.finalize(
+            self, self._thread.close
+        ).atexit = False  # every Work holds this, so no collective is under way then
 
     def submit(
         self, call: Callable[[], Any], tensors: Sequence[torch.Tensor] = (), after_failure: bool = False
     ) -> Work:
-        """Run `call` after all that was submitted before; at once, if this is the communication thread.
+        """Run `call` after all calls submitted before; at once, if this is the communication thread.
 
-        With `after_failure` also after an error of which the user does not know yet.
-
-        With CUDA tensors it runs on a stream of its own, after what the current stream has still to do.
+        With `after_failure` it runs also after an error that the user has not seen yet. With CUDA tensors it runs on a
+        stream of its own, after the work that the current stream has now.
         """
         self.check_open()
         device = device_of(tensors)
@@ -127,7 +128,7 @@ class Worker:
             raise RuntimeError(f"rank {self.comm.rank}: this process group was destroyed; make one with dist.new_group")
 
     def close(self) -> None:
-        """Finish what was submitted and end the thread; may be called again."""
+        """Finish all calls submitted and end the thread; may be called again."""
         if self._thread.is_current():
             raise RuntimeError("a callback on a collective cannot destroy the process group that runs it")
         self._open = False
@@ -135,6 +136,6 @@ class Worker:
 
 
 def _is_seen(failure: Failure) -> bool:
-    """Whether the user was told of a failure, and the backward that will tell him is over."""
+    """Whether the user has seen a failure, or a backward that raises it has ended."""
     in_backward = torch._C._current_graph_task_id() != -1
     return failure.raised or (failure.deferred and not in_backward)

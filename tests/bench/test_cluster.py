@@ -1,4 +1,4 @@
-"""`bench/cluster.py`: what it says when something is missing, real runs where they can be had, and no leftovers."""
+"""`bench/cluster/cluster.py`: its errors where a tool is missing, real runs where they are possible, no leftovers."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "bench" / "cluster.py"
+SCRIPT = ROOT / "bench" / "cluster" / "cluster.py"
 MIB = 1 << 20
 
 EXCHANGE = f"""
 import socket, sys
-sys.path.insert(0, {str(SCRIPT.parent)!r})
+sys.path.insert(0, {str(ROOT)!r})
 import numpy as np
 from mpi4py import MPI
-from cluster import network_bytes, report_bytes
+from bench.cluster.cluster import network_bytes, report_bytes
 comm = MPI.COMM_WORLD
 there, back = np.ones(4 << 20, np.uint8), np.empty(4 << 20, np.uint8)
 before = network_bytes()
@@ -40,19 +40,13 @@ if rows:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPT.parent))
-        import cluster
-
-        yield cluster
-        for name in ("cluster", "netns"):
-            sys.modules.pop(name)
+def cluster(bench: Callable[[str], ModuleType]) -> ModuleType:
+    return bench("cluster.cluster")
 
 
 @pytest.fixture(scope="module")
-def netns(cluster: ModuleType) -> ModuleType:
-    return sys.modules["netns"]
+def netns(bench: Callable[[str], ModuleType]) -> ModuleType:
+    return bench("cluster.netns")
 
 
 @pytest.fixture

@@ -1,97 +1,41 @@
-"""`bench/collectives.py`: the JSON it promises, its statistics, its errors, and peers that crash or hang."""
+"""`bench/collectives/collectives.py`: its JSON, its statistics, its errors, and peers that crash or hang."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import jobs
 import pytest
 
-pytestmark = pytest.mark.jobs
-
 ROOT = Path(__file__).parents[2]
-BENCH = ROOT / "bench"
-MPIRUN = Path(sys.executable).with_name("mpirun")
-KEYS = [
-    "system",
-    "reducer",
-    "ranks",
-    "hosts",
-    "rate",
-    "nbytes",
-    "median_s",
-    "p95_s",
-    "algbw",
-    "busbw",
-    "wire_bytes",
-    "network_bytes",
-    "relative_error",
-    "identical",
-    "device",
-]
+SCRIPT = "collectives/collectives.py"
+KEYS = ["reducer", "ranks", "hosts", "rate", "nbytes", "system", "median_s", "p95_s", "algbw", "busbw"]
+KEYS += ["wire_bytes", "network_bytes", "relative_error", "identical", "device"]
 
 
 @pytest.fixture(autouse=True)
 def _needs() -> None:
     for module in ("torch", "rich", "matplotlib"):
-        pytest.importorskip(module, reason=f"bench/collectives.py needs {module}")
+        pytest.importorskip(module, reason=f"bench/collectives needs {module}")
 
 
-@pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Import a module of the benchmark, whose modules find each other in their own folder."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    before = set(sys.modules)
-
-    def find(name: str) -> ModuleType:
-        return __import__(name)
-
-    yield find
-    for name in set(sys.modules) - before:
-        if name.startswith("collectives"):
-            del sys.modules[name]
-
-
-def environment() -> dict[str, str]:
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-
-
-def mpirun(*command: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    """Run a Python program under mpirun, in a session of its own, and return what it printed."""
-    program = str(MPIRUN) if MPIRUN.exists() else shutil.which("mpirun")
-    if program is None:
-        pytest.skip("bench/collectives.py needs mpirun")
-    version = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
-    as_root = ["--allow-run-as-root", "--oversubscribe"] if "Open MPI" in version or "OpenRTE" in version else []
-    return subprocess.run(
-        [program, *as_root, "-n", str(ranks), sys.executable, *command],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=environment(),
-        start_new_session=True,
-        check=False,
-    )
-
-
-def test_all_systems_at_two_sizes(tmp_path: Path) -> None:
+@pytest.mark.jobs
+def test_all_systems_at_two_sizes(run: Any, tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     specs = ["dense", "error_feedback(two_stage(uniform(bits=4)))"]
     sizes = [4096, 65536]
-    done = mpirun(
-        *(str(BENCH / "collectives.py"), "--rounds", "5", "--json", str(file), "--plot", str(tmp_path / "chart")),
+    done = run(
+        *(SCRIPT, "--rounds", "5", "--json", str(file), "--plot", str(tmp_path / "chart")),
         *(word for size in sizes for word in ("--size", str(size))),
         *(word for spec in specs for word in ("--reducer", spec)),
+        ranks=2,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     rows: list[dict[str, Any]] = json.loads(file.read_text())
@@ -113,24 +57,20 @@ def test_all_systems_at_two_sizes(tmp_path: Path) -> None:
     dense, lossy = rows[4:6]
     assert lossy["wire_bytes"] < dense["wire_bytes"] / 7
     assert all(spec in done.stdout for spec in specs)
-    assert {path.name for path in tmp_path.glob("*.png")} == {"chart-size.png", "chart-error.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {"chart-size.png"}
 
-    read = subprocess.run(
-        [sys.executable, str(BENCH / "collectives.py"), "--read", str(file)],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        check=True,
-    )
+    read = run(SCRIPT, "--read", str(file))
     assert "64 KiB, 2 ranks, 1 host, shared memory" in read.stdout
 
 
-def test_plans_against_each_other_and_what_they_hide(tmp_path: Path) -> None:
+@pytest.mark.jobs
+def test_plans_against_each_other_and_what_they_hide(run: Any, tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     for mode in ("--auto", "--overlap"):
-        done = mpirun(
-            *(str(BENCH / "collectives.py"), mode, "--size", "4096", "--rounds", "5", "--pairs", "6"),
+        done = run(
+            *(SCRIPT, mode, "--size", "4096", "--rounds", "5", "--pairs", "6"),
             *("--warm-up", "2", "--json", str(file)),
+            ranks=2,
         )
         assert done.returncode == 0, done.stdout + done.stderr
     auto, overlap = json.loads(file.read_text())
@@ -145,19 +85,50 @@ def test_plans_against_each_other_and_what_they_hide(tmp_path: Path) -> None:
     assert overlap["excess"] == pytest.approx((overlap["both_s"] - longest) / overlap["comm_s"])
 
 
+@pytest.mark.jobs
+def test_the_error_falls_with_the_steps_of_feedback(run: Any, tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    specs = ["topk(density=0.01)", "uniform(bits=2)", "two_stage(uniform(bits=2))"]
+    done = run(
+        *(SCRIPT, "--error", "--size", "16384", "--json", str(file), "--plot", str(tmp_path / "chart")),
+        *(word for spec in specs for word in ("--reducer", spec)),
+        ranks=2,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    topk, fed, bare = json.loads(file.read_text())
+    assert [row["mode"] for row in (topk, fed, bare)] == ["error"] * 3
+    assert topk["resolved"].startswith("error_feedback(")
+    assert 1 > topk["error_1"] > topk["error_10"] > topk["error_100"]
+    assert fed["error_100"] < fed["error_10"] / 5 < fed["error_1"] / 10
+    assert bare["error_100"] == pytest.approx(bare["error_1"], rel=1e-3)  # the same arrays, and nothing is remembered
+    assert 0 < topk["wire_bytes"] < fed["wire_bytes"] < 16384
+    assert (tmp_path / "chart-error.png").stat().st_size > 10_000
+    for spec in specs:
+        assert f"{spec} " in done.stdout.partition("Error of the mean")[0]  # a line per row, before the table
+
+
+def test_every_reducer_has_a_row(bench: Any) -> None:
+    from mpicomp.registry import REDUCERS, parse
+
+    specs = bench("collectives.collectives").specs()
+    for spec in specs:
+        parse(spec)
+    assert set(REDUCERS) <= {name for spec in specs for name in spec.replace("(", ",").split(",")}
+
+
 DRIVER = """
 import sys
-sys.path.insert(0, {bench!r})
-import collectives, collectives_peer
-collectives_peer.PROGRAM = {program!r}
+sys.path.insert(0, {root!r})
+from bench.collectives import collectives, peer
+peer.PROGRAM = {program!r}
 sys.argv = ["collectives.py", *sys.argv[1:]]
 collectives.main()
 """
 
 FAKE = """
 import os, sys, time
-sys.path.insert(0, {bench!r})
-from collectives_peer import serve
+sys.path.insert(0, {root!r})
+from bench.collectives.peer import serve
 
 class Fake:
     def join(self, me, **_):
@@ -186,13 +157,15 @@ serve(dict(serve=lambda: 1, join=fake.join, train=fake.train, step=fake.step))
 """
 
 
-def test_training_steps_go_on_without_peers_that_crash_or_hang(tmp_path: Path) -> None:
+@pytest.mark.jobs
+def test_training_steps_go_on_without_peers_that_crash_or_hang(run: Any, tmp_path: Path) -> None:
     driver, fake, file = tmp_path / "driver.py", tmp_path / "fake.py", tmp_path / "rows.json"
-    driver.write_text(DRIVER.format(bench=str(BENCH), program=str(fake)))
-    fake.write_text(FAKE.format(bench=str(BENCH)))
-    done = mpirun(
+    driver.write_text(DRIVER.format(root=str(ROOT), program=str(fake)))
+    fake.write_text(FAKE.format(root=str(ROOT)))
+    done = run(
         *(str(driver), "--ddp", "--views", "--width", "64", "--rounds", "5", "--patience", "5", "--json", str(file)),
         *("--reducer", "dense", "--reducer", "topk(density=0.01)"),
+        ranks=2,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     rows: list[dict[str, Any]] = json.loads(file.read_text())
@@ -220,11 +193,13 @@ def test_training_steps_go_on_without_peers_that_crash_or_hang(tmp_path: Path) -
     assert str(fake) not in processes
 
 
-def test_torch_steps_over_gloo(tmp_path: Path) -> None:
+@pytest.mark.jobs
+def test_torch_steps_over_gloo(run: Any, tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
-    done = mpirun(
-        *(str(BENCH / "collectives.py"), "--ddp", "--width", "64", "--rounds", "5", "--json", str(file)),
+    done = run(
+        *(SCRIPT, "--ddp", "--width", "64", "--rounds", "5", "--json", str(file)),
         *("--system", "gloo", "--hook", "powersgd"),
+        ranks=2,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     none, powersgd = json.loads(file.read_text())
@@ -235,11 +210,13 @@ def test_torch_steps_over_gloo(tmp_path: Path) -> None:
     assert 0.01 < powersgd["relative_error"] < 1
 
 
-def test_gradients_that_are_views_of_buckets(tmp_path: Path) -> None:
+@pytest.mark.jobs
+def test_gradients_that_are_views_of_buckets(run: Any, tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
-    done = mpirun(
-        *(str(BENCH / "collectives.py"), "--ddp", "--views", "--width", "64", "--rounds", "5", "--json", str(file)),
+    done = run(
+        *(SCRIPT, "--ddp", "--views", "--width", "64", "--rounds", "5", "--json", str(file)),
         *("--reducer", "dense", "--hook", "dense"),
+        ranks=2,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     _, *reduced = json.loads(file.read_text())
@@ -249,18 +226,19 @@ def test_gradients_that_are_views_of_buckets(tmp_path: Path) -> None:
         assert row["relative_error"] < 1e-6
 
 
-def test_a_peer_ends_with_whoever_started_it(tmp_path: Path) -> None:
+@pytest.mark.jobs
+def test_a_peer_ends_with_its_parent(tmp_path: Path) -> None:
     program = tmp_path / "peer.py"
     program.write_text(
-        f"import sys, time; sys.path.insert(0, {str(BENCH)!r}); from collectives_peer import serve\n"
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from bench.collectives.peer import serve\n"
         "serve(dict(hang=lambda: time.sleep(1000)))"
     )
     parent = (
-        f"import os, sys; sys.path.insert(0, {str(BENCH)!r}); import collectives_peer\n"
-        f"collectives_peer.PROGRAM = {str(program)!r}\n"
-        "peer = collectives_peer.Peer(); print(peer.pid, flush=True); peer.ask('hang', 1000)"
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); from bench.collectives import peer\n"
+        f"peer.PROGRAM = {str(program)!r}\n"
+        "it = peer.Peer(); print(it.pid, flush=True); it.ask('hang', 1000)"
     )
-    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True, env=environment()) as it:
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True, env=jobs.environ()) as it:
         assert it.stdout
         pid = int(it.stdout.readline())
         while program.name not in Path(f"/proc/{pid}/cmdline").read_text():
@@ -274,21 +252,21 @@ def test_a_peer_ends_with_whoever_started_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("count", "place"), [(4, None), (5, 5), (20, 15), (50, 32)])
-def test_the_bound_of_a_median_is_an_order_statistic(module: Any, count: int, place: int | None) -> None:
+def test_the_bound_of_a_median_is_an_order_statistic(bench: Any, count: int, place: int | None) -> None:
     values = [float(value) for value in reversed(range(1, count + 1))]
-    assert module("collectives_timing").upper_bound(values) == place
+    assert bench("collectives.timing").upper_bound(values) == place
 
 
-def test_medians_and_percentiles(module: Any) -> None:
-    timing = module("collectives_timing")
+def test_medians_and_percentiles(bench: Any) -> None:
+    timing = bench("collectives.timing")
     assert timing.median([5, 1, 2]) == 2
     assert timing.median([1, 2, 3, 10]) == 2.5
     assert timing.p95([float(value) for value in range(1, 101)]) == 95
     assert timing.p95([3.0, 1.0]) == 3
 
 
-def test_errors_are_measured_against_the_exact_sum(module: Any) -> None:
-    timing = module("collectives_timing")
+def test_errors_are_measured_against_the_exact_sum(bench: Any) -> None:
+    timing = bench("collectives.timing")
     ranks, size = 3, timing.PART * 2 + 100
     arrays = [timing.Arrays(4 * size) for _ in range(ranks)]
     for rank, each in enumerate(arrays):
@@ -306,21 +284,25 @@ def test_errors_are_measured_against_the_exact_sum(module: Any) -> None:
     assert arrays[1].squares(seed=5, me=1, ranks=ranks)[0] == math.inf
 
 
-def test_a_file_keeps_what_other_runs_measured(module: Any, tmp_path: Path) -> None:
-    report, file = module("collectives_report"), str(tmp_path / "rows.json")
+def test_a_file_keeps_what_other_runs_measured(bench: Any, tmp_path: Path) -> None:
+    report, file = bench("report"), str(tmp_path / "rows.json")
     row = dict.fromkeys(KEYS) | {"system": "mpi", "reducer": "dense", "ranks": 2, "hosts": 1, "nbytes": 4}
     row["device"] = "cpu"
     step = {**row, "step_s": 1.0, "added_s": 0.5}
     report.merge(file, [row, step])
     report.merge(file, [{**row, "median_s": 2.0}, {**row, "ranks": 4}, {**row, "device": "gpu"}])
-    found = report.read(file)
+    found = report.load(file)
     assert len(found) == 4
     assert step in found
     assert {**row, "median_s": 2.0} in found
     before = {key: value for key, value in row.items() if key != "device"}
     Path(file).write_text(json.dumps([before]))
     report.merge(file, [{**row, "median_s": 3.0}])
-    assert report.read(file) == [{**row, "median_s": 3.0}]
+    assert report.load(file) == [{**row, "median_s": 3.0}]
+    (read,) = report.read([file], bench("collectives.rows").KINDS)
+    assert (read.median_s, read.device) == (3.0, "cpu")
+    with pytest.raises(ValueError, match="a row with other keys than DDPRow has"):
+        report.read([file], bench("collectives.rows").KINDS[:1])
     Path(file).write_text("{}")
     with pytest.raises(ValueError, match="something else than a list of rows"):
         report.merge(file, [row])
@@ -339,6 +321,7 @@ def test_a_file_keeps_what_other_runs_measured(module: Any, tmp_path: Path) -> N
         ("--system nccl", "invalid choice: 'nccl'"),
         ("--json no/where.json", "--json: there is no folder no"),
         ("--read nothing.json", "--read: there is no file nothing.json"),
+        ("--error --auto", "not allowed with argument"),
         ("--stream", "--stream needs hosts with TCP between them"),
         ("--views", "--views says how --ddp is measured"),
         ("--device gpu --ddp", "--device gpu compares mpicomp and mpi, without --ddp"),
@@ -346,42 +329,44 @@ def test_a_file_keeps_what_other_runs_measured(module: Any, tmp_path: Path) -> N
     ],
 )
 def test_a_bad_argument_is_refused(
-    module: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: str, message: str
+    bench: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: str, message: str
 ) -> None:
     monkeypatch.delenv("MPICOMP_CLUSTER", raising=False)
     with pytest.raises(SystemExit):
-        module("collectives").arguments(words.split())
+        bench("collectives.collectives").arguments(words.split())
     assert message in capsys.readouterr().err
 
 
-def test_sizes(module: Any) -> None:
-    collectives = module("collectives")
+def test_sizes(bench: Any) -> None:
+    collectives = bench("collectives.collectives")
     args = collectives.arguments(["--size", "2^10", "--size", "16MiB", "--size", "4096"])
     assert args.size == [1024, 16 << 20, 4096]
-    assert module("collectives_timing").shape_of(1 << 11) == (32, 64)
-    assert module("collectives_timing").shape_of(7) == (1, 7)
+    assert bench("collectives.timing").shape_of(1 << 11) == (32, 64)
+    assert bench("collectives.timing").shape_of(7) == (1, 7)
 
 
 ON_GPU = """
 import sys
-sys.path[:0] = [{gpu!r}, {bench!r}]
+sys.path[:0] = [{gpu!r}, {root!r}]
 import cupy_on_cpu
 cupy_on_cpu.install()
-import collectives
+from bench.collectives import collectives
 collectives.main()
 """
 
 
-def test_arrays_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.jobs
+def test_arrays_on_a_gpu(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if shutil.which("g++") is None:
         pytest.skip("there is no g++ to compile the kernels with")
     monkeypatch.setenv("MPICOMP_GPU_AWARE", "0")
     driver, file = tmp_path / "driver.py", tmp_path / "rows.json"
-    driver.write_text(ON_GPU.format(gpu=str(ROOT / "tests" / "gpu"), bench=str(BENCH)))
+    driver.write_text(ON_GPU.format(gpu=str(ROOT / "tests" / "gpu"), root=str(ROOT)))
     specs = ["dense", "topk(density=0.01)", "error_feedback(low_rank(rank=4))"]
-    done = mpirun(
+    done = run(
         *(str(driver), "--device", "gpu", "--size", "16384", "--rounds", "5", "--warm-up", "1", "--json", str(file)),
         *(word for spec in specs for word in ("--reducer", spec)),
+        ranks=2,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     rows: list[dict[str, Any]] = json.loads(file.read_text())
@@ -398,13 +383,15 @@ def test_arrays_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "gpu through the host" in done.stdout
 
 
-def test_without_cupy_every_rank_says_so(tmp_path: Path) -> None:
+@pytest.mark.jobs
+def test_without_cupy_every_rank_says_so(run: Any, tmp_path: Path) -> None:
     (tmp_path / "cupy.py").write_text("raise ImportError('libcuda.so.1 is not there')")
     driver = tmp_path / "driver.py"
     driver.write_text(
-        f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(BENCH)!r}]; import collectives; collectives.main()"
+        f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; from bench.collectives import collectives; "
+        "collectives.main()"
     )
-    done = mpirun(str(driver), "--device", "gpu", ranks=1)
+    done = run(str(driver), "--device", "gpu", ranks=1)
     assert done.returncode == 1
     assert "--device gpu needs CuPy, as in pip install 'mpicomp[cuda12]'; it cannot be imported: libcuda" in done.stderr
     assert "Traceback" not in done.stderr

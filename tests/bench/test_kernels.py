@@ -1,19 +1,14 @@
-"""`bench/kernels.py`: the JSON it promises, its table and its errors."""
+"""`bench/kernels/kernels.py`: the JSON it promises, its table and its errors."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.jobs
-
-ROOT = Path(__file__).parents[2]
 KEYS = {
     "system": str,
     "codec": str,
@@ -31,21 +26,23 @@ KEYS = {
 }
 
 
-def kernels(*arguments: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(autouse=True)
+def _needs() -> None:
     for module in ("torch", "rich", "ml_dtypes", "matplotlib"):
-        pytest.importorskip(module, reason=f"bench/kernels.py needs {module}")
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    return subprocess.run(
-        [sys.executable, str(ROOT / "bench" / "kernels.py"), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": paths},
-        check=False,
-    )
+        pytest.importorskip(module, reason=f"bench/kernels needs {module}")
 
 
-def test_every_system_op_and_kind_of_data_has_a_row(tmp_path: Path) -> None:
+@pytest.fixture
+def kernels(run: Any) -> Any:
+    def kernels(*arguments: str) -> subprocess.CompletedProcess[str]:
+        done: subprocess.CompletedProcess[str] = run("kernels/kernels.py", *arguments)
+        return done
+
+    return kernels
+
+
+@pytest.mark.jobs
+def test_every_system_op_and_kind_of_data_has_a_row(kernels: Any, tmp_path: Path) -> None:
     file, plot = tmp_path / "rows.json", tmp_path / "plot.png"
     specs = ["topk(density=0.01)", "uniform(bits=4, block=256)", "sign", "bf16"]
     chosen = [part for spec in specs for part in ("--codec", spec)]
@@ -71,9 +68,14 @@ def test_every_system_op_and_kind_of_data_has_a_row(tmp_path: Path) -> None:
     assert bits["sign"] == 1 + 32 / (1 << 14)
     assert plot.stat().st_size > 10_000
     assert "2^14 float32, gradient" in done.stdout
+    lines = done.stdout.partition("float32")[0].splitlines()  # before the tables
+    assert len([line for line in lines if line.startswith("2^14 ")]) == len(rows) + 1  # a line per row, and the title
+    read = kernels("--read", str(file))
+    assert read.stdout == done.stdout[done.stdout.index("2^14 float32") :].partition("drawn:")[0]
 
 
-def test_size_op_data_and_system_select(tmp_path: Path) -> None:
+@pytest.mark.jobs
+def test_size_op_data_and_system_select(kernels: Any, tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     selection = ["--size", "16384", "--op", "decode_add", "--data", "normal", "--system", "mpicomp"]
     done = kernels("--codec", "sign", *selection, "--pairs", "1", "--json", str(file))
@@ -85,12 +87,22 @@ def test_size_op_data_and_system_select(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--codec", "topk(density=2)"], "density must be in (0, 1], got 2"),
-        (["--size", "2^x"], "invalid size_of value: '2^x'"),
+        (["--size", "2^x"], "a size is e.g. 16777216 or 2^24, 1 to 2^36; got '2^x'"),
+        (["--size", "2^99"], "got '2^99'"),
         (["--pairs", "0"], "--pairs must be at least 1, got 0"),
         (["--json", "/nowhere/at/all.json"], "there is no folder"),
     ],
 )
-def test_a_bad_argument_is_reported_before_anything_runs(arguments: list[str], message: str) -> None:
-    done = kernels(*arguments)
-    assert done.returncode == 2
-    assert message in done.stderr
+def test_a_bad_argument_is_reported_before_anything_runs(
+    bench: Any, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        bench("kernels.kernels").arguments(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_every_codec_has_a_row(bench: Any) -> None:
+    from mpicomp.codecs import CODECS
+
+    module = bench("kernels.kernels")
+    assert {type(module.known(spec)) for spec in module.specs()} >= set(CODECS.values())

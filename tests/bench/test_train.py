@@ -1,23 +1,15 @@
-"""`bench/train.py`: the JSON it promises, its errors, and a corpus that is the same everywhere."""
+"""`bench/train/train.py`: the JSON it promises, its errors, and a corpus that is the same everywhere."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.jobs
-
-ROOT = Path(__file__).parents[2]
-MPIRUN = Path(sys.executable).with_name("mpirun")
 KEYS = {
     "task": str,
     "reducer": str,
@@ -37,24 +29,20 @@ KEYS = {
 }
 
 
-def train(*arguments: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    """Run the script under mpirun, in a session of its own, and return what it printed."""
-    pytest.importorskip("torch", reason="bench/train.py needs torch")
-    pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
-    mpirun = str(MPIRUN) if MPIRUN.exists() else shutil.which("mpirun")
-    if mpirun is None:
-        pytest.skip("bench/train.py needs mpirun")
-    version = subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=True).stdout
-    as_root = ["--allow-run-as-root", "--oversubscribe"] if "Open MPI" in version or "OpenRTE" in version else []
-    command = [mpirun, *as_root, "-n", str(ranks), sys.executable, str(ROOT / "bench" / "train.py"), *arguments]
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env=environment, start_new_session=True, check=False
-    )
+@pytest.fixture
+def train(run: Any) -> Any:
+    for module in ("torch", "sklearn", "rich"):
+        pytest.importorskip(module, reason=f"bench/train needs {module}")
+
+    def train(*arguments: str) -> subprocess.CompletedProcess[str]:
+        done: subprocess.CompletedProcess[str] = run("train/train.py", *arguments, ranks=2)
+        return done
+
+    return train
 
 
-def test_digits_writes_a_row_per_reducer(tmp_path: Path) -> None:
+@pytest.mark.jobs
+def test_digits_writes_a_row_per_reducer(train: Any, tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     done = train("--steps", "3", "--reducer", "dense", "--reducer", "topk(density=0.01)", "--json", str(file))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -80,6 +68,7 @@ def test_digits_writes_a_row_per_reducer(tmp_path: Path) -> None:
     assert topk["resolved"] in done.stdout
 
 
+@pytest.mark.jobs
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -88,21 +77,17 @@ def test_digits_writes_a_row_per_reducer(tmp_path: Path) -> None:
         (["--reducer", "dense", "--reducer", "topk(density=2)"], "density must be in (0, 1], got 2"),
     ],
 )
-def test_a_bad_argument_is_reported_once_before_training(arguments: list[str], message: str) -> None:
+def test_a_bad_argument_is_reported_once_before_training(train: Any, arguments: list[str], message: str) -> None:
     done = train(*arguments)
     assert done.returncode != 0
     assert done.stderr.count(message) == 1, done.stderr
     assert "loss" not in done.stdout
 
 
-@pytest.fixture(scope="module")
-def tasks() -> ModuleType:
-    pytest.importorskip("torch", reason="bench/train_tasks.py needs torch")
-    spec = importlib.util.spec_from_file_location("train_tasks", ROOT / "bench" / "train_tasks.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+@pytest.fixture
+def tasks(bench: Any) -> ModuleType:
+    pytest.importorskip("torch", reason="bench/train needs torch")
+    module: ModuleType = bench("train.tasks")
     return module
 
 

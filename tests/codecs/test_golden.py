@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from golden import reference
 
-from mpicomp import specs
-from mpicomp.codecs import CODECS, Key
+from mpicomp.codecs import Key
+from mpicomp.registry import CODECS, parse
 
 MESSAGES = Path(__file__).parents[1] / "golden" / "messages-0.2.npz"
 CASES = list(reference.cases())
@@ -24,11 +24,7 @@ def messages():
 def codec_of(name, config):
     """Make a codec; a codec among its settings is a spec or a pair of its name and settings."""
     inside = {
-        key: specs.parse(value, CODECS)
-        if key == "values"
-        else CODECS[value[0]](**value[1])
-        if key == "codec"
-        else value
+        key: parse(value) if key == "values" else CODECS[value[0]](**value[1]) if key == "codec" else value
         for key, value in config.items()
     }
     return CODECS[name](**inside)

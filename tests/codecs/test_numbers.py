@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from codec_members import CODECS_TESTED, cut, decoded, encoded, message, normal
 
-from mpicomp.codecs import CODECS, Key, RandomK, Rotated, Ternary, Uniform
+from mpicomp.codecs import Key, RandomK, Rotated, Ternary, Uniform
 from mpicomp.codecs.checks import MAX_SIZE
 from mpicomp.errors import WireFormatError
-from mpicomp.wire import CHECKSUM, MAX_START, checksum, frame, unframe
+from mpicomp.frames import CHECKSUM, MAX_START, checksum, frame, unframe
+from mpicomp.registry import CODECS
 
 HUGE = (10**30, -(10**30), 2**63, 2**64, 2**70, 10**400, float("inf"), float("nan"), 1e308, 5e-324, -5e-324, 1e-300, -1)
 DRAWING = [RandomK(0.1), Rotated(Uniform(stochastic=True)), Uniform(stochastic=True), Ternary()]

@@ -9,7 +9,7 @@ from codec_members import decoded, encoded, message
 from mpicomp.codecs import Key, Sign, Uniform
 from mpicomp.codecs.rotation import TILE, Rotated
 
-MEMBERS = [Rotated(Sign()), Rotated(Sign(), scaled=True), Rotated(Uniform(bits=4)), Rotated(Uniform(stochastic=True))]
+MEMBERS = [Rotated(Sign()), Rotated(Sign(), rescale=True), Rotated(Uniform(bits=4)), Rotated(Uniform(stochastic=True))]
 every_member = pytest.mark.parametrize("codec", MEMBERS, ids=str)
 KEY = Key(seed=1, step=2, stream=3, stage=1, rank=1, start=8)
 
@@ -49,7 +49,7 @@ def test_sign_loses_what_theory_says_on_any_chunk(kind):
     if kind == "heavy":  # one element has much of the norm, and is stored well
         return
     assert plain >= 1 - 2 / np.pi - 0.02
-    scaled = Rotated(Sign(), scaled=True)
+    scaled = Rotated(Sign(), rescale=True)
     assert np.mean([error(scaled, x, key) for key in keys]) == pytest.approx(np.pi / 2 - 1, abs=0.03)
     mean = np.mean([decoded(scaled, encoded(scaled, x, key), 4096, "float64", key) for key in keys], axis=0)
     assert np.sum((mean - x) ** 2) <= 1.15 * (np.pi / 2 - 1) / len(keys) * np.sum(x**2)

@@ -92,7 +92,7 @@ def test_messages_of_variable_size(codec, dtype):
         assert np.array_equal(new, (x + old) - out)
         assert np.array_equal(out, decoded(codec, encoded(codec, x + old), size, dtype))
         if codec.values is None and isinstance(codec, Threshold):
-            assert np.array_equal(out, np.where(np.abs(x + old) >= codec.value, x + old, 0))
+            assert np.array_equal(out, np.where(np.abs(x + old) >= codec.at, x + old, 0))
         for wrong in (size + 1, 3) if size > 3 else ():
             with pytest.raises(WireFormatError):
                 codec.check((np.concatenate([payload[0], np.zeros(9**6, np.uint8)]),), wrong)
@@ -142,7 +142,7 @@ def test_residuals_stay_bounded_over_1000_steps(codec):
         old, new = new, old
         norms.append(float(np.linalg.norm(old)))
         if isinstance(codec, Threshold) and codec.values is None:
-            assert np.abs(old).max() < codec.value
+            assert np.abs(old).max() < codec.at
     assert np.mean(norms[800:]) <= 1.3 * np.mean(norms[500:800]) + 1e-3
 
 
@@ -194,7 +194,7 @@ def test_specs_and_flags():
     with pytest.raises(ValueError, match="values must be None or a codec whose messages have a fixed size"):
         TopK(0.1, values=Threshold(1.0))
     for make, text in (
-        (lambda: Threshold(0.0), "value must be a number in 1e-30..1e30, got 0.0"),
+        (lambda: Threshold(0.0), "at must be a number in 1e-30..1e30, got 0.0"),
         (lambda: SampledTopK(0.1, sample=0), "sample must be in"),
         (lambda: BlockTopK(0.1, block=65), "block must be a multiple of 64"),
         (lambda: BlockTopK(0.1, block=1.0), "block must be an integer"),

@@ -11,9 +11,9 @@ from golden.primitives import base_of, draw32, total
 SIGN, UNIFORM, BIASED = ("sign", {}), ("uniform", {"bits": 2, "block": 64}), ("uniform", {"bits": 1, "block": 1032})
 RANDOM = ("uniform", {"bits": 5, "block": 64, "stochastic": True})
 CONFIGS = [
-    ("rotated", {"codec": codec, "kashin": kashin, "scaled": scaled})
+    ("rotated", {"codec": codec, "kashin": kashin, "rescale": rescale})
     for kashin in (False, True)
-    for codec, scaled in ((SIGN, False), (SIGN, True), (UNIFORM, False), (RANDOM, False), (BIASED, True))
+    for codec, rescale in ((SIGN, False), (SIGN, True), (UNIFORM, False), (RANDOM, False), (BIASED, True))
 ]
 """A codec inside is its name and configuration."""
 
@@ -123,12 +123,12 @@ def encode(name, config, x, key):
         start = (key["start"] // ROOM + first // ROOM) * CHUNK if kashin else key["start"] + first
         y = spread(part, base, start) if kashin else rotate(part, base, start)
         payload, z = lowbit.encode(*config["codec"], y, {**key, "start": start})
-        if config["scaled"]:
+        if config["rescale"]:
             wide, mixed = y.astype(np.float64), total(y.astype(np.float64) * z)
             scale = float(x.dtype.type(total(wide * wide) / mixed)) if mixed else 1.0
             scales.append(scale if 0 < scale < math.inf else 1.0)
         z = unspread(z, len(part), base, start) if kashin else unrotate(z, base, start)
-        values.append(z * x.dtype.type(scales[-1]) if config["scaled"] else z)
+        values.append(z * x.dtype.type(scales[-1]) if config["rescale"] else z)
         fields.append(payload)
     joined = [np.concatenate(each) for each in zip(*fields, strict=True)]
-    return joined + ([np.array(scales, x.dtype)] if config["scaled"] else []), np.concatenate(values)
+    return joined + ([np.array(scales, x.dtype)] if config["rescale"] else []), np.concatenate(values)

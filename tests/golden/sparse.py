@@ -31,10 +31,10 @@ CONFIGS = [
     ("randomk", {"density": 0.3, "scaled": False}),
     ("randomk", {"density": 0.1, "values": "uniform(bits=4, stochastic=True)"}),
     ("randomk", {"density": 0.2, "scaled": False, "values": "uniform(bits=4)"}),
-    ("threshold", {"value": 0.1}),
-    ("threshold", {"value": 2.0, "values": "cast(dtype=bf16)"}),
-    ("threshold", {"value": 1e30}),
-    ("threshold", {"value": 1.0, "values": "uniform(bits=4)"}),
+    ("threshold", {"at": 0.1}),
+    ("threshold", {"at": 2.0, "values": "cast(dtype=bf16)"}),
+    ("threshold", {"at": 1e30}),
+    ("threshold", {"at": 1.0, "values": "uniform(bits=4)"}),
     ("sampled_topk", {"density": 0.05}),
     ("sampled_topk", {"density": 0.3, "values": "uniform(bits=4)"}),
 ]
@@ -45,8 +45,8 @@ LARGE = [
     ("topk", {"density": 0.2, "values": "uniform(bits=4)"}),
     ("blocktopk", {"density": 0.004, "values": "cast(dtype=fp16)"}),
     ("randomk", {"density": 0.002}),
-    ("threshold", {"value": 7.9, "values": "cast(dtype=bf16)"}),
-    ("threshold", {"value": 7.99999, "values": "uniform(bits=4, stochastic=True)"}),
+    ("threshold", {"at": 7.9, "values": "cast(dtype=bf16)"}),
+    ("threshold", {"at": 7.99999, "values": "uniform(bits=4, stochastic=True)"}),
     ("sampled_topk", {"density": 0.002}),
     ("sampled_topk", {"density": 0.01, "sample": 0.1, "values": "uniform(bits=4)"}),
 ]
@@ -134,7 +134,7 @@ def places_of(name, config, x, key):
         base = base_of(**{**key, "stage": 0, "rank": 0})
         return support(size, kept(config["density"], size), base, key["start"])
     if name == "threshold":
-        return [place for place in range(size) if abs(Fraction(float(x[place]))) >= Fraction(config["value"])]
+        return [place for place in range(size) if abs(Fraction(float(x[place]))) >= Fraction(config["at"])]
     return reached(x, config["density"], config.get("sample", 0.01))
 
 

@@ -24,13 +24,14 @@ SPECS = [
     "two_stage(uniform(bits=2, block=16, stochastic=True))",
     "error_feedback(two_stage(sign))",
     "error_feedback(gather(cast(dtype=bf16)))",
-    "error_feedback(two_stage(threshold(value=1.5)))",
+    "error_feedback(two_stage(threshold(at=1.5)))",
     "two_stage(randomk(density=0.25))",
     "dense",
     "dense(algorithm=two_shot)",
     "dense(algorithm=ring)",
-    "partition(dense(algorithm=two_shot), error_feedback(two_stage(uniform(bits=4, block=32))), min_size=3)",
-    "after(2, error_feedback(gather(topk(density=0.1))))",
+    "partition(small=dense(algorithm=two_shot), large=error_feedback(two_stage(uniform(bits=4, block=32))), "
+    "min_size=3)",
+    "after(error_feedback(gather(topk(density=0.1))), steps=2)",
     "error_feedback(low_rank(rank=2))",
 ]
 ADDING_ON_THE_HOST = ["dense(algorithm=two_shot)", "dense(algorithm=ring)"]

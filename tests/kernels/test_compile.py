@@ -44,7 +44,7 @@ import numpy as np
 from mpicomp.kernels import cpu
 from mpicomp.kernels.cpu.compile import counts
 x = np.arange(5, dtype=np.float32)
-cpu.add(x, x, x.copy()); cpu.axpy(x, x.copy()); cpu.narrow(x, np.empty(5, np.uint16), "bfloat16")
+cpu.divide(x.copy(), 3.0); cpu.axpy(x, x.copy()); cpu.narrow(x, np.empty(5, np.uint16), "bfloat16")
 print(json.dumps(counts()))
 """
 
@@ -70,7 +70,7 @@ SPECS = [
     "topk(density=0.2, values=uniform(bits=3))",
     "blocktopk(density=0.05)",
     "sampled_topk(density=0.01)",
-    "threshold(value=5.0)",
+    "threshold(at=5.0)",
     "randomk(density=0.1)",
     "bounded(abs=0.01)",
     "bounded(rel=0.01)",
@@ -134,9 +134,9 @@ HOLD = """
 import numba, time
 from mpicomp.kernels import cpu
 from mpicomp.kernels.cpu import sums
-add = sums._add
-signature = add._types(("float32",))
-dispatcher = numba.njit(**c.OPTIONS)(add._named(signature))
+divide = sums._divide
+signature = divide._types("float32")
+dispatcher = numba.njit(**c.OPTIONS)(divide._named(signature))
 c._enable_caching(dispatcher)
 with c._once(dispatcher):
     print("held", flush=True)
@@ -196,7 +196,7 @@ assert "said]" in REPORT
 )
 def test_a_damaged_file_is_compiled_anew_and_named(tmp_path, suffix, how):
     assert result(start(FEW, tmp_path)) == [3, 0]
-    (path,) = tmp_path.rglob(f"sums._add-*.{suffix}")
+    (path,) = tmp_path.rglob(f"sums._divide-*.{suffix}")
     damage(path, how)
     processes = [start(REPORT, tmp_path) for _ in range(2)]
     found = [result(process) for process in processes]
@@ -212,7 +212,7 @@ def test_a_damaged_file_is_compiled_anew_and_named(tmp_path, suffix, how):
 @pytest.mark.parametrize("suffix", ["nbi", "nbc"])
 def test_a_file_that_can_be_neither_read_nor_replaced_stops_nothing(tmp_path, suffix):
     assert result(start(FEW, tmp_path)) == [3, 0]
-    (path,) = tmp_path.rglob(f"sums._add-*.{suffix}")
+    (path,) = tmp_path.rglob(f"sums._divide-*.{suffix}")
     damage(path, "unreadable")
     for _ in range(2):
         compiled, loaded, _, said = result(start(REPORT, tmp_path))
@@ -223,15 +223,15 @@ def test_a_file_that_can_be_neither_read_nor_replaced_stops_nothing(tmp_path, su
 @pytest.mark.slow
 def test_machine_code_of_another_kernel_or_processor_is_not_run(tmp_path):
     assert result(start(FEW, tmp_path)) == [3, 0]
-    (add,) = tmp_path.rglob("sums._add-*.nbc")
+    (divide,) = tmp_path.rglob("sums._divide-*.nbc")
     (axpy,) = tmp_path.rglob("sums._axpy-*.nbc")
-    add.write_bytes(axpy.read_bytes())
+    divide.write_bytes(axpy.read_bytes())
     compiled, _, _, said = result(start(REPORT, tmp_path))
     assert compiled == 1
-    assert str(add) in said[0]
+    assert str(divide) in said[0]
     other = start(FEW, tmp_path, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="")
     assert result(other) == [3, 0]
-    index = next(tmp_path.rglob("sums._add-*.nbi"))
+    index = next(tmp_path.rglob("sums._divide-*.nbi"))
     assert len(list(index.parent.glob(f"{index.stem}.*.nbc"))) == 2
 
 
@@ -314,15 +314,15 @@ def test_what_does_not_fit_the_declaration_is_a_type_error():
 
     x = np.zeros(8, np.float32)
     with pytest.raises(TypeError, match="float32 or float64"):
-        cpu.add(x.astype(np.int32), x, x)
+        cpu.axpy(x.astype(np.int32), x)
     with pytest.raises(TypeError):
-        cpu.add(x, x.astype(np.float64), x)
+        cpu.axpy(x, x.astype(np.float64))
     with pytest.raises(TypeError):
-        cpu.add(x[::2], x[::2], x[:4])
+        cpu.axpy(x[::2], x[:4])
     out = np.zeros(8, np.float32)
     out.flags.writeable = False
     with pytest.raises(TypeError):
-        cpu.add(x, x, out)
+        cpu.axpy(x, out)
 
 
 def test_counts_and_path():

@@ -395,9 +395,11 @@ def test_damaged_blocks_within_a_bound_are_found(dtype, limits):
         found.append(KERNELS.bounded_valid(damaged, words[:count], *rest))
     assert found[:3] == [False] * 3
     assert any(found[3:])
-    noise = words[:count].copy()
-    noise[:] = np.iinfo(words.dtype).max
-    assert not KERNELS.bounded_valid(headers, noise, *rest) or not bound.relative
+    for bad in (np.nan, np.inf):
+        wrong = x.copy()
+        wrong[300] = bad
+        count = KERNELS.encode_bounded(wrong, None, None, headers, words, *bound)
+        assert not KERNELS.bounded_valid(headers, words[:count], *rest)
     empty = np.empty(0, np.uint8)
     assert [KERNELS.bounded_valid(empty, words[:room], 0, False, 0.1, 0) for room in range(per)] == [True] * per
     assert not KERNELS.bounded_valid(empty, words[:per], 0, False, 0.1, 0)

@@ -6,31 +6,17 @@ import itertools
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-import torch.distributed as dist  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook  # noqa: E402
-from torch.distributed.algorithms.join import Join  # noqa: E402
-from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: E402
-
-import mpicomp.torch  # noqa: E402, F401
+import torch
+import torch.distributed as dist
+from process_group import me, process_group, same_everywhere, size  # noqa: F401 (the fixture is used by all tests)
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.distributed.algorithms.join import Join
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 pytestmark = pytest.mark.mpi
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _group():
-    if not dist.is_initialized():
-        dist.init_process_group("mpicomp")
-
-
-def me() -> int:
-    return dist.get_rank()
-
-
-def size() -> int:
-    return dist.get_world_size()
 
 
 def of_rank(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -45,12 +31,6 @@ def of_rank(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tens
 
 def all_ranks(shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
     return [of_rank(rank, shape, dtype) for rank in range(size())]
-
-
-def same_everywhere(tensor: torch.Tensor) -> bool:
-    gathered = [torch.empty_like(tensor) for _ in range(size())]
-    dist.all_gather(gathered, tensor)
-    return all(torch.equal(tensor, other) for other in gathered)
 
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]

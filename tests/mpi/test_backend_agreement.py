@@ -6,28 +6,16 @@ from collections.abc import Callable
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-import torch.distributed as dist  # noqa: E402
+import torch
+import torch.distributed as dist
+from process_group import me, process_group, size  # noqa: F401 (the fixture is used by all tests)
 
-import mpicomp.torch  # noqa: E402
-from mpicomp.errors import CommunicatorError, ConfigMismatchError  # noqa: E402
+import mpicomp.torch
+from mpicomp.errors import CommunicatorError, ConfigMismatchError
 
 pytestmark = pytest.mark.mpi(min_size=2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _group():
-    if not dist.is_initialized():
-        dist.init_process_group("mpicomp")
-
-
-def me() -> int:
-    return dist.get_rank()
-
-
-def size() -> int:
-    return dist.get_world_size()
 
 
 def odd() -> bool:
@@ -110,7 +98,7 @@ def test_the_text_says_who_does_what() -> None:
     assert "all_reduce(sum) of (4,) float32" in text
 
 
-def test_rows_that_nobody_sends() -> None:
+def test_rows_that_no_rank_sends() -> None:
     """Rank 0 sends one row more to rank 1 than that expects; each rank's own splits are fine."""
     to = [1] * size()
     to[1] += me() == 0
@@ -173,7 +161,7 @@ def test_what_one_rank_refuses_the_others_hear_of(name: str) -> None:
     right()
 
 
-def test_disagreement_is_seen_by_whoever_waits() -> None:
+def test_a_wait_raises_a_disagreement() -> None:
     """Also where the next collective was begun before anybody waited."""
     first = dist.all_reduce(full(other()), async_op=True)
     x = full(3)

@@ -8,30 +8,18 @@ import weakref
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-import torch.distributed as dist  # noqa: E402
-from torch import nn  # noqa: E402
+import torch
+import torch.distributed as dist
+from process_group import me, process_group, size  # noqa: F401 (the fixture is used by all tests)
+from torch import nn
 
-import mpicomp.torch  # noqa: E402
-from mpicomp.torch.backend import MPIProcessGroup  # noqa: E402
-from mpicomp.torch.launch import group_comm  # noqa: E402
+import mpicomp.torch
+from mpicomp.torch.backend import MPIProcessGroup
+from mpicomp.torch.launch import group_comm
 
 pytestmark = pytest.mark.mpi
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _group():
-    if not dist.is_initialized():
-        dist.init_process_group("mpicomp")
-
-
-def me() -> int:
-    return dist.get_rank()
-
-
-def size() -> int:
-    return dist.get_world_size()
 
 
 def threads() -> int:
@@ -71,7 +59,7 @@ def test_a_destroyed_group_says_so() -> None:
 
 
 @pytest.mark.mpi(min_size=2)
-def test_messages_that_nobody_waited_for_are_given_up() -> None:
+def test_messages_without_a_wait_are_abandoned() -> None:
     """One that has not left, and one that never comes."""
     group = dist.new_group()
     works = []

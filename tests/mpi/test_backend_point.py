@@ -1,26 +1,16 @@
-"""Messages between two ranks of a process group: sizes and dtypes that differ, and works that nobody waits for."""
+"""Messages between two ranks of a process group: sizes and dtypes that differ, and works without a wait."""
 
 from __future__ import annotations
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-import torch.distributed as dist  # noqa: E402
-
-import mpicomp.torch  # noqa: E402, F401
+import torch
+import torch.distributed as dist
+from process_group import me, process_group  # noqa: F401 (the fixture is used by all tests)
 
 pytestmark = pytest.mark.mpi(min_size=2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _group():
-    if not dist.is_initialized():
-        dist.init_process_group("mpicomp")
-
-
-def me() -> int:
-    return dist.get_rank()
 
 
 def pair() -> bool:
@@ -113,7 +103,7 @@ def test_tags() -> None:
     right()
 
 
-def test_a_work_that_nobody_holds_keeps_its_memory() -> None:
+def test_a_work_without_references_keeps_its_memory() -> None:
     n = 500_000
     if me() == 0:
         for number in range(100):

@@ -10,7 +10,7 @@ import pytest
 
 from mpicomp.arrays import Array
 from mpicomp.comm import collectives
-from mpicomp.comm.agreement import agree
+from mpicomp.comm.agreement import agree, refuse
 from mpicomp.comm.collectives import allgather, allreduce, barrier, broadcast, exchange
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.watch import Traffic
@@ -181,8 +181,10 @@ def test_all_ranks_raise_and_name_those_that_differ(comm: Comm) -> None:
 
 
 @pytest.mark.mpi(min_size=2)
-def test_a_rank_that_refuses_raises_its_own_error(comm: Comm) -> None:
-    refusal = ValueError("density must be in (0, 1], got 2") if comm.rank == 1 else None
-    with pytest.raises(ValueError if refusal else ConfigMismatchError, match=r"density must be in \(0, 1\], got 2"):
-        agree(comm, "allreduce(dense)", refusal)
+def test_a_rank_refuses_and_the_others_raise_its_reason(comm: Comm) -> None:
+    if comm.rank == 1:
+        refuse(comm, ValueError("density must be in (0, 1], got 2"))
+    else:
+        with pytest.raises(ConfigMismatchError, match=r"rank 1: refused its arguments: density must be in \(0, 1\]"):
+            agree(comm, "allreduce(dense)")
     barrier(comm)

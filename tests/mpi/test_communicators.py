@@ -1,4 +1,4 @@
-"""Communicators over real MPI: they come and go, threads take turns on them, a reset repairs what an error broke."""
+"""Communicators over real MPI: they come and go, threads share them, a reset repairs one that an error broke."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def use(comm: Any, number: int) -> None:
 
 def test_communicators_come_and_go(world: Any) -> None:
     """Thousands of them by the case `communicators_freed`; of a hundred a leak shows in threads and descriptors."""
-    found, kept, given_up = [], [], list(communicator._given_up)  # by tests of errors that ran before
+    found, kept, abandoned = [], [], list(communicator._abandoned)  # by tests of errors that ran before
     for number in range(150):
         comm = world.Dup()
         use(comm, number)
@@ -67,7 +67,7 @@ def test_communicators_come_and_go(world: Any) -> None:
     assert found[0][:2] == found[1][:2]
     assert found[1][2] - found[0][2] < 8 * 1024
     assert [ref() for ref in kept] == [None] * len(kept)
-    assert communicator._given_up == given_up
+    assert communicator._abandoned == abandoned
 
 
 def test_a_communicator_that_was_freed_at_once(world: Any) -> None:
@@ -105,7 +105,7 @@ def test_two_communicators_at_once_for_the_first_time(world: Any) -> None:
 
 
 def test_a_request_returns_before_the_others_have_come(world: Any) -> None:
-    """Also the first on its communicator: nobody could come further if it waited for the others."""
+    """Also the first on its communicator: no rank could continue if it waited for the others."""
     comm = world.Dup()
     order = []
     if comm.rank:
@@ -162,7 +162,7 @@ def test_two_threads_that_call_different_things_hear_of_it_or_get_what_they_want
 
 
 def failing(comm: Comm) -> Operation:
-    """Rank 1 fails; there are a receive, a send and MPI's own allreduce that nobody will complete."""
+    """Rank 1 fails; there are a receive, a send and MPI's own allreduce that no rank completes."""
     big = np.ones(1 << 20, np.uint8)
 
     def run() -> None:
@@ -210,3 +210,15 @@ def test_a_reset_between_nodes(world: Any) -> None:
     mpicomp.reset(world)
     assert Comm.of(world).topology == comm.topology
     assert plan(X)[0] == world.size
+
+
+def test_the_background_needs_calls_from_several_threads(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A blocking call runs on its caller's thread, a request needs another one."""
+    from mpi4py import MPI
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MPI, "Query_thread", lambda: MPI.THREAD_SERIALIZED)
+        assert mpicomp.allreduce(world, X, "dense")[0] == world.size
+        with pytest.raises(RuntimeError, match="MPI_THREAD_MULTIPLE"):
+            mpicomp.iallreduce(world, X, "dense")
+    assert mpicomp.iallreduce(world, X, "dense").wait()[0] == world.size

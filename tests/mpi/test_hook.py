@@ -10,16 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-import torch.distributed as dist  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.distributed.algorithms.join import Join  # noqa: E402
-from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: E402
+import torch
+import torch.distributed as dist
+from process_group import me, process_group, same_everywhere, size  # noqa: F401 (the fixture is used by all tests)
+from torch import nn
+from torch.distributed.algorithms.join import Join
+from torch.nn.parallel import DistributedDataParallel as DDP
 
-import mpicomp.torch  # noqa: E402
-from mpicomp.comm import collectives  # noqa: E402
-from mpicomp.errors import CommunicatorError, ConfigMismatchError, SpecError  # noqa: E402
+import mpicomp.torch
+from mpicomp.comm import collectives
+from mpicomp.errors import CommunicatorError, ConfigMismatchError, SpecError
 
 pytestmark = pytest.mark.mpi
 
@@ -41,20 +43,6 @@ OURS = [
 """Every sum in rank order by our own kernels: the same bits in whatever bucket."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _group():
-    if not dist.is_initialized():
-        dist.init_process_group("mpicomp")
-
-
-def me() -> int:
-    return dist.get_rank()
-
-
-def size() -> int:
-    return dist.get_world_size()
-
-
 def model(dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(16, 48), nn.Tanh(), nn.Linear(48, 48), nn.Tanh(), nn.Linear(48, 12)).to(dtype)
@@ -71,12 +59,6 @@ def loss(ddp: nn.Module, step: int, rank: int, dtype: torch.dtype = torch.float3
 
 def flat(module: nn.Module) -> torch.Tensor:
     return torch.cat([p.detach().reshape(-1) for p in module.parameters()])
-
-
-def same_everywhere(tensor: torch.Tensor) -> bool:
-    gathered = [torch.empty_like(tensor) for _ in range(size())]
-    dist.all_gather(gathered, tensor)
-    return all(torch.equal(tensor, other) for other in gathered)
 
 
 def train(
@@ -234,7 +216,7 @@ def test_state_dict_goes_on_bit_for_bit() -> None:
 
 def test_small_tensors_are_dense_by_default() -> None:
     _, hook = train("topk(density=0.01)", steps=1)
-    assert hook.resolved.startswith("partition(dense(algorithm=two_shot), error_feedback(")
+    assert hook.resolved.startswith("partition(small=dense(algorithm=two_shot), large=error_feedback(")
     assert {name for name, kept in hook.state_dict()["units"].items() if kept} == {"0.weight", "2.weight", "4.weight"}
     _, hook = train("topk(density=0.01)", steps=1, min_size=2000)
     assert {name for name, kept in hook.state_dict()["units"].items() if kept} == {"2.weight"}
@@ -364,11 +346,11 @@ def test_an_error_while_reducing_is_raised_by_backward(monkeypatch: pytest.Monke
         loss(ddp, step, me()).backward()
     before = hook.state_dict()
 
-    def broken(*_: Any) -> None:
+    def broken(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("no such luck")
 
     with monkeypatch.context() as patch:
-        patch.setattr("mpicomp.torch.hook.apply", broken)
+        patch.setattr("mpicomp.api.lifecycle.apply", broken)
         with pytest.raises(RuntimeError, match=r"(?s)communication thread of rank.*in broken.*no such luck"):
             loss(ddp, 2, me()).backward()
     assert equal_states(before, hook.state_dict())
@@ -437,10 +419,10 @@ def test_a_rank_at_another_step_leaves_no_trace() -> None:
     for step in range(3):
         loss(ddp, step, me()).backward()
     before = hook.state_dict()
-    hook._step += me() == 1
+    hook._reductions.step += me() == 1
     with pytest.raises(RuntimeError, match="rank 1: bucket 0 of DDP at step 4"):
         loss(ddp, 3, me()).backward()
-    hook._step = 3
+    hook._reductions.step = 3
     assert equal_states(before, hook.state_dict())
     loss(ddp, 3, me()).backward()
     assert hook.step == 4
@@ -454,12 +436,12 @@ def test_a_step_of_which_one_bucket_goes_wrong_leaves_no_trace(monkeypatch: pyte
     for step in range(3):
         loss(ddp, step, me()).backward()
     before = hook.state_dict()
-    entry = hook._entries[0]
-    entry.digest += me() == 1
+    bucket = hook._buckets[0]
+    hook._buckets[0] = bucket._replace(digest=bucket.digest + (me() == 1))
     with pytest.raises(RuntimeError, match="ranks disagree"):
         loss(ddp, 3, me()).backward()
     dist.barrier()
-    entry.digest -= me() == 1
+    hook._buckets[0] = bucket
     assert equal_states(before, hook.state_dict())
     loss(ddp, 4, me()).backward()
     assert hook.step == 4
@@ -476,7 +458,7 @@ def test_clear_errors() -> None:
     mpicomp.torch.compress(ddp, "sign")
     with pytest.raises(RuntimeError, match="has a communication hook already"):
         mpicomp.torch.compress(ddp, "sign")
-    with pytest.raises(ValueError, match="0 makes sparse gradients"):
+    with pytest.raises(ValueError, match="0 has sparse gradients"):
         mpicomp.torch.compress(DDP(nn.Sequential(nn.Embedding(5, 3, sparse=True))), "sign")
     with pytest.raises(TypeError, match=r"has dtype torch\.complex64"):
         mpicomp.torch.compress(DDP(nn.Linear(3, 3, dtype=torch.complex64)), "sign")

@@ -155,7 +155,7 @@ def test_hierarchical_among_nodes_that_are_not_there(
 
     if MPI.COMM_WORLD.size not in nodes:
         return
-    monkeypatch.setattr("mpicomp.reducers.parts.place.GRAIN", 16)
+    monkeypatch.setattr("mpicomp.reducers.parts.node_shards.GRAIN", 16)
     comm = Comm(MPITransport(MPI.COMM_WORLD.Dup()))
     comm.topology = nodes[comm.size]
     reducer, x = member(f"error_feedback(hierarchical({inner}))"), inputs(comm.size, 8, LAYOUT.size, "float32")

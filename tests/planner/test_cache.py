@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from team import Team
 
+from mpicomp.codecs import Sign
 from mpicomp.comm.communicator import Comm
 from mpicomp.cost import Cost, Work
 from mpicomp.planner import Link, Machine, Point, cache
@@ -93,7 +94,7 @@ def test_folders() -> None:
 
 
 def test_passes_are_measured_when_they_are_asked_for_and_kept(measured: list[int], tmp_path: Path) -> None:
-    cost = Cost(work=(Work("encode", 10, "sign"), Work("add", 10)))
+    cost = Cost(work=(Work("encode", 10, Sign()), Work("add", 10)))
 
     def f(comm: Comm) -> Machine:
         assert "encode sign" not in cache.machine_for(comm).passes

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from mpicomp.codecs import Sign
 from mpicomp.cost import Cost, Work
 from mpicomp.planner import Link, Machine, Point, predict
 from mpicomp.planner.machine import PASS, ROUND, seconds_at
@@ -71,9 +72,9 @@ def test_one_rank_sends_nothing_but_works() -> None:
 
 
 def test_what_was_not_measured_is_named() -> None:
-    cost = replace(COST, work=(Work("encode", 10, "sign"), Work("add", 10), Work("decode_add", 20, "sign")))
+    cost = replace(COST, work=(Work("encode", 10, Sign()), Work("add", 10), Work("decode_add", 20, Sign())))
     assert predict(cost, FLAT).unknown == ("encode sign", "decode_add sign")
-    assert FLAT.missing([cost, COST]) == [Work("decode_add", 20, "sign"), Work("encode", 10, "sign")]
+    assert FLAT.missing([cost, COST]) == [Work("decode_add", 20, Sign()), Work("encode", 10, Sign())]
 
 
 def test_times_between_measured_sizes() -> None:

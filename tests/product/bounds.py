@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import math
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from codec_bounds import bound
 
-from mpicomp.codecs import Bounded
+from mpicomp.codecs import Bounded, Threshold
 from mpicomp.reducers import Dense, Gather, TwoStage
 from mpicomp.registry import CODECS
 
@@ -70,10 +69,9 @@ def worst(codec: Any, top: float, size: int, dtype: str) -> float:
     if not top <= most:
         return math.inf
     forms = [codec]
-    if getattr(codec, "scaled", False) and not codec.contractive:  # error feedback takes the other form
-        with contextlib.suppress(ValueError):
-            forms.append(dataclasses.replace(codec, scaled=False))
-    tops = {top, top / 2, top / 8, min(top, getattr(codec, "value", top) * 0.999)}
+    with contextlib.suppress(ValueError):
+        forms.append(codec.contraction())  # the form that error feedback takes
+    tops = {top, top / 2, top / 8, min(top, codec.at * 0.999 if isinstance(codec, Threshold) else top)}
     return max(SPARE * _codec_error(form, each, size, dtype) for form in forms for each in tops)
 
 
@@ -81,25 +79,9 @@ def _codec_error(codec: Any, top: float, size: int, dtype: str) -> float:
     """What one codec says of an array, all of whose elements have this magnitude."""
     share = min(size, PROBED)
     grown = math.sqrt(size / share)
-    bound = _contract()
-    if bound is not None:
-        try:
-            with np.errstate(over="ignore", invalid="ignore"):
-                most = float(np.max(bound(codec, np.full(share, top, dtype)))) * grown
-            return math.inf if math.isnan(most) else most
-        except (AttributeError, TypeError, NotImplementedError):  # one that the table does not know
-            pass
-    relative = getattr(codec, "relative_error", None)
-    return math.inf if relative is None else float(relative(size)) * top * math.sqrt(size)
-
-
-@cache
-def _contract() -> Any:
-    """The table of bounds of tests/codecs, None where there is none; by path, since `codecs` is Python's own too."""
-    path = Path(__file__).parents[1] / "codecs" / "test_contract.py"
-    spec = importlib.util.spec_from_file_location("contract_of_codecs", path)
-    if spec is None or spec.loader is None:
-        return None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, "bound", None)
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            most = float(np.max(bound(codec, np.full(share, top, dtype)))) * grown
+        return math.inf if math.isnan(most) else most
+    except (AttributeError, TypeError, NotImplementedError):  # one that the table does not know
+        return float(codec.relative_error(size)) * top * math.sqrt(size)

@@ -2,7 +2,7 @@
 
 A member of `CODECS` or `REDUCERS` is seen through the fields of its dataclass. Its settings are those of the tables
 that the other tests use, beside its defaults; one that no table has gets the first values that its constructor takes.
-A reducer is written as a template, such as "split(CODEC, cut=True)", a policy as "after(3, REDUCER)".
+A reducer is written as a template, such as "split(CODEC, cut=True)", a policy as "after(REDUCER, steps=3)".
 """
 
 from __future__ import annotations

@@ -19,9 +19,9 @@ from product.bounds import unit_error, worst
 from product.case import Case, Wrong, refused, right_or_refused
 from product.run import environ
 
-from mpicomp.codecs import CODECS, Sign, Uniform
+from mpicomp.codecs import Sign, Uniform
 from mpicomp.reducers import Reducer
-from mpicomp.registry import REDUCERS, parse
+from mpicomp.registry import CODECS, REDUCERS, parse
 from mpicomp.specs import Spec
 
 ROOT = Path(__file__).parents[2]
@@ -102,7 +102,7 @@ def test_every_member_is_found() -> None:
 
 def test_a_new_member_is_drawn_without_being_added(monkeypatch: pytest.MonkeyPatch) -> None:
     @dataclass(frozen=True)
-    class Newest(Sign, Spec):
+    class Newest(Sign):
         spec_name: ClassVar[str] = "newest"
         level: float = 0.5
 
@@ -237,7 +237,7 @@ def test_bounds_say_less_than_everything() -> None:
     fine, coarse = (unit_error(parse(f"gather(uniform(bits={bits}))"), tops, size, 2, 1, "float32") for bits in (8, 2))
     assert 0 < fine < 0.1 < coarse < 10
     assert unit_error(parse("dense"), tops, size, 2, 1, "float32") == 0
-    assert unit_error(parse("after(3, gather(uniform(bits=8)))"), tops, size, 2, 1, "float32") == fine
+    assert unit_error(parse("after(gather(uniform(bits=8)), steps=3)"), tops, size, 2, 1, "float32") == fine
     assert worst(Uniform(bits=8), 1.0, 100, "float32") < 0.01
     assert unit_error(parse("gather(bounded(abs=0.25))"), [1e3] * 4, size, 4, 4, "float32") == pytest.approx(1.0)
 

@@ -42,7 +42,7 @@ MORE_CONTRACTIONS = [
     "blocktopk(density=0.1, block=64)",
     "randomk(density=0.2, scaled=False, values=uniform(bits=8))",
     "rotated(sign)",
-    "threshold(value=1.5)",
+    "threshold(at=1.5)",
     "sampled_topk(density=0.1)",
     "bounded(abs=0.05)",
 ]
@@ -73,9 +73,11 @@ DENSE = [
     "error_feedback(dense(algorithm=ring))",
 ]
 COMPOSED = [
-    "after(3, error_feedback(two_stage(topk(density=0.1))))",
-    "partition(dense(algorithm=two_shot), error_feedback(two_stage(uniform(bits=4, block=32))), min_size=30)",
-    "partition(error_feedback(gather(sign)), after(2, error_feedback(low_rank(rank=2))), min_size=30)",
+    "after(error_feedback(two_stage(topk(density=0.1))), steps=3)",
+    "partition(small=dense(algorithm=two_shot), large=error_feedback(two_stage(uniform(bits=4, block=32))), "
+    "min_size=30)",
+    "partition(small=error_feedback(gather(sign)), "
+    "large=after(error_feedback(low_rank(rank=2)), steps=2), min_size=30)",
 ]
 MEMBERS = COMPRESSING + DENSE + COMPOSED
 REPRESENTATIVES = [

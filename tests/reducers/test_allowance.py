@@ -20,8 +20,8 @@ REDUCERS = [
     "bounded(abs=0.5)",
     "gather(bounded(abs=0.5))",
     "two_stage(bounded(abs=0.5))",
-    "after(0, two_stage(bounded(abs=0.5)))",
-    "partition(gather(bounded(abs=0.5)), two_stage(bounded(abs=0.5)))",
+    "after(two_stage(bounded(abs=0.5)), steps=0)",
+    "partition(small=gather(bounded(abs=0.5)), large=two_stage(bounded(abs=0.5)))",
     "hierarchical(two_stage(bounded(abs=0.5)))",
 ]
 
@@ -84,9 +84,9 @@ def test_feedback_owes_no_more_than_was_allowed() -> None:
         ("two_stage(bounded(abs=1.0))", "sum", "two_stage(bounded(abs=0.16666666666666666), bounded(abs=0.5))"),
         ("two_stage(bounded(abs=1.0))", "mean", "two_stage(bounded(abs=0.6666666666666666), bounded(abs=2.0))"),
         (
-            "after(3, error_feedback(gather(bounded(abs=1.0))))",
+            "after(error_feedback(gather(bounded(abs=1.0))), steps=3)",
             "sum",
-            "after(3, error_feedback(gather(bounded(abs=0.25))))",
+            "after(error_feedback(gather(bounded(abs=0.25))), steps=3)",
         ),
         ("gather(bounded(rel=0.1))", "sum", "gather(bounded(rel=0.1))"),
         ("two_stage(bounded(abs=1.0), bounded(abs=2.0))", "sum", "two_stage(bounded(abs=1.0), bounded(abs=2.0))"),
@@ -113,8 +113,8 @@ def reducer_of(spec: str) -> Reducer:
 
 
 def test_the_division_is_said() -> None:
-    assert allowances(reducer_of("partition(dense, two_stage(bounded(abs=1.0)))"), 4) == [
-        "  bound        sum within 1: 0.166667 of each of 3 encodings and 0.5 of the re-encoding, beside rounding"
+    assert allowances(reducer_of("partition(small=dense, large=two_stage(bounded(abs=1.0)))"), 4) == [
+        "  bound        sum within 1: 0.166667 of each of 3 encodings and 0.5 of the re-encoding, besides rounding"
     ]
     assert "does not bound the sum" in allowances(reducer_of("gather(bounded(rel=0.1))"), 4)[0]
     assert allowances(reducer_of("gather(sign)"), 4) == []

@@ -149,7 +149,7 @@ def test_without_feedback_a_sum_that_float16_cannot_hold_is_infinite_as_in_numpy
 
 
 def test_a_small_unit_without_feedback_overflows_beside_a_large_one_that_saturates() -> None:
-    spec = "partition(dense(algorithm=two_shot), error_feedback(gather(cast(dtype=bf16))), min_size=30)"
+    spec = "partition(small=dense(algorithm=two_shot), large=error_feedback(gather(cast(dtype=bf16))), min_size=30)"
     x = np.full((2, 1, LAYOUT.size), 60000, np.float16)
     results, residuals, flags = run(spec, 2, x, "float16", "sum")
     reducer = cast(Any, member(spec))
@@ -174,7 +174,7 @@ def test_a_small_unit_without_feedback_overflows_beside_a_large_one_that_saturat
         "error_feedback(split(topk(density=0.5, values={0}), cut=True))",
         "split(topk(density=0.9), dense_after=0.5, dense={0})",
         "error_feedback(tree(topk(density=0.5, values={0})))",
-        "after(1, error_feedback(two_stage({0})))",
+        "after(error_feedback(two_stage({0})), steps=1)",
     ],
 )
 @pytest.mark.parametrize(("codec", "value"), [("fp16", 30000.0), ("fp8(format=e4m3)", 300.0)])

@@ -16,6 +16,7 @@ from mpicomp.planner import Link, Machine, Point, predict
 from mpicomp.planner.allowance import allowances, divided
 from mpicomp.planner.auto import EXACT, Auto
 from mpicomp.planner.cache import know
+from mpicomp.planner.explain import explain
 from mpicomp.reducers import ErrorFeedback, Layout, Reduction, State
 from mpicomp.registry import describe, parse, resolve, resolve_partitioned
 
@@ -90,7 +91,7 @@ def test_specs() -> None:
         ("auto(allow=(error_feedback(dense),))", r"error_feedback\(auto"),
         ("auto(allow=(auto,))", r"error_feedback\(auto"),
         ("auto(allow=(3,))", "codecs and reducers"),
-        ("error_feedback(auto(allow=(after(3, dense),)))", r"error_feedback\(auto"),
+        ("error_feedback(auto(allow=(after(dense, steps=3),)))", r"error_feedback\(auto"),
     ],
 )
 def test_what_may_not_be_allowed(spec: str, message: str) -> None:
@@ -271,19 +272,23 @@ def test_a_bound_of_the_result_is_divided_for_each_candidate() -> None:
 def test_explain() -> None:
     auto = cast(Auto, parse(SPEC))
     machine = machine_of(SLOW, auto, 4)
-    for reducer in (*auto.candidates(True), member("after(3, gather(sign))"), member("error_feedback(gather(sign))")):
+    for reducer in (
+        *auto.candidates(True),
+        member("after(gather(sign), steps=3)"),
+        member("error_feedback(gather(sign))"),
+    ):
         cost = reducer.cost(Layout.single((100, 100)), "float32", Topology.flat(4), 0)
-        said = cast(Any, reducer).explain((100, 100), topology=4, machine=machine)
+        said = explain(reducer, (100, 100), topology=4, machine=machine)
         assert said.startswith(str(reducer))
         assert f"rounds       {cost.rounds}, messages {cost.messages}" in said
         assert ("none: exact" in said) == (cost.lossy == 0)
-    said = cast(Any, auto.candidates(True)[2]).explain((100, 100), topology=4, machine=machine)
-    assert "58.7 KiB a rank, 100.16% of the exact sum's 58.6 KiB" in said
+    said = explain(auto.candidates(True)[2], (100, 100), topology=4, machine=machine)
+    assert "58.7 KiB per rank, 100.16% of the exact sum's 58.6 KiB" in said
     seconds = predict(auto.candidates(True)[2].cost(Layout.single((100, 100)), "float32", Topology.flat(4), 0), machine)
     assert f"time         {seconds.seconds * 1e3:.3g} ms" in said
-    said = member(f"error_feedback({SPEC})").explain((100, 100), topology=4, machine=machine)
+    said = explain(member(f"error_feedback({SPEC})"), (100, 100), topology=4, machine=machine)
     assert said.startswith(f"error_feedback({SPEC}), the fastest of\n")
     assert all(f" {each}\n" in said for each in auto.candidates(True))
     assert "\nat first low_rank(rank=2)\n  sends" in said
-    assert str(auto.candidates()[-1]) in auto.explain((100, 100), topology=4)
-    assert "was not measured" in cast(Any, auto.candidates()[0]).explain((100, 100), topology=4)
+    assert str(auto.candidates()[-1]) in explain(auto, (100, 100), topology=4)
+    assert "was not measured" in explain(auto.candidates()[0], (100, 100), topology=4)

@@ -11,9 +11,9 @@ from mpicomp.arrays import Array
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.errors import ConfigMismatchError
-from mpicomp.reducers import Hierarchical, Layout, Reducer, State, Units
-from mpicomp.reducers.parts.place import Place, node_shards
-from mpicomp.registry import describe, leaves, parse
+from mpicomp.reducers import Hierarchical, Layout, Reducer, State, Units, base
+from mpicomp.reducers.parts.node_shards import NodeShards, node_shards
+from mpicomp.registry import describe, parse
 
 NODES = {
     "2+2": Topology(((0, 1), (2, 3))),
@@ -48,7 +48,7 @@ every_inner = pytest.mark.parametrize("inner", INNER)
 @pytest.fixture(autouse=True)
 def small_grain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut units of 16 elements for each owner, so that small arrays show all there is to see."""
-    monkeypatch.setattr("mpicomp.reducers.parts.place.GRAIN", 16)
+    monkeypatch.setattr("mpicomp.reducers.parts.node_shards.GRAIN", 16)
 
 
 def fed(inner: str) -> Reducer:
@@ -78,7 +78,7 @@ def test_every_element_has_one_owner_on_each_node(nodes: str) -> None:
     for node in topology.nodes:
         owners = np.zeros(LARGE.size, int)
         for rank in node:
-            place = Place(LARGE, topology, rank)
+            place = NodeShards(LARGE, topology, rank)
             for unit, home in place.mine:
                 owners[home.where] += 1
                 assert unit.size == home.size
@@ -358,8 +358,11 @@ EF = "error_feedback(hierarchical(gather(topk(density=0.1))))"
     [
         ("hierarchical(error_feedback(gather(topk(density=0.1))))", EF),
         ("hierarchical(hierarchical(low_rank(rank=2)))", "hierarchical(low_rank(rank=2))"),
-        ("hierarchical(after(3, error_feedback(gather(topk(density=0.1)))))", f"after(3, {EF})"),
-        ("hierarchical(partition(dense, gather(sign)))", "partition(hierarchical(dense), hierarchical(gather(sign)))"),
+        ("hierarchical(after(error_feedback(gather(topk(density=0.1))), steps=3))", f"after({EF}, steps=3)"),
+        (
+            "hierarchical(partition(small=dense, large=gather(sign)))",
+            "partition(small=hierarchical(dense), large=hierarchical(gather(sign)))",
+        ),
         (
             "error_feedback(hierarchical(gather(randomk(density=0.1))))",
             "error_feedback(hierarchical(gather(randomk(density=0.1, scaled=False))))",
@@ -385,6 +388,6 @@ def test_what_it_does_not_take() -> None:
 
 def test_the_agreement_sees_what_is_inside() -> None:
     reducer = parse("error_feedback(hierarchical(gather(sign)))")
-    assert leaves(reducer) == [parse("gather(sign)")]
+    assert [*base.walk(reducer)][2:] == [parse("gather(sign)")]
     assert "hierarchical(gather(sign))" in describe(reducer, LAYOUT, "float32", "sum", 0, 0)
     assert isinstance(parse(str(Hierarchical(member("gather(sign)")))), Hierarchical)

@@ -18,7 +18,7 @@ SPECS = [
     "error_feedback(two_stage(blocktopk(density=0.1, block=64)))",
     "error_feedback(two_stage(topk(density=0.1)))",
     "error_feedback(two_stage(randomk(density=0.1, scaled=False)))",
-    "error_feedback(two_stage(threshold(value=1.5)))",
+    "error_feedback(two_stage(threshold(at=1.5)))",
     "error_feedback(two_stage(mxfp8))",
     "two_stage(natural(block=16))",
 ]

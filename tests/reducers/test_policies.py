@@ -30,7 +30,7 @@ INNER = [
 @pytest.mark.parametrize("spec", INNER)
 def test_after_is_dense_first_and_the_reducer_then(spec: str, steps: int) -> None:
     x = inputs(3, 6, LAYOUT.size, "float32")
-    whole = run(Team(3), After(steps, member(spec)), LAYOUT, x)
+    whole = run(Team(3), After(member(spec), steps=steps), LAYOUT, x)
     first = run(Team(3), Dense("two_shot"), LAYOUT, x[:, :steps])
     then = run(Team(3), member(spec), LAYOUT, x[:, steps:], step=steps)
     assert whole.totals.tobytes() == np.concatenate([first.totals, then.totals], 1).tobytes()
@@ -40,7 +40,7 @@ def test_after_is_dense_first_and_the_reducer_then(spec: str, steps: int) -> Non
 
 
 def test_after_predicts_the_bytes_of_its_reducer() -> None:
-    reducer, team = After(2, member(INNER[1])), Team(3)
+    reducer, team = After(member(INNER[1]), steps=2), Team(3)
     run(team, reducer, LAYOUT, inputs(3, 2, LAYOUT.size, "float32"))
     dense = [comm.traffic.counted for comm in team.comms]
     assert dense == [2 * Dense("two_shot").cost(LAYOUT, "float32", Topology.flat(3), me).nbytes for me in range(3)]
@@ -53,7 +53,7 @@ def test_after_predicts_the_bytes_of_its_reducer() -> None:
 @pytest.mark.parametrize("large", INNER)
 def test_a_partition_is_its_branches_side_by_side(small: str, large: str) -> None:
     x = inputs(3, 5, LAYOUT.size, "float32")
-    reducer = Partition(member(small), member(large), min_size=30)
+    reducer = Partition(small=member(small), large=member(large), min_size=30)
     whole = run(Team(3), reducer, LAYOUT, x)
     is_large = {"matrix", "conv"}
     for spec, wanted in ((small, False), (large, True)):
@@ -68,7 +68,7 @@ def test_what_is_large_leaves_while_what_is_small_is_under_way() -> None:
     layout, left = Layout((Unit("weight", (64, 64), 0), Unit("bias", (8,), 4096))), threading.Event()
 
     def f(comm: Comm) -> bytes:
-        reducer = Partition(Dense("two_shot"), member("two_stage(uniform(bits=4, block=32))"))
+        reducer = Partition(small=Dense("two_shot"), large=member("two_stage(uniform(bits=4, block=32))"))
         state, send = reducer.init(layout, "float32"), comm.transport.send
 
         def watched(data: Array, peer: int, tag: int) -> Request:
@@ -98,7 +98,7 @@ def test_what_is_large_leaves_while_what_is_small_is_under_way() -> None:
     ],
 )
 def test_what_a_partition_calls_large(min_size: int, min_ndim: int, expected: list[str]) -> None:
-    partition = Partition(Dense(), Dense(), min_size, min_ndim)
+    partition = Partition(small=Dense(), large=Dense(), min_size=min_size, min_ndim=min_ndim)
     assert [unit.name for unit in LAYOUT.units if partition.is_large(unit)] == expected
     team = Team(2)
     run(team, partition, LAYOUT, inputs(2, 1, LAYOUT.size, "float32"))
@@ -131,16 +131,16 @@ def test_members_are_specs(spec: str) -> None:
 EF = "error_feedback(gather(topk(density=0.1)))"
 WRONG_ORDERS = [
     (f"error_feedback({EF})", EF),
-    ("error_feedback(after(5, gather(topk(density=0.1))))", f"after(5, {EF})"),
-    (f"error_feedback(after(5, {EF}))", f"after(5, {EF})"),
-    ("error_feedback(after(5, low_rank(rank=2)))", "after(5, error_feedback(low_rank(rank=2)))"),
+    ("error_feedback(after(gather(topk(density=0.1)), steps=5))", f"after({EF}, steps=5)"),
+    (f"error_feedback(after({EF}, steps=5))", f"after({EF}, steps=5)"),
+    ("error_feedback(after(low_rank(rank=2), steps=5))", "after(error_feedback(low_rank(rank=2)), steps=5)"),
     (
-        "error_feedback(partition(dense, low_rank(rank=2), min_size=9))",
-        "partition(dense, error_feedback(low_rank(rank=2)), min_size=9)",
+        "error_feedback(partition(small=dense, large=low_rank(rank=2), min_size=9))",
+        "partition(small=dense, large=error_feedback(low_rank(rank=2)), min_size=9)",
     ),
     (
-        "error_feedback(partition(gather(sign), after(3, gather(topk(density=0.1)))))",
-        f"partition(error_feedback(gather(sign)), after(3, {EF}))",
+        "error_feedback(partition(small=gather(sign), large=after(gather(topk(density=0.1)), steps=3)))",
+        f"partition(small=error_feedback(gather(sign)), large=after({EF}, steps=3))",
     ),
 ]
 
@@ -164,7 +164,7 @@ NOT_CONTRACTIVE = [
 
 
 @pytest.mark.parametrize(("reducer", "codec", "instead"), NOT_CONTRACTIVE)
-@pytest.mark.parametrize("around", ["{}", "after(5, {})", "partition(dense, {})"])
+@pytest.mark.parametrize("around", ["{}", "after({}, steps=5)", "partition(small=dense, large={})"])
 def test_unbiased_codecs_are_refused_under_feedback_with_the_spec_to_use(
     around: str, reducer: str, codec: str, instead: str
 ) -> None:
@@ -180,7 +180,7 @@ def test_unbiased_codecs_are_refused_under_feedback_with_the_spec_to_use(
         ("qsgd", "qsgd(scaled=False)"),
         ("ternary(clip=2.5)", "ternary(clip=2.5, scaled=False)"),
         ("rotated(dorefa)", "rotated(dorefa(scaled=False))"),
-        ("rotated(sign, scaled=True)", "rotated(sign)"),
+        ("rotated(sign, rescale=True)", "rotated(sign)"),
         ("topk(density=0.1, values=natural)", "topk(density=0.1, values=natural(scaled=False))"),
         ("randomk(density=0.1, values=sign)", "randomk(density=0.1, scaled=False, values=sign)"),
     ],
@@ -200,9 +200,9 @@ def test_a_codec_without_a_contraction_is_refused_under_feedback() -> None:
     "spec",
     [
         "error_feedback(topk(density=0.1))",
-        "after(3, topk(density=0.1))",
-        "partition(dense, topk(density=0.1))",
-        "partition(topk(density=0.1), dense)",
+        "after(topk(density=0.1), steps=3)",
+        "partition(small=dense, large=topk(density=0.1))",
+        "partition(small=topk(density=0.1), large=dense)",
         "gather(dense)",
         "gather(gather(sign))",
         "two_stage(error_feedback(gather(sign)))",
@@ -218,12 +218,12 @@ def test_codecs_and_reducers_are_not_mixed_up(spec: str) -> None:
     [
         ("shared_support(topk(density=0.1))", "linear"),
         ("shared_support(sign)", "two_stage"),
-        ("after(-1, dense)", "steps must be"),
-        ("after(True, dense)", "steps must be"),
+        ("after(dense, steps=-1)", "steps must be"),
+        ("after(dense, steps=True)", "steps must be"),
         ("low_rank(rank=0)", "rank must be"),
         ("low_rank(rank=1.5)", "rank must be"),
-        ("partition(dense, dense, min_size=-1)", "min_size must be"),
-        ("partition(dense, dense, min_ndim=-2)", "min_ndim must be"),
+        ("partition(small=dense, large=dense, min_size=-1)", "min_size must be"),
+        ("partition(small=dense, large=dense, min_ndim=-2)", "min_ndim must be"),
         ("dense(algorithm=tree)", "algorithm must be one of best, mpi, two_shot, ring"),
     ],
 )
@@ -236,8 +236,8 @@ def test_refusals_hold_for_objects_too() -> None:
     sign = parse("sign")
     for refused in (
         lambda: ErrorFeedback(sign),
-        lambda: After(3, sign),
-        lambda: Partition(sign, Dense()),
+        lambda: After(sign, steps=3),
+        lambda: Partition(small=sign, large=Dense()),
         lambda: Gather(Dense()),
         lambda: TwoStage("sign"),
     ):
@@ -254,7 +254,8 @@ def test_what_is_wrapped_must_reduce() -> None:
 
 def test_a_run_of_nothing_but_policies() -> None:
     """Nested as deep as the rules allow, over one step on one rank."""
-    reducer = parse(f"partition(after(1, {EF}), partition(dense, after(2, error_feedback(low_rank(rank=1)))))")
+    inner = "partition(small=dense, large=after(error_feedback(low_rank(rank=1)), steps=2))"
+    reducer = parse(f"partition(small=after({EF}, steps=1), large={inner})")
 
     def f(comm: Comm) -> bool:
         x = np.ones(LAYOUT.size, np.float32)

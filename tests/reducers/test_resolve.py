@@ -68,19 +68,23 @@ def test_what_was_resolved_prints_and_resolves_to_itself(codec: str) -> None:
         assert parse(str(reducer)) == resolve(str(reducer), BIG, "float32", ranks) == reducer
 
 
+SMALL_DENSE = "partition(small=dense(algorithm=two_shot)"
+LITERAL = [
+    "dense",
+    "dense(algorithm=two_shot)",
+    "partition(small=dense, large=two_stage(sign), min_size=7)",
+    "after(partition(small=dense, large=gather(sign)), steps=3)",
+]
 MODEL = layout_of({"weight": (30, 20), "bias": (600,), "narrow": (4, 4)})
 
 
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
-        ("topk(density=0.1)", "partition(dense(algorithm=two_shot), error_feedback(gather(topk(density=0.1))))"),
-        ("two_stage(sign)", "partition(dense(algorithm=two_shot), two_stage(sign))"),
-        ("after(9, two_stage(sign))", "partition(dense(algorithm=two_shot), after(9, two_stage(sign)))"),
-        ("dense", "dense"),
-        ("dense(algorithm=two_shot)", "dense(algorithm=two_shot)"),
-        ("partition(dense, two_stage(sign), min_size=7)", "partition(dense, two_stage(sign), min_size=7)"),
-        ("after(3, partition(dense, gather(sign)))", "after(3, partition(dense, gather(sign)))"),
+        ("topk(density=0.1)", f"{SMALL_DENSE}, large=error_feedback(gather(topk(density=0.1))))"),
+        ("two_stage(sign)", f"{SMALL_DENSE}, large=two_stage(sign))"),
+        ("after(two_stage(sign), steps=9)", f"{SMALL_DENSE}, large=after(two_stage(sign), steps=9))"),
+        *((spec, spec) for spec in LITERAL),
     ],
 )
 def test_small_tensors_of_a_model_are_dense(spec: str, expected: str) -> None:
@@ -138,8 +142,8 @@ def test_the_agreement_covers_the_kernels_of_every_reducer(name: str, monkeypatc
         "auto": "auto(allow=(topk(density=0.1), integer))",
         "hierarchical": "hierarchical(two_stage(sign))",
         "error_feedback": "error_feedback(integer)",
-        "after": "after(3, low_rank)",
-        "partition": "partition(dense, integer)",
+        "after": "after(low_rank, steps=3)",
+        "partition": "partition(small=dense, large=integer)",
     }
     reducer = cast(Any, parse(specs.get(name, name)))
     right = _arithmetic.__wrapped__(reducer, float_mode())

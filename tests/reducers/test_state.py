@@ -354,7 +354,7 @@ def test_a_unit_that_was_not_exported_starts_at_zero(spec: str) -> None:
         "gather(topk(density=0.1))",
         "two_stage(topk(density=0.1))",
         "two_stage(uniform(bits=4, block=32))",
-        "partition(dense(algorithm=two_shot), two_stage(topk(density=0.1)))",
+        "partition(small=dense(algorithm=two_shot), large=two_stage(topk(density=0.1)))",
     ],
 )
 @pytest.mark.parametrize("difference", ["seed", "calls"])

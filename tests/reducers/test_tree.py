@@ -58,8 +58,8 @@ def test_a_sum_that_overflows_poisons_all_and_leaves_no_trace() -> None:
     ("spec", "message"),
     [
         ("tree(sign)", "takes a codec that sends index-value pairs"),
-        ("tree(threshold(value=1.0))", "always keeps as many entries"),
-        ("tree(sampled_topk(density=0.1))", "always keeps as many entries"),
+        ("tree(threshold(at=1.0))", "keeps a fixed number of entries"),
+        ("tree(sampled_topk(density=0.1))", "keeps a fixed number of entries"),
     ],
 )
 def test_what_is_refused(spec: str, message: str) -> None:

@@ -12,59 +12,54 @@ from team import Team
 
 from mpicomp.api import allgather
 from mpicomp.arrays import Array
-from mpicomp.codecs import CODECS, Key
+from mpicomp.codecs import Codec, Key, Scope
 from mpicomp.comm.topology import Topology
 from mpicomp.reducers import Layout, Reducer
 from mpicomp.reducers.gather import Gather
 from mpicomp.reducers.policies import ErrorFeedback
 from mpicomp.reducers.two_stage import TwoStage
-from mpicomp.specs import Spec
+from mpicomp.registry import CODECS
 from mpicomp.wire import Field, Payload
 
 
 @dataclass(frozen=True)
-class Above(Spec):
-    """Keep what is above `value` in magnitude, as (index, value) in float64; in pure NumPy."""
+class Above(Codec):
+    """Keep elements above `at` in magnitude, as (index, value) in float64; in pure NumPy."""
 
-    value: float
+    at: float
     spec_name: ClassVar[str] = "above"
-    linear: ClassVar[bool] = False
-    unbiased: ClassVar[bool] = False
     contractive: ClassVar[bool] = True
     fixed: ClassVar[bool] = False
     block: ClassVar[int] = 16
-    blockwise: ClassVar[bool] = False
-    loud: ClassVar[bool] = False
+
+    def relative_error(self, size: int) -> float:
+        return 0.0
+
+    def scope(self, dtype: str) -> Scope:
+        return Scope(self.at, super().scope(dtype).most)
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
         return (Field((8 + 16 * size if size else 0,), "|u1"),)
 
-    def encode(self, x: Array, payload: Payload, key: Key) -> int:
-        if not x.size:
-            return 0
+    def _encode(self, x: Array, old: Array | None, payload: Payload, new: Array | None, key: Key) -> int:
+        total = x.copy() if old is None else x + old
         (data,) = payload
-        (indices,) = np.nonzero(np.abs(x) > self.value)
+        (indices,) = np.nonzero(np.abs(total) > self.at)
         used = 8 + 16 * indices.size
         words = data[:used].view("<f8")
         words[:1].view("<u8")[0] = used
         words[1 : 1 + indices.size] = indices
-        words[1 + indices.size :] = x[indices]
+        words[1 + indices.size :] = total[indices]
+        if new is not None:
+            total[indices] = 0
+            new[...] = total
         return used
 
-    def encode_residual(self, x: Array, old: Array | None, payload: Payload, new: Array, key: Key) -> int:
-        new[...] = x if old is None else x + old
-        used = self.encode(new, payload, key)
-        new[np.abs(new) > self.value] = 0
-        return used
-
-    def decode_add(self, payload: Payload, out: Array, key: Key, scale: float = 1.0, fresh: bool = False) -> None:
-        if fresh:
-            out[...] = 0
-        if out.size:
-            (data,) = payload
-            assert data.size == int(data[:8].view("<u8")[0])
-            indices, values = data[8:].view("<f8").reshape(2, -1)
-            out[indices.astype(int)] += (scale * values).astype(out.dtype)
+    def _decode_add(self, payload: Payload, out: Array, key: Key, scale: float, fresh: bool) -> None:
+        (data,) = payload
+        assert data.size == int(data[:8].view("<u8")[0])
+        indices, values = data[8:].view("<f8").reshape(2, -1)
+        out[indices.astype(int)] += (scale * values).astype(out.dtype)
 
     def check(self, payload: Payload, size: int) -> None:
         pass
@@ -72,8 +67,8 @@ class Above(Spec):
 
 REDUCERS = [Gather, TwoStage]
 VARIABLE = [
-    "threshold(value=1.0)",
-    "threshold(value=0.5, values=cast(dtype=bf16))",
+    "threshold(at=1.0)",
+    "threshold(at=0.5, values=cast(dtype=bf16))",
     "sampled_topk(density=0.1)",
     "sampled_topk(density=0.2, values=uniform(bits=4, block=32))",
     "bounded(abs=0.05)",

@@ -79,7 +79,7 @@ def groups(count: int) -> list[dict[str, int]]:
 
 
 def cycles(count: int) -> list[dict[str, int]]:
-    """Initialise and destroy everything, again and again, with a group that nobody destroys by name."""
+    """Initialise and destroy everything, again and again, with a group that is not destroyed by name."""
     found = []
     for number in range(count):
         dist.init_process_group("mpicomp")

@@ -103,9 +103,9 @@ def test_child_does_not_believe_what_its_parent_filled_in(tmp_path: Path) -> Non
 
 def test_other_launchers_are_named(tmp_path: Path) -> None:
     """As torchrun does it: the processes know of each other, MPI does not."""
-    told = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    variables = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     script = "import torch.distributed as dist, mpicomp.torch\nfrom mpicomp.torch.launch import group_comm\n"
-    done = run([sys.executable, "-c", script + "group_comm([], 1, 4)"], environment() | told)
+    done = run([sys.executable, "-c", script + "group_comm([], 1, 4)"], environment() | variables)
     assert done.returncode != 0
     assert "torch says that this is rank 1 of 4, MPI that it is rank 0 of 1" in done.stderr
 
@@ -141,9 +141,9 @@ if __name__ == "__main__":
     for how in ("fork", "spawn"):
         loader = DataLoader(Squares(), batch_size=4, num_workers=1, multiprocessing_context=how)
         assert sum(len(batch) for batch in loader) == 8, how
-    told = "import sys, mpicomp.torch, torch.distributed as dist\\ntry: dist.init_process_group('mpicomp')\\n"
-    told += "except RuntimeError as error: assert 'is a child of a rank' in str(error), error\\nelse: sys.exit(9)"
-    subprocess.run([sys.executable, "-c", told], check=True)
+    program = "import sys, mpicomp.torch, torch.distributed as dist\\ntry: dist.init_process_group('mpicomp')\\n"
+    program += "except RuntimeError as error: assert 'is a child of a rank' in str(error), error\\nelse: sys.exit(9)"
+    subprocess.run([sys.executable, "-c", program], check=True)
     dist.barrier()
     print("done\\n", end="", flush=True)
     dist.destroy_process_group()

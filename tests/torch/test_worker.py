@@ -114,7 +114,7 @@ def test_nothing_is_sent_between_an_error_and_its_report(worker: Worker) -> None
     assert ran == [3]
 
 
-def test_error_that_nobody_waits_for_ends_the_job(worker: Worker, reported: list[BaseException]) -> None:
+def test_an_error_without_a_wait_ends_the_job(worker: Worker, reported: list[BaseException]) -> None:
     worker.submit(fail)
     worker.submit(lambda: None)
     worker.close()

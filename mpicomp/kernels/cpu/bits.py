@@ -103,7 +103,7 @@ def fill_group(typing_context: Any, out: Any, start: Any, value: Any) -> Any:
     return types.void(out, types.int64, out.dtype), codegen
 
 
-def _ordering(value: Any, width: int) -> Callable[..., Any]:
+def _ordering(width: int) -> Callable[..., Any]:
     """Return a generator that flips the lower bits of negative numbers: its own inverse."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -120,14 +120,14 @@ def _ordering(value: Any, width: int) -> Callable[..., Any]:
 def ordered(typing_context: Any, value: Any) -> Any:
     """Return a signed integer of a float; larger numbers are larger integers, NaN lie beyond the infinities."""
     word: Any = types.int32 if value == types.float32 else types.int64
-    return word(value), _ordering(value, word.bitwidth)
+    return word(value), _ordering(word.bitwidth)
 
 
 @intrinsic
 def from_ordered(typing_context: Any, value: Any) -> Any:
     """Undo `ordered`."""
     floating = types.float32 if value == types.int32 else types.float64
-    return floating(value), _ordering(value, value.bitwidth)
+    return floating(value), _ordering(value.bitwidth)
 
 
 @intrinsic

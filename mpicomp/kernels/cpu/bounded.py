@@ -6,9 +6,9 @@
     relative bound   m = (bits of |x| + half) >> shift, half = 2^(shift-1) or 0; d has the bits m << shift and the
                      sign of x; q = 2^(W-1) + m, or 2^(W-1) - m where x < 0
 
-The numbers of a block are stored themselves, a word each, where an element misses the bound or `modes` takes as many
-words. It misses the absolute bound where |x - d|, computed, is not below limit, and the relative one where d is
-infinite, or x is not a normal number and d has other bits.
+The numbers of a block are stored as they are, one word each, if an element misses the bound or `modes` takes as many
+words. It misses the absolute bound if |x - d|, computed, is not below limit, and the relative one if d is infinite, or
+if x is not a normal number and d has other bits.
 
 Blocks are those of `mpicomp.kernels.cpu.modes`, one after the other; zero is the q of x = 0, and with a relative bound
 numbers have a sign of their own.
@@ -60,7 +60,7 @@ def load_block(x: Any, old: Any, first: int, size: int, out: Any) -> None:
 def round_absolute(x: Any, step: Any, inverse: Any, limit: Any, feedback: bool, q: Any, d: Any) -> Any:
     """Set q, and d for feedback, for a block; return whether all keep the bound, and the least and the largest q.
 
-    Rounding is monotonic: a difference that is rounded to less than a float is less than it.
+    Rounding is monotonic: a difference that rounds to less than the limit is less than the limit.
     """
     kind, word = x.dtype.type, q.dtype.type
     magic = zero_of(d)
@@ -83,7 +83,7 @@ def round_absolute(x: Any, step: Any, inverse: Any, limit: Any, feedback: bool, 
 def round_relative(x: Any, shift: int, feedback: bool, q: Any, d: Any) -> Any:
     """Set q, and d for feedback, for a block; return whether all keep the bound, the least and largest q, least m - 1.
 
-    Of finite numbers only those that are not normal miss the bound, and those that become infinite.
+    Finite numbers miss the bound only if they are not normal or if they become infinite.
     """
     kind, word = x.dtype.type, q.dtype.type
     sign = signed_zero(q)
@@ -189,7 +189,7 @@ def decode_block(
 
 @inline
 def known(header: int, word_bits: int) -> bool:
-    """Tell whether there are blocks with this header."""
+    """Return whether blocks with this header exist."""
     return header <= OTHER or (header >= PLAIN and header % 64 < word_bits)
 
 
@@ -269,7 +269,7 @@ def decode_bounded(
 ) -> None:
     kind = out.dtype.type
     if not _decoder(out.itemsize)(headers, words, out, relative, kind(step), shift, kind(factor)):
-        raise WireFormatError("a block is of no kind that exists or has too few words; the message was changed")
+        raise WireFormatError("a block has an unknown header or too few words; the message was damaged in transit")
 
 
 def bounded_valid(headers: Array, words: Array, size: int, relative: bool, step: float, shift: int) -> bool:

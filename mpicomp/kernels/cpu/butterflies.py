@@ -1,6 +1,6 @@
 """The Walsh-Hadamard transform of numbers that lie in the first-level cache, sixteen at a time.
 
-Widths 1, 2, 4, ..., size / 2 in this order: of two numbers a, b that lie a width apart become a + b and a - b. Four
+Widths 1, 2, 4, ..., size / 2 in this order: two numbers a, b at a distance of the width become a + b and a - b. Four
 widths at a time stay in registers: first those inside a vector of 16 numbers, then those between 16 vectors.
 """
 

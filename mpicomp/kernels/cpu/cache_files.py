@@ -1,14 +1,14 @@
-"""Numba's files of compiled kernels, with a checksum: what was damaged is compiled anew and never runs.
+"""Numba's files of compiled kernels, with a checksum: a damaged kernel never runs and is compiled anew.
 
-An index (`.nbi`) says which data file (`.nbc`) holds a variant's machine code. Numba itself unpickles both as they are:
-a file that was cut stops the program, and a changed byte in machine code runs. Here each file is
+An index (`.nbi`) says which data file (`.nbc`) holds a variant's machine code. Numba itself unpickles both unchecked:
+a truncated file stops the program, and a changed byte in machine code runs. Here each file is
 
     checksum   16 bytes   BLAKE2b over the file's name and everything that follows
     sources     8 bytes   hash of the stamp of the sources and of Numba's version
-    purpose     8 bytes   hash of what the file is for: signature and processor
+    purpose     8 bytes   hash of the key: signature and processor
     contents              a pickle
 
-A file whose checksum is right but whose hashes are others is out of date, and is written anew without a word.
+A file with the right checksum and other hashes is out of date, and is written anew without a warning.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ FORMAT = 1  # of these files; part of their names
 class CheckedFiles:
     """The index and the data files of one kernel, in place of `known`, a Numba IndexDataCacheFile.
 
-    `exclude` is called when a file was found damaged, before it is looked at once more: it waits for other processes
-    that may be writing it anew. `damaged` lists what was found, each file with the reason.
+    `exclude` is called after a damaged file was found and before it is read once more: it waits for other processes
+    that may be writing it anew. `damaged` maps each damaged file to the reason.
     """
 
     def __init__(self, known: Any, stamp: str) -> None:
@@ -36,7 +36,7 @@ class CheckedFiles:
         self.exclude: Callable[[], None] = lambda: None
 
     def load(self, key: Any) -> Any:
-        """Return the entry of `key`, None where there is none or it is damaged."""
+        """Return the entry of `key`, None if there is none or it is damaged."""
         found = self._load(key)
         if found is None and self.damaged:
             self.exclude()
@@ -48,7 +48,7 @@ class CheckedFiles:
         return None if name is None else self._read(Path(self._known._data_path(name)), key)
 
     def save(self, key: Any, data: Any) -> None:
-        """Store an entry; the data comes first, so that no index ever names a file that is not yet there."""
+        """Store an entry; data first, so that an index never names a file that does not exist yet."""
         names = self._load_index()
         if key not in names:
             number = 1
@@ -65,7 +65,7 @@ class CheckedFiles:
         self._write(Path(self._known._index_path), None, names)
 
     def _read(self, path: Path, key: Any) -> Any:
-        """Return what a file holds for `key`; None where it is not there, or is damaged."""
+        """Return the contents of a file for `key`, None if it is missing or damaged."""
         try:
             contents = path.read_bytes()
         except FileNotFoundError:

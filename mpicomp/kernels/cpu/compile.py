@@ -1,20 +1,21 @@
 """Kernels compiled by Numba on first use, once on a machine, and kept on disk.
 
 `@kernel("const T[], T[], i8")` turns a plain function into a kernel. The text declares its parameters: `T[]` is an
-array, `T[][]` one of two dimensions, all C-contiguous; return types are inferred. `T` stands for float32 or float64
-and `I` for uint16 or uint32: one source, one variant for each dtype, compiled when it is first met. `const` marks an
-array that is only read, so read-only arrays may be passed; anything that does not fit the declaration is a TypeError.
+array, `T[][]` one of two dimensions, all C-contiguous; return types are inferred. `T` stands for float32 or float64:
+one source, one variant per dtype, compiled at its first use. `const` marks an array that is only read, so read-only
+arrays may be passed; an argument that does not fit the declaration is a TypeError.
 
-What must be known when code is generated (a width in bits, whether there is a residual) is a variable of the enclosing
-function: a factory, `@functools.cache`, that defines a kernel for its arguments and returns it. Numba takes such
-variables as constants, drops the branches they rule out and unrolls the loops they bound.
+A constant of the generated code (a width in bits, whether there is a residual) is a variable of the enclosing function:
+a factory, `@functools.cache`, that defines a kernel for its arguments and returns it. Numba takes such variables as
+constants, drops the branches they rule out and unrolls the loops they bound.
 
 Why a lock: 64 ranks that start together would compile every kernel 64 times. Every variant has its own index and its
-own lock file in Numba's cache; who holds it compiles, who waited finds the result on disk, and a file that says so
-spares later processes the lock. `flock` ends with its holder, so a killed process blocks nobody. Why a stamp of our
-own: Numba compares the date of the one file that defines a function, and would go on using machine code made from a
-helper that has changed in another; the stamp hashes the sources of the whole package. What files hold
-is checked before it runs: see `mpicomp.kernels.cpu.cache_files`.
+own lock file in Numba's cache. The process that holds the lock compiles; those that waited find the result on disk; a
+mark in the lock file then spares later processes the lock. The system releases `flock` of a killed process.
+
+Why a stamp: Numba compares the date of the one file that defines a function, and would go on using machine code made
+from a helper that has changed in another file. The stamp hashes all sources of this package. Stored machine code is
+checked before it runs: see `mpicomp.kernels.cpu.cache_files`.
 
 Code is generated without `fastmath` and without contraction, so results do not depend on the processor.
 """
@@ -54,7 +55,6 @@ SCALARS: dict[str, Any] = {
     "f8": types.float64,
     "b1": types.boolean,
 }
-GENERIC = "TI"  # letters that stand for several dtypes
 
 _kernels: list[Kernel[..., Any]] = []
 _uncached = threading.Event()
@@ -86,39 +86,33 @@ class Kernel(Generic[P, R]):
         self.parameters = [parameter.strip() for parameter in signature.split(",")]
         self.compiled = 0
         self.loaded = 0
-        # The first array of each generic letter tells what the letter stands for.
-        self._tells = [
-            next(place for place, text in enumerate(self.parameters) if f"{letter}[" in text)
-            for letter in GENERIC
-            if any(letter in text for text in self.parameters)
-        ]
-        self._letters = [letter for letter in GENERIC if any(letter in text for text in self.parameters)]
-        self._variants: dict[tuple[Any, ...], Callable[P, R]] = {}
+        # The dtype of the first array of T selects the variant; a kernel without T has one variant.
+        self._generic = next((place for place, text in enumerate(self.parameters) if "T[" in text), None)
+        self._variants: dict[Any, Callable[P, R]] = {}
         self._lock = threading.Lock()
         functools.update_wrapper(self, function)
         _kernels.append(self)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the variant that fits the arguments."""
-        key = tuple([getattr(args[place], "dtype", None) for place in self._tells])
-        variant = self._variants.get(key)
+        dtype = None if self._generic is None else getattr(args[self._generic], "dtype", None)
+        variant = self._variants.get(dtype)
         if variant is None:
-            variant = self._variant(key)
+            variant = self._variant(dtype)
         return variant(*args, **kwargs)
 
-    def _variant(self, key: tuple[Any, ...]) -> Callable[P, R]:
+    def _variant(self, dtype: Any) -> Callable[P, R]:
         with self._lock:
-            if key not in self._variants:
-                self._variants[key] = self._compile(key)
-            return self._variants[key]
+            if dtype not in self._variants:
+                self._variants[dtype] = self._compile(dtype)
+            return self._variants[dtype]
 
-    def _types(self, key: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _types(self, dtype: Any) -> tuple[Any, ...]:
         known = dict(SCALARS)
-        for letter, dtype in zip(self._letters, key, strict=True):
-            choices = ("float32", "float64") if letter == "T" else ("uint16", "uint32")
-            if dtype is None or str(dtype) not in choices:
-                raise TypeError(f"{self.name} takes arrays of {' or '.join(choices)}, got {dtype}")
-            known[letter] = numba.from_dtype(np.dtype(dtype))
+        if self._generic is not None:
+            if str(dtype) not in ("float32", "float64"):
+                raise TypeError(f"{self.name} takes arrays of float32 or float64, got {dtype}")
+            known["T"] = numba.from_dtype(np.dtype(dtype))
         found: list[Any] = []
         for text in self.parameters:
             element = known[text.removeprefix("const ").rstrip("[]")]
@@ -127,8 +121,8 @@ class Kernel(Generic[P, R]):
             found.append(types.Array(element, dimensions, "C", readonly=constant) if dimensions else element)
         return tuple(found)
 
-    def _compile(self, key: tuple[Any, ...]) -> Callable[P, R]:
-        signature = self._types(key)
+    def _compile(self, dtype: Any) -> Callable[P, R]:
+        signature = self._types(dtype)
         dispatcher = numba.njit(**OPTIONS)(self._named(signature))
         if not _enable_caching(dispatcher):
             self._finish(dispatcher, signature)
@@ -137,16 +131,16 @@ class Kernel(Generic[P, R]):
                 with _once(dispatcher):
                     self._finish(dispatcher, signature)
             except OSError as error:  # a full disk or a folder that became read-only: compile for this process alone
-                _say_uncached(str(error))
+                _warn_uncached(str(error))
                 dispatcher = numba.njit(**OPTIONS)(self._named(signature))
                 self._finish(dispatcher, signature)
-            _say_damaged(dispatcher)
+            _warn_damaged(dispatcher)
         return cast("Callable[P, R]", dispatcher)
 
     def _named(self, signature: tuple[Any, ...]) -> Callable[P, R]:
         """Copy the function under a name of this variant alone, from which Numba makes the name of its index.
 
-        In an index of several variants, two processes that add one each at a time would lose one of them.
+        If variants shared an index, two processes that add one each at the same time would lose one of them.
         """
         known = self.function
         named = types_of_python.FunctionType(
@@ -165,12 +159,12 @@ class Kernel(Generic[P, R]):
 
 
 def counts() -> tuple[int, int]:
-    """How many kernels this process compiled, and how many it loaded from disk."""
+    """Return how many kernels this process compiled, and how many it loaded from disk."""
     return sum(each.compiled for each in _kernels), sum(each.loaded for each in _kernels)
 
 
 def cache_path() -> str:
-    """The folder in which compiled kernels are kept, or an empty string where none can be written."""
+    """Return the folder in which compiled kernels are kept, an empty string if there is none that can be written."""
     dispatcher = numba.njit(**OPTIONS)(_probe)
     return str(dispatcher.stats.cache_path) if _enable_caching(dispatcher) else ""
 
@@ -198,7 +192,7 @@ def _enable_caching(dispatcher: Any) -> bool:
         except RuntimeError as error:  # Numba found no folder that it may write
             folder = Path(tempfile.gettempdir()) / f"mpicomp-{os.getuid()}"
             if not _own(folder):
-                _say_uncached(str(error))
+                _warn_uncached(str(error))
                 return False
             config: Any = numba.config
             before = config.CACHE_DIR
@@ -206,7 +200,7 @@ def _enable_caching(dispatcher: Any) -> bool:
             try:
                 dispatcher.enable_caching()
             except RuntimeError:
-                _say_uncached(str(error))
+                _warn_uncached(str(error))
                 return False
             finally:
                 config.CACHE_DIR = before
@@ -217,7 +211,7 @@ def _enable_caching(dispatcher: Any) -> bool:
 
 
 def _own(folder: Path) -> bool:
-    """Make a folder that nobody else can write: Numba unpickles what it finds there."""
+    """Make a folder that no other user can write: Numba unpickles the files in it."""
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         status = folder.lstat()
@@ -226,7 +220,7 @@ def _own(folder: Path) -> bool:
     return folder.is_dir() and not folder.is_symlink() and status.st_uid == os.getuid() and not status.st_mode & 0o022
 
 
-def _say_uncached(reason: str) -> None:
+def _warn_uncached(reason: str) -> None:
     if not _uncached.is_set():
         _uncached.set()
         warnings.warn(
@@ -237,8 +231,8 @@ def _say_uncached(reason: str) -> None:
         )
 
 
-def _say_damaged(dispatcher: Any) -> None:
-    """Warn of the files that were found damaged; after the kernel was compiled, so that a warning stops nothing."""
+def _warn_damaged(dispatcher: Any) -> None:
+    """Warn of damaged files; after the kernel was compiled, so that a warning as an error stops nothing."""
     files = getattr(dispatcher._cache, "_cache_file", None)
     for path, reason in files.damaged.items() if isinstance(files, CheckedFiles) else ():
         warnings.warn(
@@ -255,7 +249,7 @@ def _short_hash(*parts: object) -> str:
 
 @contextlib.contextmanager
 def _once(dispatcher: Any) -> Iterator[None]:
-    """Hold the lock of a variant until it is on disk; do not wait where it already is."""
+    """Hold the lock of a variant until it is on disk; do not wait if it already is."""
     target = dispatcher.targetctx.codegen().magic_tuple()
     digest = _short_hash(_stamp(), target, numba.__version__)
     path = Path(dispatcher.stats.cache_path) / f"{dispatcher.py_func.__qualname__}-{digest}.lock"
@@ -264,7 +258,7 @@ def _once(dispatcher: Any) -> Iterator[None]:
         held.callback(os.close, descriptor)
         if os.fstat(descriptor).st_size == 0:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        # where a file is damaged, one process compiles too
+        # a damaged file, too, is compiled anew by one process at a time
         dispatcher._cache._cache_file.exclude = lambda: fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
         if os.fstat(descriptor).st_size == 0:

@@ -1,9 +1,9 @@
 """float16 and bfloat16, as their bits in uint16, to and from floats.
 
-Rounding is to the nearest, ties to even; infinities and NaN stay what they are. A finite value beyond the largest
-finite one becomes that one, or, with `saturate=False`, infinity, as in IEEE 754. Subnormals of float16 are rounded by
-adding 0.5, whose last place is theirs (Giesen, "Float to half"), so no result depends on whether the processor flushes
-subnormals of float32 to zero.
+Rounding is to the nearest, ties to even; infinities and NaN are kept. A finite value beyond the largest finite one
+becomes that one or, with `saturate=False`, infinity, as in IEEE 754. Subnormals of float16 are rounded by adding 0.5,
+whose last place is theirs (Giesen, "Float to half"), so no result depends on whether the processor flushes subnormals
+of float32 to zero.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HALF_NORMAL = U(0x38800000)  # 2^-14, the smallest normal float16
 HALF_OVER = U(0x477FF000)  # 65520, the smallest magnitude that would round to infinity
 HALF_REBIAS = U(0xC8000FFF)  # (15 - 127) << 23, plus just under half a unit in the last place
 HALF_MAX, HALF_INF, HALF_NAN = U(0x7BFF), U(0x7C00), U(0x7E00)
-HALF_TOP = U(0x47800000)  # 65536: what the bits of infinity read as before their exponent is mended
+HALF_TOP = U(0x47800000)  # 65536: the bits of infinity before their exponent is corrected
 HALF_UP = U((127 - 15) << 23)
 
 BF_OVER = U(0x7F7F8000)

@@ -1,8 +1,14 @@
 """Small floats: E4M3, E5M2 and E2M1, one by one or with a power of two for 32 of them; and powers of two alone.
 
-A small float is a sign, an exponent and m bits of mantissa; its codes without sign, 0 .. top, ascend with what they
-stand for. Rounding is to the nearest, ties to even codes; larger magnitudes become the largest one. What `ml_dtypes`
-makes of a number within range is the same. Codes are packed as `mpicomp.kernels.cpu.pack` says, in blocks of 512.
+**Small floats.** A sign, an exponent and m bits of mantissa; codes without sign, 0 .. top, ascend with their numbers.
+Rounding is to the nearest, ties to even codes; larger magnitudes become the largest one. For numbers within range
+`ml_dtypes` gives the same codes. `mpicomp.kernels.cpu.pack` defines the bytes of codes, in blocks of 512.
+
+**Powers of two.** The scale of a block, before it is multiplied by `shrink`, is the power of two at or below its
+largest magnitude, at least the smallest normal number and at most a quarter of the first one beyond the largest (more
+is clipped). Code: sign in bit 7, below it c = 0 for zero, else 1 .. 127 for 2^(c - 126) times the scale. The float32 of
+|x| / scale is rounded to a power of two at random such that its mean stays: draw32 >> 9 is added to its bits and the
+mantissa dropped. Numbers below 2^-125 of the scale become zero.
 """
 
 from __future__ import annotations
@@ -40,8 +46,8 @@ FORMATS = {"e4m3": Format(8, 3, 7, 0x7E, 8), "e5m2": Format(8, 2, 15, 0x7B, 15),
 
 
 @inline
-def small(bits: Any, mantissa: int, bias: int, top: int) -> Any:
-    """Return the code, without sign, of float32 bits, and the bits of what it stands for."""
+def encode_small(bits: Any, mantissa: int, bias: int, top: int) -> Any:
+    """Return the code, without sign, of float32 bits, and the bits of its number."""
     drop = U(23 - mantissa)
     size = U(bits & ABS)
     even = U(U(size >> drop) & ONE)
@@ -58,7 +64,7 @@ def small(bits: Any, mantissa: int, bias: int, top: int) -> Any:
 
 
 @inline
-def large(code: Any, mantissa: int, bias: int) -> Any:
+def decode_small(code: Any, mantissa: int, bias: int) -> Any:
     """Return the float32 of a code without sign."""
     size = U(code << U(23 - mantissa))
     normal = U(size + U((127 - bias) << 23))
@@ -89,7 +95,7 @@ def _encoder(name: str, shared: bool, feedback: bool) -> Kernel[..., Any]:
     def encode_floats(x: Any, old: Any, new: Any, exponents: Any, packed: Any) -> None:
         kind = x.dtype.type
         codes, work, tops = np.empty(BLOCK, np.uint8), np.empty(3 * BLOCK, x.dtype), np.empty(BLOCK // GROUP, x.dtype)
-        # Scales one an element, so that loops stay long; all in one array, so that it is known that they lie apart
+        # One scale per element keeps loops long; one array for all tells LLVM that the parts do not overlap.
         buffer, scales, inverses = work[:BLOCK], work[BLOCK : 2 * BLOCK], work[2 * BLOCK :]
         for first in range(0, x.size, BLOCK):
             size = min(BLOCK, x.size - first)
@@ -111,7 +117,7 @@ def _encoder(name: str, shared: bool, feedback: bool) -> Kernel[..., Any]:
                 rest = new[first : first + size]
             for i in range(size):
                 word32 = single(buffer[i] * inverses[i] if shared else buffer[i])
-                code, value = small(word32, mantissa, bias, top)
+                code, value = encode_small(word32, mantissa, bias, top)
                 codes[i] = np.uint8(code | U(U(word32 >> U(31)) << U(bits - 1)))
                 if feedback:
                     signed = kind(float_of(U(value | U(word32 & SIGN))))
@@ -140,7 +146,7 @@ def _decoder(name: str, shared: bool) -> Kernel[..., Any]:
             target = out[first : first + size]
             for i in range(size):
                 code = U(codes[i])
-                value = kind(large(U(code & U((1 << (bits - 1)) - 1)), mantissa, bias)) * scales[i]
+                value = kind(decode_small(U(code & U((1 << (bits - 1)) - 1)), mantissa, bias)) * scales[i]
                 target[i] += factor * (-value if code >> U(bits - 1) else value)
 
     return decode_floats

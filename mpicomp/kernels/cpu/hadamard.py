@@ -1,18 +1,17 @@
 """Randomised Hadamard rotation, and Kashin representations, in chunks that stay in the first-level cache.
 
-**Rotation.** An array of n numbers is cut into chunks of L = 4096; where n is no multiple, one more chunk ends at the
-last number and overlaps the one before, with L the largest power of two up to n where n < 4096. So nothing is padded,
-and each chunk is an orthogonal map, applied in order: number j is negated where bit j // W of draw32(base, start +
-first + j % W) is set, W = max(1, L / 32), `first` the chunk's place in the array, or first + L - W for an overlapping
-chunk, whose numbers were signed before; then multiplied by 1 / sqrt(L) and by the Walsh-Hadamard matrix, widths 1, 2,
-4, ..., L / 2. Before all that, numbers beyond 2^-16 of the largest finite one are clipped, so that no sum overflows.
+**Rotation.** An array of n numbers is cut into chunks of L = 4096, or for n < 4096 of the largest power of two up to n.
+If n is no multiple of L, one more chunk ends at the last number and overlaps the previous one, so nothing is padded.
+First, numbers beyond 2^-16 of the largest finite one are clipped, so that no sum overflows. Then each chunk in order is
+an orthogonal map: number j is negated if bit j // W of draw32(base, start + first + j % W) is set, W = max(1, L / 32),
+`first` the chunk's place in the array, or first + L - W for an overlapping chunk, whose numbers have signs already;
+the result is multiplied by 1 / sqrt(L) and by the Walsh-Hadamard matrix, widths 1, 2, 4, ..., L / 2.
 
 **Kashin.** A chunk of m = floor(0.85 L) numbers becomes L, U^T x, U the first m rows of such a rotation undone. Among
 all a with U a = x the iteration of Lyubarskii and Vershynin (2010) finds one whose numbers are all about equally large:
 r = x; twice b = U^T r clipped to +-M, a += b, r -= U b, M *= 0.9, from M = ||x|| / sqrt(L) (of float32,
 sqrt(||x||^2 / L)); at last a += U^T r, so that U a = x. Chunks have L = 4096, 2048, ..., 64 while floor(0.85 L) numbers
-are left, and the last one L = 64 and zeros for what is missing. Signs of a chunk are counted from its place among the
-a.
+are left, and the last one L = 64, filled up with zeros. Signs of a chunk are counted from its place in a.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from mpicomp.kernels.cpu.bits import clear, copy
 from mpicomp.kernels.cpu.butterflies import transform
 from mpicomp.kernels.cpu.compile import inline, kernel
 from mpicomp.kernels.cpu.random import draws32
-from mpicomp.kernels.cpu.sums import TREE, block_product, sum_squares, total
+from mpicomp.kernels.cpu.sums import TREE, block_product, sum_tree, total
 
 CHUNK = 4096  # elements
 LEAST = 64  # elements of the smallest chunk of a Kashin representation
@@ -130,9 +129,9 @@ def _spread(x: Any, old: Any, a: Any, base: Any, start: int) -> None:
         size = min(room(length), x.size - first)
         load_clipped(x, old, first, first + size, rest)
         chunk = a[at : at + length]
-        level = x.dtype.type(np.sqrt(sum_squares(rest, size, 2.0**-500, partial, tree)) * 2.0**500 / np.sqrt(length))
+        level = x.dtype.type(np.sqrt(sum_tree(rest, size, True, 2.0**-500, partial, tree)) * 2.0**500 / np.sqrt(length))
         if x.itemsize == 4:
-            level = x.dtype.type(np.sqrt(sum_squares(rest, size, 1.0, partial, tree) / length))
+            level = x.dtype.type(np.sqrt(sum_tree(rest, size, True, 1.0, partial, tree) / length))
         for iteration in range(ITERATIONS):
             copy(rest, size, part)
             clear(part, size, length)

@@ -4,8 +4,8 @@
 
 **Elias-Fano** (Elias 1974, Fano 1971) of k indices below size, with a width of w bits: the w lowest bits of index
 number j are bits j w .. j w + w - 1 of the first ceil(k w / 8) bytes; of the bits of the bytes that follow, as many as
-hold k + ((size - 1) >> w) bits, bit (index >> w) + j is set. Bits are counted from the lowest of the first byte; what
-is left of either part's last byte is zero.
+hold k + ((size - 1) >> w) bits, bit (index >> w) + j is set. Bits are counted from the lowest of the first byte; the
+rest of either part's last byte is zero.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from mpicomp.errors import WireFormatError
 from mpicomp.kernels.cpu.bits import clear, load64, lowest, ones, prefetch, store64
 from mpicomp.kernels.cpu.compile import inline, kernel
 
-ZERO, ONE, WORD = np.uint64(0), np.uint64(1), np.uint64(64)
+ZERO, ONE = np.uint64(0), np.uint64(1)
 S6, LOW3, LOW6 = np.uint64(6), np.uint64(7), np.uint64(63)
-STEP = 1024  # elements whose memory is asked for together
+STEP = 1024  # elements that are prefetched together
 
 
 @inline
@@ -46,14 +46,14 @@ def write(data: Any, at: int, word: Any) -> None:
 
 
 @kernel("const u4[], u1[]")
-def _encode_bitmap(indices: Any, out: Any) -> None:
+def encode_bitmap(indices: Any, out: Any) -> None:
     clear(out, 0, out.size)
     for i in range(indices.size):
         out[indices[i] >> np.uint32(3)] |= np.uint8(1) << np.uint8(indices[i] & np.uint32(7))
 
 
 @kernel("const u4[], i8, u1[]")
-def _encode_elias_fano(indices: Any, width: int, out: Any) -> None:
+def encode_elias_fano(indices: Any, width: int, out: Any) -> None:
     k = indices.size
     low, high = out[: (k * width + 7) // 8], out[(k * width + 7) // 8 :]
     mask, shift = (ONE << np.uint64(width)) - ONE, np.uint64(width)
@@ -91,9 +91,9 @@ def add_at(places: Any, first: int, count: int, values: Any, out: Any, scale: An
 
 @inline
 def outside(places: Any, count: int, last: Any, mask: Any, size: Any) -> bool:
-    """Tell whether one of `count` places, the last of which is `last`, is not below size; `mask` is of lower parts.
+    """Return whether any of `count` places is not below size; `last` is the last one, `mask` covers lower parts.
 
-    Upper parts ascend, so the last place tells of all, but where lower parts make the difference.
+    Upper parts ascend, so the last place decides for all unless lower parts make the difference.
     """
     if last | mask < size or count == 0:
         return False
@@ -129,8 +129,8 @@ def _decode(data: Any, width: int, out: Any) -> Any:
 
 @kernel("const u1[], i8, const T[], T[], T")
 def _add(data: Any, width: int, values: Any, out: Any, scale: Any) -> int:
-    """Return how many indices were found, -1 where one is not below out.size; nothing is read or written outside."""
-    # In steps: indices first, with their elements asked for, then the sums, which so wait for memory together.
+    """Return how many indices were found, -1 if one is not below out.size; no other memory is read or written."""
+    # In steps: indices first, which prefetch their elements, then the sums, which so wait for memory together.
     places = np.empty(STEP + 64, np.uint32)
     j, done, place, size = 0, 0, np.int64(0), np.uint64(out.size)
     high, mask, shift = data[(values.size * max(width, 0) + 7) // 8 :], ZERO, ZERO
@@ -160,8 +160,8 @@ def _add(data: Any, width: int, values: Any, out: Any, scale: Any) -> int:
 
 
 @kernel("const u1[], i8")
-def _count(data: Any, bits: int) -> int:
-    """Return how many bits are set, or -1 where one is from bit `bits` on; data has ceil(bits / 8) bytes."""
+def bits_set(data: Any, bits: int) -> int:
+    """Return how many bits are set, -1 if one is at `bits` or above; data has ceil(bits / 8) bytes."""
     count = 0
     for at in range(0, data.size, 8):
         count += ones(read(data, at))
@@ -171,19 +171,11 @@ def _count(data: Any, bits: int) -> int:
 
 
 @kernel("const u4[], i8")
-def _ascending(indices: Any, size: int) -> bool:
+def ascending(indices: Any, size: int) -> bool:
     wrong = 0
     for i in range(1, indices.size):
         wrong |= indices[i] <= indices[i - 1]
     return not wrong and (indices.size == 0 or int(indices[indices.size - 1]) < size)
-
-
-def encode_bitmap(indices: Array, out: Array) -> None:
-    _encode_bitmap(indices, out)
-
-
-def encode_elias_fano(indices: Array, width: int, out: Array) -> None:
-    _encode_elias_fano(indices, width, out)
 
 
 def decode_bitmap(data: Array, out: Array) -> None:
@@ -206,15 +198,7 @@ def add_elias_fano(data: Array, width: int, values: Array, out: Array, scale: fl
 
 def _expect(found: int, k: int) -> None:
     if found < 0:
-        raise WireFormatError("an index lies outside the array; the message was changed on its way")
+        raise WireFormatError("an index lies outside the array; the message was damaged in transit")
     if found != k:
         what = "more" if found > k else f"{found}"
-        raise WireFormatError(f"a message has {what} indices, expected {k}; it was changed on its way")
-
-
-def bits_set(data: Array, bits: int) -> int:
-    return int(_count(data, bits))
-
-
-def ascending(indices: Array, size: int) -> bool:
-    return bool(_ascending(indices, size))
+        raise WireFormatError(f"a message has {what} indices, expected {k}; it was damaged in transit")

@@ -1,8 +1,8 @@
-"""Integers that ranks add up: codes of `quantize` with scales that all share, and their sums.
+"""Integers that ranks add up: codes of `quantize` with scales that all ranks share, and their sums.
 
 Sums of the codes of many ranks have 2 to 32 bits. A block of them is packed as bytes of their two's complement: the
-lowest bytes first, then the next, ..., each as `pack` does; only the last ones have fewer than 8 bits. The width is
-known at run time only, since it grows with the ranks.
+lowest bytes first, then the next, ..., each as `pack` does; only the last ones have fewer than 8 bits. The width is an
+argument at run time because it grows with the number of ranks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def block_tops(x: Array, old: Array | None, tops: Array, block: int) -> None:
 
 
 @kernel("const u1[], u4[], i8, i8")
-def _add_codes(packed: Any, sums: Any, bits: int, block: int) -> None:
+def add_codes(packed: Any, sums: Any, bits: int, block: int) -> None:
     upper = np.uint32(1 << (bits - 1))
     codes = np.empty(block, np.uint8)
     for first in range(0, sums.size, block):
@@ -43,13 +43,8 @@ def _add_codes(packed: Any, sums: Any, bits: int, block: int) -> None:
             target[i] = np.uint32(target[i] + np.uint32((np.uint32(codes[i]) ^ upper) - upper))
 
 
-def add_codes(packed: Array, sums: Array, bits: int, block: int) -> None:
-    if sums.size:
-        _add_codes(packed, sums, bits, block)
-
-
 @kernel("const u4[], u1[], i8, i8")
-def _pack_sums(sums: Any, packed: Any, width: int, block: int) -> None:
+def pack_sums(sums: Any, packed: Any, width: int, block: int) -> None:
     codes = np.empty(block, np.uint8)
     for first in range(0, sums.size, block):
         size = min(block, sums.size - first)
@@ -66,13 +61,8 @@ def _pack_sums(sums: Any, packed: Any, width: int, block: int) -> None:
             at += whole * bits // 8
 
 
-def pack_sums(sums: Array, packed: Array, width: int, block: int) -> None:
-    if sums.size:
-        _pack_sums(sums, packed, width, block)
-
-
 @kernel("const T[], const u1[], T[], i8, i8")
-def _decode_sums(scales: Any, packed: Any, out: Any, width: int, block: int) -> bool:
+def decode_sums(scales: Any, packed: Any, out: Any, width: int, block: int) -> bool:
     kind = out.dtype.type
     upper = np.uint32(1 << (width - 1))
     codes, sums = np.empty(block, np.uint8), np.empty(block, np.uint32)
@@ -99,7 +89,3 @@ def _decode_sums(scales: Any, packed: Any, out: Any, width: int, block: int) -> 
             word = magnitude(value)
             top = word if word > top else top
     return bool(top < bits_of(kind(np.inf)))
-
-
-def decode_sums(scales: Array, packed: Array, out: Array, width: int, block: int) -> bool:
-    return not out.size or bool(_decode_sums(scales, packed, out, width, block))

@@ -105,7 +105,7 @@ class _Lanes:
 def pack_lanes(typing_context: Any, codes: Any, rows: Any, width: Any, words: Any, at: Any) -> Any:
     """Write `rows` rows of codes below 2^width, 0 < width < W, to words[at:]; see the module docstring.
 
-    Rows are loops of vectors whose accumulator must stay in a register: written as loops over arrays they do not.
+    Written in LLVM because the accumulator of a row must stay in a register; in a loop over arrays it does not.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -134,7 +134,7 @@ def pack_lanes(typing_context: Any, codes: Any, rows: Any, width: Any, words: An
 
 @intrinsic
 def unpack_lanes(typing_context: Any, words: Any, at: Any, rows: Any, width: Any, codes: Any) -> Any:
-    """Read what `pack_lanes` wrote to words[at:]."""
+    """Undo `pack_lanes`: read the codes at words[at:]."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         lanes = _Lanes(builder, context, signature, args, (0, 4))

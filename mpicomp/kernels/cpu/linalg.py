@@ -1,6 +1,6 @@
-"""Orthonormal columns and outer products in a fixed order, for what every rank computes again.
+"""Orthonormal columns and outer products in a fixed order, for results that every rank computes for itself.
 
-Own loops and no BLAS or LAPACK, whose bits depend on the processor and the number of threads; of libm only sqrt,
+Own loops instead of BLAS or LAPACK, whose bits depend on the processor and the number of threads; of libm only sqrt,
 which IEEE 754 defines.
 """
 
@@ -18,7 +18,7 @@ from mpicomp.kernels.cpu.random import draw, draw24
 from mpicomp.kernels.cpu.sums import TREE, block_product, total
 
 BLOCK = 1024
-TRIES = 3  # random columns before a column is given up: the columns before it span the whole space
+TRIES = 3  # random columns before a column becomes zero: the earlier ones span the whole space
 
 
 @inline
@@ -34,7 +34,7 @@ def dot(a: Any, b: Any, partial: Any, tree: Any) -> float:
 
 @inline
 def normalise(v: Any, partial: Any, tree: Any) -> Any:
-    """Divide v, (m,) float64, by its norm, safely for any scale; return the norm, 0 where v vanishes."""
+    """Divide v, (m,) float64, by its norm, safely for any scale; return the norm, 0 if v is zero."""
     top = 0.0
     for i in range(v.size):
         size = abs(v[i])
@@ -51,9 +51,9 @@ def normalise(v: Any, partial: Any, tree: Any) -> Any:
 
 @inline
 def separate(columns: Any, j: int, least: float, partial: Any, tree: Any) -> bool:
-    """Make column j a unit vector orthogonal to those before it; False where less than `least` of it is left.
+    """Make column j a unit vector orthogonal to earlier ones; False if less than `least` of it is left.
 
-    Projecting once more whenever half the length was lost keeps rounding errors out ("twice is enough", Kahan).
+    Another projection whenever half the length was lost removes rounding errors ("twice is enough", Kahan).
     """
     v = columns[j]
     if not normalise(v, partial, tree) > 0.0:

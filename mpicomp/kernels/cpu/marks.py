@@ -1,4 +1,4 @@
-"""Marks: one bit an element, set where its magnitude reaches a threshold; 64 elements at a time."""
+"""Marks: one bit per element, set if its magnitude reaches a threshold; 64 elements at a time."""
 
 from __future__ import annotations
 

@@ -2,19 +2,19 @@
 
 Words q have W = 32 or 64 bits; one of them, "zero", stands for 0. A header byte says 64 * mode + width:
 
-    mode 0, width 0   zeros, no words at all             width 1   something else: a word for each number
+    mode 0, width 0   zeros, no words at all             width 1   numbers as they are, one word each
     mode 1            q = base + code, base is the least q
     mode 2            q = the q before + d; d zigzag coded: code = 2d, or -2d - 1 where d < 0; base is the first q
                       and the first code 0
     mode 3            of numbers of two signs, q = zero + m or zero - m: code = 2 (m - base), 1 more where q < zero;
                       where m = 0 the code is 0; base is the least m > 0 less 1
 
-Width is that of the largest code of the block, below W. The words of a block are base, then the packed codes
-(`mpicomp.kernels.cpu.lanes`), nothing for width 0. Sums and differences are modulo 2^W; d is the one of either sign.
-Taken is the mode of the least width, of equal ones the first; mode 3 only where numbers have a sign of their own
-and the others are more than 2 bits wide.
+The width is that of the largest code of the block, below W. The words of a block are base, then the packed codes
+(`mpicomp.kernels.cpu.lanes`), which are absent for width 0. Sums and differences are modulo 2^W, and d is read as a
+signed number. The mode with the least width is taken, of equal ones the first; mode 3 only if numbers have a sign of
+their own and the other modes need more than 2 bits.
 
-Loops run over whole blocks, whose size the compiler knows: q of a block of fewer numbers repeats its last one.
+Loops run over whole blocks, whose size the compiler knows: the last block repeats its last number.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def words_of(header: int, size: int, word_bits: int) -> int:
 
 @inline
 def signed_zero(q: Any) -> Any:
-    """Return the word of zero where numbers have a sign of their own."""
+    """Return the word of zero for numbers that have a sign of their own."""
     word = q.dtype.type
     return left(word(1), word(8 * q.itemsize - 1))
 

@@ -39,7 +39,7 @@ def pack_plane(codes: Any, known: int, width: int, out: Any) -> None:
 
 @inline
 def unpack_plane(plane: Any, width: int, known: int, codes: Any) -> None:
-    """Set (known == 0) or add to the codes what `pack_plane` took of them."""
+    """Set (known == 0) or add to the codes the bits that `pack_plane` packed."""
     size, mask = plane.size, (1 << width) - 1
     wide, up = np.uint64(mask * 0x0101010101010101), np.uint64(known)
     for j in range(0, size - 7, 8):

@@ -1,23 +1,25 @@
 """Blocks of numbers as small integers, packed.
 
-A block is L numbers with one scale. What a code stands for depends on the grid:
+A block is L numbers with one scale. The grid says which number a code stands for:
 
     SYMMETRIC   code * scale                 code in two's complement, -levels .. levels; bits >= 2
     SIGN        +scale (0) or -scale (1)     one bit
     ODD         (2 code - levels) * scale    code 0 .. levels = 2^bits - 1: no zero among the values
     RANGE       low + code * scale           code 0 .. levels = 2^bits - 1
-    PAIR        scales[code]                 one bit; two scales an array (`sign`)
+    PAIR        scales[code]                 one bit; two scales per array (`sign`)
 
-`scale` is, before it is multiplied by `shrink` for storing,
+`scale`, before it is multiplied by `shrink` for storing, is
 
-    LARGEST     largest magnitude / levels; that itself for SIGN
+    LARGEST     largest magnitude / levels; for SIGN the largest magnitude
     NORM        Euclidean norm / levels, by the tree of `sums`
     MEAN        mean magnitude, by the tree of `sums`; for SIGN
-    GIVEN       scales[0], for the whole array and left as it is; larger numbers are clipped to `levels`
-    SHARED      largest magnitude of the block on any rank, found in its place in `scales`, / levels
+    GIVEN       scales[0], for the whole array, not written; larger numbers are clipped to `levels`
+    SHARED      largest magnitude of the block on any rank / levels; `scales` holds that magnitude before the call
     for RANGE   (high - low) / levels
 
-**Bytes.** As `mpicomp.kernels.cpu.pack` says.
+A block whose largest magnitude is below 2^-100 (float64: 2^-900) or above the inverse is divided by its scale, others
+are multiplied by levels / largest. x and old are read once, new is written once. `mpicomp.kernels.cpu.pack` defines
+the bytes.
 
 **Rounding.** Adding 1.5 * 2^23 to a float32 (1.5 * 2^52 to a float64) rounds it to an integer, ties to even, and leaves
 this integer in the low bits of the sum. Stochastic rounding moves the nearest integer q by one towards y with
@@ -81,10 +83,10 @@ def _encoder(grid: str, rule: str, bits: int, stochastic: bool, feedback: bool) 
             size = min(block, x.size - first)
             whole = padded(size)
             low = zero
-            # 1. the numbers, and `top`, what `levels` stands for
+            # 1. the numbers, and `top`, the number that `levels` stands for
             if ranged:
                 low, top = load_range(x, old, first, size, buffer)
-                if not (top - low) * kind(1.02) < kind(np.inf):  # what the codes stand for must be finite
+                if not (top - low) * kind(1.02) < kind(np.inf):  # decoded numbers must be finite
                     most = kind(np.finfo(kind).max) * kind(0.49)
                     low, top = max(low, -most), min(top, most)
                 top = top - low
@@ -98,7 +100,7 @@ def _encoder(grid: str, rule: str, bits: int, stochastic: bool, feedback: bool) 
                     top = scales[0] * levels
                 if shared:
                     top = scales[number]
-            # 2. the scale: source * inverse is what is rounded
+            # 2. the scale; source * inverse is rounded
             source, inverse, scale = buffer, one, top
             if not sign and top > zero:
                 if ranged:
@@ -118,7 +120,7 @@ def _encoder(grid: str, rule: str, bits: int, stochastic: bool, feedback: bool) 
                 lows[number] = low
             if not given:
                 scales[number] = scale
-            # 3. the codes, and what they leave out
+            # 3. the codes and the residual
             if feedback:
                 rest = new[first : first + size]
             if stochastic:

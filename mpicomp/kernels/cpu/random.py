@@ -8,8 +8,8 @@
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB
     draw = z ^ (z >> 31)
 
-`base` comes from `Key.base()`, i is a position in the unit, so the cut into chunks and shards and the device change
-no bit. A uniform number in [0, 1) is (draw >> 40) * 2^-24, exact in float32.
+`base` comes from `Key.base()` and i is a position in the unit, so chunks, shards and the device change no bit. A
+uniform number in [0, 1) is (draw >> 40) * 2^-24, exact in float32.
 
 Where every element needs a number of its own, 32 bits are enough and vectorise better: draw32(base, i), all arithmetic
 modulo 2^32, is Wellons' lowbias32 with two words of key (i = low + 2^32 high, base = first + 2^32 second):
@@ -22,10 +22,10 @@ modulo 2^32, is Wellons' lowbias32 with two words of key (i = low + 2^32 high, b
 For stochastic rounding, (draw32 >> 8) * 2^-24 is the uniform number of element i.
 
 **A support** is a uniformly distributed subset of k out of n positions: Floyd's algorithm (Bentley, Floyd 1987) on a
-bitmap, for j = n - k .. n - 1: t uniform in 0..j, insert t, or j where t is already in. Step number s = j - (n - k)
-starts from draw(draw(base, start), s); its high 32 bits h give t = h * (j + 1) >> 32, and where the low 32 bits of
-that product are below 2^32 mod (j + 1) the word is redrawn as draw(word, 0), which makes t exactly uniform (Lemire
-2019). For k > n / 2 the complement is drawn.
+bitmap, for j = n - k .. n - 1: t uniform in 0..j, insert t, or j if t is already in. Step number s = j - (n - k)
+starts from draw(draw(base, start), s), so that `start` selects one of 2^64 independent supports; its high 32 bits h
+give t = h * (j + 1) >> 32, and if the low 32 bits of that product are below 2^32 mod (j + 1) the word is redrawn as
+draw(word, 0), which makes t exactly uniform (Lemire 2019). For k > n / 2 the complement is drawn.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def draw24(base: Any, counter: Any) -> Any:
 
 @inline
 def mix(low: Any, first: Any, second: Any) -> Any:
-    """Return draw32 of a counter's low word, the key's first word and what its second word and the high word make."""
+    """Return draw32 of a counter's low word, the key's first word, and `second` plus the counter's high word mixed."""
     x = U(low + first)
     x = U(U(x ^ U(x >> S16)) * MIX)
     x = U(U(U(x ^ U(x >> S15)) ^ second) * MIX2)
@@ -114,7 +114,7 @@ def fill_uniform(out: Array, base: int) -> None:
 
 @inline
 def below(bound: Any, word: Any) -> Any:
-    """Return an exactly uniform number below `bound` <= 2^32 from a random word, redrawn where it must be."""
+    """Return an exactly uniform number below `bound` <= 2^32 from a random word, which is redrawn if necessary."""
     product = (word >> S32) * bound
     if (product & LOW32) < bound:
         reject = (ONE << S32) % bound

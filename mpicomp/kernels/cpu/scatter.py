@@ -1,4 +1,4 @@
-"""Gathering and scattering by index."""
+"""Gathering and scattering by index; `gather_residual` takes one pass."""
 
 from __future__ import annotations
 
@@ -45,10 +45,6 @@ def scatter_add(indices: Array, values: Array, out: Array, scale: float = 1.0) -
 
 
 @kernel("const u4[], const T[], T[]")
-def _put_at(indices: Any, values: Any, out: Any) -> None:
+def put_at(indices: Any, values: Any, out: Any) -> None:
     for i in range(indices.size):
         out[indices[i]] = values[i]
-
-
-def put_at(indices: Array, values: Array, out: Array) -> None:
-    _put_at(indices, values, out)

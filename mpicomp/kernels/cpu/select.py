@@ -1,12 +1,14 @@
 """Selection of the largest magnitudes.
 
-Exact selection of k of n: (1) a sample gives two magnitudes, `low`, which somewhat more than k elements should reach,
-and `high`, which somewhat fewer should exceed; (2) one pass over the array marks those that reach `low`, one bit an
-element, counts those above `high`, and copies them, and the few in between apart, while they are in the cache; (3)
-bisection among those in between finds the k-th largest magnitude, and how many of the k have just that; (4) the marked
-elements are gone through in ascending order and those chosen are written, of equal magnitudes the first. Where the
-sample misled, (2) is done again with more room on both sides, and where that fails, the bisection runs over the whole
-array. So the result is exact for any input and the sample only decides how long it takes.
+Exact selection of k of n: (1) a sample gives two magnitudes: `low`, which somewhat more than k elements should reach,
+and `high`, which somewhat fewer should exceed; (2) one pass over the array marks the elements that reach `low`, one bit
+per element, counts those above `high`, and copies the marked ones, and apart from them the few in between, while they
+are in the cache; (3) bisection among those in between finds the k-th largest magnitude, and how many of the k are equal
+to it; (4) a pass over the marks writes the chosen elements in ascending order, of equal magnitudes the first. If the
+sample was misleading, (2) is repeated with wider limits, and if that fails, the bisection runs over the whole array. So
+the result is exact for any input, and the sample decides only how long it takes.
+
+Selection by a sampled threshold takes (2) and (4): one pass, and a second read of the elements that reach it.
 """
 
 from __future__ import annotations
@@ -26,9 +28,9 @@ from mpicomp.kernels.cpu.random import draw
 from mpicomp.kernels.shared import DIRECT, bits_of_magnitude, sample_size
 
 CHUNK = 1024  # elements, a multiple of 64
-RUN = 4  # neighbours that an exact selection samples together: what a sample costs is the cache lines it touches
-WIDER = 4  # times as far from k are the ranks of `low` and `high`, where a sample misled
-AHEAD = 64  # elements whose memory is asked for before they are zeroed, or read as a sample
+RUN = 4  # neighbours that an exact selection samples together: a sample costs as many cache lines as it touches
+WIDER = 4  # factor for the distance of `low` and `high` from k after a misleading sample
+AHEAD = 64  # elements that are prefetched before they are cleared or sampled
 ZERO, ONE, S32 = np.uint64(0), np.uint64(1), np.uint64(32)
 
 
@@ -52,7 +54,7 @@ def _sample(x: Any, old: Any, out: Any, run: int) -> None:
     """Read runs of `run` neighbours of x + old; out.size is a multiple of it."""
     runs = out.size // run
     stride = x.size // runs
-    places = np.empty(AHEAD, np.int64)  # of runs that have been asked for
+    places = np.empty(AHEAD, np.int64)  # of runs that are being prefetched
     for i in range(runs + AHEAD):
         slot = i % AHEAD
         if i >= AHEAD:
@@ -70,10 +72,10 @@ def _sample(x: Any, old: Any, out: Any, run: int) -> None:
 
 @kernel("const T[], const T[], T[], u8, u8, u8[], T[], T[]")
 def _mark(x: Any, old: Any, new: Any, low: Any, high: Any, marks: Any, found: Any, band: Any) -> Any:
-    """Mark what reaches `low`; return how many do, how many exceed `high`, and how many lie between.
+    """Mark the elements that reach `low`; return how many do, how many exceed `high`, and how many lie between.
 
-    While they are in the cache, the marked ones are copied to `found` and those between to `band`, as long as there is
-    room for a chunk in both. `new`, unless empty, is set to x + old, which is then what is looked at.
+    The marked ones are copied to `found` and those between to `band`, as long as both have room for a chunk. `new`,
+    unless it is empty, is set to x + old and is read in place of x.
     """
     between = np.empty(CHUNK // 64, np.uint64)
     above_band, copied = high + ONE, np.int64(0)
@@ -112,9 +114,9 @@ def _mark(x: Any, old: Any, new: Any, low: Any, high: Any, marks: Any, found: An
 
 @kernel("const T[], T[], u8[], const T[], u8, i8, T[], u4[]")
 def _emit(x: Any, new: Any, marks: Any, found: Any, exact: Any, ties: int, values: Any, indices: Any) -> None:
-    """Write the marked elements above `exact` and the first `ties` at it, values.size in all; zero them in `new`.
+    """Write the marked elements above `exact` and the first `ties` equal to it, values.size in all.
 
-    `found` has the marked elements, or nothing, and then they are read from x.
+    They are cleared in `new`. `found` has the marked elements; if it is empty they are read from x.
     """
     count, seen = 0, 0
     for number in range(marks.size):
@@ -142,7 +144,7 @@ _kept = threading.local()
 
 
 def _scratch(name: str, size: int, dtype: Any) -> Array:
-    """Return memory of this thread's own that is used again: fresh pages cost more than what is done with them."""
+    """Return memory that this thread uses again and again: fresh pages cost more than the work on them."""
     known: Array | None = getattr(_kept, name, None)
     if known is None or known.size < size or known.dtype != dtype:
         known = np.empty(size, dtype)
@@ -152,10 +154,7 @@ def _scratch(name: str, size: int, dtype: Any) -> Array:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which elements of an array, x or `new`, are chosen: `count` of those that are marked.
-
-    Valid until this thread selects again.
-    """
+    """See `mpicomp.kernels.Selection`: `count` of the marked elements."""
 
     source: Array
     marks: Array
@@ -165,7 +164,7 @@ class Selection:
     count: int
 
     def write(self, values: Array, indices: Array, zero: bool = False) -> None:
-        """Write the chosen elements, (count,), and where they are, uint32, ascending; zero them in the source too."""
+        """See `mpicomp.kernels.Selection`."""
         if self.count:
             new = self.source if zero else self.source[:0].copy()
             _emit(self.source, new, self.marks, self.found, np.uint64(self.threshold), self.ties, values, indices)
@@ -190,7 +189,7 @@ def _quantile(sample: Array, rank: int) -> int:
 
 
 def _limits(sample: Array, k: int, n: int, share: float, wide: int) -> tuple[int, int, int]:
-    """Return `low`, `high` and how many elements may lie between, for k of n; all without a sample."""
+    """Return `low`, `high` and how many elements may lie between, for k of n; without a sample all of them."""
     size, low, high = sample.size, 0, 2 ** (sample.itemsize * 8 - 1) - 1
     if not size:
         return low, high, n
@@ -200,7 +199,7 @@ def _limits(sample: Array, k: int, n: int, share: float, wide: int) -> tuple[int
     if rank <= size:
         low = _quantile(sample, rank)
         if not share:
-            low = max(1, low)  # the zeros of a sum of sparse arrays would all be marked
+            low = max(1, low)  # or all zeros of a sum of sparse arrays would be marked
     if expected - margin >= 1:
         high = _quantile(sample, math.floor(expected - margin))
     return low, high, min(n, int(4 * (2 * margin) * n / size) + DIRECT)
@@ -229,7 +228,7 @@ def select_top(x: Array, old: Array | None, new: Array | None, k: int, share: fl
             if low < high:
                 exact, more = _kth(band[:copied], k - exceeding, np.uint64(low), np.uint64(high))
             return Selection(source, marks, found, int(exact), k - exceeding - int(more), k)
-        if low == 1 and reached < k:  # all that is not zero, and the first zeros
+        if low == 1 and reached < k:  # all elements that are not zero, and the first zeros
             exact, exceeding = 0, int(reached)
             break
         x, old, new = source, none, np.empty(0, x.dtype)  # the sum is there

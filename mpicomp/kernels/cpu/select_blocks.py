@@ -1,4 +1,7 @@
-"""Selection of the largest magnitudes of every block, each block while it is in the cache."""
+"""Selection of the largest magnitudes of every block.
+
+One pass over memory; a block is read about a dozen times, from the cache if it fits.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ def _block_top_k(x: Any, old: Any, new: Any, block: int, k: int, values: Any, in
         low, high = ZERO, infinite
         at, step, exceeding = guess, leap, 0
         found = reaching(buffer, 0, size, at)
-        while low < high and found != left:  # gallop from the block before's threshold, then bisect
+        while low < high and found != left:  # gallop from the threshold of the previous block, then bisect
             if found > left:
                 low = at
                 at = low + step if high == infinite and step < infinite - low else low + ((high - low + ONE) >> ONE)
@@ -39,7 +42,7 @@ def _block_top_k(x: Any, old: Any, new: Any, block: int, k: int, values: Any, in
             step = min(step + step, infinite)
             if low < high:
                 found = reaching(buffer, 0, size, at)
-        # `at` parts just `left` elements from the rest, or all that reach low == high are more and some of them tie
+        # exactly `left` elements reach `at`, or more reach low == high, and of those equal to it some are chosen
         exact, ties = (at, size) if found == left and low < high else (low, left - exceeding)
         guess = exact
         if new.size:

@@ -1,6 +1,7 @@
-"""One bit an element and one or two numbers an array, which are known only when all of it has been read.
+"""One bit per element and one or two numbers per array, which are known only when the whole array has been read.
 
-Bits lie as `mpicomp.kernels.cpu.pack` says, in blocks of 1024: 0 for zero and above, 1 below.
+Bits are 0 for zero and above, 1 below, in blocks of 1024 with the bytes of `mpicomp.kernels.cpu.pack`. All sums are by
+the tree of `sums`; the mean below zero is the sum of magnitudes less the sum of positive numbers, over their number.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ STRETCH = 512 * TREE  # elements
 
 @inline
 def above_zero(x: Any, size: int, factor: float, buffer: Any) -> float:
-    """Sum what is positive in x[:size] * factor, one block, by the tree of `sums`."""
+    """Sum the positive numbers of x[:size] * factor, one block, by the tree."""
     for i in range(size):
         value = np.float64(x[i])
         buffer[i] = (value if value > 0.0 else 0.0) * factor
@@ -30,15 +31,15 @@ def above_zero(x: Any, size: int, factor: float, buffer: Any) -> float:
 
 
 @inline
-def leave(upper: Any, lower: Any, new: Any) -> None:
-    """Take from each element the number that stands for its sign."""
+def subtract(upper: Any, lower: Any, new: Any) -> None:
+    """Subtract from each element the number that its sign stands for."""
     for i in range(new.size):
         new[i] -= lower if new[i] < 0 else upper
 
 
 @inline
 def sums(x: Any, old: Any, new: Any, factor: float, packed: Any, two_means: bool, write: bool) -> Any:
-    """Return the sum of magnitudes, that of what is positive (for two means), and how many are negative."""
+    """Return the sum of magnitudes, for two means that of positive numbers, and how many are negative."""
     buffer, codes, tree = np.empty(TREE, x.dtype), np.empty(TREE, np.uint8), np.empty(TREE, np.float64)
     blocks = (x.size + TREE - 1) // TREE
     every, positive = np.empty(blocks + 1, np.float64), np.empty(blocks + 1, np.float64)
@@ -81,11 +82,11 @@ def _encoder(two_means: bool, feedback: bool) -> Kernel[..., Any]:
             scales[1] = -((every - positive) / max(1, negative) * back)
         else:
             scales[0] = every / x.size * back
-        if feedback:  # the last stretch first, which the cache still holds; forwards in it, as prefetchers expect
+        if feedback:  # the last stretch first, which the cache still holds; ascending in it for the prefetcher
             upper, lower = scales[0], scales[1] if two_means else -scales[0]
             for stretch in range((x.size + STRETCH - 1) // STRETCH - 1, -1, -1):
                 part = slice(stretch * STRETCH, min((stretch + 1) * STRETCH, x.size))
-                leave(upper, lower, new[part])
+                subtract(upper, lower, new[part])
 
     return encode_sign
 

@@ -1,4 +1,4 @@
-"""Sums in one fixed order, the same on every device, and tests that read an array once.
+"""Sums in one fixed order, the same on every device, and passes that read an array once.
 
 **The tree.** A sum of n numbers is taken in float64 whatever they are:
 
@@ -7,7 +7,7 @@
                in each block, for w = 512, 256, ..., 1: v[i] = v[i] + v[i + w] for i < w;  b[block] = v[0]
                return total(b)
 
-Adding zero changes nothing, so folds start at the smallest power of two that holds what is left. The error grows with
+Adding zero changes nothing, so folds start at the smallest power of two that holds the rest. The error grows with
 log2(n), every fold vectorises, and a GPU block of 1024 threads makes the same additions.
 """
 
@@ -61,22 +61,12 @@ def magnitudes(x: Any, size: int, factor: float, buffer: Any) -> float:
         for i in range(size):
             buffer[i] = abs(np.float64(x[i])) * factor
         return fold(buffer, size)
-    quarter = TREE // 4  # the first two folds, without a way through the buffer
+    quarter = TREE // 4  # the first two folds, before numbers enter the buffer
     for i in range(quarter):
         left = abs(np.float64(x[i])) * factor + abs(np.float64(x[i + 2 * quarter])) * factor
         right = abs(np.float64(x[i + quarter])) * factor + abs(np.float64(x[i + 3 * quarter])) * factor
         buffer[i] = left + right
     return fold(buffer, quarter)
-
-
-@inline
-def sum_magnitudes(x: Any, size: int, factor: float, partial: Any, buffer: Any) -> float:
-    """Sum |x[:size]| * factor; `partial` has room for one float64 a block."""
-    blocks = (size + TREE - 1) // TREE
-    for block in range(blocks):
-        start = block * TREE
-        partial[block] = magnitudes(x[start:], min(size - start, TREE), factor, buffer)
-    return total(partial, blocks, buffer)
 
 
 @inline
@@ -89,12 +79,12 @@ def squares(x: Any, size: int, factor: float, buffer: Any) -> float:
 
 
 @inline
-def sum_squares(x: Any, size: int, factor: float, partial: Any, buffer: Any) -> float:
-    """Sum (x[:size] * factor)^2; `partial` has room for one float64 a block."""
+def sum_tree(x: Any, size: int, squared: bool, factor: float, partial: Any, buffer: Any) -> float:
+    """Sum |x[:size]| * factor, or the squares of that; `partial` has room for one float64 per block."""
     blocks = (size + TREE - 1) // TREE
     for block in range(blocks):
-        start = block * TREE
-        partial[block] = squares(x[start:], min(size - start, TREE), factor, buffer)
+        part, count = x[block * TREE :], min(size - block * TREE, TREE)
+        partial[block] = squares(part, count, factor, buffer) if squared else magnitudes(part, count, factor, buffer)
     return total(partial, blocks, buffer)
 
 
@@ -108,15 +98,15 @@ def block_product(a: Any, b: Any, size: int, buffer: Any) -> float:
 
 @inline
 def mean_magnitude(x: Any, size: int, partial: Any, buffer: Any) -> float:
-    """Return the mean of |x[:size]|, which is finite where x is.
+    """Return the mean of |x[:size]|, which is finite if x is.
 
-    Numbers near the top of float64 overflow the sum; it is then taken once more of |x| * 2^-64.
+    Numbers near the top of float64 overflow the sum; it is then formed again of |x| * 2^-64.
     """
     if size == 0:
         return 0.0
-    mean = sum_magnitudes(x, size, 1.0, partial, buffer) / size
+    mean = sum_tree(x, size, False, 1.0, partial, buffer) / size
     if mean == np.inf:
-        mean = sum_magnitudes(x, size, DOWN, partial, buffer) / size * UP
+        mean = sum_tree(x, size, False, DOWN, partial, buffer) / size * UP
     return mean
 
 

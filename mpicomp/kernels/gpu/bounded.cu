@@ -1,7 +1,7 @@
-// Numbers within an error bound, encoded, decoded and checked: mpicomp/kernels/cpu/bounded.py says what is computed.
+// Encoding and decoding of numbers within an error bound: mpicomp/kernels/cpu/bounded.py defines the results.
 #include "bounded.cuh"
 
-// What is to be known of the words of a block: whether all keep the bound, the extremes, the least m - 1.
+// The properties of a block's words: whether all keep the bound, the extremes, the least m - 1.
 struct Found {
     bool fits;
     Bits least, most, below;
@@ -32,7 +32,7 @@ __device__ __forceinline__ Found round_block(const Bound& bound, const T (&x)[EA
     return {fits, least, most, warp_least(below)};
 }
 
-// The zigzag code of the difference between the word in register r and the one before; 0 for the first one.
+// The zigzag code of the difference between the word in register r and the previous one; 0 for the first one.
 __device__ __forceinline__ Bits difference(const Bits (&q)[EACH], int r, int lane) {
     const Bits before = __shfl_up_sync(ALL, q[r], 1), last = __shfl_sync(ALL, q[r ? r - 1 : 0], r ? WARP - 1 : 0);
     return zigzag(q[r] - (lane ? before : last));
@@ -61,7 +61,7 @@ __device__ __forceinline__ Bits fold(Bits q, Bits base) {
     return q == SIGN ? Bits(0) : (Bound::size(q) - base) << 1 | (q < SIGN ? 1 : 0);
 }
 
-// Where code i of a block lies in shared memory: gaps keep rows that are packed at the same time in different banks.
+// The place of code i of a block in shared memory: gaps put rows that are packed at the same time in different banks.
 __device__ __forceinline__ int spot(int i) { return i + i / 32 * 8; }
 constexpr int ROOM = BLOCK + BLOCK / 32 * 8;
 
@@ -131,7 +131,7 @@ __device__ __forceinline__ bool known(int header) {
     return header <= OTHER || (header >= PLAIN && header % 64 < BITS);
 }
 
-// The numbers of a block that is not zeros, from its words; zeros behind the last one. A whole warp comes here.
+// Decode the words of a block that is not zeros; zeros follow the last number. Called by whole warps.
 __device__ __forceinline__ void decode_block(
     const Bound& bound, int header, const Bits* words, int size, int lane, T (&d)[EACH]) {
     const int width = header % 64;
@@ -184,13 +184,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) decode_bounded(
     const int header = place.size ? headers[place.number] : ZEROS;
     T sums[EACH], d[EACH];
 #pragma unroll
-    for (int r = 0; r < EACH; r++) {  // on their way while other tiles are waited for
+    for (int r = 0; r < EACH; r++) {  // loaded while other tiles are waited for
         const int i = WARP * r + place.lane;
         sums[r] = header != ZEROS && i < place.size ? out[place.first + i] : T(0);
     }
     i64 end;
     const i64 count = words_of(header, place.size), at = place.words_at(progress, count, shared, end);
-    if (header == ZEROS || !known(header) || at + count > room) return;  // the last two in a changed message only
+    if (header == ZEROS || !known(header) || at + count > room) return;  // the last two only in a damaged message
     decode_block(bound, header, words + at, place.size, place.lane, d);
 #pragma unroll
     for (int r = 0; r < EACH; r++) {

@@ -1,8 +1,8 @@
-// Numbers as integers of a few bits, within an error bound: mpicomp/kernels/cpu/bounded.py, modes.py and lanes.py say
-// what is computed and where every bit lies.
+// Numbers as integers of a few bits, within an error bound: mpicomp/kernels/cpu/bounded.py, modes.py and lanes.py
+// define every bit.
 //
 // A warp has a block of 256 numbers, element 32 r + l in register r of lane l; a tile is a block for each warp of a
-// CUDA block. Where the words of a block begin is found by look-back, so that numbers are read once.
+// CUDA block. Look-back finds where the words of a block begin, so that numbers are read once.
 #include "scan.cuh"
 
 constexpr int THREADS = 2048 / sizeof(T), WARPS = THREADS / WARP;  // more doubles than that are too many registers
@@ -37,7 +37,7 @@ __device__ __forceinline__ Bits warp_least(Bits x) { return warp_all(x, [](Bits 
 __device__ __forceinline__ Bits warp_most(Bits x) { return warp_all(x, [](Bits a, Bits b) { return max(a, b); }); }
 __device__ __forceinline__ Bits warp_or(Bits x) { return warp_all(x, [](Bits a, Bits b) { return a | b; }); }
 
-// A bound, and the words that stand for numbers under it: see mpicomp/kernels/cpu/bounded.py.
+// A bound, and the conversion of numbers to words and back: see mpicomp/kernels/cpu/bounded.py.
 struct Bound {
     bool relative;
     T step, inverse;
@@ -58,17 +58,17 @@ struct Bound {
     static __device__ __forceinline__ Bits size(Bits q) { return q < SIGN ? SIGN - q : q - SIGN; }
 };
 
-// The block of this warp, and how tiles follow each other: `progress` is the next ticket, a result, the tiles' states.
+// The block of this warp, and the order of tiles: `progress` is the next ticket, a result, the tiles' states.
 struct Place {
     i64 tile, number, first;
-    int size, warp, lane;  // no numbers behind the last block
+    int size, warp, lane;  // zero behind the last block
 
     __device__ __forceinline__ Place(u64* progress, i64* shared, i64 total)
         : tile(next_tile(progress, shared)), warp(threadIdx.x / WARP), lane(threadIdx.x % WARP) {
         number = tile * WARPS + warp, first = number * BLOCK;
         size = (int)max(min(total - first, (i64)BLOCK), (i64)0);
     }
-    // Where the words of this block begin, if it has `count`, and all blocks of the tile end. All threads come here.
+    // Where the words of this block begin, given its `count`, and where the tile's end. Called by all threads.
     __device__ __forceinline__ i64 words_at(u64* progress, i64 count, i64* shared, i64& end) const {
         if (lane == 0) shared[warp] = count;
         __syncthreads();

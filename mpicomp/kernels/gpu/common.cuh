@@ -1,4 +1,4 @@
-// What every kernel uses. T is the work dtype, float or double, as the macro WORK says; elements are counted in i64.
+// Definitions for every kernel. T is the work dtype, float or double, from the macro WORK; element counts are i64.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -18,16 +18,16 @@ __device__ __forceinline__ double float_of(u64 bits) { return __longlong_as_doub
 typedef decltype(bits_of(T(0))) Bits;
 constexpr Bits SIGN = Bits(1) << (8 * sizeof(T) - 1);
 constexpr Bits INFINITE = sizeof(T) == 4 ? Bits(0x7f800000u) : Bits(0x7ff0000000000000ull);
-// |x| in the order of integers, in which NaN is above infinity and all numbers below it.
+// |x| as an integer of the same order; NaN is above infinity.
 __device__ __forceinline__ Bits magnitude(T x) { return bits_of(x) & (Bits)~SIGN; }
 
-// x + old, where there is an old.
+// value + old[i], or value without an old.
 __device__ __forceinline__ T with(const T* old, i64 i, T value) { return old ? value + old[i] : value; }
 
-// This thread's place among all threads of the grid, and how many there are.
+// The index of this thread in the grid, and the number of threads of the grid.
 __device__ __forceinline__ i64 thread_of_grid() { return (i64)blockIdx.x * blockDim.x + threadIdx.x; }
 __device__ __forceinline__ i64 threads_of_grid() { return (i64)gridDim.x * blockDim.x; }
 
-// Sixteen bytes at a time; a pointer into a bucket or a message may not allow it.
+// Whether sixteen bytes can be accessed at once; pointers into buckets or messages may be misaligned.
 template <typename A>
 __device__ __forceinline__ bool aligned16(const A* pointer) { return ((u64)pointer & 15) == 0; }

@@ -1,7 +1,7 @@
-// float16 and bfloat16, as their bits, to and from floats: mpicomp/kernels/cpu/convert.py says what is computed.
+// float16 and bfloat16, as their bits, to and from floats: mpicomp/kernels/cpu/convert.py defines the results.
 //
-// A block takes a tile, a thread as many rows of four as there are loads worth having under way; where a pointer does
-// not allow that, or at the end, rows are single elements, and neighbouring threads still take neighbouring ones.
+// A block takes a tile, a thread as many rows of four as it can load ahead. For a misaligned pointer, and for the last
+// tile, rows are single elements; neighbouring threads then take neighbouring ones.
 #include "convert.cuh"
 
 template <typename Kind, int K>

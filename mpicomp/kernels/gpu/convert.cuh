@@ -2,7 +2,7 @@
 #include "common.cuh"
 
 constexpr int THREADS = 256;
-// Elements of one thread: 64 bytes of every array are on their way at once, which fills the memory's queues.
+// Elements of one thread: it loads 64 bytes of every array ahead, which saturates memory.
 constexpr int EACH = 64 / sizeof(T);
 constexpr int TILE = THREADS * EACH;
 
@@ -18,11 +18,11 @@ __device__ __forceinline__ Row<K, A> row_at(const A* x, i64 i) { return *(const 
 template <int K, typename A>
 __device__ __forceinline__ void put_row(A* out, i64 i, const Row<K, A>& row) { *(Row<K, A>*)(out + i) = row; }
 
-// Whether rows of four may be read or written from here on; null pointers are not.
+// Whether rows of four can be accessed from here on; a null pointer passes.
 template <typename A>
 __device__ __forceinline__ bool fits_rows(const A* pointer) { return (u64)pointer % alignof(Row<4, A>) == 0; }
 
-// Which rows of K elements a thread takes of a tile; a tile that is not whole is taken with K = 1.
+// The rows of K elements that a thread takes of a tile; an incomplete tile has K = 1.
 template <int K>
 struct Tile {
     static constexpr int ROWS = EACH / K;
@@ -36,7 +36,7 @@ struct Tile {
 // Whether this block's tile is whole.
 __device__ __forceinline__ bool whole_tile(i64 size) { return ((i64)blockIdx.x + 1) * TILE <= size; }
 
-// The rows of x + old; all loads are under way before the first sum.
+// The rows of x + old; all loads are issued before the first sum.
 template <int K, int ROWS, typename Place>
 __device__ __forceinline__ void load_rows(const Place& place, const T* x, const T* old, Row<K, T> (&v)[ROWS]) {
 #pragma unroll
@@ -57,7 +57,7 @@ constexpr u32 SIGN32 = 0x80000000u, INFINITE32 = 0x7f800000u;
 __device__ __forceinline__ u32 single(float value) { return bits_of(value); }
 __device__ __forceinline__ u32 single(double value) {
     const u64 word = bits_of(value);
-    // The device's conversion gives one NaN for all; a CPU's keeps sign and payload.
+    // The device's conversion returns one NaN for all; that of a CPU keeps sign and payload.
     if (value != value) return (u32)(word >> 32) & SIGN32 | 0x7fc00000u | (u32)(word >> 29) & 0x7fffffu;
     const float near = (float)value;
     const double back = near;
@@ -66,7 +66,7 @@ __device__ __forceinline__ u32 single(double value) {
     return back != value ? bits | 1u : bits;
 }
 
-// Few instructions: half as many again, and integer units rather than memory would set the pace.
+// With half as many instructions again, integer units would limit the speed instead of memory.
 // Subnormals are rounded by adding 0.5, whose last place is theirs (Giesen, "Float to half").
 struct Half {
     static constexpr u32 OVER = 0x477ff000u;  // 65520, the smallest magnitude that would round to infinity
@@ -94,7 +94,7 @@ struct Bfloat {
     static constexpr u32 INFINITE = 0x7f80u;
     static __device__ __forceinline__ u32 from(u32 bits) {
         const u32 size = bits & ~SIGN32;
-        u32 near = bits + 0x7fff + (bits >> 16 & 1);  // infinity stays; no carry reaches the sign, but of NaN
+        u32 near = bits + 0x7fff + (bits >> 16 & 1);  // infinity stays; only for NaN can a carry reach the sign
         if (size - 0x7f7f8000u < INFINITE32 - 0x7f7f8000u) near = bits;  // it would become infinite
         if (size > INFINITE32) near = bits | 0x400000;
         return near >> 16;

@@ -1,7 +1,7 @@
-// Passes over elements, as many a thread as one access of sixteen bytes asks for, wherever in a bucket arrays begin.
+// Passes over elements with accesses of sixteen bytes, for arrays that begin anywhere in a bucket.
 #include "common.cuh"
 
-// What a thread takes at a time: K numbers, `APART` from each other, in accesses of sixteen bytes if WIDE.
+// The K numbers that a thread takes at a time, `APART` from each other, in accesses of sixteen bytes if WIDE.
 template <int COUNT, int APART, bool SIXTEEN_BYTES>
 struct Access {
     static constexpr int K = COUNT;
@@ -23,7 +23,7 @@ struct Access {
         }
     }
 
-    // v = at, or at + old where there is an old.
+    // v = at + old, or at without an old.
     template <typename A>
     static __device__ __forceinline__ void load_sum(const A* at, const A* old, i64 i, A (&v)[K]) {
         load(at + i, v);
@@ -56,8 +56,7 @@ using Adjacent = Access<4, 1, true>;
 using Strided = Access<4, WARP, false>;  // a warp still reads 128 bytes or more at once
 using Single = Access<1, 1, false>;
 
-// How many elements lie before the first multiple of sixteen bytes, -1 where that differs between arrays; a null
-// pointer does not count.
+// The number of elements before the first multiple of sixteen bytes, -1 if arrays differ; null pointers are ignored.
 template <typename A>
 __device__ __forceinline__ int head_of(const A* x, const A* y, const A* z) {
     const u64 offset = (u64)x & 15;
@@ -65,7 +64,7 @@ __device__ __forceinline__ int head_of(const A* x, const A* y, const A* z) {
     return (int)((16 - offset) % 16 / sizeof(A));
 }
 
-// Call act(n) for this thread's share of n < count, two at a time: what only reads then has two accesses on their way.
+// Call act(n) for this thread's share of n < count, two at a time, so that a pass that only reads has two loads ahead.
 template <typename Act>
 __device__ __forceinline__ void stride(i64 count, Act act) {
     const i64 threads = threads_of_grid();
@@ -77,12 +76,12 @@ __device__ __forceinline__ void stride(i64 count, Act act) {
     if (n < count) act(n);
 }
 
-// Call act(access, i) so that every element is part of one call; a thread may have any number of calls. A pass after
-// another goes backwards: what the other read last may still be in the L2.
+// Call act(access, i) so that every element is part of one call; a thread may have any number of calls. A second pass
+// goes backwards: the L2 may still have what the first one read last.
 template <typename Act>
 __device__ __forceinline__ void visit_elements(i64 size, int head, Act act, bool backwards = false) {
     const i64 before = head < 0 ? 0 : min((i64)head, size);
-    const i64 whole = (size - before) / (4 * WARP) * WARP;  // threads that take four
+    const i64 whole = (size - before) / (4 * WARP) * WARP;  // calls that take four elements
     auto turned = [&](i64 n) { return backwards ? whole - 1 - n : n; };
     if (head >= 0) stride(whole, [&](i64 n) { act(Adjacent(), before + 4 * turned(n)); });
     else stride(whole, [&](i64 n) { act(Strided(), 4 * turned(n) - 3 * (turned(n) % WARP)); });

@@ -1,4 +1,4 @@
-// Small floats, one by one or with a power of two for 32 of them: mpicomp/kernels/cpu/floats.py says what is computed.
+// Small floats, one by one or with a power of two for 32 of them: see mpicomp/kernels/cpu/floats.py.
 #include "floats.cuh"
 #include "random.cuh"
 
@@ -100,7 +100,7 @@ __device__ __forceinline__ void decode_bytes(const u8* exponents, const u8* pack
     }
 }
 
-// Four blocks on a multiprocessor: left to itself, the compiler keeps more of them and spills.
+// Four blocks on a multiprocessor: without that bound the compiler plans more of them and spills.
 extern "C" __global__ void __launch_bounds__(256, 4) encode_floats(
     const T* x, const T* old, T* new_, u8* exponents, u8* packed, i64 format, i64 size) {
     __shared__ u8 shares[TILE / GROUP];
@@ -128,7 +128,7 @@ extern "C" __global__ void __launch_bounds__(256) decode_floats(
 
 // ---- Signed powers of two times a scale per block
 
-constexpr int AT_A_TIME = 8;  // elements of a thread; a power of two of threads, a team, has a block
+constexpr int AT_A_TIME = 8;  // elements of a thread; a team, a power of two of threads, has a block
 constexpr Bits LEAST = INFINITE & (~INFINITE + 1);  // the smallest normal number
 constexpr Bits MOST = INFINITE - 1 - LEAST;         // half the largest number: twice the scale must be finite
 
@@ -140,7 +140,7 @@ struct Part {
     __device__ __forceinline__ bool has(int row) const { return at(row) < size; }
 };
 
-// The largest of the values of a team, for all its threads; all threads of the CUDA block come here.
+// The largest of the values of a team, for all its threads. Called by all threads of the CUDA block.
 __device__ __forceinline__ Bits largest_of(Bits value, int team, Bits* of_warps) {
     for (int away = min(team, WARP) / 2; away; away /= 2) value = max(value, __shfl_xor_sync(ALL, value, away));
     if (team <= WARP) return value;
@@ -151,7 +151,7 @@ __device__ __forceinline__ Bits largest_of(Bits value, int team, Bits* of_warps)
     return value;
 }
 
-// The float32 that a code without sign stands for.
+// The float32 of a code without sign.
 __device__ __forceinline__ float power_of(u32 code) { return float_of(code + (code > 0) << 23); }
 
 template <int K>
@@ -217,7 +217,7 @@ extern "C" __global__ void __launch_bounds__(256) encode_powers(
 template <int K>
 __device__ __forceinline__ void decode_tile(const T* scales, const u8* codes, T* out, i64 block, T factor, i64 size) {
     const Tile<K> tile{size};
-    // Blocks are counted from the one in which the tile begins: 64 bits are divided once
+    // Blocks are counted from the one in which the tile begins, so only one division has 64 bits
     const i64 first = (i64)blockIdx.x * TILE / block * block;
     const T* own = scales + first / block;
     Row<K, u8> rows[Tile<K>::ROWS];

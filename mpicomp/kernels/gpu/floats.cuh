@@ -10,7 +10,7 @@ struct Small {
     static constexpr int BITS = BITS_;
     static constexpr u32 DROP = 23 - MANTISSA;
 
-    // The code, without sign, of float32 bits; they become those of what it stands for.
+    // The code, without sign, of float32 bits; the bits become those of the code's number.
     static __device__ __forceinline__ u32 code(u32& bits) {
         const u32 size = bits & ~SIGN32;
         const u32 near = size + ((1u << (DROP - 1)) - 1) + (size >> DROP & 1) & 0xffffffffu << DROP;
@@ -40,11 +40,11 @@ typedef Small<8, 3, 7, 0x7e, 8> E4M3;
 typedef Small<8, 2, 15, 0x7b, 15> E5M2;
 typedef Small<4, 1, 1, 0x7, 2> E2M1;
 
-// 2^(exponent - 127); an exponent is at most 254 where a payload has been checked.
+// 2^(exponent - 127); the exponent of a checked payload is at most 254.
 __device__ __forceinline__ float power(u32 exponent) { return float_of(exponent ? exponent << 23 : 1u << 22); }
 
-// The code of a number with its sign, which becomes what the code leaves out. A NaN keeps its sign on a CPU, but not
-// in a product here.
+// The code of a number with its sign; the number becomes the residual. A NaN keeps its sign in a product on a CPU, but
+// not here.
 template <typename Format>
 __device__ __forceinline__ u32 take_code(T& x, T inverse, T scale) {
     const u32 sign = (u32)(bits_of(x) >> (8 * sizeof(T) - 1));
@@ -54,8 +54,8 @@ __device__ __forceinline__ u32 take_code(T& x, T inverse, T scale) {
     return code;
 }
 
-// Rows of four elements of whole blocks: two neighbouring ones are in the same place of both halves of a block, whose
-// codes of four bits share bytes. Eight neighbouring lanes have a group.
+// Rows of four elements of whole blocks: two neighbouring rows are at the same place of both halves of a block, because
+// their codes of four bits share bytes. Eight neighbouring lanes have a group.
 struct Halves {
     static constexpr int ROWS = EACH / 4, LANES = BLOCK / 2 / 4;
 
@@ -68,7 +68,7 @@ struct Halves {
     __device__ __forceinline__ i64 byte(int row) const { return (at(row) + (int)threadIdx.x % LANES * 4) / 2; }
 };
 
-// The bytes of a tile, one by one, and the elements that have their codes there.
+// The bytes of a tile, one by one, and the elements whose codes are in them.
 template <int BITS>
 struct Bytes {
     i64 first;
@@ -78,7 +78,7 @@ struct Bytes {
         : first((i64)blockIdx.x * TILE), elements((int)min(size - first, (i64)TILE)) {}
     __device__ __forceinline__ int count() const { return (elements + 7) / 8 * BITS; }
     __device__ __forceinline__ i64 at(int byte) const { return first * BITS / 8 + byte; }
-    // Element 0 or 1 of a byte, counted from `first`; in the filling of the last block there is none.
+    // Element 0 or 1 of a byte, counted from `first`; the padding of the last block has none.
     __device__ __forceinline__ int element(int byte, int which) const {
         if (BITS == 8) return byte;
         const int start = byte / (BLOCK / 2) * BLOCK, length = min((elements - start + 7) / 8 * 8, BLOCK);

@@ -1,15 +1,15 @@
-// Rotations and Kashin representations, a chunk a block: mpicomp/kernels/cpu/hadamard.py says what is computed.
+// Rotations and Kashin representations, a chunk per block: see mpicomp/kernels/cpu/hadamard.py.
 #include "elements.cuh"
 #include "hadamard.cuh"
 #include "sums.cuh"
 
-// The last whole chunk and the one that overlaps it, where the array ends with a part of a chunk, are one block's.
+// One block takes the last whole chunk and, if the array ends with a part of a chunk, the one that overlaps it.
 extern "C" __global__ void __launch_bounds__(256, RESIDENT) rotate(const T* x, const T* old, T* y, i64 size, i64 chunk, u64 base, i64 start) {
     __align__(16) __shared__ T shared[ROOM];
     const int length = (int)chunk;
     const bool last = blockIdx.x == gridDim.x - 1;
     i64 first = blockIdx.x * chunk, counter = start + first;
-    int rotated = 0;  // numbers at the beginning of the chunk that the one before has rotated
+    int rotated = 0;  // numbers at the beginning of the chunk that the previous one has rotated
     for (;;) {
         T v[EACH];
         load_clipped(v, x + first, old ? old + first : nullptr, rotated, length);
@@ -26,7 +26,7 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) rotate(const T* x, c
         rotated = (int)(first + 2 * chunk - size);
         first = size - chunk;
         counter = start + size - width_of(length);
-        __syncthreads();  // the overlap is read by other threads than have written it
+        __syncthreads();  // other threads read the overlap than have written it
     }
 }
 
@@ -45,11 +45,11 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) unrotate(T* y, i64 s
         store(v, y + first, length);
         if (!overlapping) return;
         overlapping = false;
-        __syncthreads();  // the overlap is read by other threads than have written it
+        __syncthreads();  // other threads read the overlap than have written it
     }
 }
 
-// One chunk of a Kashin representation: `count` numbers from `first` on are `length` from `at` on.
+// One chunk of a Kashin representation: `count` numbers of x from `first` on become `length` numbers of a from `at` on.
 struct Piece {
     i64 first, at;
     int length, count;
@@ -70,7 +70,7 @@ __device__ __forceinline__ Piece piece_of(i64 number, i64 size) {
     }
 }
 
-// The iteration of Lyubarskii and Vershynin: a = what is clipped of each rotation of what is left, and all of the last.
+// The iteration of Lyubarskii and Vershynin: a is the sum of the clipped rotations of the rests, the last unclipped.
 extern "C" __global__ void __launch_bounds__(256) spread(const T* x, const T* old, T* a, i64 size, u64 base, i64 start) {
     __align__(16) __shared__ T shared[ROOM];
     __shared__ double tree[WIDE];
@@ -129,14 +129,14 @@ extern "C" __global__ void __launch_bounds__(256, RESIDENT) unspread(const T* a,
     store(v, out + piece.first, piece.count);
 }
 
-// The sums of y * y and of y * z over each block of the tree, `room` apart; a warp a block.
+// The sums of y * y and of y * z over each block of the tree, `room` apart; a warp per block.
 extern "C" __global__ void __launch_bounds__(256) products(const T* y, const T* z, i64 size, double* sums, i64 room) {
     const i64 blocks = (size + TREE - 1) / TREE;
     for (i64 block = thread_of_grid() / WARP; block < blocks; block += threads_of_grid() / WARP) {
         const int stop = (int)min(size - block * TREE, (i64)TREE), full = filled(stop), lane = threadIdx.x % WARP;
         double same = 0.0, mixed = 0.0;
 #pragma unroll 1
-        for (int half = 0; half < 2; half++) {  // numbers 64 apart: all folds but those of 32 and of lanes
+        for (int half = 0; half < 2; half++) {  // numbers 64 apart: all folds except those of 32 and of lanes
             const T *left = y + block * TREE + half * WARP + lane, *right = z + block * TREE + half * WARP + lane;
             T a[16], b[16];
             double square[16], product[16];
@@ -164,7 +164,7 @@ extern "C" __global__ void __launch_bounds__(256) products(const T* y, const T* 
     }
 }
 
-// The totals of arrays of sums, `room` apart; a block an array.
+// The totals of arrays of sums, `room` apart; a block per array.
 extern "C" __global__ void __launch_bounds__(1024) totals(double* sums, i64 count, i64 room, double* results) {
     const double sum = finish_tree(sums + blockIdx.x * room, count);
     if (threadIdx.x == 0) results[blockIdx.x] = sum;

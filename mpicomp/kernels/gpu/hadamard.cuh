@@ -1,10 +1,10 @@
-// Randomised Hadamard rotations of up to 4096 numbers, a chunk, by a block of 256 threads that hold sixteen each.
+// Randomised Hadamard rotations of a chunk, up to 4096 numbers, by a block of 256 threads with sixteen numbers each.
 //
-// Between calls, thread t holds numbers t + 256 k, k = 0..15: so global memory is read and written without gaps at any
-// alignment, and all sixteen signs come from one random word. Widths are taken in the order 1, 2, 4, ... as on the CPU
-// (each width adds to what the one before has rounded), four at a time in registers, with an exchange through shared
-// memory before each four: the one in the middle stays inside a warp. A chunk shorter than 4096 leaves the widths out
-// that it does not have, and its threads beyond it work on numbers that nobody reads.
+// Between calls, thread t holds numbers t + 256 k, k = 0..15: so accesses to global memory are dense at any alignment,
+// and all sixteen signs come from one random word. Widths follow in the order 1, 2, 4, ... as on the CPU, because each
+// adds numbers that the previous one has rounded: four at a time in registers, with an exchange through shared memory
+// before each four; the middle exchange stays inside a warp. A chunk shorter than 4096 skips the widths that it does
+// not have, and the results of threads beyond it are not used.
 #include "common.cuh"
 #include "random.cuh"
 
@@ -14,8 +14,9 @@ constexpr int EACH = CHUNK / WIDE;
 constexpr int SIXTEEN = 16 / sizeof(T);  // numbers in sixteen bytes
 constexpr int ROW = 128 / sizeof(T);     // numbers in all banks
 
-// Where number e lies in shared memory. Sixteen bytes after each row of banks let threads whose numbers are sixteen
-// apart read sixteen bytes each without conflict; sixteen numbers after each 256, the two halves of a warp in `across`.
+// The place of number e in shared memory. A gap of sixteen bytes after each row of banks avoids conflicts of threads
+// that read sixteen bytes each, sixteen numbers apart; a gap of sixteen numbers after each 256 those of the two halves
+// of a warp in `across`.
 __device__ constexpr int place(int e) { return e + e / ROW * SIXTEEN + e / 256 * 16; }
 constexpr int ROOM = place(CHUNK);
 constexpr int RESIDENT = sizeof(T) == 4 ? 4 : 3;  // blocks of a multiprocessor, at least
@@ -24,7 +25,7 @@ struct __align__(16) Vector {
     T number[SIXTEEN];
 };
 
-// The four widths from `first` on, as far as the chunk has them; v[i + 1] lies `first` numbers after v[i].
+// The four widths from `first` on that the chunk has; v[i + 1] is `first` numbers after v[i].
 __device__ __forceinline__ void butterflies(T (&v)[EACH], int first, int length) {
 #pragma unroll
     for (int apart = 1; apart < EACH; apart *= 2)
@@ -39,7 +40,7 @@ __device__ __forceinline__ void butterflies(T (&v)[EACH], int first, int length)
         }
 }
 
-// Multiply by 1 / sqrt(length) and by the Walsh-Hadamard matrix; `shared` has ROOM numbers and belongs to this alone.
+// Multiply by 1 / sqrt(length) and by the Walsh-Hadamard matrix; `shared` has ROOM numbers, used here only.
 __device__ __forceinline__ void transform(T (&v)[EACH], T* shared, int length) {
     const int thread = threadIdx.x, lane = thread % WARP;
     const T factor = (T)(length == CHUNK ? 1.0 / 64 : 1.0 / sqrt((double)length));
@@ -78,7 +79,7 @@ __device__ __forceinline__ void transform(T (&v)[EACH], T* shared, int length) {
     butterflies(v, 256, length);
 }
 
-// How many numbers share a bit of their random words: word j % width, bit j / width.
+// The number of random words: number j has bit j / width of word j % width.
 __device__ __forceinline__ int width_of(int length) { return length < WARP ? 1 : length / WARP; }
 
 // Give random signs, counted from `counter`.
@@ -110,8 +111,8 @@ __device__ __forceinline__ T clipped(T value) {
     return value > -limit ? value : -limit;
 }
 
-// Set v to x + old, clipped, for numbers from `from` up to `stop`, and to zero elsewhere. All of it is asked for before
-// any of it is used.
+// Set v to x + old, clipped, for numbers from `from` up to `stop`, and to zero elsewhere. All loads are
+// issued before the first use.
 __device__ __forceinline__ void load_clipped(T (&v)[EACH], const T* x, const T* old, int from, int stop) {
     T more[EACH];
 #pragma unroll
@@ -132,7 +133,7 @@ __device__ __forceinline__ void load_clipped(T (&v)[EACH], const T* x, const T* 
     for (int k = 0; k < EACH; k++) v[k] = clipped(v[k]);
 }
 
-// Numbers of an array from and to memory, zeros for those that are not there.
+// Load numbers of an array, zeros from `stop` on, and store those before `stop`.
 __device__ __forceinline__ void load(T (&v)[EACH], const T* from, int stop) {
 #pragma unroll
     for (int k = 0; k < EACH; k++) {

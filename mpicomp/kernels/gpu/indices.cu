@@ -1,15 +1,14 @@
-// Ascending indices as bitmaps and Elias-Fano codes: mpicomp/kernels/cpu/indices.py says where every bit lies.
+// Ascending indices as bitmaps and Elias-Fano codes: mpicomp/kernels/cpu/indices.py defines the bits.
 //
-// Both have a string of bits in which index number j sets a bit that ascends with j. To write it, a block makes a tile
-// of it in shared memory, of the indices between two places that it searches for; so every byte is written once. A
-// bitmap has the width -1 here.
+// Both have a string of bits in which index number j sets a bit that ascends with j. A block searches for the indices
+// of its tile of the string, sets their bits in shared memory, and writes every byte once. A bitmap has the width -1.
 #include "scan.cuh"
 
 constexpr int WIDE = 256;            // threads of a block
 constexpr int TILE_BITS = 32 * WIDE;  // one word a thread
 
 // Bytes as words of 32 bits. Word 0 begins up to three bytes before the first one, so that words are aligned: bit b of
-// the string is bit `skipped + b` of the words. What lies outside the string is read as zero, and never written.
+// the string is bit `skipped + b` of the words. Bits outside the string are read as zero and never written.
 struct Words {
     u8* bytes;
     i64 size;
@@ -57,7 +56,7 @@ struct BitsRoom {
     u64 first;
 };
 
-// Call act(j, p) for the set bits p of a string in ascending order, j = 0, 1, ...; a tile of 2^13 bits a block,
+// Call act(j, p) for the set bits p of a string in ascending order, j = 0, 1, ...; a tile of 2^13 bits per block,
 // adjacent j to adjacent threads. `states`: one word for the ticket and one per tile, all zero.
 template <typename Act>
 __device__ __forceinline__ void visit_bits(Words words, u64* states, BitsRoom& room, Act act) {
@@ -74,8 +73,8 @@ __device__ __forceinline__ void visit_bits(Words words, u64* states, BitsRoom& r
     for (u32 i = threadIdx.x; i < total; i += WIDE) act(first + i, bit + room.places[i]);
 }
 
-// The first i in low .. high for which before(i) is false, `high` if there is none; before() is true up to there. By
-// one whole warp: 32 probes at a time.
+// The first i in low .. high for which before(i) is false, `high` if there is none; before() is true for all smaller i.
+// Called by a whole warp, which probes 32 places at a time.
 template <typename F>
 __device__ __forceinline__ i64 search(i64 low, i64 high, F before) {
     const int lane = threadIdx.x % WARP;
@@ -88,12 +87,12 @@ __device__ __forceinline__ i64 search(i64 low, i64 high, F before) {
     return low;
 }
 
-constexpr int MOST = 4;  // words a thread in a tile that is written
+constexpr int MOST = 4;  // words per thread of a tile
 
 __device__ __forceinline__ i64 lower_bytes(i64 k, i64 width) { return width > 0 ? (k * width + 7) / 8 : 0; }
 __device__ __forceinline__ i64 bit_of(u32 index, i64 j, i64 width) { return width < 0 ? index : (index >> width) + j; }
 
-// Write tile `number` of `each` words a thread; `tile` and `ends`, the numbers of its indices, are shared memory.
+// Write tile `number` of `each` words per thread; `tile` and `ends`, the range of its indices, are shared memory.
 __device__ __forceinline__ void write_upper(
     const u32* indices, i64 k, i64 width, Words out, i64 number, int each, u32* tile, i64* ends) {
     const i64 word = number * each * WIDE, bit = 32 * word - out.skipped;
@@ -126,7 +125,7 @@ __device__ __forceinline__ void write_upper(
 __device__ __forceinline__ void write_lower(const u32* indices, i64 k, int width, Words out, i64 word) {
     const i64 bit = 32 * word - out.skipped, stop = min((bit + 31) / width + 1, k);
     const u32 mask = (1u << width) - 1;
-    u64 value = 0;  // the word is its bits 31 to 62: the first index may have begun before
+    u64 value = 0;  // bits 31 to 62 are the word: the first index may begin before it
     for (i64 j = max(bit, 0ll) / width; j < stop; j++)
         value |= (u64)(indices[j] & mask) << (int)(j * width - bit + 31);
     out.store(word, (u32)(value >> 31));
@@ -147,7 +146,7 @@ extern "C" __global__ void __launch_bounds__(256) encode(
     }
 }
 
-// Call act(j, index) for all k indices; what a changed message has beyond these is left out.
+// Call act(j, index) for all k indices; further ones of a damaged message are ignored.
 template <typename Act>
 __device__ __forceinline__ void visit_indices(
     const u8* data, i64 nbytes, i64 k, i64 width, u64* states, BitsRoom& room, Act act) {

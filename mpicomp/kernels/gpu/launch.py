@@ -4,8 +4,8 @@ One source serves all architectures: NVRTC compiles it for the device at hand wh
 machine code is kept on disk beside CuPy's own. The work dtype is a macro, written in front of the source.
 
 Payloads are equal to the CPU's bit for bit: `--fmad=false` keeps a product and a sum two roundings, and `--ftz=false`
-keeps subnormals. RawModule is given machine code, because what it compiles itself flushes subnormals to zero: CuPy
-appends `-ftz=true` to all options, and NVRTC obeys the last one.
+keeps subnormals. RawModule is given machine code, because code that it compiles itself flushes subnormals to zero:
+CuPy appends `-ftz=true` to all options, and NVRTC obeys the last one.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def function(source: Source, kernel: str, device: int, work: str) -> Any:
 
 
 def argument(value: Array | np.generic | int | float | None) -> Any:
-    """Return what CuPy passes on as the type that kernels declare."""
+    """Return an argument in the type that kernels declare for it."""
     if value is None:
         return NOWHERE
     if isinstance(value, int):

@@ -1,11 +1,11 @@
-// Orthonormal columns and thin products: mpicomp/kernels/cpu/linalg.py says what is computed, and in which order.
+// Orthonormal columns and thin products: mpicomp/kernels/cpu/linalg.py defines results and orders.
 //
 // A kernel takes `count` matrices of one shape, m (rows, columns), p (rows, rank) and q (columns, rank), contiguous.
-// Where they begin in their buffers stands in `places`, (3, count).
+// `places`, (3, count), says where they begin in their buffers.
 #include "linalg.cuh"
 #include "random.cuh"
 
-constexpr int TRIES = 3;    // random columns before a column is given up
+constexpr int TRIES = 3;    // random columns before a column becomes zero
 constexpr int INSIDE = 32;  // blocks of the tree whose sums fit into shared memory
 
 enum { M, P, Q };  // rows of `places`
@@ -13,7 +13,7 @@ __device__ __forceinline__ i64 begin(const i64* places, int kind, i64 count, i64
     return places[kind * count + matrix];
 }
 
-// `work`: for each matrix, its columns, and room for sums where they do not fit into shared memory.
+// `work`: for each matrix, its columns, and room for sums that do not fit into shared memory.
 extern "C" __global__ void __launch_bounds__(512) orthogonalise(T* __restrict__ p, i64 size, i64 rank, const i64* places, const u64* bases, double least, double* __restrict__ work, i64 stride) {
     __shared__ double near[INSIDE * (4 * QUARTER + 1) + 2];
     T* own = p + begin(places, P, gridDim.x, blockIdx.x);
@@ -38,9 +38,9 @@ extern "C" __global__ void __launch_bounds__(512) orthogonalise(T* __restrict__ 
         for (int j = 0; j < rank; j++) own[i * rank + j] = (T)columns[j * size + i];
 }
 
-// ---- Products with a matrix (rows, columns) of which every element is read or written once
+// ---- Products with a matrix (rows, columns), each element of which is read or written once
 
-// Four numbers of a factor, read at once where that is allowed; zeros, which change no sum, for those that are missing.
+// Four numbers of a factor, read at once if `whole`; zeros, which change no sum, in place of missing ones.
 struct __align__(16) Four {
     T number[4];
 };
@@ -52,7 +52,8 @@ __device__ __forceinline__ Four four(const T* at, i64 left, bool whole) {
     return got;
 }
 
-// out = (scale * p) q^T, or out += that, terms in order from zero: 8 rows by 128 columns a block, a column a thread.
+// out = (scale * p) q^T, or out += that, terms in order from zero: 8 rows by 128 columns per block, a column per
+// thread.
 constexpr int BAND = 8, STRIP = 128, SLAB = 32;
 constexpr int RESIDENT = 32 / sizeof(T);  // blocks of a multiprocessor, at least
 
@@ -71,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(128, RESIDENT) outer(const T* p, co
     T before[BAND], found[BAND];
     const T* at = out;
 #pragma unroll
-    for (int i = 0; i < BAND; i++, at += columns) {  // asked for ahead
+    for (int i = 0; i < BAND; i++, at += columns) {  // loaded ahead
         before[i] = adding && inside && i < stop ? *at : 0;
         found[i] = 0;
     }
@@ -98,8 +99,8 @@ extern "C" __global__ void __launch_bounds__(128, RESIDENT) outer(const T* p, co
         if (inside && i < stop) *out = adding ? before[i] + found[i] : found[i];
 }
 
-// q = m^T p for a strip of 32 columns of m, a lane each, and TERMS columns of p a warp. Sums over rows are chains as
-// long as m is high, so few threads add; all of them fetch tiles, the next during work on this one, lest memory idle.
+// q = m^T p for a strip of 32 columns of m, one per lane, and TERMS columns of p per warp. Sums over rows are chains as
+// long as m is high, so few threads add; to keep memory busy, all of them load the next tile during work on this one.
 constexpr int TILE = 512 / sizeof(T);  // rows
 constexpr int WARPS = 8;
 constexpr int FETCH = TILE / WARPS;    // rows of a tile for each warp
@@ -174,8 +175,8 @@ extern "C" __global__ void __launch_bounds__(256, 2) back_project16(const T* m, 
     project_back<2>(m, p, q, rows, columns, rank, places, count);
 }
 
-// p = m q, where m = x + old is written too if there is an old, and m = x else: a few rows a block, a column of them a
-// thread. This is for one rank alone, so its order is its own: columns 256 apart, then lanes by halving, then warps.
+// p = m q; m = x + old is written too, or m = x without an old: a few rows per block, a column of them per thread. One
+// rank alone uses p, so the order of sums is free: columns 256 apart, then lanes by halving, then warps.
 template <int ROWS, int TERMS>
 __device__ __forceinline__ void project_rows(
     const T* __restrict__ x, const T* __restrict__ old,
@@ -198,7 +199,7 @@ __device__ __forceinline__ void project_rows(
         T value[ROWS], rest[ROWS];
 #pragma unroll
         for (int i = 0; i < ROWS; i++) value[i] = x[place + min(i, stop - 1) * columns + column];
-        if (old) {  // rows beyond the last are copies of it, whose sums nobody reads
+        if (old) {  // rows beyond the last are copies of it, whose sums are not used
 #pragma unroll
             for (int i = 0; i < ROWS; i++) rest[i] = old[place + min(i, stop - 1) * columns + column];
 #pragma unroll
@@ -218,7 +219,8 @@ __device__ __forceinline__ void project_rows(
                 for (int k = 0; k < 4; k++) sums[i * TERMS + t + k] += value[i] * factors.number[k];
         }
     }
-    // Five times a lane gives half of what it has for the other half of another's; number `lane` is left, summed.
+    // Five times a lane exchanges half of its sums for the other half of another lane's; the sum of number `lane`
+    // remains.
 #pragma unroll
     for (int group = 0; group < SUMS; group += WARP) {
 #pragma unroll
@@ -249,10 +251,10 @@ extern "C" __global__ void __launch_bounds__(256) project8(const T* __restrict__
     project_rows<32 / sizeof(T), 8>(x, old, m, q, p, rows, columns, rank, places, count);
 }
 
-// ---- What else low_rank does
+// ---- Other steps of the reducer low_rank
 
-// out = factor * (x + old) for every part, without an x zero: a part begins at `from` in x and old, at `to` in out.
-// Each has `share` blocks: some of a short one have nothing to do.
+// out = factor * (x + old) for every part, or zero without an x: a part begins at `from` in x and old, at `to` in out.
+// Each part has `share` blocks; for a short part some of them have no work.
 extern "C" __global__ void __launch_bounds__(256) copy_parts(const T* x, const T* old, T* out, const i64* from, const i64* to, const i64* sizes, i64 share, double factor) {
     const u32 part = blockIdx.x / (u32)share;
     const i64 size = sizes[part], step = share * blockDim.x;
@@ -274,10 +276,10 @@ __device__ double power(int exponent) {
     return float_of(exponent < -1022 ? (u64)1 << (exponent + 1074) : (u64)(exponent + 1023) << 52);
 }
 
-// next = q * 2^k with its largest magnitude in [1/2, 1); `last` where all of q is zero. A block a matrix.
+// next = q * 2^k with its largest magnitude in [1/2, 1); `last` if all of q is zero. A block per matrix.
 //
-// One rounding, as ldexp has: double holds what a float becomes. Of a double, 2^k may be too large, hence two factors,
-// which are exact; where k < 0 there is but one.
+// One rounding, as in ldexp: a double holds the exact product for a float. For a double, 2^k may overflow, so k > 0 is
+// split into two exact factors; for k < 0 one suffices.
 constexpr int THREADS = 512;
 
 extern "C" __global__ void __launch_bounds__(512) normalise(const T* q, const T* last, T* next, i64 size, const i64* places) {

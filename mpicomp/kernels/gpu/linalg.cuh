@@ -1,15 +1,15 @@
 // Modified Gram-Schmidt in double by one block of threads, every sum by the tree: mpicomp/kernels/cpu/linalg.py.
 #include "sums.cuh"
 
-constexpr int QUARTER = WARP;  // sums of a quarter of a block of the tree, one a lane
+constexpr int QUARTER = WARP;  // sums of a quarter of a block of the tree, one per lane
 
-// Set v = (v - factor * u) / divisor, where there is a u; return the sum of v * w by the tree or, without a w, max |v|.
+// Set v = (v - factor * u) / divisor, or v / divisor without a u; return the sum of v * w by the tree or,
+// without a w, max |v|.
 //
 // A warp takes a quarter of a block of the tree, numbers 32 (4 c + quarter) + lane for c < 8: the folds of widths 512,
-// 256 and 128 stay in registers, those of 64 and 32 add quarters, and the rest lanes. Reading eight numbers ahead of
-// using them, and doing all that a sum needs in the pass that makes its numbers, hides latency.
-// `room`: four times 32 numbers for each block, and one for each and for each of the levels above. An element is always
-// the same thread's.
+// 256 and 128 stay in registers, those of 64 and 32 add quarters, and the rest lanes. Loading eight numbers before
+// their use, and forming a sum in the pass that computes its numbers, hides latency. `room`: four times 32 numbers per
+// block, and one per block of every level. The same thread always has the same elements.
 __device__ __noinline__ double pass(
     double* v, i64 size, const double* u, double factor, double divisor, const double* w, double* room
 ) {
@@ -17,7 +17,7 @@ __device__ __noinline__ double pass(
     const i64 blocks = (size + TREE - 1) / TREE;
     double* sums = room + blocks * 4 * QUARTER;
     double largest = 0.0;
-    __syncthreads();  // all have read what the pass before has returned
+    __syncthreads();  // all have read the result of the previous pass
     for (i64 quarter = warp; quarter < 4 * blocks; quarter += warps) {
         const i64 begins = quarter / 4 * TREE;
         const int first = (int)(quarter % 4) * WARP + lane;
@@ -75,7 +75,7 @@ __device__ __noinline__ double pass(
     return finish_tree(sums, blocks);
 }
 
-// Make column j a unit vector orthogonal to those before it; false where less than `least` of it is left.
+// Make column j a unit vector orthogonal to earlier ones; false if less than `least` of it is left.
 __device__ bool separate(double* columns, i64 size, int j, double least, double* room) {
     double* v = columns + j * size;
     double left = 1.0, top = pass(v, size, nullptr, 0.0, 1.0, nullptr, room);
@@ -85,7 +85,7 @@ __device__ bool separate(double* columns, i64 size, int j, double least, double*
         const bool again = round == 0 || (round < 4 && !(length > 0.5));
         if (round) left *= length;
         if (!(round ? left > least : length > 0.0)) return false;
-        // Divide by the norm; what the next pass needs comes in the same pass.
+        // Divide by the norm; the same pass computes the sum that the next one needs.
         if (!again || j == 0) top = pass(v, size, nullptr, 0.0, norm, nullptr, room);
         if (!again) return true;
         if (j == 0) continue;

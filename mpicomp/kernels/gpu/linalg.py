@@ -1,8 +1,8 @@
 """Orthonormal columns, thin products and copies of `low_rank`: all matrices of one shape in one launch.
 
 m is (rows, columns), p (rows, rank) and q (columns, rank), shape = (rows, columns, rank). Arguments are whole buffers;
-`places`, (3, count) int64 on the device, says where each m, p and q begins in them. `mpicomp.kernels.cpu.linalg` says
-what is computed.
+`places`, (3, count) int64 on the device, says where each m, p and q begins in them. `mpicomp.kernels.cpu.linalg`
+defines the results.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-// Codes of 1 to 8 bits in planes: mpicomp/kernels/cpu/pack.py says where every bit lies.
+// Codes of 1 to 8 bits in planes: mpicomp/kernels/cpu/pack.py defines the bytes.
 //
-// A block of L elements, filled up to a multiple of 8, has C = L / 8 columns. Column c is the elements c, c + C, ...,
-// c + 7 C. In every plane the codes of a column lie in bytes c, c + C, ... that no other column has a part in, so a
-// thread packs or unpacks columns on its own. It takes K adjacent ones, 4 or 1: row t of them, elements c + t C .. + K,
-// is one access to memory, of 16 bytes or more where K = 4, and one word whose bytes are codes.
+// A block of L elements, filled up to a multiple of 8, has C = L / 8 columns. Column c is the elements c, c + C, ..., c
+// + 7 C. In every plane the codes of a column have bytes c, c + C, ... for themselves, so a thread packs or unpacks
+// columns on its own. It takes K = 4 or 1 adjacent ones: row t of them, elements c + t C .. + K, is one access to
+// memory, of at least 16 bytes for K = 4, and one word whose bytes are codes.
 #include "common.cuh"
 
 // The columns of one thread: `column` .. + K of `columns` of block `number`, which has `size` elements from `first` on.
@@ -13,7 +13,7 @@ struct Place {
 
     // The element, counted from `first`, at the beginning of a row.
     __device__ __forceinline__ u32 element(int row) const { return row * columns + column; }
-    // Whether element i is one of the block; only the last block has a filling, and its columns are taken one by one.
+    // Whether element i is one of the block; only the last block has padding, and its columns are taken one by one.
     template <int K>
     __device__ __forceinline__ bool inside(u32 i) const { return K > 1 || i < size; }
 };
@@ -22,8 +22,8 @@ struct Place {
 template <int K>
 struct Width { static constexpr int value = K; };
 
-// Call act(Width, Place) for the columns of this thread, in a grid as `visits` of mpicomp/kernels/gpu/packing.py makes
-// it: those of the whole blocks, four a thread if `wide`; then those of the last block, where it is none of them.
+// Call act(Width, Place) for the columns of this thread, in a grid made by `_visits` of quantize.py: those of whole
+// blocks, four per thread if `wide`, then those of an incomplete last block.
 template <typename Act>
 __device__ __forceinline__ void visit(i64 size, i64 block, i64 whole, i64 wide, Act act) {
     const u32 columns = (u32)block / 8, each = wide ? columns / 4 : columns;  // threads of a block
@@ -32,7 +32,7 @@ __device__ __forceinline__ void visit(i64 size, i64 block, i64 whole, i64 wide, 
     Place place;
     if (blockIdx.x < grids) {
         if (thread >= threads) return;
-        const u32 number = (u32)thread / each, part = (u32)thread % each;  // there are no 2^32 threads: 32 GB, or 128
+        const u32 number = (u32)thread / each, part = (u32)thread % each;  // below 2^32 threads: arrays are below 32 GB, or 128
         place = {number, number * block, (u32)block, columns, wide ? 4 * part : part};
     } else {
         wide = 0;
@@ -44,7 +44,7 @@ __device__ __forceinline__ void visit(i64 size, i64 block, i64 whole, i64 wide, 
     else act(Width<1>{}, place);
 }
 
-// Four or one numbers of memory at a time.
+// Accesses to one or four numbers at a time.
 template <typename A>
 struct alignas(16) Sixteen { A part[16 / sizeof(A)]; };
 
@@ -79,7 +79,7 @@ __device__ __forceinline__ void store_row(A* at, const A (&row)[K]) {
     }
 }
 
-// The codes of a row in the bytes of a word, and one of them back.
+// The codes of a row in the bytes of a word, and a code of a word.
 template <int K>
 __device__ __forceinline__ u32 word_of(const u32 (&codes)[K]) {
     if constexpr (K == 1) return codes[0] & 255;
@@ -87,7 +87,7 @@ __device__ __forceinline__ u32 word_of(const u32 (&codes)[K]) {
 }
 __device__ __forceinline__ u32 code_of(u32 word, int k) { return word >> 8 * k & 255; }
 
-// Bit 0 of every byte, times a mask that every byte shall have.
+// Bit 0 of every byte; times a mask it is that mask in every byte.
 constexpr u32 EVERY = 0x01010101u;
 
 template <int BITS, int K>
@@ -116,7 +116,7 @@ __device__ __forceinline__ void unpack_plane(const u8* plane, u32 columns, int k
     }
 }
 
-// Pack K columns; `at` is where the first byte of the first of them lies: byte `column` of the block's codes.
+// Pack K columns; `at` points to byte `column` of the block's codes.
 template <int K>
 __device__ __forceinline__ void pack(const u32 (&words)[8], int bits, u8* at, u32 columns) {
     if (bits == 8) return pack_plane<8, K>(words, 0, at, columns);

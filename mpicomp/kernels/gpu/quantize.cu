@@ -1,15 +1,15 @@
-// Blocks of numbers as small integers, packed: mpicomp/kernels/cpu/quantize.py says what is computed.
+// Blocks of numbers as small integers, packed: see mpicomp/kernels/cpu/quantize.py.
 #include "quantize.cuh"
 #include "random.cuh"
 
 enum Grid { SYMMETRIC, SIGNS, ODD, RANGE, PAIR };
 enum Rule { LARGEST, NORM, MEAN, GIVEN };
 
-// Added to a number it rounds it, ties to even, and leaves the integer in the low bits.
+// Added to a number, it rounds to an integer, ties to even, in the low bits of the sum.
 constexpr T MAGIC = (T)(sizeof(T) == 4 ? 0x1.8p23 : 0x1.8p52);
-constexpr T SMALL = (T)(sizeof(T) == 4 ? 0x1p-100 : 0x1p-900);  // below, levels / top could overflow
+constexpr T SMALL = (T)(sizeof(T) == 4 ? 0x1p-100 : 0x1p-900);  // for smaller tops, levels / top could overflow
 
-// SUMS: the scale is a norm or a mean, which takes so many registers that the other rules have a kernel of their own.
+// SUMS: the scale is a norm or a mean; it needs so many registers that the other rules have a kernel of their own.
 template <bool SUMS>
 struct Encoder {
     int which, rule, bits;
@@ -18,7 +18,7 @@ struct Encoder {
     u64 base;
     i64 start;
 
-    // Grids with a norm or a mean are few.
+    // With a norm or a mean only two grids exist, so the compiler drops the others.
     __device__ __forceinline__ bool is(Grid grid) const {
         return (!SUMS || grid == SYMMETRIC || grid == SIGNS) && which == grid;
     }
@@ -26,10 +26,10 @@ struct Encoder {
     __device__ __forceinline__ T chance(i64 i) const { return (T)unit24(draw32(base, (u64)i)) * T(0x1p-24); }
 };
 
-// What one block is coded with. Codes are made of (x - low) * inverse or, where that is zero, (x - low) / divisor.
+// The numbers that encode a block: codes come from (x - low) * inverse or, if that is zero, (x - low) / divisor.
 struct Scale { T low, top, inverse, divisor, sent, sent_low; };
 
-// top / levels, at least so large that `levels` of it reach a tiny `top`, at most so large that they stay finite.
+// top / levels, rounded so that `levels` times it reaches a tiny `top` and stays finite for a huge one.
 __device__ __forceinline__ T safe_scale(T top, T levels) {
     const T infinity = float_of(INFINITE), scale = top / levels, product = scale * levels;
     if (product < top && top < 1) return float_of(bits_of(scale) + 1);
@@ -38,7 +38,7 @@ __device__ __forceinline__ T safe_scale(T top, T levels) {
 }
 
 // The norm of a block, or the mean of its magnitudes, by the tree of sums; `most` is its largest magnitude.
-// `exact`: every thread of the team holds its K columns, and the block is one level of the tree; so it is for K = 4.
+// `exact`: every thread of the team holds its K columns, and the block is one level of the tree; true for K = 4.
 template <int K>
 __device__ __forceinline__ T average(
     const Team& team, const Block& block, const T (&v)[8][K], bool exact, bool squared, T most) {
@@ -57,7 +57,7 @@ __device__ __forceinline__ T average(
         }
         const double mean = sum / block.size * (factor == 1 ? 1 : UP);
         if (!__any_sync(ALL, mean == infinity && factor == 1)) return (T)mean;
-        if (mean == infinity) factor = DOWN;  // numbers near the top of float64; all lanes go along
+        if (mean == infinity) factor = DOWN;  // numbers near the top of float64; all lanes repeat the sum
     }
 }
 
@@ -68,7 +68,7 @@ __device__ __forceinline__ Scale scale_of(
     T low = 0, top;
     if (how.is(RANGE)) {
         low = from_ordered(found.low), top = from_ordered(found.high);
-        if (!((top - low) * T(1.02) < float_of(INFINITE))) {  // what codes stand for must be finite
+        if (!((top - low) * T(1.02) < float_of(INFINITE))) {  // decoded numbers must be finite
             const T most = float_of(INFINITE - 1) * T(0.49);
             low = -most > low ? -most : low, top = most < top ? most : top;  // a NaN stays
         }
@@ -87,10 +87,10 @@ __device__ __forceinline__ Scale scale_of(
     return {low, top, inverse, divisor, divisor * how.shrink, low * how.shrink};
 }
 
-// A division in one place: written out for every number of a thread it would be most of the machine code.
+// Not inlined: a division for every number of a thread would be most of the machine code.
 __device__ __noinline__ T quotient(T x, T y) { return x / y; }
 
-// Rows of K numbers, from element `at` of the unit on, as codes, and what those stand for.
+// Encode a row of K numbers, from element `at` of the unit on; `stands` gets the decoded numbers.
 template <int K, bool SUMS>
 __device__ __forceinline__ u32 code_nothing(
     const Encoder<SUMS>&, const Scale& scale, i64, const T (&)[K], T (&stands)[K]) {
@@ -135,7 +135,7 @@ __device__ __forceinline__ u32 code_integers(
 #pragma unroll
         for (int k = 0; k < K; k++) y[k] = quotient(y[k], scale.divisor);
     }
-    // Infinity over infinity, or NaN where others gave the scale: the low bits of a NaN are zeros on a CPU, ones here.
+    // Infinity over infinity, or a NaN under a given scale: the low bits of a NaN are zeros on a CPU, ones here.
     if (!how.stochastic && (scale.inverse == 0 || how.rule == GIVEN)) {
 #pragma unroll
         for (int k = 0; k < K; k++)
@@ -172,7 +172,7 @@ __device__ __forceinline__ void encode(
     T v[8][K];
     if constexpr (SUMS) {
 #pragma unroll
-        for (int i = 0; i < 8 * K; i++) v[i / K][i % K] = 0;  // of teams without a block, which sum along
+        for (int i = 0; i < 8 * K; i++) v[i / K][i % K] = 0;  // for teams without a block, which take part in sums
     }
     const Scale scale = scale_of<K>(how, team, block, v, exact, scales);
     if (team.rank == 0 && share.size) {
@@ -184,7 +184,7 @@ __device__ __forceinline__ void encode(
         u32 words[8];
         u64 bytes = 0;
         const auto rows = [&](auto code) {
-#pragma unroll(K == 1 ? 1 : 8)  // single columns are few: less machine code, each number read once more
+#pragma unroll(K == 1 ? 1 : 8)  // single columns are few: less machine code, at the price of a second read
             for (int row = 0; row < 8; row++) {
                 const u32 i = row * block.columns + column;
                 T own[K], stands[K];
@@ -225,7 +225,7 @@ __device__ __forceinline__ void encode_share(
     else encode<1>(how, share, block, rest, scales, lows, packed);
 }
 
-// CUDA blocks on a multiprocessor, at least; they have 64 KB of loads under way, 128 with a residual.
+// CUDA blocks on a multiprocessor, at least; together they load 64 KB ahead, 128 KB with a residual.
 constexpr int RESIDENT = sizeof(T) == 4 ? 4 : 2;
 
 extern "C" __global__ void __launch_bounds__(128, RESIDENT) encode_blocks(

@@ -1,4 +1,4 @@
-// Threads that share a block: what they find out together about its numbers.
+// Teams of threads that share a block, and their reductions over its numbers.
 #include "pack.cuh"
 #include "sums.cuh"
 
@@ -6,7 +6,7 @@ __device__ __forceinline__ int signed_of(u32 bits) { return (int)bits; }
 __device__ __forceinline__ i64 signed_of(u64 bits) { return (i64)bits; }
 typedef decltype(signed_of(Bits(0))) Ordered;
 
-// A signed integer of a float, in the order of floats; NaN lie beyond the infinities. Its own inverse on bits.
+// A signed integer with the order of floats, NaN beyond the infinities; on bits it is its own inverse.
 __device__ __forceinline__ Ordered ordered(T x) {
     const Ordered bits = signed_of(bits_of(x));
     return bits ^ (bits >> (8 * sizeof(T) - 1) & (Ordered)~SIGN);
@@ -36,7 +36,7 @@ struct Block {
 
     __device__ __forceinline__ T operator[](u32 i) const { return with(old, i, x[i]); }
 
-    // K columns; zeros for the filling.
+    // Load K columns; zeros for the padding.
     template <int K>
     __device__ __forceinline__ void load(u32 column, T (&v)[8][K]) const {
 #pragma unroll
@@ -46,7 +46,7 @@ struct Block {
             else v[row][0] = 0;
         }
         if (!old) return;
-        T other[8][K];  // all sixteen loads are under way before the first sum
+        T other[8][K];  // all sixteen loads are issued before the first sum
 #pragma unroll
         for (int row = 0; row < 8; row++) {
             const u32 i = row * columns + column;
@@ -60,7 +60,7 @@ struct Block {
     }
 };
 
-// The largest of the values of a team, for all its threads. All threads of the CUDA block come here.
+// The largest of the values of a team, for all its threads. Called by all threads of the CUDA block.
 __device__ __forceinline__ Ordered largest_of(const Team& team, Ordered value) {
     for (int away = min(team.size, WARP) / 2; away; away /= 2) {
         const Ordered other = __shfl_xor_sync(ALL, value, away);
@@ -76,7 +76,7 @@ __device__ __forceinline__ Ordered largest_of(const Team& team, Ordered value) {
     return value;
 }
 
-// What a sum adds up: magnitudes, or squares, of numbers times a factor.
+// A term of a sum: the magnitude, or the square, of a number times a factor.
 struct Term {
     bool squared;
     double factor;
@@ -87,7 +87,7 @@ struct Term {
     }
 };
 
-// The tree of sums where a block is one level of it and each thread holds K columns: L = 8 K times the team's size, a
+// The tree of sums for a block that is one level of it, each thread holding K columns: L = 8 K times the team's size, a
 // power of two up to 1024. Halves of the block are rows 0-3 and 4-7, and so on down to lanes, then columns.
 template <int K>
 __device__ __forceinline__ double sum_columns(const Team& team, const T (&v)[8][K], const Term& term) {
@@ -105,18 +105,18 @@ __device__ __forceinline__ double sum_columns(const Team& team, const T (&v)[8][
     else return (sums[0] + sums[2]) + (sums[1] + sums[3]);
 }
 
-// What one lane adds of a level: elements lane + 32 m for m = FIRST, FIRST + STEP, ... below 32, halving as the tree.
+// The sum of a lane's elements i + 32 m, m = 0, STEP, 2 STEP, ... below 32, folded as the tree does.
 template <int STEP>
 __device__ __forceinline__ double sum_lane(const Block& block, u32 i, const Term& term) {
     if constexpr (STEP == WARP) return i < block.size ? term(block[i]) : 0.0;
     else return sum_lane<2 * STEP>(block, i, term) + sum_lane<2 * STEP>(block, i + STEP * WARP, term);
 }
 
-// The tree for any block: a warp takes 1024 elements at a time, read once more. A team has at least one warp.
+// The tree for any block: a warp takes 1024 elements at a time, in a second read. A team has at least one warp.
 __device__ __forceinline__ double sum_levels(Team team, Block block, Term term) {
     __shared__ double partial[2 * WARP];  // blocks have at most 65536 elements
     const u32 warp = team.rank / WARP, warps = (team.size + WARP - 1) / WARP, lane = threadIdx.x % WARP;
-    if (!team.one_warp() && team.rank < 2 * WARP) partial[team.rank] = 0;  // what fills up a level changes no sum
+    if (!team.one_warp() && team.rank < 2 * WARP) partial[team.rank] = 0;  // zeros that fill up a level change no sum
     team.wait();
     double sum = 0;
     for (u32 level = warp; level * TREE < block.size; level += warps) {
@@ -139,11 +139,10 @@ __device__ __forceinline__ double sum_levels(Team team, Block block, Term term) 
     return sum;
 }
 
-// The smallest and the largest number of a block or, unless `ranged`, the largest magnitude; NaN are beyond all.
+// The smallest and the largest number of a block or, unless `ranged`, the largest magnitude; NaN are the extremes.
 struct Extremes { Ordered low, high; };
 
-// Leaves each thread's first columns in `v`, which are all that it has where the team is large enough. All threads of
-// the CUDA block come here.
+// `v` gets each thread's first columns, in a large enough team its only ones. Called by all threads of the CUDA block.
 template <int K>
 __device__ __forceinline__ Extremes extremes(const Team& team, const Block& block, bool ranged, T (&v)[8][K]) {
     Extremes found{signed_of(Bits(~SIGN)), signed_of(SIGN)};
@@ -173,16 +172,16 @@ __device__ __forceinline__ Extremes extremes(const Team& team, const Block& bloc
     return found;
 }
 
-// Which team this thread is in, and of which block. A CUDA block has `teams`, of 2^log_team threads, for as many whole
-// blocks; the last block, where it is not whole, has a CUDA block to itself. `teams` of quantize.py makes the grid.
+// The team of this thread, and its block. A CUDA block has `teams` of 2^log_team threads for as many whole blocks; an
+// incomplete last block has a CUDA block for itself. `_teams` of quantize.py makes the grid.
 struct Share {
     Team team;
-    u32 number, block, size;  // elements of any block, and of this one: zero for a team that has none
+    u32 number, block, size;  // elements of any block, and of this one: zero for a team without a block
     bool last;
 
     __device__ __forceinline__ Share(i64 all, i64 every, i64 whole, i64 log_team) {
         const int log = (int)log_team, thread = threadIdx.x;
-        const u32 teams = blockDim.x >> log, blocks = (u32)whole;  // there are no 2^32 blocks: 128 GB
+        const u32 teams = blockDim.x >> log, blocks = (u32)whole;  // below 2^32 blocks: 128 GB
         last = (u64)blockIdx.x * teams >= blocks;
         team = last ? Team{thread, (int)blockDim.x} : Team{thread & ((1 << log) - 1), 1 << log};
         number = last ? blocks : blockIdx.x * teams + (thread >> log);

@@ -15,7 +15,9 @@ RULES = {"largest": 0, "norm": 1, "mean": 2, "given": 3}
 TREE = 1024  # elements that a warp holds, and one level of the tree of sums
 LOG_WARP, LOG_TEAMS = 5, 7
 TEAMS = 1 << LOG_TEAMS  # threads of a CUDA block of teams: few, so that some load while others store
-Shape: TypeAlias = tuple[int, int, int, int]  # elements, those of a block, whole blocks, whether columns come in fours
+Shape: TypeAlias = tuple[
+    int, int, int, int
+]  # elements, elements per block, whole blocks, whether columns come in fours
 
 
 def _shape(size: int, block: int, *arrays: Array | None) -> Shape:

@@ -1,12 +1,11 @@
 // A random support: the set that Floyd's algorithm draws, all of its steps at once.
 //
-// Step s of `drawn` draws t(s) in 0 .. j(s), j(s) = first + s, first = n - drawn, and inserts it, or j(s) where t(s) is
-// in the set. After step s, t(s) is in the set in any case. So t(s) was in before if an earlier step had drawn it; or,
-// nobody having drawn it, if it is j(q) of an earlier step q that inserted its own j(q). That follows the steps back
-// along a chain, which ends with probability of at least 1 / 2 at every link, since t(s) >= first has at most that of
-// occurring. The set is all t(s), and j(s) of those steps that found t(s) in it. What must be known of all steps is
-// which was the first to draw a number: a hash table with open addressing holds it, as s + 1, and t(s) is drawn anew
-// when it is wanted.
+// Step s of `drawn` draws t(s) in 0 .. j(s), j(s) = first + s, first = n - drawn, and inserts it, or j(s) if t(s) is in
+// the set already. After step s, t(s) is in the set in any case. So t(s) was in the set before if an earlier step had
+// drawn it, or else if it is j(q) of an earlier step q that inserted j(q). This leads back along a chain of steps,
+// which ends at every link with a probability of at least 1 / 2, because t(s) >= first has at most that probability.
+// The set is all t(s), and j(s) of the steps that found t(s) in it. Needed of all steps is the first one that drew a
+// number: a hash table with open addressing holds it, as s + 1, and t(s) is computed again when it is needed.
 #include "random.cuh"
 #include "scan.cuh"
 
@@ -31,7 +30,7 @@ struct Steps {
 __device__ __forceinline__ u64 slot_of(u32 number, u64 slots) { return (u64)(number * 0x9E3779B9u) * slots >> 32; }
 __device__ __forceinline__ u64 slot_after(u64 slot, u64 slots) { return slot + 1 == slots ? 0 : slot + 1; }
 
-// The table holds for every number that is drawn the first step that draws it. A slot's number never changes.
+// For every number that is drawn, the table holds the first step that draws it. A slot's number never changes.
 extern "C" __global__ void __launch_bounds__(256) enter_steps(u64 base, u64 start, i64 first, i64 steps, u32* table, i64 slots) {
     const Steps all = {draw(base, start), (u64)first};
     for (i64 s = thread_of_grid(); s < steps; s += threads_of_grid()) {
@@ -72,8 +71,8 @@ extern "C" __global__ void __launch_bounds__(256) mark_steps(u64 base, u64 start
     }
 }
 
-// The numbers below `size` whose bits are set, or where `others` those that are not, in ascending order. `scans`: a
-// ticket and the states of tiles of 128 bits a thread, which the bits fill.
+// The numbers below `size` whose bits are set, with `others` those whose bits are not, in ascending order. `scans`: a
+// ticket and the states of tiles of 128 bits per thread; the bits fill whole tiles.
 extern "C" __global__ void __launch_bounds__(256) list_bits(const uint4* bits, i64 size, i64 others, u64* scans, u32* out) {
     __shared__ u32 warps[WARP];
     __shared__ i64 shared;

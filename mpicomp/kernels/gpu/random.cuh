@@ -1,4 +1,4 @@
-// Random numbers from a counter: mpicomp/kernels/cpu/random.py says what they are and where they come from.
+// Random numbers from a counter: see mpicomp/kernels/cpu/random.py.
 #include "common.cuh"
 
 // 64 random bits: SplitMix64.

@@ -1,4 +1,4 @@
-// Sums over the threads and the blocks before this one. All lanes and all threads must come to what is called here.
+// Sums over the threads and the blocks before this one. All lanes and all threads must call these functions.
 #include "common.cuh"
 
 template <typename A>
@@ -21,7 +21,7 @@ __device__ __forceinline__ A warp_inclusive(A value) {
 }
 
 // The sum of the values of the threads before this one; `total` is that of all. `warps`: 32 words of shared memory,
-// free again on return. Every warp scans the sums of all warps for itself, which saves a barrier.
+// free again on return. Every warp scans the sums of all warps itself, which saves a barrier.
 template <typename A>
 __device__ __forceinline__ A block_exclusive(A value, A* warps, A& total) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -35,15 +35,14 @@ __device__ __forceinline__ A block_exclusive(A value, A* warps, A& total) {
     return inclusive - value + (warp ? before : A(0));
 }
 
-// **Between blocks**: single-pass scan with decoupled look-back (Merrill, Garland 2016). Tiles are taken by ticket, so
-// that the tiles before one's own are finished or in work whatever the order in which blocks start. A tile's state is
-// one word, read and written at once, which needs no fence: a flag and a count below 2^62. States and ticket start as
-// zeros.
+// **Between blocks**: single-pass scan with decoupled look-back (Merrill, Garland 2016). Blocks take tiles by ticket,
+// so earlier tiles are finished or in work, whatever the order in which blocks start. A tile's state is one word, read
+// and written at once, which needs no fence: a flag and a count below 2^62. States and ticket start as zeros.
 constexpr u64 OWN = 1ull << 62;    // the count is that of the tile
 constexpr u64 UP_TO = 1ull << 63;  // the count is that of all tiles up to this one
 constexpr u64 COUNT = OWN - 1;
 
-// The next tile that nobody has taken; `shared`: one word of shared memory, free again on return.
+// The next tile; `shared`: one word of shared memory, free again on return.
 __device__ __forceinline__ i64 next_tile(u64* ticket, i64* shared) {
     if (threadIdx.x == 0) *shared = (i64)atomicAdd(ticket, 1ull);
     __syncthreads();
@@ -52,13 +51,13 @@ __device__ __forceinline__ i64 next_tile(u64* ticket, i64* shared) {
     return tile;
 }
 
-// The sum of the counts of all tiles before this one, which has `count`; called by one whole warp of the block.
+// The sum of the counts of all tiles before this one, whose count is `count`. Called by one warp of the block.
 __device__ __forceinline__ u64 look_back(volatile u64* states, i64 tile, u64 count) {
     const int lane = threadIdx.x % WARP;
     if (lane == 0) states[tile] = (tile ? OWN : UP_TO) | count;
     u64 before = 0;
     for (i64 nearest = tile - 1; nearest >= 0; nearest -= WARP) {
-        u64 state = UP_TO;  // what lies before the first tile counts nothing
+        u64 state = UP_TO;  // nothing precedes the first tile
         if (nearest >= lane)
             while ((state = states[nearest - lane]) < OWN) __nanosleep(20);
         const u32 ends = __ballot_sync(ALL, state >= UP_TO);
@@ -70,8 +69,8 @@ __device__ __forceinline__ u64 look_back(volatile u64* states, i64 tile, u64 cou
     return before;
 }
 
-// Whether all other blocks have been here, in one block only: it sees what the others wrote before, by loads that
-// bypass its L1 (__ldcg). `arrived` starts as zero; `shared`: one word of shared memory.
+// True in one block only, the last one to call this: it sees all earlier writes of the others by loads that bypass its
+// L1 (__ldcg). `arrived` starts as zero; `shared`: one word of shared memory.
 __device__ __forceinline__ bool last_block(u64* arrived, u32* shared) {
     __threadfence();
     __syncthreads();

@@ -1,9 +1,9 @@
 // Gathering and scattering by index. No index occurs twice, so that no order of the threads matters.
 #include "common.cuh"
 
-constexpr int AHEAD = 4;  // places that a thread has on their way at once
+constexpr int AHEAD = 4;  // places that a thread loads at once
 
-// write(i, place, read(i, place)) for the i-th index, all reads of a thread's next few before their writes.
+// write(i, place, read(i, place)) for the i-th index; a thread reads a few elements before it writes them.
 template <typename Read, typename Write>
 __device__ __forceinline__ void at_places(const u32* indices, i64 count, Read read, Write write) {
     const i64 step = threads_of_grid();
@@ -27,7 +27,7 @@ extern "C" __global__ void __launch_bounds__(256) gather(const T* x, const u32* 
         [&](i64 i, u32, T value) { values[i] = value; });
 }
 
-// The same, and what is gathered is taken away from x.
+// The same, and subtract the gathered values from x.
 extern "C" __global__ void __launch_bounds__(256) take(T* x, const u32* indices, T* values, double factor, i64 count) {
     at_places(
         indices, count, [&](i64, u32 place) { return x[place]; },
@@ -40,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(256) take(T* x, const u32* indices,
 
 extern "C" __global__ void __launch_bounds__(256) scatter_add(
     const u32* indices, const T* values, T* out, i64 size, double scale, i64 count) {
-    at_places(  // an index that is not below size came from a changed message
+    at_places(  // only in a damaged message is an index not below size
         indices, count, [&](i64 i, u32 place) { return place < size ? out[place] + (T)scale * values[i] : T(0); },
         [&](i64, u32 place, T sum) {
             if (place < size) out[place] = sum;

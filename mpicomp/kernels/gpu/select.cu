@@ -1,13 +1,13 @@
-// Selection from a whole array, to the bit what mpicomp/kernels/cpu/select.py chooses.
+// Selection from a whole array: the same elements as mpicomp/kernels/cpu/select.py chooses.
 //
 // mark    one pass over x and old: sets new = x + old, and lists the elements that reach a bound, the candidates
-// digit   radix selection of the k-th largest of the candidates, 11 bits a launch
-// emit    the candidates that are chosen, in ascending order; zeros them in new
+// digit   radix selection of the k-th largest of the candidates, 11 bits per launch
+// emit    writes the chosen candidates in ascending order; clears them in new
 //
-// No block of `mark`, which moves nearly all bytes, waits for another: a tile takes room in the list by one atomic
-// addition and notes where, so that only `emit`, over some percent of the array, needs the order of the tiles. Where
-// the list is not what was hoped for (fewer than k reach the bound, or more than there is room for), `digit` and `emit`
-// find that out by themselves and go over the whole array instead; the host is not asked.
+// No block of `mark`, which moves nearly all bytes, waits for another: a tile reserves room in the list by one atomic
+// addition and records the place, so that only `emit`, over some percent of the array, needs the order of the tiles. If
+// fewer than k elements reach the bound, or more than the list has room for, `digit` and `emit` see that themselves and
+// read the whole array instead; the host does not wait.
 #include "select.cuh"
 
 constexpr int THREADS = 256;
@@ -16,18 +16,18 @@ constexpr int ROWS = 4;  // packs of a thread; a row's counts of a warp fit a by
 constexpr int ROW = WARP * VEC;
 constexpr int TILE = THREADS * ROWS * VEC;
 constexpr int BITS = 11, BINS = 1 << BITS;
-constexpr int AHEAD = 8;  // elements that a thread of `digit` asks for at once
+constexpr int AHEAD = 8;  // elements that a thread of `digit` loads at once
 constexpr int TILES = 2;  // of a warp in `emit`
 
-// The state that kernels pass on, in words of u64, which start as zeros; select.py knows the first three.
+// The state that kernels share, words of u64 that start as zeros; select.py knows the first three.
 enum { REACHED, LOW, EXACT, TIES, SETTLED, BASE, RANK, ARRIVED };
 
-// Whether the candidates are listed, all of them, and `k` elements can be chosen of them.
+// Whether all candidates are listed and are at least `k`.
 __device__ __forceinline__ bool listed(u64 reached, i64 k, i64 room) {
     return reached >= (u64)k && reached <= (u64)room;
 }
 
-// Tiles begin where x has sixteen bytes that may be read at once: the first may begin before x does.
+// Tiles begin at multiples of sixteen bytes; the first may begin before x.
 extern "C" __global__ void __launch_bounds__(256) mark(const T* x, const T* old, T* sum, i64 size, const u64* low, u64 bound, i64 room, T* found, u32* places, u64* segments, u64* state) {
     __shared__ u32 warps[WARPS];
     __shared__ u64 taken;
@@ -39,7 +39,7 @@ extern "C" __global__ void __launch_bounds__(256) mark(const T* x, const T* old,
     T values[ROWS][VEC];
     load_sums<ROWS, ROW>(x, old, first, size, whole, values);
     if (sum) store_packs<ROWS, ROW>(sum, first, size, whole, values);
-    u32 hits = 0, counts = 0;  // a bit an element, a byte a row
+    u32 hits = 0, counts = 0;  // a bit per element, a byte per row
 #pragma unroll
     for (int j = 0; j < ROWS * VEC; j++) hits |= (u32)(magnitude(values[j / VEC][j % VEC]) >= least) << j;
     if (!whole)
@@ -80,8 +80,8 @@ extern "C" __global__ void __launch_bounds__(256) mark(const T* x, const T* old,
     }
 }
 
-// Settle the threshold without counting, where that is possible: a sampled one stands where no more than k reach it;
-// and where all that is not zero is listed and fewer than k, the first zeros are chosen too.
+// Settle the threshold without counting, if possible: a sampled one is kept if at most k elements reach it; and if all
+// elements that are not zero are listed and fewer than k, the first zeros are chosen too.
 __device__ __forceinline__ bool settle(u64 reached, u64 low, i64 k, bool sampled, Threshold& threshold) {
     if (sampled && reached <= (u64)k) {
         threshold = all_from((Bits)low, (u64)k);
@@ -124,11 +124,11 @@ extern "C" __global__ void __launch_bounds__(256) digit(const T* source, const T
         for (int bin = threadIdx.x; bin < BINS; bin += THREADS) bins[bin] = 0;
         __syncthreads();
         for (i64 first = thread_of_grid(); first < length; first += threads_of_grid() * AHEAD) {
-            Bits sizes[AHEAD];  // read before any is counted, so that the loads are on their way together
+            Bits sizes[AHEAD];  // all loads before the first count, so that they overlap
 #pragma unroll
             for (int j = 0; j < AHEAD; j++) {
                 const i64 i = first + j * threads_of_grid();
-                sizes[j] = i < length ? magnitude(from[i]) : ~Bits(0);  // which no digits hold
+                sizes[j] = i < length ? magnitude(from[i]) : ~Bits(0);  // never counted
             }
 #pragma unroll
             for (int j = 0; j < AHEAD; j++)
@@ -151,8 +151,8 @@ extern "C" __global__ void __launch_bounds__(256) digit(const T* source, const T
     state[SETTLED] = all || end;
 }
 
-// The chosen elements in ascending order, a warp for each tile's candidates, or a tile's elements where none are
-// listed. `scans`: a ticket, then for each group of tiles a state of the scan of those above, then one of the ties.
+// Write the chosen elements in ascending order, a warp per tile: of its candidates or, without a list, of its elements.
+// `scans`: a ticket, then per group of tiles a state of the scan of elements above, then one of the ties.
 extern "C" __global__ void __launch_bounds__(256) emit(const T* source, const T* found, const u32* places, const u64* segments, i64 size, i64 tiles, i64 room, i64 count, u64 bound, const u64* state, u64* scans, T* values, u32* indices, T* rest) {
     __shared__ u32 warps[WARP];
     __shared__ i64 shared;
@@ -162,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(256) emit(const T* source, const T*
     const Threshold threshold = bound ? all_from((Bits)bound, 0) : Threshold{(Bits)state[EXACT], state[TIES]};
     const i64 group = next_tile(scans, &shared);
     const i64 tile = (group * WARPS + warp) * TILES;
-    u64 mine = 0;  // lane s has where the s-th tile's elements begin, and how many they are
+    u64 mine = 0;  // of the s-th tile in lane s: where its elements begin, and their number
     if (lane < TILES && tile + lane < tiles) {
         const i64 begin = (tile + lane) * TILE;
         mine = list ? segments[tile + lane] : (u64)begin << 16 | (u64)max(i64(0), min(i64(TILE), size - begin));
@@ -190,7 +190,7 @@ extern "C" __global__ void __launch_bounds__(256) emit(const T* source, const T*
         if (lane == 0) before[warp] = sum;
     }
     __syncthreads();
-    // What lane 0 has before it, the warp has: the other lanes' sums contain lane 0's.
+    // The count before lane 0 is that before the warp: the sums of the other lanes contain lane 0's.
     u64 over = before[0] + __shfl_sync(ALL, above_here, 0), tied = before[1] + __shfl_sync(ALL, ties_here, 0);
     if (above == 0 && (ties == 0 || tied >= threshold.ties)) return;
     const u32 earlier = (1u << lane) - 1;

@@ -1,10 +1,10 @@
-// What selections share: radix selection of the k-th largest magnitude.
+// Packs of sixteen bytes, and radix selection of the k-th largest magnitude.
 #include "scan.cuh"
 
 constexpr int VEC = 16 / sizeof(T);
 
-// Stores are marked as streaming, evicted first from the L2, which the candidates fit. (A plain store of sixteen bytes
-// may also be parted by the compiler, where the branch for misaligned pointers begins with the same four bytes.)
+// Stores are marked as streaming: the L2 evicts them first and keeps the candidates. (The compiler may also split a
+// plain store of sixteen bytes, because the branch for misaligned pointers begins with the same four bytes.)
 struct __align__(16) Pack {
     T values[VEC];
 };
@@ -15,8 +15,8 @@ __device__ __forceinline__ void store16(double* to, const double (&from)[2]) {
     __stcs((double2*)to, make_double2(from[0], from[1]));
 }
 
-// PACKS times VEC elements of `from` from place i on, STEP apart, sixteen bytes at a time where they lie so; where they
-// are not `whole`, zeros for those outside 0 .. size.
+// PACKS times VEC elements of `from` from place i on, STEP apart, sixteen bytes at a time if aligned; unless they are
+// `whole`, zeros for places outside 0 .. size.
 template <int PACKS, int STEP>
 __device__ __forceinline__ void load_packs(const T* from, i64 i, i64 size, bool whole, T (&to)[PACKS][VEC]) {
     if (whole && aligned16(from + i)) {
@@ -49,7 +49,7 @@ __device__ __forceinline__ void store_packs(T* to, i64 i, i64 size, bool whole, 
     }
 }
 
-// The same of x + old, where there is an old.
+// The same of x + old, or of x without an old.
 template <int PACKS, int STEP>
 __device__ __forceinline__ void load_sums(const T* x, const T* old, i64 i, i64 size, bool whole, T (&to)[PACKS][VEC]) {
     load_packs<PACKS, STEP>(x, i, size, whole, to);
@@ -62,8 +62,8 @@ __device__ __forceinline__ void load_sums(const T* x, const T* old, i64 i, i64 s
 
 constexpr int WIDTH = 8 * sizeof(T) - 1;  // bits of a magnitude
 
-// Where an element's rank is looked for: its magnitude's bits from `high` up are `base`'s, and those from `low` up to
-// `high` are the digit that is counted next.
+// The elements whose digits are counted: those with the bits of `base` from `high` up; the digit is the bits from `low`
+// up to `high`.
 struct Digits {
     Bits base;
     int high, low;
@@ -76,8 +76,9 @@ struct Found {
     u64 digit, rank, count;
 };
 
-// The digit of the `rank`-th largest, 1 <= rank, given by `counts(digit)` how often each occurs: what its rank is among
-// those of that digit, and how many these are. By all threads of a block, after a barrier; `found` is shared memory.
+// The digit of the `rank`-th largest, 1 <= rank, where counts(digit) is how often each occurs; its rank among the
+// elements with that digit, and their number. Called by all threads of a block, after a barrier; `found` is shared
+// memory.
 template <int BINS, typename A, typename Counts>
 __device__ __forceinline__ Found find_digit(Counts counts, A rank, A* warps, Found* found) {
     const int each = (BINS + blockDim.x - 1) / blockDim.x;
@@ -85,7 +86,7 @@ __device__ __forceinline__ Found find_digit(Counts counts, A rank, A* warps, Fou
     A mine = 0, total;
     for (int bin = top; bin > top - each && bin >= 0; bin--) mine += counts(bin);
     A above = block_exclusive(mine, warps, total);
-    if (above < rank && rank <= above + mine) {  // one thread's
+    if (above < rank && rank <= above + mine) {  // true in one thread
         int bin = top;
         for (; rank > above + counts(bin); bin--) above += counts(bin);
         *found = {(u64)bin, (u64)(rank - above), (u64)counts(bin)};
@@ -94,20 +95,20 @@ __device__ __forceinline__ Found find_digit(Counts counts, A rank, A* warps, Fou
     return *found;
 }
 
-// What is chosen: all above `exact`, and of those at it the first `ties`.
+// The chosen elements: all above `exact`, and the first `ties` of those equal to it.
 struct Threshold {
     Bits exact;
     u64 ties;
 };
 
-// All that are at least `base` are chosen; `count` of them would be at 0.
+// All elements of at least `base` are chosen; for base = 0, `count` of the zeros.
 __device__ __forceinline__ Threshold all_from(Bits base, u64 count) {
     return base ? Threshold{Bits(base - 1), 0} : Threshold{0, count};
 }
 
-// The threshold of the `rank` largest of the elements that a block's threads look at: `each(f)` calls f(magnitude) for
-// this thread's, once for each digit. Digits of a byte from the top down; where all elements that share the digits so
-// far are chosen the others do not matter, unless the rank-th magnitude itself is wanted. `bins`: BYTES words, `warps`:
+// The threshold of the `rank` largest elements of a block of threads: `each(f)` calls f(magnitude) for those of this
+// thread, once per digit. Digits are bytes, from the top down; if all elements that share the digits so far are chosen,
+// lower digits do not matter, unless `itself`: the rank-th magnitude itself is asked for. `bins`: BYTES words, `warps`:
 // 32.
 constexpr int BYTES = 256;
 template <typename Each>

@@ -1,4 +1,4 @@
-"""The largest magnitudes of a whole array; `mpicomp.kernels.cpu.select` says what is chosen, `select.cu` how.
+"""The largest magnitudes of a whole array; see `mpicomp.kernels.cpu.select`, and `select.cu` for the method.
 
 A residual costs one pass, which reads x and old and writes new; the sample and the few elements that reach its bound
 cost little more. The host waits for the device only for a `count` that it does not know before.
@@ -18,7 +18,7 @@ from mpicomp.kernels.shared import DIRECT, bits_of_magnitude, sample_size
 
 SELECT = Source("select")
 PACKS = 4 * THREADS  # of 16 bytes in a tile
-GROUP = 2 * THREADS // 32  # tiles of a block that writes what is chosen
+GROUP = 2 * THREADS // 32  # tiles of a block that writes the chosen elements
 BITS = 11  # of a digit
 COUNTING = 1024  # blocks at most that count digits: each adds its counts to those of all
 WORDS = 16  # of state, and then the counts of every digit's values
@@ -29,7 +29,7 @@ NEVER = np.uint64(2**64 - 1)  # a bound that no magnitude reaches
 
 @dataclass(frozen=True)
 class Candidates:
-    """The elements that reach a bound, in any order: `room` of them at most, and where each tile's are."""
+    """The elements that reach a bound, at most `room`, tile by tile in any order; `segments` has the place per tile."""
 
     room: int
     found: Array | None
@@ -47,7 +47,8 @@ class Selection:
     bound: int
     count: int
 
-    def write(self, values: Array, indices: Array, zero: bool = False) -> None:  # noqa: D102
+    def write(self, values: Array, indices: Array, zero: bool = False) -> None:
+        """See `mpicomp.kernels.Selection`."""
         if self.count:
             x, listed = self.source, self.candidates
             number = tiles(x)
@@ -98,8 +99,8 @@ def find_threshold(
 ) -> None:
     """Find the k-th largest magnitude of the candidates or of the whole source, and how many ties are chosen.
 
-    `itself`: it is the magnitude that is asked for, not any that parts the k largest from the others. `share`: the
-    threshold low[0] stands where no more than k reach it.
+    `itself`: find that magnitude, not any that separates the k largest from the others. `share`: keep the threshold
+    low[0] if at most k elements reach it.
     """
     blocks = min(-(-source.size // (16 * THREADS)), COUNTING)
     for level in range(levels(source)):
@@ -124,7 +125,7 @@ def select_top(x: Array, old: Array | None, new: Array | None, k: int, share: fl
     margin = 4 * math.sqrt(expected * (1 - k / n)) + 5
     rank = -(-size * k // n) if share else math.ceil(expected + margin)
     low, room, bound = None, 0, NEVER
-    if share or (rank <= size and 4 * k <= n):  # of a larger part of an array a list would save nothing
+    if share or (rank <= size and 4 * k <= n):  # for a larger k a list would save nothing
         drawn = scratch(size, x.dtype.name)
         room = min(n, k + int(3 * margin * n / size) + DIRECT)
         if share:

@@ -2,9 +2,9 @@
 #include "random.cuh"
 #include "select.cuh"
 
-// A sample of x + old, an element of each of `sampled` strides, by hash within the stride so that no period of the data
-// meets the sample's. Where there is a `rank`, the last block sets `low` to its rank-th largest magnitude, at least 1:
-// the zeros of a sum of sparse arrays would all be candidates.
+// A sample of x + old: one element of each of `sampled` strides, by hash within the stride, so that no period of the
+// data matches that of the sample. With a `rank`, the last block sets `low` to its rank-th largest magnitude, at least
+// 1: or all zeros of a sum of sparse arrays would be candidates.
 constexpr int EACH = 16;  // elements of a thread that selects: samples have 16384 at most
 extern "C" __global__ void __launch_bounds__(1024) sample(const T* x, const T* old, i64 size, T* out, i64 sampled, i64 rank, u64* low, u64* arrived) {
     __shared__ u32 bins[BYTES], warps[WARP], shared;
@@ -30,7 +30,7 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const T* x, const T* o
     if (threadIdx.x == 0) *low = max(exact, Bits(1));
 }
 
-// The k largest of every block, one block of threads each. An array's block of at most one pack a thread stays in
+// The k largest of every block, one block of threads each. An array's block of at most one pack per thread stays in
 // registers; a larger one is read again for every digit, from the cache. `new`, which may be x or old, is written last.
 extern "C" __global__ void __launch_bounds__(1024) block_top_k(const T* x, const T* old, T* rest, i64 size, i64 block, i64 k, i64 written, T* values, u32* indices) {
     __shared__ u32 bins[BYTES], warps[WARP];
@@ -53,14 +53,14 @@ extern "C" __global__ void __launch_bounds__(1024) block_top_k(const T* x, const
                 if (i + e < length) look(magnitude(mine[0][e]));
         }
     };
-    i64 at = (i64)blockIdx.x * k;  // where this block's are written
+    i64 at = (i64)blockIdx.x * k;  // where this block writes
     const u32 rank = (u32)(blockIdx.x + 1 < gridDim.x ? k : written - at);
     const Threshold threshold = block_threshold(each, rank, false, bins, warps, &found);
     u32 ties = (u32)threshold.ties;
     for (i64 start = 0; start < length; start += row) {
         if (!kept) load(start);
         const i64 i = start + (i64)threadIdx.x * VEC;
-        u32 counts = 0;  // of those above in the lower half, of ties in the upper
+        u32 counts = 0;  // of elements above in the lower half, of ties in the upper
 #pragma unroll
         for (int e = 0; e < VEC; e++) {
             const Bits one = magnitude(mine[0][e]);

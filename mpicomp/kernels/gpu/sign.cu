@@ -1,5 +1,4 @@
-// One bit an element and the mean magnitude of an array, or two means: mpicomp/kernels/cpu/sign.py says what is
-// computed.
+// One bit per element and the mean magnitude of an array, or two means: see mpicomp/kernels/cpu/sign.py.
 //
 // A block of 1024 elements is a block of the summation tree and one of bits, for one warp. Byte b of its 128 bytes has
 // elements b, b + 128, ..., b + 7 * 128, the first in its lowest bit: a lane that takes all eight of four such columns
@@ -9,10 +8,10 @@
 
 constexpr int ROWS = 8, COLUMNS = TREE / ROWS;
 constexpr double DOWN = 0x1p-64, UP = 0x1p64, LARGEST = 0x1.fffffffffffffp1023;
-// Sums of double may overflow: they are taken of magnitudes times 2^-64, too, which saves another pass.
+// Sums of double may overflow: sums of magnitudes times 2^-64 are formed too, which saves another pass.
 constexpr int FACTORS = sizeof(T) == 8 ? 2 : 1;
 
-// Column number c of this lane: adjacent ones where memory is read by sixteen bytes, else those a warp apart.
+// Column number c of this lane: adjacent ones for reads of sixteen bytes, otherwise those a warp apart.
 template <bool WIDE>
 __device__ __forceinline__ int column(int c) {
     const int lane = threadIdx.x % WARP;
@@ -35,7 +34,7 @@ __device__ __forceinline__ void load_block(const T* x, const T* old, int count, 
     for (int j = 0; j < ROWS; j++) load(x, j, v[j]);
     if (old) {
 #pragma unroll
-        for (int j = 0; j < ROWS; j += 4) {  // so many at a time that registers suffice
+        for (int j = 0; j < ROWS; j += 4) {  // as many at a time as registers allow
             T more[4][4];
 #pragma unroll
             for (int k = 0; k < 4; k++) load(old, j + k, more[k]);
@@ -47,7 +46,7 @@ __device__ __forceinline__ void load_block(const T* x, const T* old, int count, 
     }
 }
 
-// Several terms of one element, each for a sum of its own.
+// Several terms of one element, one per sum.
 template <int M>
 struct Terms {
     double of[M];
@@ -58,8 +57,8 @@ struct Terms {
     }
 };
 
-// The sums of term(v) over a block by the tree, number m to sums[m * apart]. All terms of an element at once: else what
-// two sums share stays in registers from one to the other, for all elements.
+// The sums of term(v) over a block by the tree, number m to sums[m * apart]. All terms of an element are
+// formed at once: otherwise the common parts of two sums would stay in registers for all elements.
 template <bool WIDE, int M, typename F>
 __device__ __forceinline__ void put_sums(const T (&v)[ROWS][4], F term, double* sums, i64 apart) {
     double part[M][4];
@@ -135,8 +134,8 @@ __device__ __forceinline__ Terms<FACTORS> magnitudes(double x) {
     return terms;
 }
 
-// Write bits, and the sums of all blocks in rows: of magnitudes and, for two means, of what is positive, each once a
-// factor; then the numbers of negative elements.
+// Write bits, and the sums of all blocks in rows: of magnitudes and, for two means, of positive numbers, once per
+// factor; then the counts of negative elements.
 extern "C" __global__ void __launch_bounds__(256, 2) signs(
     const T* x, const T* old, u8* packed, double* sums, i64 size, i64 two_means) {
     with_block(x, old, size, [&](auto access, i64 number, int count, const T(&v)[ROWS][4]) {
@@ -188,8 +187,8 @@ extern "C" __global__ void __launch_bounds__(1024) means(
     }
 }
 
-// Take from x + old what stands for its signs; `rest` may be either.
-extern "C" __global__ void __launch_bounds__(256) leave(
+// Subtract from x + old the number that its sign stands for; `rest` may be either.
+extern "C" __global__ void __launch_bounds__(256) subtract(
     const T* x, const T* old, T* rest, const T* scales, i64 size, i64 two_means) {
     const T upper = scales[0], lower = two_means ? scales[1] : -upper;
     auto act = [&](auto access, i64 i) {

@@ -21,7 +21,7 @@ def encode_sign(x: Array, old: Array | None, new: Array | None, scales: Array, p
     sums, blocks = folded(sums, rows)
     SIGN.launch("means", x, 1, 1024, sums, scales, blocks, x.size, two_means)
     if new is not None:
-        SIGN.launch("leave", x, grid(x.size, EACH), THREADS, x, old, new, scales, x.size, two_means)
+        SIGN.launch("subtract", x, grid(x.size, EACH), THREADS, x, old, new, scales, x.size, two_means)
 
 
 def largest(x: Array, old: Array | None) -> float:

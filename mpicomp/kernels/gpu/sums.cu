@@ -1,4 +1,4 @@
-// Sums in one fixed order, and passes that only add: mpicomp/kernels/cpu/sums.py says what is computed.
+// Sums in one fixed order, and passes that only add: see mpicomp/kernels/cpu/sums.py.
 #include "elements.cuh"
 #include "sums.cuh"
 
@@ -25,7 +25,7 @@ extern "C" __global__ void __launch_bounds__(256) add(const T* x, const T* old, 
     });
 }
 
-// `found` becomes 1 where a quotient is not finite; whoever writes it writes the same.
+// `found` becomes 1 if a quotient is not finite; all threads that write it write the same.
 extern "C" __global__ void __launch_bounds__(256) divide(T* x, double divisor, i64 size, int* found) {
     const T by = (T)divisor;
     bool bad = false;
@@ -50,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(256) nonfinite(const T* x, const T*
     if (bad) *found = 1;
 }
 
-// A level above: `rows` times `size` sums of blocks become those of blocks of 1024 of them, a warp each.
+// A level above: of `rows` rows of `size` sums, every 1024 become one, a warp each.
 extern "C" __global__ void __launch_bounds__(256) fold_rows(const double* sums, double* next, i64 size, i64 rows) {
     const i64 warp = thread_of_grid() / WARP, blocks = (size + TREE - 1) / TREE;
     if (warp >= rows * blocks) return;
@@ -60,7 +60,7 @@ extern "C" __global__ void __launch_bounds__(256) fold_rows(const double* sums, 
     if (threadIdx.x % WARP == 0) next[warp] = sum;
 }
 
-// The rest of the tree, a block of 1024 threads a row.
+// The rest of the tree, a block of 1024 threads per row.
 extern "C" __global__ void __launch_bounds__(1024) total(const double* sums, double* totals, i64 size) {
     __shared__ double shared[WARP];
     const double sum = fold_sums(sums + blockIdx.x * size, size, shared);

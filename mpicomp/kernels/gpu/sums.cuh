@@ -1,12 +1,12 @@
-// Folds of the summation tree that mpicomp/kernels/cpu/sums.py lays down: 1024 numbers a block, as double, halved ten
-// times, so that bit 9 of a number's place is folded first and bit 0 last. Where a number lies is free, as long as bits
-// are folded in that order; zeros beyond the last number change nothing. All lanes must come to what is called here.
+// Folds of the summation tree that mpicomp/kernels/cpu/sums.py defines: 1024 numbers per block, as double, halved ten
+// times, so that bit 9 of a number's place is folded first and bit 0 last. A number may be kept anywhere, as long as
+// bits are folded in that order; zeros beyond the last number change nothing. All lanes must call these functions.
 #include "common.cuh"
 
 constexpr int TREE = 1024;
 
 // The sum of value(k), k < N, of one thread, those with the highest bit of k folded first. Depth first, so that a
-// handful of numbers is alive and not N.
+// handful of numbers is in registers instead of N.
 template <int N, int APART = 1, typename F>
 __device__ __forceinline__ auto fold_each(F value, int k = 0) {
     if constexpr (APART == N) return value(k);
@@ -19,7 +19,7 @@ __device__ __forceinline__ double fold_own(const double (&v)[N]) {
 }
 
 // The sum over a warp of 32 V numbers, number V lane + c in v[c], to all lanes; overwrites v. While a lane has several,
-// it gives half of them away for the same half of the other's: V + 4 shuffles instead of 5 V.
+// it exchanges half of them for the same half of another lane's: V + 4 shuffles instead of 5 V.
 template <int V>
 __device__ __forceinline__ double fold_warp(double (&v)[V]) {
     int step = WARP / 2;
@@ -39,13 +39,13 @@ __device__ __forceinline__ double fold_warp(double (&v)[V]) {
     return v[0];
 }
 
-// The sum over a warp of one number a lane, to all lanes.
+// The sum over a warp of one number per lane, to all lanes.
 __device__ __forceinline__ double fold_lanes(double value) {
     double v[1] = {value};
     return fold_warp(v);
 }
 
-// The sum over a block of 32 W threads of one number a thread, to all threads. `shared`: 32 W numbers, free again on
+// The sum over a block of 32 W threads of one number per thread, to all threads. `shared`: 32 W numbers, free again on
 // return. With 256 threads, thread t brings ((t) + (t + 512)) + ((t + 256) + (t + 768)): `fold_own` of t + 256 k.
 template <int W>
 __device__ __forceinline__ double fold_block(double value, double* shared) {
@@ -107,6 +107,6 @@ __device__ double finish_tree(double* sums, i64 count) {
     return *sums;
 }
 
-// What stands for a number i that a block filled up to `full` has not: a zero, and beyond that, where a fold adds
-// nothing, -0, which changes nothing.
+// The value of a missing number i of a block: a zero up to `full`, and beyond, where the tree folds nothing, -0, which
+// changes no sum.
 __device__ __forceinline__ double missing(int i, int full) { return i < full ? 0.0 : -0.0; }

@@ -1,7 +1,7 @@
-"""Entries: the index-value pairs of sparse vectors, and how those of a region become bytes.
+"""Entries: the index-value pairs of sparse vectors, and the bytes of those of a region.
 
-What codecs such as `topk` select is sent in parts here, added up, and selected from again; so their entries are handled
-apart from the payloads that the codecs themselves would write.
+`split` and `tree` send the entries that a codec such as `topk` selects in parts, add them up and select again. So they
+write entries themselves, instead of the codec's payloads.
 """
 
 from __future__ import annotations
@@ -9,39 +9,23 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.codecs import indices
 from mpicomp.codecs.base import Codec, Key
-from mpicomp.codecs.sparse import Values, indices_field, padded, write_indices
-from mpicomp.kernels import kernels_for
-from mpicomp.reducers.parts.messages import encode
+from mpicomp.codecs.sparse import Selecting, Values, indices_field, padded, write_indices
+from mpicomp.kernels import host_kernels
+from mpicomp.reducers.base import State
+from mpicomp.reducers.parts.messages import encode, residuals
 from mpicomp.wire import Field, Payload
 
 
-class Selecting(Codec, Protocol):
-    """A codec that sends some elements and where they are."""
-
-    @property
-    def values(self) -> Codec | None:
-        """What encodes the elements that are sent."""
-        ...
-
-    def kept(self, size: int) -> int:
-        """Return how many of `size` elements are sent at most."""
-        ...
-
-    def pick(self, x: Array, old: Array | None, new: Array | None) -> tuple[Array, Array]:
-        """Return the elements of x + old that are sent, (k,), and where they are, uint32; `new` gets the others."""
-        ...
-
-
 def check_selecting(reducer: str, codec: Codec) -> Selecting:
-    """Raise ValueError for a codec that sends no indices."""
-    if not hasattr(codec, "pick"):
+    """Return a codec that sends index-value pairs; ValueError for any other."""
+    if not codec.selects:
         raise ValueError(
             f"{reducer} takes a codec that sends index-value pairs (topk, blocktopk, sampled_topk, threshold), got "
             f"{codec}; use two_stage({codec})"
@@ -61,49 +45,54 @@ class Entries(NamedTuple):
         """Return entries number start .. stop, with places counted from `origin`."""
         return Entries(self.values[start:stop], self.places[start:stop] - np.uint32(origin))
 
+    def largest(self, k: int, residual: Array | None) -> Entries:
+        """Return the k entries of largest magnitude; the others are added to `residual`."""
+        kernels = host_kernels(self.values)
+        kept, numbers = np.empty(k, self.values.dtype), np.empty(k, np.uint32)
+        rest = None if residual is None else np.empty_like(self.values)
+        kernels.select_top(self.values, None, rest, k).write(kept, numbers, zero=rest is not None)
+        if rest is not None and residual is not None:
+            kernels.scatter_add(self.places, rest, residual)
+        return Entries(kept, self.places[numbers])
+
 
 @dataclass(frozen=True)
-class Coding:
-    """The bytes of entries: values as they are or by a codec, then indices in the smallest coding."""
+class EntryCodec:
+    """The bytes of entries: values, unchanged or by a codec, then indices in the smallest coding."""
 
     codec: Codec | None
     dtype: str
 
     def fields(self, size: int, count: int) -> tuple[Field, ...]:
-        """The fields of so many entries of a region of `size` elements."""
+        """The fields of `count` entries of a region of `size` elements."""
         return *Values(self.codec).fields(count, self.dtype), indices_field(size, count)
 
     def write(
-        self,
-        entries: Entries,
-        payload: Payload,
-        size: int,
-        key: Key,
-        rest: Array | None = None,
-        shrink: float = 1.0,
+        self, entries: Entries, payload: Payload, size: int, key: Key, residual: Array | None, shrink: float = 1.0
     ) -> None:
-        """Encode entries of a region of `size` elements; `rest`, (k,), is set to what the code leaves out.
+        """Encode entries of a region of `size` elements; what the code leaves out is added to `residual`, (size,).
 
-        Values are multiplied by `shrink` before, as `messages.encode` says; without a codec they travel as they are.
+        Values are multiplied by `shrink` before, see `messages.encode`; without a codec they travel unchanged.
         """
         *coded, data = payload
         write_indices(entries.places, size, data)
         if self.codec is None:
             coded[0][:] = entries.values
-            if rest is not None:
-                rest[:] = 0
-        else:
-            encode(self.codec, entries.values, None, tuple(coded), rest, key, shrink)
+            return
+        rest = None if residual is None else np.empty_like(entries.values)
+        encode(self.codec, entries.values, None, tuple(coded), rest, key, shrink)
+        if rest is not None and residual is not None:
+            host_kernels(rest).scatter_add(entries.places, rest, residual)
 
     def read(self, payload: Payload, size: int, count: int, key: Key, shrink: float = 1.0) -> Entries:
-        """Decode so many entries; their values may be a view of the payload."""
+        """Decode `count` entries; their values may be a view of the payload."""
         *coded, data = payload
         places = np.empty(count, np.uint32)
         indices.decode(data, size, indices.smallest(size, count), places)
         return Entries(self._values(tuple(coded), count, key, shrink), places)
 
     def add(self, payload: Payload, count: int, out: Array, key: Key, shrink: float = 1.0) -> None:
-        """Add so many entries to `out`, a region."""
+        """Add `count` entries to `out`, a region."""
         *coded, data = payload
         values = self._values(tuple(coded), count, key, shrink)
         indices.scatter_add(data, indices.smallest(out.size, count), values, out)
@@ -113,28 +102,28 @@ class Coding:
         return values if self.codec is None or shrink == 1.0 else values * values.dtype.type(1 / shrink)
 
     def most(self, size: int, count: int, parts: int = 1) -> int:
-        """Return how many bytes so many entries of `size` elements take at most, padding included.
+        """Return an upper bound of the bytes of `count` entries of `size` elements, padding included.
 
-        In whichever way the elements are cut into at most so many parts, and the entries fall into them. Holds where a
-        codec of values needs as much for every block that is added.
+        It holds for every way to cut the elements into at most `parts` parts, if the codec of values needs equal bytes
+        for every further block.
         """
         if count == 0:
             return 0
-        # Elias-Fano codes of one width, which the smallest coding of a part undercuts: sum over parts of
-        # ceil(k w / 8) + ceil((k + ((n - 1) >> w)) / 8), and up to 7 of padding
+        # The bytes of Elias-Fano codes of one width, at least those of the smallest coding of each part: the sum over
+        # parts of ceil(k w / 8) + ceil((k + ((n - 1) >> w)) / 8), and up to 7 of padding.
         width = indices.width(size, count)
         bits = count * (width + 1) + (size >> width)
         return self.most_values(count, parts) + -(-bits // 8) + 9 * parts
 
     def most_values(self, count: int, parts: int = 1) -> int:
-        """Return how many of these bytes are the values'."""
+        """Return an upper bound of the bytes of their values."""
         slope, constant = _slope(cast(Hashable, self.codec), self.dtype)
         return int(slope * count + constant * parts) + 1
 
 
 @lru_cache(maxsize=256)
 def _slope(codec: Hashable, dtype: str) -> tuple[float, float]:
-    """Return a and b such that k values take at most a k + b bytes with padding, as tight as a codec's blocks allow."""
+    """Return the least a and b such that k values take at most a k + b bytes with padding."""
     how = Values(cast(Codec | None, codec))
     block = 1 if how.codec is None else how.codec.block
     many = 64 * max(block, 64)
@@ -143,11 +132,15 @@ def _slope(codec: Hashable, dtype: str) -> tuple[float, float]:
     return slope, max(sizes)
 
 
-def pick(codec: Selecting, x: Array, old: Array | None, new: Array | None) -> tuple[Entries, bool]:
-    """Select from x + old; return the entries and whether all of x + old is finite.
+def select_units(codec: Selecting, x: Array, state: State) -> list[Entries] | None:
+    """Select from every unit that has elements, of x + residual; None where an input held NaN or infinity.
 
-    Nobody need look at all of x for that: magnitudes are compared as integers, so that infinity and NaN are larger than
+    Only the selected entries are checked: magnitudes are compared as integers, so that infinity and NaN are larger than
     all others, and some are among the entries if there are any.
     """
-    entries = Entries(*codec.pick(x, old, new))
-    return entries, not kernels_for(x).nonfinite(entries.values)
+    found = []
+    for piece in state.layout.whole():
+        found.append(Entries(*codec.pick(x[piece.where], *residuals(state, piece.where))))
+        if host_kernels(x).nonfinite(found[-1].values):
+            return None
+    return found

@@ -1,24 +1,28 @@
-"""Coding hidden behind the wire: what a rank sends is cut into groups, each sent as soon as it is encoded.
+"""Coding overlaps the transfer: what a rank sends is cut into groups, and each is sent as soon as it is encoded.
 
 A group is one message. The pieces of a codec that codes block by block are cut at multiples of its block, which
-changes no code; those of other codecs stay whole, so there the groups are the peers' shards and the tensors.
+changes no code; those of other codecs stay whole, so that their groups are the peers' shards and the tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
+from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
-from mpicomp.comm.collectives import begin_receive, begin_send
+from mpicomp.comm.collectives import peers
 from mpicomp.comm.communicator import Comm
-from mpicomp.comm.transport import Request
-from mpicomp.comm.watch import wait
-from mpicomp.errors import ConfigMismatchError
+from mpicomp.comm.exchange import Exchange, exchange_lengths
 from mpicomp.reducers.base import State
 from mpicomp.reducers.parts.layout import Piece
-from mpicomp.reducers.parts.messages import Envelope, exchange_lengths, says_poison
+from mpicomp.reducers.parts.messages import Envelope, check_header
 
-GROUP = 1 << 19  # elements in a message, about: of half as many, what Python does for each takes a tenth of a step
+GROUP = 1 << 19  # elements of a message, about: with half as many, Python's work per message takes a tenth of a step
+
+M = TypeVar("M", bound=Envelope)
 
 
 def groups(pieces: Sequence[Piece], codec: Codec) -> list[list[Piece]]:
@@ -46,23 +50,17 @@ def _cut(piece: Piece, codec: Codec) -> list[Piece]:
     return [Piece(piece.unit, start, min(piece.stop, start + step)) for start in starts]
 
 
-def in_turn(messages: Sequence[Sequence[object]]) -> list[tuple[int, int]]:
-    """All (rank, group), the first group of every rank first: the order in which they arrive."""
-    most = max(map(len, messages), default=0)
-    return [(rank, group) for group in range(most) for rank, found in enumerate(messages) if group < len(found)]
+def round_robin(messages: Sequence[Sequence[object]], ranks: Iterable[int]) -> list[tuple[int, int]]:
+    """All (rank, group): the first group of each of these ranks in turn, then the second of each, and so on."""
+    most, ranks = max(map(len, messages), default=0), list(ranks)
+    return [(rank, group) for group in range(most) for rank in ranks if group < len(messages[rank])]
 
 
-def ring(comm: Comm, messages: Sequence[Sequence[object]]) -> list[tuple[int, int]]:
-    """All (peer, group) in the order of sending: no rank is the first target of all others, this one comes last."""
-    place = {(comm.rank + distance) % comm.size: distance or comm.size for distance in range(comm.size)}
-    return sorted(in_turn(messages), key=lambda each: (each[1], place[each[0]]))
+class MessageExchange(Exchange):
+    """An exchange of messages with headers, each sent as soon as it is written.
 
-
-class Burst:
-    """Messages from every rank to every other, each begun as soon as it is written.
-
-    outgoing[r] are those for rank r and incoming[r] those from it, in order; `outgoing[me]` is not sent. Messages of
-    variable size leave together, when the last is written, after their lengths. Collective.
+    outgoing[r] are the messages for rank r and incoming[r] those from it, in order; outgoing[me] is not sent. Messages
+    of variable size leave together, after their lengths, at `flush`.
     """
 
     def __init__(
@@ -70,73 +68,136 @@ class Burst:
         comm: Comm,
         outgoing: Sequence[Sequence[Envelope]],
         incoming: Sequence[Sequence[Envelope]],
+        sequence: int,
+        state: State,
         operation: str,
     ) -> None:
-        self.comm, self.operation = comm, operation
-        self.outgoing, self.incoming = outgoing, incoming
-        self.sends: list[Request] = []
-        self.arrivals: list[list[list[Request]]] = [[] for _ in incoming]
-        self.awaited = 0  # requests of arrivals
+        super().__init__(comm, operation, calm=True)
+        self.outgoing, self.messages = outgoing, incoming
+        self.sequence, self.state = sequence, state
         self.fixed = all(message.fixed for messages in (*outgoing, *incoming) for message in messages)
         if self.fixed:
             self._post()
 
     def _post(self) -> None:
-        for distance in range(1, self.comm.size):
-            peer = (self.comm.rank - distance) % self.comm.size
-            for message in self.incoming[peer]:
-                message.settle()
-                self.arrivals[peer].append(begin_receive(self.comm, message.travelling, peer))
-                self.awaited += len(self.arrivals[peer][-1])
+        for messages in self.messages:
+            for message in messages:
+                message.wait_idle()
+        self.receive([[message.travelling for message in messages] for messages in self.messages])
 
-    def send(self, peer: int, group: int) -> None:
-        """Send a message that has just been written."""
-        if self.fixed and peer != self.comm.rank:
-            self.sends += begin_send(self.comm, self.outgoing[peer][group].travelling, peer)
-            self.comm.transport.progress()
+    def send_written(self, group: int, *to: int) -> None:
+        """Send the messages of a group that have just been written, unless they wait for `flush`."""
+        for peer in to if self.fixed else ():
+            if peer != self.comm.rank:
+                self.send(self.outgoing[peer][group].travelling, peer)
+                self.comm.transport.progress()
 
-    def send_all(self) -> None:
-        """Send what waits for its lengths; must be called when all messages are written."""
+    def flush(self) -> None:
+        """Exchange lengths and send all messages of variable size; must be called when all messages are written."""
         if self.fixed:
             return
-        comm, me = self.comm, self.comm.rank
-        told = exchange_lengths(
-            comm,
-            [messages[0].length if messages and peer != me else None for peer, messages in enumerate(self.outgoing)],
-            [bool(messages) and peer != me for peer, messages in enumerate(self.incoming)],
+        me, incoming = self.comm.rank, self.messages
+        lengths = exchange_lengths(
+            self.comm,
+            [messages[0].length if messages and peer != me else 0 for peer, messages in enumerate(self.outgoing)],
+            [messages[0].buffer.size if messages and peer != me else 0 for peer, messages in enumerate(incoming)],
             self.operation,
         )
-        for messages, length in zip(self.incoming, told, strict=True):
-            for message in messages:
-                message.length = length
+        for peer in peers(self.comm.rank, self.comm.size):
+            for message in incoming[peer]:
+                message.length = lengths[peer]
         self._post()
-        for distance in range(1, comm.size):
-            peer = (me + distance) % comm.size
+        for peer in peers(self.comm.rank, self.comm.size):
             for message in self.outgoing[peer]:
-                self.sends += begin_send(comm, message.travelling, peer)
+                self.send(message.travelling, peer)
 
-    def arrived(self, peer: int, group: int, sequence: int, state: State) -> bool:
-        """Wait for a message of a peer; return whether it says that an input was not finite.
+    def poisoned(self, peer: int, group: int) -> bool:
+        """Wait for a message of a rank; return whether it says that an input held NaN or infinity.
 
-        Raises ConfigMismatchError for one of another operation, when all that is under way has come to its end.
+        False for this rank's own. Raises ConfigMismatchError for a message of another operation.
         """
         if peer == self.comm.rank:
             return False
-        requests = self.arrivals[peer][group]
-        self.awaited -= len(requests)
-        wait(self.comm, requests, self.operation, calm=self.awaited > 0)
-        requests.clear()
-        self.incoming[peer][group].look()
-        try:
-            return says_poison(self.incoming[peer][group].host, peer, sequence, state)
-        except ConfigMismatchError:
-            wait(
-                self.comm, [r for messages in self.arrivals for requests in messages for r in requests], self.operation
-            )
-            self.finish()
-            raise
+        self.arrived(peer, group)
+        return check_header(self.messages[peer][group].arrived(), peer, self.sequence, self.state)
 
-    def finish(self) -> None:
-        """Wait until what was sent has left."""
-        wait(self.comm, self.sends, self.operation)
-        self.sends.clear()
+
+@dataclass(frozen=True)
+class Steps(ABC, Generic[M]):
+    """One reduction in two stages: what a method does with its messages."""
+
+    x: Array
+    state: State
+    out: Array
+    me: int
+
+    @abstractmethod
+    def encode(self, messages: Sequence[M]) -> Iterable[bool]:
+        """Write the messages of the first stage in turn; yield for each whether its input was finite."""
+
+    @abstractmethod
+    def add(self, share: M, received: dict[int, M]) -> bool:
+        """Write a message of the second stage from those received, by rank; return whether the sums are finite."""
+
+    @abstractmethod
+    def decode(self, share: M, owner: int) -> bool:
+        """Set a part of `out` to the sums that its owner sent; return whether they are known to be finite."""
+
+
+class TwoStages(Generic[M]):
+    """The messages of a rank in two stages: an owner adds up what all ranks have of its shard, and shares the sum.
+
+    `parts` are the pieces of every rank's shard, by group; `first` and `second` make messages of the two stages. With
+    `own` a rank writes a message for its own shard too; otherwise `Steps.add` finds that part in the input.
+    """
+
+    def __init__(
+        self,
+        me: int,
+        parts: Sequence[Sequence[list[Piece]]],
+        first: Callable[[list[Piece]], M],
+        second: Callable[[list[Piece]], M],
+        own: bool,
+    ) -> None:
+        ranks = len(parts)
+        self.outgoing = [[first(part) for part in shard if rank != me or own] for rank, shard in enumerate(parts)]
+        self.incoming = [
+            [first(part) for part in parts[me]] if rank != me else self.outgoing[me] for rank in range(ranks)
+        ]
+        self.shares = [[second(part) for part in shard] for shard in parts]
+        self.departures = round_robin(self.outgoing, (*peers(me, ranks), me))  # this rank's own come last
+        self.arrivals = round_robin(self.shares, range(ranks))
+        self.largest = max((sum(piece.size for piece in part) for part in parts[me]), default=0)
+        """Elements of the largest group of this rank's shard."""
+
+    def run(self, comm: Comm, steps: Steps[M], sequence: int, operation: str) -> tuple[bool, bool]:
+        """Return whether some rank's input held NaN or infinity, and whether the result is known to be finite."""
+        me, ranks = comm.rank, range(comm.size)
+        mine, state = self.shares[me], steps.state
+        poisoned, finite = False, True
+        first = MessageExchange(comm, self.outgoing, self.incoming, sequence, state, f"{operation}, stage 1")
+        with first:
+            written = [self.outgoing[peer][group] for peer, group in self.departures]
+            for (peer, group), message, sound in zip(self.departures, written, steps.encode(written), strict=True):
+                message.seal(sequence, state, not sound)
+                poisoned |= not sound
+                first.send_written(group, peer)
+            first.flush()
+            if mine:  # headers first: after a mismatch nothing more may be under way
+                poisoned |= any([first.poisoned(rank, 0) for rank in ranks])
+            second = MessageExchange(comm, [mine] * comm.size, self.shares, sequence, state, f"{operation}, stage 2")
+            for group, share in enumerate(mine):
+                poisoned |= group > 0 and any([first.poisoned(rank, group) for rank in ranks])
+                received = {rank: messages[group] for rank, messages in enumerate(self.incoming) if messages}
+                poisoned = poisoned or not steps.add(share, received)
+                share.seal(sequence, state, poisoned)
+                second.send_written(group, *peers(comm.rank, comm.size))
+                if not poisoned:
+                    finite &= steps.decode(share, me)
+        with second:
+            second.flush()
+            for owner, group in self.arrivals:
+                poisoned |= second.poisoned(owner, group)
+                if not poisoned and owner != me:
+                    finite &= steps.decode(self.shares[owner][group], owner)
+        return poisoned, finite

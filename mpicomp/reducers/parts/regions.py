@@ -1,9 +1,9 @@
-"""Regions: who owns which part of a unit, such that all owners have about as many entries.
+"""Regions: the parts of units and their owners, such that all owners have about the same number of entries.
 
-Every rank counts what it selected in equal intervals of a unit, and one integer allreduce makes these counts the sums
-of all ranks, the same everywhere in whatever order MPI adds. The unit is then cut where the cumulated counts reach
-1/p, 2/p, ..., interpolated within an interval. Boundaries are those of this very step (Ok-Topk, PPoPP'22, keeps its own
-for 64 iterations): they need no memory, so nothing has to be exported, and the first step is balanced too.
+Every rank counts its selected entries in equal intervals of a unit, and one integer allreduce sums these counts, with
+the same result in whatever order MPI adds. The unit is then cut where the cumulated counts reach 1/p, 2/p, ...,
+interpolated within an interval. Boundaries are found anew in every step (Ok-Topk, PPoPP'22, keeps its own for 64
+iterations): they need no memory, so nothing has to be exported, and the first step is balanced too.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from mpicomp.comm.communicator import Comm
 from mpicomp.errors import WireFormatError
 from mpicomp.reducers.parts.layout import Layout, Piece, Unit
 
-SHARE = 16  # entries a rank sends to an owner, or more: a part of fewer is mostly padding
-INTERVALS = 1024  # at most, or four for each rank: 8 KiB there and back
+SHARE = 16  # entries per rank and owner at least: a part of fewer is mostly padding
+INTERVALS = 1024  # per unit at most, or four per rank: 8 KiB there and back
 
 
 class Region(NamedTuple):
@@ -34,51 +34,51 @@ class Region(NamedTuple):
     """Of the unit, in the layout."""
     piece: Piece
     quota: int
-    """How many entries are left in it where entries are cut: the quotas of a unit add up to what one rank selects."""
+    """Entries that remain after a cut: the quotas of a unit add up to the entries that one rank selects."""
 
 
 @dataclass(frozen=True)
 class Division:
-    """How a unit is divided; depends on nothing but the unit and the number of ranks, never on its bucket."""
+    """The parts of a unit; they depend on the unit and the number of ranks only, never on its bucket."""
 
     number: int
     unit: Unit
     entries: int
-    """What a rank selects at most."""
+    """Entries that a rank selects at most."""
     ranks: int
 
     @cached_property
     def parts(self) -> int:
-        """Into how many regions it is cut."""
+        """The number of regions."""
         return min(self.ranks, max(1, self.entries // SHARE))
 
     @cached_property
     def intervals(self) -> int:
-        """In how many intervals entries are counted; 0: nothing is to be balanced."""
+        """The number of intervals in which entries are counted; 0 for a single region."""
         return min(self.entries // SHARE, max(INTERVALS, 4 * self.ranks)) if self.parts > 1 else 0
 
     @cached_property
     def width(self) -> int:
-        """Elements of an interval; the last may have fewer, and so may there be fewer intervals of any."""
+        """Elements per interval; the last interval with elements may have fewer, and later ones none."""
         return -(-self.unit.size // max(1, self.intervals))
 
     def owner(self, part: int) -> int:
-        """The rank that owns a part; where they begin depends on the unit's name, so that small units spread."""
+        """The rank that owns a part; the first owner depends on the unit's name, so that small units spread."""
         return (stream_of(self.unit.name) + part) % self.ranks
 
     def quota(self, part: int) -> int:
-        """How many entries are left of a part where entries are cut."""
+        """Entries of a part that remain after a cut."""
         return (part + 1) * self.entries // self.parts - part * self.entries // self.parts
 
     def count(self, places: Array) -> Array:
         """Count ascending places, (k,) uint32, by interval: (intervals,)."""
         edges = np.minimum(np.arange(1, self.intervals, dtype=np.int64) * self.width, self.unit.size)
-        # an edge at 2^32 itself, which uint32 does not hold, has nothing behind it
+        # no entry lies behind an edge at 2^32, which uint32 does not hold
         before = np.searchsorted(places, np.minimum(edges, 0xFFFFFFFF).astype(np.uint32))
         return np.diff(before, prepend=0, append=places.size)
 
     def cuts(self, counts: Array) -> list[int]:
-        """Where the parts begin and end, (parts + 1,), from the counts of all ranks together."""
+        """The bounds of the parts, (parts + 1,), from the sums of all ranks' counts."""
         size, parts = self.unit.size, self.parts
         total = int(counts.sum())
         if int(counts.max(initial=0)) > self.ranks * self.entries or total > self.ranks * self.entries:
@@ -94,16 +94,16 @@ class Division:
         return [0, *(start + inside).tolist(), size]
 
     def largest(self) -> int:
-        """How many different places all ranks' entries in one region may have."""
+        """An upper bound of the different places of all ranks' entries in one region."""
         size, everything = self.unit.size, self.ranks * self.entries
         if self.parts == 1:
             return min(size, everything)
-        # whole intervals have their share, and what is in the two at its ends is not known
+        # the intervals inside the region have their share; the two at its ends may be full
         return min(size, everything // self.parts + 1 + 2 * self.width)
 
 
 def divide(layout: Layout, kept: Sequence[int], ranks: int) -> list[Division]:
-    """Divide the units of a layout of which a rank selects kept[i] elements of unit i at most; empty ones are left."""
+    """Divide the units of a layout that have elements; a rank selects at most kept[i] elements of unit i."""
     return [
         Division(number, unit, entries, ranks)
         for number, (unit, entries) in enumerate(zip(layout.units, kept, strict=True))
@@ -112,20 +112,20 @@ def divide(layout: Layout, kept: Sequence[int], ranks: int) -> list[Division]:
 
 
 def histogram_nbytes(divisions: Sequence[Division]) -> int:
-    """Bytes that are summed over ranks to balance these units."""
+    """Bytes of the counts that ranks sum up to balance these units."""
     return sum(division.intervals for division in divisions) * np.dtype(_dtype(divisions)).itemsize
 
 
 def _dtype(divisions: Sequence[Division]) -> str:
-    """The integers that hold the largest sum."""
+    """The smallest integer type that holds every sum."""
     most = max((division.ranks * division.entries for division in divisions), default=0)
     return "uint32" if most < 1 << 32 else "uint64"
 
 
 def owned_regions(comm: Comm, divisions: Sequence[Division], places: Mapping[int, Array]) -> list[list[Region]]:
-    """Agree on the regions of each rank; `places` are those that this rank selected, (k,) uint32, by number of unit.
+    """Agree on the regions of each rank; `places` are those of this rank's entries, (k,) uint32, by number of unit.
 
-    Collective; a rank with nothing to say gives no places. Regions without elements are left out.
+    A rank whose input had NaN or infinity gives no places. Regions without elements are left out. Collective.
     """
     counted = [division for division in divisions if division.intervals]
     mine = np.zeros(sum(division.intervals for division in counted), _dtype(divisions))

@@ -1,9 +1,9 @@
-"""A segmented ring: the exact sum in the least bytes, where every rank sends to one neighbour and hears from the other.
+"""A segmented ring: the exact sum in the fewest bytes; every rank sends to one neighbour and receives from the other.
 
-An array is cut into one chunk a rank. A chunk starts at the rank of its number and goes round, each rank adding its own
-part, until the last one has the sum; then the sum goes round (Patarasuk and Yuan 2009). Chunks travel in segments, so
-that all links work at the same time and sums hide behind the network. No rank has more than one sender, whose stream
-fills its link evenly, which P(P-1) streams at once do not.
+An array is cut into one chunk per rank. A chunk starts at the rank of its number and goes round; each rank adds its own
+part until the last rank has the sum, and then the sum goes round (Patarasuk and Yuan 2009). Chunks travel in segments,
+so that all links work at the same time and sums overlap the transfer. Every rank has one sender, whose stream fills the
+link evenly; P(P-1) streams at once do not.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from mpicomp.cost import Cost, Work
 from mpicomp.kernels import kernels_for
 from mpicomp.reducers.parts.layout import cut_up, even_cuts
 
-SEGMENT = 1 << 18  # bytes at least: half and double of it are as fast at 1 Gb/s, less than 128 KiB is slower
-LARGEST = 4  # times SEGMENT: fewer and larger ones where a chunk has many, for networks that are fast
-ENOUGH = 16  # segments of a chunk
-WINDOW = 8  # receives that are posted ahead
+SEGMENT = 1 << 18  # bytes at least: half and double are as fast at 1 Gb/s, less than 128 KiB is slower
+LARGEST = 4  # times SEGMENT at most: a chunk of many segments has larger ones, for fast networks
+ENOUGH = 16  # segments per chunk, above which they grow
+WINDOW = 8  # receives posted ahead
 
 
-@np.errstate(over="ignore", invalid="ignore")  # what is not finite is an input like others, no ground to warn
+@np.errstate(over="ignore", invalid="ignore")  # NaN and infinity are valid input: no warning
 def ring_sum(comm: Comm, x: Array, total: Array, slots: Array, divisor: int, operation: str) -> bool:
-    """Sum x over ranks into `total`, both (n,), the same array or apart, divided by `divisor`.
+    """Sum x over ranks into `total`, (n,) each, the same array or without overlap, and divide it by `divisor`.
 
     An element is added up in the order of the ring from its chunk's number on, and divided where its sum is complete.
-    Returns whether all of `total` is known to be finite: only where it is divided does anybody look. `slots` is a
-    workspace of `ring_slots` elements. Collective.
+    Returns whether `total` is known to be finite, which only a division finds out. `slots` is a buffer of `ring_slots`
+    elements. Collective.
     """
     me, ranks = comm.rank, comm.size
     if ranks == 1:
@@ -41,10 +41,10 @@ def ring_sum(comm: Comm, x: Array, total: Array, slots: Array, divisor: int, ope
     parts = _parts(x.nbytes, x.itemsize, ranks)
     arrivals = [part for chunk in _passing(me, ranks)[1:] for part in parts[chunk]]
     count = sum(map(len, parts))
-    summing = count - len(parts[me])  # so many arrivals are partial sums, of which the last complete a chunk
-    complete = summing - len(parts[right])
-    forwarded = len(arrivals) - len(parts[(me + 2) % ranks])
-    window = min(WINDOW, count)  # so far ahead, and no farther, a segment that is to arrive has been sent on before
+    summing = count - len(parts[me])  # arrivals before this one are partial sums
+    complete = summing - len(parts[right])  # partial sums from this one on complete a chunk
+    forwarded = len(arrivals) - len(parts[(me + 2) % ranks])  # arrivals before this one are sent on
+    window = min(WINDOW, count)  # the place of an arrival in `total` was sent at most so many arrivals ago
     slots = slots.reshape(WINDOW, -1)
 
     def place(number: int) -> Array:
@@ -52,7 +52,7 @@ def ring_sum(comm: Comm, x: Array, total: Array, slots: Array, divisor: int, ope
         part = arrivals[number]
         return slots[number % WINDOW, : part.stop - part.start] if number < summing else total[part]
 
-    sends: dict[int, list[Request]] = {}  # of partial sums, by the segment's start: what is still read
+    sends: dict[int, list[Request]] = {}  # of partial sums, by the start of the segment, which must not change yet
     shares: list[Request] = []
 
     def send(number: int, part: slice, data: Array) -> None:
@@ -66,7 +66,7 @@ def ring_sum(comm: Comm, x: Array, total: Array, slots: Array, divisor: int, ope
 
     def post(until: int) -> None:
         for number in range(len(receives), min(until, len(arrivals))):
-            if number >= summing:  # the sum takes the place of what this rank sent on
+            if number >= summing:  # the sum takes the place of a partial sum that this rank sent
                 wait(comm, sends.pop(arrivals[number].start), operation)
             receives.append(begin_receive(comm, as_bytes(place(number)), left))
 
@@ -84,7 +84,7 @@ def ring_sum(comm: Comm, x: Array, total: Array, slots: Array, divisor: int, ope
             finite &= kernels.divide(share, divisor) if number < summing else not kernels.nonfinite(share, None)
         if number < forwarded:
             share = total[part]
-            share.flags.writeable = False  # it is sent and stays: a part of the result
+            share.flags.writeable = False  # it is sent, and remains a part of the result
             send(number, part, share)
             comm.transport.progress()
     wait(comm, [request for requests in (*sends.values(), shares) for request in requests], operation)
@@ -92,7 +92,7 @@ def ring_sum(comm: Comm, x: Array, total: Array, slots: Array, divisor: int, ope
 
 
 def _passing(me: int, ranks: int) -> list[int]:
-    """The chunks that rank `me` sends, in order: its own, then those that arrive and go on; the last one stays."""
+    """The chunks that rank `me` sends, in order: its own, then those that arrive and go on; the last chunk stays."""
     return [(me - distance) % ranks for distance in range(2 * ranks - 1)]
 
 
@@ -103,7 +103,7 @@ def _parts(nbytes: int, itemsize: int, ranks: int) -> list[list[slice]]:
 
 
 def ring_slots(nbytes: int, itemsize: int, ranks: int) -> int:
-    """Elements of workspace that `ring_sum` needs for an array of `nbytes`."""
+    """Elements of the buffer that `ring_sum` needs for an array of `nbytes`."""
     return WINDOW * max((part.stop - part.start for part in _parts(nbytes, itemsize, ranks)[0]), default=0)
 
 

@@ -1,0 +1,1 @@
+"""Allreduces side by side."""

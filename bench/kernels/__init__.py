@@ -1,0 +1,1 @@
+"""Codecs beside memcpy, NumPy, torch and bitsandbytes."""

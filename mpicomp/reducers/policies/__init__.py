@@ -1,0 +1,8 @@
+"""Policies: reducers that wrap reducers, in the order of `mpicomp.reducers.base.Level` from the outside in."""
+
+from mpicomp.reducers.policies.after import After
+from mpicomp.reducers.policies.base import Policy, Wrapper
+from mpicomp.reducers.policies.error_feedback import ErrorFeedback
+from mpicomp.reducers.policies.partition import Partition
+
+__all__ = ["After", "ErrorFeedback", "Partition", "Policy", "Wrapper"]

@@ -1,0 +1,46 @@
+"""after: exact sums at first, compression later."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+from mpicomp.arrays import Array
+from mpicomp.comm.communicator import Comm
+from mpicomp.reducers.base import Level, Reducer, Reduction, State
+from mpicomp.reducers.dense import Dense
+from mpicomp.reducers.parts.workspace import Workspace
+from mpicomp.reducers.policies.base import Wrapper
+
+DENSE = Dense("two_shot")
+
+
+@dataclass(frozen=True)
+class After(Wrapper):
+    """Sum densely, in rank order, for the first `steps` steps, and by `reducer` from then on.
+
+    `cost` is that of the later steps. What rounding drops in the dense steps goes into the residual of the later ones.
+    """
+
+    spec_name: ClassVar[str] = "after"
+    level: ClassVar[Level] = Level.OUTER
+    steps: int = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
+            raise ValueError(f"steps must be an integer of at least 0, got {self.steps!r}")
+        super().__post_init__()
+
+    def running(self, state: State) -> Reducer:
+        """See Reducer."""
+        return DENSE if state.step < self.steps else super().running(state)
+
+    def reduce(
+        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
+    ) -> tuple[Reduction, State]:
+        """See Reducer."""
+        work = work or Workspace(state.device)
+        if state.step >= self.steps:
+            return self.reducer.reduce(comm, x, state, out, work.inner("reducer"))
+        unfed = replace(state, residual=None, spare=None)
+        return DENSE.reduce(comm, x, unfed, out, work.inner("dense"))[0], state.at(state.step + 1)

@@ -1,0 +1,99 @@
+"""What policies share: the order in which they wrap each other, and everything that a wrapper forwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mpicomp.arrays import Array
+from mpicomp.codecs.base import Codec
+from mpicomp.comm.communicator import Comm
+from mpicomp.comm.topology import Topology
+from mpicomp.cost import Cost
+from mpicomp.reducers.base import Level, Reducer, Reduction, State, Units
+from mpicomp.reducers.parts.layout import Layout, Unit
+from mpicomp.reducers.parts.workspace import Workspace
+
+
+class Policy(Reducer):
+    """A reducer that holds reducers of higher levels; those of the outermost level may hold each other."""
+
+    @property
+    def on_gpu(self) -> bool:
+        """See Reducer."""
+        return all(each.on_gpu for each in self.inner)
+
+    @property
+    def exact(self) -> bool:
+        """See Reducer."""
+        return all(each.exact for each in self.inner)
+
+    def check(self, inner: object) -> None:
+        """Raise TypeError for a value that is no reducer, ValueError for one that must stand outside this policy."""
+        name = self.spec_name
+        if isinstance(inner, Codec):
+            raise TypeError(f"{name} takes a reducer, got the codec {inner!s}; write {name}(gather({inner!s}))")
+        if not isinstance(inner, Reducer):
+            raise TypeError(f"{name} takes a reducer such as gather(topk(density=0.01)), got {inner!r}")
+        if inner.level > self.level or inner.level is Level.OUTER is self.level:
+            return
+        if inner.level is self.level:
+            raise ValueError(f"{name} stands in itself; write {inner}")
+        raise ValueError(f"{name} must stand inside {inner.spec_name}; write {self.put_into(inner)}")
+
+    def put_into(self, reducer: Reducer) -> Reducer:
+        """Return a reducer with this policy at its place in it, for use in a message."""
+        if reducer.level > self.level:
+            return self.around(reducer)
+        return reducer if reducer.level is self.level else reducer.with_members(lambda codec: codec, self.put_into)
+
+    def around(self, reducer: Reducer) -> Reducer:
+        """Return this policy around another reducer, as a user should write it."""
+        return self.with_members(lambda codec: codec, lambda _: reducer)
+
+
+@dataclass(frozen=True)
+class Wrapper(Policy):
+    """A policy around one reducer, whose state is that reducer's: what a policy does not override is forwarded."""
+
+    reducer: Reducer
+
+    def __post_init__(self) -> None:
+        self.check(self.reducer)
+
+    def candidates(self, feedback: bool = False) -> tuple[Reducer, ...]:
+        """See Reducer."""
+        return self.reducer.candidates(feedback)
+
+    def running(self, state: State) -> Reducer:
+        """See Reducer."""
+        return self.reducer.running(state)
+
+    def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
+        """See Reducer."""
+        return self.reducer.cost(layout, dtype, topology, me, feedback)
+
+    def init(self, layout: Layout, dtype: str, feedback: bool = False, seed: int = 0, step: int = 0) -> State:
+        """See Reducer."""
+        return self.reducer.init(layout, dtype, feedback, seed, step)
+
+    def reduce(
+        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
+    ) -> tuple[Reduction, State]:
+        """See Reducer."""
+        return self.reducer.reduce(comm, x, state, out, work)
+
+    def export(self, state: State) -> Units:
+        """See Reducer."""
+        return self.reducer.export(state)
+
+    def restore(self, state: State, units: Units) -> State:
+        """See Reducer."""
+        return self.reducer.restore(state, units)
+
+    def absorb(self, comm: Comm, dropped: Array, state: State) -> None:
+        """See Reducer."""
+        self.reducer.absorb(comm, dropped, state)
+
+    def absorbing(self, state: State) -> tuple[Unit, ...]:
+        """See Reducer."""
+        return self.reducer.absorbing(state)
