@@ -17,7 +17,7 @@ work=$(mktemp -d)
 beside= # the process group that runs in the background
 trap '[ -z "$beside" ] || kill -- -"$beside" 2>/dev/null || true; [ "${KEEP:-0}" = 1 ] || rm -rf "$work"' EXIT
 export OMP_NUM_THREADS=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PY_COLORS=0
-export NUMBA_CACHE_DIR=$work/cache PYTHONPYCACHEPREFIX=$work/bytecode
+export NUMBA_CACHE_DIR=$work/cache PYTHONPYCACHEPREFIX=$work/bytecode CUDA_ON_CPU_CACHE=$work/cuda
 # Open MPI: we may be root in a container and have more ranks than cores, which must not spin
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 PRTE_ALLOW_RUN_AS_ROOT=1 PRTE_ALLOW_RUN_AS_ROOT_CONFIRM=1
 export OMPI_MCA_mpi_yield_when_idle=1 PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe
