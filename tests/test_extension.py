@@ -79,11 +79,8 @@ class Everyone(Reducer):
         return Cost(nbytes * peers, rounds=1, messages=peers, work=(Work("add", layout.size * topology.size),))
 
     @np.errstate(over="ignore", invalid="ignore")
-    def reduce(
-        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
-    ) -> tuple[Reduction, State]:
-        """See Reducer."""
-        out, layout = np.empty_like(x) if out is None else out, state.layout
+    def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
+        layout = state.layout
         mine, owed = np.empty((2, layout.size), state.dtype)
         layout.collect(x, mine)
         if state.residual is not None:
@@ -115,9 +112,7 @@ class Twice(Wrapper):
         once = self.reducer.cost(layout, dtype, topology, me, feedback)
         return once + once
 
-    def reduce(
-        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
-    ) -> tuple[Reduction, State]:
+    def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
         """See Reducer."""
         work = work or Workspace(state.device)
         first, between = self.reducer.reduce(comm, x, state, out, work.inner("reducer"))
