@@ -142,6 +142,7 @@ def parsed(method: Any) -> Codec | Reducer:
     if isinstance(method, str):
         return parse(method)
     if isinstance(method, Codec | Reducer):
+        str(method)  # raises SpecError where it is nested too deep for the recursions over it
         return method
     raise TypeError(f"method must be a spec, a codec or a reducer, got {type(method).__name__}")
 

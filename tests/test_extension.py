@@ -140,7 +140,11 @@ def registered() -> Iterator[None]:
 
 @pytest.mark.parametrize("codec", [Truncated(), Truncated(bits=3)], ids=str)
 def test_the_codec_passes_the_contract_of_codecs(codec: Truncated) -> None:
-    check_all(codec)
+    check_all(
+        codec,
+        lambda codec, x: np.abs(x.astype(np.longdouble)) * codec.relative_error(x.size) + 2.0 ** (codec.bits - 149),
+    )
+    assert parse(str(codec)) == codec
 
 
 FED = [

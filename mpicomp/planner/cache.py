@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 
@@ -32,6 +32,7 @@ from mpicomp.planner.measure import measure, measure_passes
 FORMAT = 1
 
 _known: WeakKeyDictionary[Comm, Machine] = WeakKeyDictionary()
+_asked: WeakSet[Comm] = WeakSet()  # whose file was read
 
 
 def machine_for(comm: Comm, costs: Sequence[Cost] = (), fresh: bool = False) -> Machine:
@@ -56,6 +57,17 @@ def machine_for(comm: Comm, costs: Sequence[Cost] = (), fresh: bool = False) -> 
 
 def known(comm: Comm) -> Machine | None:
     """Return the machine of a communicator if this process knows it; communicates nothing."""
+    return _known.get(comm)
+
+
+def recall(comm: Comm) -> Machine | None:
+    """Return what is known of a communicator's machine, from this process or a file; measures nothing. Collective."""
+    if comm not in _known and comm not in _asked and comm.size > 1:
+        _asked.add(comm)
+        key = _key(comm)
+        found = shared(comm, _read(key) if comm.rank == 0 else None)
+        if found is not None:
+            _known[comm] = Machine.from_json(found)
     return _known.get(comm)
 
 

@@ -121,8 +121,11 @@ def verdict(rows: Sequence[Row]) -> Verdict:
     return Verdict(exact, lossy, seconds(exact) / max(seconds(lossy), 1e-9) if lossy is not None else 0.0)
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Return the rows by size, each size with its verdict, and a last line if compression helps at no size."""
+def table(rows: Sequence[Row], network: bool = True) -> str:
+    """Return the rows by size, each size with its verdict, and a last line if compression helps at no size.
+
+    Without a `network`, where all ranks share a machine, there is no verdict.
+    """
     width = max(len(row.reducer) for row in rows)
     lines, helped = [], []
     for nbytes in dict.fromkeys(row.nbytes for row in rows):
@@ -136,7 +139,7 @@ def table(rows: Sequence[Row]) -> str:
             )
         best = verdict(some)
         lines.append(f"  exact: {best.exact.reducer}")
-        if best.lossy is not None:
+        if best.lossy is not None and network:
             helped.append(best.helps)
             lossy = f"  lossy: {best.lossy.reducer}, {best.gain:.3g} times as fast"
             lines.append(lossy if best.helps else "  compression will not help here")

@@ -323,8 +323,8 @@ def check_device(reducer: Reducer, device: bool) -> None:
     """Raise TypeError where arrays are on a GPU, and the reducer sums arrays on the host only."""
     if device and not reducer.on_gpu:
         raise TypeError(
-            f"{reducer} sums NumPy arrays and CPU tensors only; on a GPU there are dense, gather, two_stage and "
-            f"low_rank, in error_feedback, partition and after"
+            f"{reducer} sums NumPy arrays and CPU tensors only; on a GPU there are dense, gather, two_stage, "
+            f"shared_support and low_rank, in error_feedback, partition and after"
         )
 
 

@@ -83,6 +83,7 @@ def test_two_bits_at_random_are_refused_feedback() -> None:
     assert max(Team(2).run(lambda comm: owed(comm, 3))) < 1
 
 
+@pytest.mark.slow
 def test_stochastic_rounding_is_unbiased() -> None:
     x = inputs(3, 1, 33, "float32")
     layout, seeds = Layout((Unit("matrix", (5, 4), 0), Unit("vector", (13,), 20))), 1000
