@@ -144,11 +144,7 @@ class Auto(Reducer):
         extra = Choice(feedback)
         return State(layout, dtype, first.digest, inner=(first.part,), extra=extra, seed=seed, step=step)
 
-    def reduce(
-        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
-    ) -> tuple[Reduction, State]:
-        """See Reducer."""
-        work = work or Workspace(state.device)
+    def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
         course = work.made("course", lambda: self.course(comm, state.layout, state.dtype, state.extra.feedback))
         if course.running != state.extra.number:
             state = self._moved(state, course)

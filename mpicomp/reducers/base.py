@@ -145,7 +145,7 @@ class Level(IntEnum):
 class Reducer(Spec, ABC):
     """Sums a flat array over the ranks of a communicator. Members are frozen dataclasses, printed as specs.
 
-    A member defines `cost` and `reduce`, and overrides what the defaults below do not fit.
+    A member defines `cost` and `_reduce`, and overrides what the defaults below do not fit.
     """
 
     level: ClassVar[Level] = Level.METHOD
@@ -226,7 +226,6 @@ class Reducer(Spec, ABC):
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
         """What one `reduce` takes of rank `me`, with or without feedback; tests compare its bytes with the count."""
 
-    @abstractmethod
     def reduce(
         self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
     ) -> tuple[Reduction, State]:
@@ -235,8 +234,17 @@ class Reducer(Spec, ABC):
         Consumes `state`, except that it stays valid until the next call (see the module). `work` keeps buffers from
         call to call, and says what the total will be divided by; without one both last for this call. Collective.
         """
+        out = np.empty_like(x) if out is None else out
+        if state.layout.size:
+            return self._reduce(comm, x, state, out, work or Workspace(state.device))
+        comm.next_call()
+        return Reduction(out), state.advanced()
 
-    def begin(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace | None = None) -> End:
+    @abstractmethod
+    def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
+        """Do what `reduce` says, for a layout with elements."""
+
+    def begin(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> End:
         """Begin `reduce` and return the function that completes it; x must stay untouched until then.
 
         By default all is done at once. Collective.
@@ -262,9 +270,9 @@ class Reducer(Spec, ABC):
 
     def export(self, state: State) -> Units:
         """Return copies of what this rank must store to go on: residuals and the like, by unit name."""
-        units: Units = {}
+        units, carried = dict[str, dict[str, Array]](), self.carried(state)
         for unit in state.layout.units:
-            kept = {name: to_host(array) for name, array in self.kept(state, unit.name).items()}
+            kept = {name: to_host(array) for name, array in carried.get(unit.name, {}).items()}
             if state.residual is not None:
                 kept["residual"] = to_host(state.residual[unit.where])
             units[unit.name] = kept
@@ -272,8 +280,8 @@ class Reducer(Spec, ABC):
             units |= reducer.export(inner)
         return units
 
-    def kept(self, state: State, unit: str) -> Mapping[str, Array]:
-        """Return what is exported of a unit beside its residual."""
+    def carried(self, state: State) -> Units:
+        """Return what is exported of the units beside their residuals."""
         return {}
 
     def restore(self, state: State, units: Units) -> State:

@@ -156,16 +156,13 @@ class Dense(Reducer):
             return Cost(math.ceil(2 * nbytes * (ranks - 1) / ranks), mpi=(nbytes,))
         return (ring_cost if algorithm == "ring" else two_shot_cost)(nbytes, itemsize, ranks, me)
 
-    def reduce(
-        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
-    ) -> tuple[Reduction, State]:
+    def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
         """See Reducer. With feedback `poisoned` is also set if the total is not finite."""
-        return self.begin(comm, x, state, np.empty_like(x) if out is None else out, work)()
+        return self.begin(comm, x, state, out, work)()
 
-    def begin(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace | None = None) -> End:
+    def begin(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> End:
         """See Reducer: a sum of one round is under way until then, others are complete."""
         comm.next_call()
-        work = work or Workspace(state.device)
         layout, itemsize = state.layout, x.itemsize
         nbytes = layout.size * itemsize
         algorithm = self._algorithm(nbytes, comm.topology)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
 from mpicomp.codecs.bounded import Bounded
@@ -59,12 +57,7 @@ class Gather(Reducer):
             ),
         )
 
-    def reduce(
-        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
-    ) -> tuple[Reduction, State]:
-        """See Reducer."""
-        out = np.empty_like(x) if out is None else out
-        work = work or Workspace(state.device)
+    def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
         shrink = work.shrink(self.codec, 1)
         messages = work.made(("messages", shrink), lambda: self._messages(state, comm.size, shrink))
         mine, sequence, poisoned, finite = messages[comm.rank], comm.next_call(), False, True

@@ -89,11 +89,8 @@ class Hierarchical(Wrapper):
             cost += self.reducer.cost(shards.inner, dtype, between, shards.number, feedback)
         return cost
 
-    def reduce(
-        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
-    ) -> tuple[Reduction, State]:
+    def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
         """See Reducer. The first call makes groups of ranks; later ones keep windows of the largest size so far."""
-        out = np.empty_like(x) if out is None else out
         shards = _shards(state)
         if shards is not None and shards.topology != comm.topology:
             fresh = self.init(state.layout, state.dtype, state.inner[0].residual is not None, state.seed, state.step)
@@ -101,10 +98,7 @@ class Hierarchical(Wrapper):
         if _flat(comm.topology):
             return self.reducer.reduce(comm, x, state, out, work)
         sequence = comm.next_call()
-        if not state.layout.size:
-            return Reduction(out), state.advanced()
         sharded, rest = self._sharded(comm, state) if shards is None else (state, None)
-        work = work or Workspace()
         step = _Step(self.reducer, comm, sharded, work, sequence)
         if len(step.shards.node) > 1:
             step.through_memory(x, rest, out)

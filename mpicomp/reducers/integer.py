@@ -115,15 +115,9 @@ class Integer(Reducer):
             mpi=(maxima,),
         )
 
-    def reduce(
-        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
-    ) -> tuple[Reduction, State]:
+    def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
         """See Reducer; poisoned also where the sum of finite inputs is not finite."""
-        out = np.empty_like(x) if out is None else out
         sequence = comm.next_call()
-        if not state.layout.size:
-            return Reduction(out), state.advanced()
-        work = work or Workspace()
         buffers = work.made("buffers", lambda: _Buffers(self, state.layout, state.dtype, comm.size, comm.rank))
         steps = _Steps(x, state, out, comm.rank, self, buffers)
         steps.find_tops()

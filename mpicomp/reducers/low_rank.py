@@ -14,7 +14,6 @@ what it promises. NaN or infinity in any M makes the sum of M Q non-finite.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -22,14 +21,15 @@ import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Key, stream_of
+from mpicomp.codecs.checks import check_integer
 from mpicomp.comm.collectives import allreduce
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
 from mpicomp.kernels import host_kernels
 from mpicomp.reducers.base import Reducer, Reduction, State, Units, poisoned_total
-from mpicomp.reducers.parts.factors import Factors, PerUnit, magnitude, matrix_shape
-from mpicomp.reducers.parts.layout import Layout, Unit
+from mpicomp.reducers.parts.factors import Factors, PerUnit, magnitude
+from mpicomp.reducers.parts.layout import Layout
 from mpicomp.reducers.parts.messages import SAFE
 from mpicomp.reducers.parts.workspace import Workspace
 
@@ -50,19 +50,15 @@ class LowRank(Reducer):
     rank: int = 4
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"rank must be a positive integer, got {self.rank!r}")
-
-    def factors(self, unit: Unit) -> tuple[int, int] | None:
-        """Return rows and columns of the unit's matrix; None for an uncompressed unit."""
-        return matrix_shape(unit, self.rank)
+        check_integer("rank", self.rank, 1)
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
         """See Reducer."""
         itemsize, ranks = np.dtype(dtype).itemsize, topology.size
-        sizes = [size * itemsize for size in Factors(layout, self.rank).sizes if size]
+        factors = Factors(layout, self.rank)
+        sizes = [size * itemsize for size in factors.sizes if size]
         nbytes = sum(math.ceil(2 * size * (ranks - 1) / ranks) for size in sizes)
-        matrices = sum(unit.size for unit in layout.units if self.factors(unit))
+        matrices = sum(matrix.unit.size for matrix in factors.matrices.values())
         passes = (Work("add", layout.size), Work("matmul", (4 if feedback else 3) * matrices))
         return Cost(nbytes, lossy=1, work=passes, mpi=tuple(sizes))
 
@@ -75,10 +71,10 @@ class LowRank(Reducer):
             host_kernels(warm).fill_uniform(warm[matrix.q], Key(seed, 0, stream_of(name)).base())
         return replace(state, memory={"q": warm})
 
-    def kept(self, state: State, unit: str) -> Mapping[str, Array]:
-        """See Reducer: the warm start, (columns, rank)."""
-        matrix = Factors(state.layout, self.rank).matrices.get(unit)
-        return {} if matrix is None else {"q": state.memory["q"][matrix.q].reshape(-1, self.rank)}
+    def carried(self, state: State) -> Units:
+        """See Reducer: the warm starts, (columns, rank)."""
+        matrices, warm = Factors(state.layout, self.rank).matrices, state.memory["q"]
+        return {name: {"q": warm[matrix.q].reshape(-1, self.rank)} for name, matrix in matrices.items()}
 
     def restore(self, state: State, units: Units) -> State:
         """See Reducer."""
@@ -89,13 +85,8 @@ class LowRank(Reducer):
         return state
 
     @np.errstate(over="ignore", invalid="ignore")  # NaN and infinity are valid inputs
-    def reduce(
-        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
-    ) -> tuple[Reduction, State]:
-        """See Reducer."""
-        out = np.empty_like(x) if out is None else out
+    def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
         comm.next_call()
-        work = work or Workspace(state.device)
         factors = work.made("factors", lambda: self._factors(state))
         (p, sum_p), (q, sum_q) = (
             (work.buffer(name, size, state.dtype), work.buffer(f"sum {name}", size, state.dtype))

@@ -44,15 +44,8 @@ class SharedSupport(Reducer):
         summed = two_shot_cost(values - HEADER + ALIGN, itemsize, topology.size, me)
         return summed + Cost(lossy=1, work=work)
 
-    def reduce(
-        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
-    ) -> tuple[Reduction, State]:
-        """See Reducer."""
-        out = np.empty_like(x) if out is None else out
+    def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
         comm.next_call()
-        if not state.layout.size:
-            return Reduction(out), state.advanced()
-        work = work or Workspace()
         mine, total = work.made("messages", lambda: self._messages(state))
         values, sums = (message.buffer[HEADER:].view(state.dtype) for message in (mine, total))
 

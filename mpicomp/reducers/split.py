@@ -139,12 +139,8 @@ class Split(Reducer):
         whole = EntryCodec(self.whole, how.dtype).most_values(min(size, int(taken / self.dense_after)))
         return max(how.most(size, min(taken, int(self.dense_after * size) + 1)), whole)
 
-    def reduce(
-        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
-    ) -> tuple[Reduction, State]:
-        """See Reducer."""
-        out = np.empty_like(x) if out is None else out
-        step = _Step(self, comm, state, work or Workspace())
+    def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
+        step = _Step(self, comm, state, work)
         step.select(x)
         step.share(step.scatter(), out)
         return (poisoned_total(out, state.layout), state) if step.poisoned else (Reduction(out), state.advanced())

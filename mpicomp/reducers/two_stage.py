@@ -89,12 +89,7 @@ class TwoStage(Reducer):
             chunks=max(1, len(sent)) if self.codec.fixed else 1,
         )
 
-    def reduce(
-        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
-    ) -> tuple[Reduction, State]:
-        """See Reducer."""
-        out = np.empty_like(x) if out is None else out
-        work = work or Workspace(state.device)
+    def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
         shrinks = work.shrink(self.codec, 1), work.shrink(self.recodec, comm.size)
         messages, total = work.made(("messages", shrinks), lambda: self._messages(comm, state, shrinks))
         steps = _Steps(x, state, out, comm.rank, self.codec, total, work.factor)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 
 from mpicomp.arrays import Array, on_device
 from mpicomp.comm.communicator import Comm
 from mpicomp.kernels import kernels_for
-from mpicomp.reducers.base import Reducer, State, StatePart, complete, nonfinite, rescale
+from mpicomp.reducers.base import Reducer, State, complete, nonfinite, rescale
 from mpicomp.reducers.parts.layout import Layout, Unit
 from mpicomp.reducers.parts.workspace import Workspace
 
-P = TypeVar("P", bound=StatePart)
 OPS = ("sum", "mean")
 MATRICES = 2.0**-64  # factor of an input after which sums over rows and columns of any matrix are finite
 
@@ -90,7 +89,7 @@ def _once_more(
     return state, False
 
 
-def _scaled(state: P, factor: float) -> P:
+def _scaled(state: Any, factor: float) -> Any:
     """Return a copy of a state with its residuals multiplied."""
     residual = None if state.residual is None else state.residual * state.residual.dtype.type(factor)
     return replace(state, residual=residual, inner=tuple(_scaled(inner, factor) for inner in state.inner))

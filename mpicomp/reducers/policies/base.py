@@ -76,10 +76,7 @@ class Wrapper(Policy):
         """See Reducer."""
         return self.reducer.init(layout, dtype, feedback, seed, step)
 
-    def reduce(
-        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
-    ) -> tuple[Reduction, State]:
-        """See Reducer."""
+    def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
         return self.reducer.reduce(comm, x, state, out, work)
 
     def export(self, state: State) -> Units:
