@@ -110,6 +110,8 @@ def pytest_configure(config: pytest.Config) -> None:
     global world
     hypothesis.settings.load_profile("mpi" if under_mpi(config) else "alone")
     world = World(config)
+    if (cache := getattr(config, "cache", None)) is not None:  # kept between runs: .cu files that g++ compiled
+        os.environ.setdefault("CUDA_ON_CPU_CACHE", str(cache.mkdir("cuda_on_cpu")))
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     if world.me > 0 and reporter is not None:
         reporter._tw = create_terminal_writer(config, open(os.devnull, "w"))  # noqa: SIM115 (open to the end)

@@ -17,7 +17,7 @@ work=$(mktemp -d)
 beside= # the process group that runs in the background
 trap '[ -z "$beside" ] || kill -- -"$beside" 2>/dev/null || true; [ "${KEEP:-0}" = 1 ] || rm -rf "$work"' EXIT
 export OMP_NUM_THREADS=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PY_COLORS=0
-export NUMBA_CACHE_DIR=$work/cache PYTHONPYCACHEPREFIX=$work/bytecode
+export NUMBA_CACHE_DIR=$work/cache PYTHONPYCACHEPREFIX=$work/bytecode CUDA_ON_CPU_CACHE=$work/cuda
 # Open MPI: we may be root in a container and have more ranks than cores, which must not spin
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 PRTE_ALLOW_RUN_AS_ROOT=1 PRTE_ALLOW_RUN_AS_ROOT_CONFIRM=1
 export OMPI_MCA_mpi_yield_when_idle=1 PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe
@@ -30,15 +30,18 @@ with() { # MPI COMMAND...: run it with the Python and the mpirun of an environme
 }
 
 [ "$(uname -m)" = x86_64 ] || lack x86_64
-# The network rig (bench/cluster) needs root, `ip` and `tc`.
-if [ "$(id -u)" = 0 ] && ! command -v tc >/dev/null; then
-    say "installing iproute2"
-    { apt-get -qq update && apt-get -qq install -y --no-install-recommends iproute2; } >/dev/null 2>&1 || echo "not to be had"
-fi
+# The network rig (bench/cluster) needs root and `tc`, the tests of slurm/ a controller.
+provide() { # COMMAND PACKAGE...
+    command -v "$1" >/dev/null && return
+    [ "$(id -u)" = 0 ] || return
+    say "installing ${*:2}"
+    { apt-get -qq update && apt-get -qq install -y --no-install-recommends "${@:2}"; } >/dev/null 2>&1
+}
+provide tc iproute2 || lack tc
+provide slurmctld slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge || lack slurmctld
 [ "$(id -u)" = 0 ] || lack root
-command -v tc >/dev/null || lack tc
 unshare --net true 2>/dev/null || lack "not permitted"
-command -v slurmctld >/dev/null || lack slurmctld
+[ -z "${MPICOMP_TESTS_MAY_LACK:-}" ] || say "not to be had here: $MPICOMP_TESTS_MAY_LACK"
 
 say "building the wheel"
 mkdir "$work/source" "$work/ran"

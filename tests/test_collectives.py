@@ -213,6 +213,7 @@ def test_the_watchdog_names_rank_operation_and_unit(capfd: pytest.CaptureFixture
     assert "test_collectives.py" in stderr  # the stack of who waited
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", ["allreduce(sum)", "broadcast", "receive from 1", "send to 1"])
 def test_the_watchdog_sees_every_operation(call: str, capfd: pytest.CaptureFixture[str]) -> None:
     team = Team(2, timeout=0.1)

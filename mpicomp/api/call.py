@@ -17,7 +17,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeAlias, TypeVar, cas
 
 from mpicomp.arrays import bound, on_device
 from mpicomp.comm.agreement import confirm, digest_of, refuse
-from mpicomp.comm.background import Request, background_of, begin, run_in_order
+from mpicomp.comm.background import Request, begin, run_in_order
 from mpicomp.comm.communicator import Comm
 
 P = ParamSpec("P")
@@ -139,6 +139,5 @@ def reset(comm: Any) -> None:
     comm = Comm.of(comm)
     if comm.size == 1:
         return
-    background = background_of(comm)
-    background.submit(comm.renew, after_failure=True).wait()
-    background.close()
+    comm.background.submit(comm.renew, after_failure=True).wait()
+    comm.background.close()

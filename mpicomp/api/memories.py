@@ -16,7 +16,7 @@ from mpicomp.codecs.base import Codec
 from mpicomp.comm.agreement import digest_of, float_mode, mixed
 from mpicomp.comm.communicator import Comm
 from mpicomp.planner.allowance import divided
-from mpicomp.reducers.base import Reducer, State, check_place
+from mpicomp.reducers.base import Reducer, State, check_device
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.registry import Method, describe, parse, resolve
 
@@ -80,7 +80,7 @@ def resolution(
     """
     check_elementwise(method, form)
     reducer = resolve(method, form.layout, form.dtype, ranks, feedback)
-    check_place(reducer, form.device)
+    check_device(reducer, form.device)
     return Resolution(form, op, reducer, divided(reducer, ranks, op))
 
 

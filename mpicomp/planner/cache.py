@@ -1,6 +1,6 @@
-"""What was measured is kept: in the process for each communicator, and in a file for each topology.
+"""Stores measurements: in the process for each communicator, and in a file for each topology.
 
-Rank 0 alone touches files. A file that cannot be read, or that is about something else, is told of and measured anew.
+Only rank 0 reads and writes files. A file that cannot be used gives a warning, and the machine is measured again.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _asked: WeakSet[Comm] = WeakSet()  # whose file was read
 
 
 def machine_for(comm: Comm, costs: Sequence[Cost] = (), fresh: bool = False) -> Machine:
-    """Return what is known of this communicator's machine, with the time of every pass that the costs name.
+    """Return the machine of this communicator, with the time of every pass in the costs.
 
-    From this process, else from the cache, else by measuring; `fresh` measures whatever is known. Collective: all
-    ranks give costs with the same passes, and get the same.
+    It is that of this process, else that of the cache, else it is measured; with `fresh` it is measured in any case.
+    Collective: all ranks give costs with the same passes, and get the same machine.
     """
     machine = None if fresh else _known.get(comm)
     if machine is None:
@@ -56,7 +56,7 @@ def machine_for(comm: Comm, costs: Sequence[Cost] = (), fresh: bool = False) -> 
 
 
 def known(comm: Comm) -> Machine | None:
-    """What this process knows of a communicator's machine; communicates nothing."""
+    """Return the machine of a communicator if this process knows it; communicates nothing."""
     return _known.get(comm)
 
 
@@ -72,19 +72,19 @@ def recall(comm: Comm) -> Machine | None:
 
 
 def know(comm: Comm, machine: Machine) -> None:
-    """Take this for what was measured, in this process; all ranks must do so."""
+    """Set the machine of a communicator in this process; all ranks must do so."""
     _known[comm] = machine
 
 
 def folder(environ: Mapping[str, str]) -> Path:
-    """Where files are kept: MPICOMP_CACHE_DIR, or `mpicomp` in XDG_CACHE_HOME or in ~/.cache."""
+    """Return the folder of the files: MPICOMP_CACHE_DIR, or `mpicomp` in XDG_CACHE_HOME or in ~/.cache."""
     if own := setting("MPICOMP_CACHE_DIR", environ):
         return Path(own)
     return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mpicomp")
 
 
 def _key(comm: Comm) -> dict[str, str]:
-    """What times depend on: hosts, as a hash, which ranks share them, MPI and this library. Collective."""
+    """Return all that times depend on: hosts, as a hash, the ranks on each, MPI and this library. Collective."""
     name = hashlib.blake2b(platform.node().encode(), digest_size=8).digest()
     names = [np.empty(8, np.uint8) for _ in range(comm.size)]
     allgather(comm, np.frombuffer(name, np.uint8).copy(), names, "names of hosts")
@@ -98,22 +98,22 @@ def _file(key: Mapping[str, str]) -> Path:
 
 
 def _read(key: Mapping[str, str]) -> dict[str, Any] | None:
-    """The machine that a file holds, checked; None where there is none, or with a warning none that can be used."""
+    """Return the checked content of a file; None if there is no file, and with a warning if it cannot be used."""
     path = _file(key)
     try:
         data = json.loads(path.read_text())
         if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("key") != dict(key):
-            raise ValueError("it is about another machine, or of another version")
+            raise ValueError("it belongs to another machine, or to another version of mpicomp")
         return Machine.from_json(data["machine"]).to_json()
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        warnings.warn(f"mpicomp measures this machine anew, since {path} cannot be used: {error}", stacklevel=2)
+        warnings.warn(f"mpicomp measures this machine again, since {path} cannot be used: {error}", stacklevel=2)
         return None
 
 
 def _keep(comm: Comm, machine: Machine) -> None:
-    """Write the file anew, rank 0 alone; readers see the old one or the new one."""
+    """Replace the file, on rank 0 only; readers see the old one or the new one."""
     key = _key(comm)
     if comm.rank:
         return
@@ -127,6 +127,8 @@ def _keep(comm: Comm, machine: Machine) -> None:
             file.write(text)
         os.replace(temporary, path)
     except OSError as error:
-        warnings.warn(f"mpicomp measures this machine in every job, since nothing can be kept: {error}", stacklevel=2)
+        warnings.warn(
+            f"mpicomp measures this machine in every job, since its cache cannot be written: {error}", stacklevel=2
+        )
         with contextlib.suppress(OSError):
             os.unlink(temporary)

@@ -74,6 +74,7 @@ def test_the_error_is_what_the_codec_says(codec, dtype):
         check(codec, size, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", [codec for codec in CODECS_TESTED if isinstance(codec, Rotated)], ids=str)
 @every_dtype
 def test_the_error_of_tiles_is_what_the_codec_says(codec, dtype):

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_decoders_stay_within_their_arrays_whatever_the_bytes():
     """In a process of its own: one that reads or writes outside ends by a signal, and its last line names the codec."""
     found = subprocess.run(

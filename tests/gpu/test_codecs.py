@@ -14,6 +14,7 @@ def test_every_codec(device, codec, size):
     check_same_bytes(codec, normal(size, "float32", seed=size))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", CODECS_TESTED, ids=str)
 def test_every_codec_in_double_precision(device, codec):
     check_same_bytes(codec, normal(1500, "float64", seed=1))

@@ -83,6 +83,7 @@ def test_two_bits_at_random_are_refused_feedback() -> None:
     assert max(Team(2).run(lambda comm: owed(comm, 3))) < 1
 
 
+@pytest.mark.slow
 def test_stochastic_rounding_is_unbiased() -> None:
     x = inputs(3, 1, 33, "float32")
     layout, seeds = Layout((Unit("matrix", (5, 4), 0), Unit("vector", (13,), 20))), 1000
@@ -127,8 +128,8 @@ def test_a_sum_that_overflows_is_poison_on_all_ranks() -> None:
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        ("integer(bits=1)", r"bits must be in 2\.\.8, got 1"),
-        ("integer(bits=9)", r"bits must be in 2\.\.8, got 9"),
+        ("integer(bits=1)", r"bits must be an integer in 2\.\.8, got 1"),
+        ("integer(bits=9)", r"bits must be an integer in 2\.\.8, got 9"),
         ("integer(block=12)", "block must be a multiple of 8"),
         ("integer(stochastic=1)", "stochastic must be True or False"),
     ],

@@ -101,6 +101,7 @@ def skewed(n: int, rank: int, ranks: int, kind: str) -> Array:
 KINDS = ["anywhere", "in one place", "in a place of each rank's"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "most", "kind"),
     [
