@@ -17,8 +17,8 @@ import mpicomp
 from mpicomp.api.call import Call, blocking, nonblocking
 from mpicomp.comm import background
 from mpicomp.comm.background import run_in_order
-from mpicomp.comm.collectives import receive, send
 from mpicomp.comm.communicator import Comm
+from mpicomp.comm.primitives import receive, send
 from mpicomp.errors import CommunicatorError, ConfigMismatchError
 
 X = np.ones(300, np.float32)

@@ -14,8 +14,8 @@ import numpy as np
 from mpicomp.api.arguments import HALF, Form, bits
 from mpicomp.arrays import Array, empty, work_dtype
 from mpicomp.codecs.base import Codec
-from mpicomp.comm.collectives import as_bytes, broadcast, exchange
 from mpicomp.comm.communicator import Comm
+from mpicomp.comm.primitives import as_bytes, broadcast, exchange
 from mpicomp.kernels import kernels_for
 from mpicomp.reducers.base import State
 from mpicomp.reducers.dense import Dense

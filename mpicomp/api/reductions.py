@@ -28,8 +28,8 @@ from mpicomp.api.lifecycle import PersistentReduction
 from mpicomp.api.memories import Memory, Resolution, resolution
 from mpicomp.arrays import Array, empty, work_dtype
 from mpicomp.codecs.base import Codec
-from mpicomp.comm.collectives import allreduce as allreduce_exact
 from mpicomp.comm.communicator import Comm
+from mpicomp.comm.primitives import allreduce as allreduce_exact
 from mpicomp.kernels import kernels_for
 from mpicomp.planner.allowance import divided
 from mpicomp.reducers.base import Reducer

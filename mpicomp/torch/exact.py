@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from mpicomp.comm import collectives
+from mpicomp.comm import primitives
 from mpicomp.comm.communicator import Comm
 from mpicomp.torch.tensors import bytes_of, flat, on_cpu
 
@@ -105,7 +105,7 @@ def allreduce(comm: Comm, tensor: Tensor, op: str, scratch: Scratch, keep: bool 
     if shrink != 1.0:
         elements *= shrink  # a copy, in float32
     total = scratch.like(elements)
-    collectives.allreduce(comm, elements.numpy(), total.numpy(), "sum" if mpi_op == "avg" else mpi_op)
+    primitives.allreduce(comm, elements.numpy(), total.numpy(), "sum" if mpi_op == "avg" else mpi_op)
     if keep:
         if op == "avg":
             total /= comm.size * shrink
@@ -115,7 +115,7 @@ def allreduce(comm: Comm, tensor: Tensor, op: str, scratch: Scratch, keep: bool 
 def broadcast(comm: Comm, tensor: Tensor, root: int) -> None:
     """Copy the root's tensor to all ranks."""
     elements = on_cpu(tensor)
-    collectives.broadcast(comm, bytes_of(elements), root)
+    primitives.broadcast(comm, bytes_of(elements), root)
     if comm.rank != root and elements.data_ptr() != tensor.data_ptr():
         tensor.detach().copy_(elements.view(tensor.shape))
 
@@ -125,7 +125,7 @@ def exchange(comm: Comm, outgoing: Sequence[Tensor | None], incoming: Sequence[T
     nothing = torch.empty(0, dtype=torch.uint8)
     sent = [bytes_of(on_cpu(tensor)) if tensor is not None else bytes_of(nothing) for tensor in outgoing]
     received = [on_cpu(tensor) if tensor is not None else nothing for tensor in incoming]
-    collectives.exchange(comm, sent, [bytes_of(elements) for elements in received], operation)
+    primitives.exchange(comm, sent, [bytes_of(elements) for elements in received], operation)
     for tensor, elements in zip(incoming, received, strict=True):
         if tensor is not None and elements.data_ptr() != tensor.data_ptr():
             tensor.detach().copy_(elements.view(tensor.shape))

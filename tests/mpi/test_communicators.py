@@ -16,8 +16,8 @@ import pytest
 import mpicomp
 from mpicomp.api.call import Call, blocking, nonblocking
 from mpicomp.comm import communicator
-from mpicomp.comm.collectives import receive
 from mpicomp.comm.communicator import Comm
+from mpicomp.comm.primitives import receive
 from mpicomp.comm.topology import Topology
 from mpicomp.errors import CommunicatorError, ConfigMismatchError
 
