@@ -16,11 +16,14 @@ from mpicomp.arrays import COMPLEX, Array, dtype_name, on_device, work_dtype
 from mpicomp.codecs.base import Codec
 from mpicomp.comm.communicator import Comm
 from mpicomp.reducers.base import Reducer, walk
+from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.parts.apply import OPS
 from mpicomp.reducers.parts.layout import Layout, Unit
 from mpicomp.registry import Method, parse, parsed
 
 HALF = ("float16", "bfloat16")
+DENSE = Dense()
+"""The method for arrays as they are."""
 
 Arrays = TypeVar("Arrays", Array, list[Array])
 """One array or a list of arrays: a call returns what it was given."""
