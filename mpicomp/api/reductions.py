@@ -63,11 +63,11 @@ def _allreduce(
         check_integers(form, op)
         if memory is not None:
             raise ValueError(f"integers are summed exactly and need no memory; got one for dtype {form.dtype}")
-        run = partial(packed, form, xs, outs, partial(sum_integers, comm), Workspace())
-        return Call(lambda _: f"sum of {form} by dense", run)
+        add = partial(sum_integers, comm)
+        return Call(lambda _: f"sum of {form} by dense", partial(packed, form, xs, outs, add, Workspace()))
     found = settled(comm, form, method, member, op, memory)
-    call = reducing(comm, found, memory, partial(reduce_arrays, comm, found, xs, outs))
-    return call._replace(run=bound(call.run, xs[0]))
+    describe, run, digest = reducing(comm, found, memory, partial(reduce_arrays, comm, found, xs, outs))
+    return Call(describe, bound(run, xs[0]), digest)
 
 
 def reducing(

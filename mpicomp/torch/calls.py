@@ -56,8 +56,8 @@ def _allreduce(
     def fresh() -> torch.Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
-    call = reducing(comm, found, memory, reduce)
-    return call._replace(run=bound(call.run, device_of([tensor])))
+    describe, run, digest = reducing(comm, found, memory, reduce)
+    return Call(describe, bound(run, device_of([tensor])), digest)
 
 
 allreduce = blocking(_allreduce)
