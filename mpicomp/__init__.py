@@ -9,41 +9,11 @@ initialises nothing: MPI starts when a communicator is made.
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.6.0"
-__all__ = [
-    "allreduce",
-    "reduce_scatter",
-    "allgather",
-    "bcast",
-    "gather",
-    "scatter",
-    "alltoall",
-    "iallreduce",
-    "ireduce_scatter",
-    "iallgather",
-    "ibcast",
-    "igather",
-    "iscatter",
-    "ialltoall",
-    "plan",
-    "memory",
-    "methods",
-    "register",
-    "reset",
-    "Arrays",
-    "Memory",
-    "Method",
-    "Plan",
-    "Request",
-    "CommunicatorError",
-    "ConfigMismatchError",
-    "MPICompError",
-    "SpecError",
-    "WireFormatError",
-    "codecs",
-    "errors",
-    "frames",
-    "reducers",
-]
+__all__ = ["allreduce", "reduce_scatter", "allgather", "bcast", "gather", "scatter", "alltoall"]
+__all__ += ["iallreduce", "ireduce_scatter", "iallgather", "ibcast", "igather", "iscatter", "ialltoall"]
+__all__ += ["plan", "memory", "methods", "register", "reset", "Arrays", "Memory", "Method", "Plan", "Request"]
+__all__ += ["CommunicatorError", "ConfigMismatchError", "MPICompError", "SpecError", "WireFormatError"]
+__all__ += ["codecs", "errors", "frames", "reducers"]
 
 if TYPE_CHECKING:
     from mpicomp import codecs, errors, frames, reducers

@@ -10,8 +10,7 @@ from collections.abc import Collection
 from typing import Any
 
 from mpicomp import __version__
-from mpicomp.api.accept import check_apart
-from mpicomp.api.arguments import DENSE, Arrays, Form, bits, checked_arrays, checked_out, member_of, root_of
+from mpicomp.api.arguments import DENSE, Arrays, Form, bits, checked_arrays, member_of, root_of, targets
 from mpicomp.api.call import Call, blocking, nonblocking
 from mpicomp.api.carriers import Flats, carrier, rows
 from mpicomp.arrays import Array
@@ -169,18 +168,6 @@ def sources(name: str, x: Any, method: Method, what: str = "x") -> tuple[Codec |
     if codec is not None:
         form.require_one_dtype()
     return codec, xs, form
-
-
-def targets(out: Any, form: Form, xs: list[Array], like: str, over: bool = False) -> list[Array] | None:
-    """Return the arrays to be written to, None for new ones; ValueError for those that do not fit.
-
-    With `over` an output may be the input of its own place.
-    """
-    if out is None:
-        return None
-    outs = checked_out(out, form, like)
-    check_apart(outs, xs, over)
-    return outs
 
 
 def describe_copy(operation: str, form: Form, codec: Codec | None) -> str:

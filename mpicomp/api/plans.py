@@ -8,9 +8,8 @@ from typing import Any, Generic
 import numpy as np
 
 from mpicomp.api.accept import check_contiguous, described, plain
-from mpicomp.api.arguments import DENSE, Arrays, Form, as_list, checked_arrays, member_of, number, op_of
+from mpicomp.api.arguments import DENSE, Arrays, Form, as_list, checked_arrays, member_of, number, op_of, targets
 from mpicomp.api.call import Call, blocking, nonblocking
-from mpicomp.api.copies import targets
 from mpicomp.api.memories import Memory, Resolution
 from mpicomp.api.reductions import check_integers, has_integers, packed, reduce_and_keep, reduce_arrays, sum_integers
 from mpicomp.arrays import DTYPES, Array, bound, on_device, work_dtype

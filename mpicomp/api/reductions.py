@@ -8,10 +8,22 @@ from typing import Any, cast
 
 import numpy as np
 
-from mpicomp.api.arguments import DENSE, HALF, Arrays, Form, bits, checked_arrays, member_of, number, op_of, room
+from mpicomp.api.arguments import (
+    DENSE,
+    HALF,
+    Arrays,
+    Form,
+    bits,
+    checked_arrays,
+    member_of,
+    number,
+    op_of,
+    room,
+    targets,
+)
 from mpicomp.api.call import Call, Result, blocking, nonblocking
 from mpicomp.api.carriers import carrier, rows, spread
-from mpicomp.api.copies import describe_copy, sources, targets
+from mpicomp.api.copies import describe_copy, sources
 from mpicomp.api.lifecycle import PersistentReduction
 from mpicomp.api.memories import Memory, Resolution, resolution
 from mpicomp.arrays import Array, bound, empty, work_dtype
