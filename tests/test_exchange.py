@@ -113,7 +113,7 @@ def test_a_length_out_of_range_is_refused(length: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", ["gather(bounded(abs=0.1))", "two_stage(threshold(value=1.0))", "split(topk(density=0.1))"]
+    "spec", ["gather(bounded(abs=0.1))", "two_stage(threshold(at=1.0))", "split(topk(density=0.1))"]
 )
 def test_reducers_refuse_a_damaged_length_before_they_take_memory(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def damaged(comm: Comm, outgoing: Any, limits: Any, operation: str) -> list[int]:
@@ -139,7 +139,7 @@ def test_the_limit_of_parcels_holds_for_all_that_are_sent(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(parcels, "exchange_lengths", watched)
     x = inputs(3, 1, LAYOUT.size, "float32")[:, 0]
-    for codec in ("threshold(value=0.001)", "topk(density=1.0)", "topk(density=0.9, values=uniform(bits=8, block=32))"):
+    for codec in ("threshold(at=0.001)", "topk(density=1.0)", "topk(density=0.9, values=uniform(bits=8, block=32))"):
         for rest in ("", ", dense_after=0.5", ", dense_after=0.9, dense=bf16"):
             reducer = member(f"split({codec}{rest})")
             Team(3).run(lambda comm, r=reducer: r.reduce(comm, x[comm.rank], r.init(LAYOUT, "float32")))

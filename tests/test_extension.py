@@ -17,7 +17,7 @@ from team import Team
 import mpicomp
 from mpicomp.arrays import Array
 from mpicomp.codecs import Codec, Key
-from mpicomp.codecs.checks import check_fields, check_finite, check_integer, little
+from mpicomp.codecs.checks import check_finite, check_integer, little
 from mpicomp.comm.collectives import allgather, as_bytes
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology

@@ -32,7 +32,6 @@ from bench.command import Parser, count_of
 from bench.kernels.peers import peers_of
 from bench.kernels.rows import ALL_OPS, KINDS, OPS, Row, draw
 from bench.kernels.subjects import Arrays, EliasFano, Subject, elias_fano, figures, ours, theirs
-from mpicomp.errors import SpecError
 from mpicomp.registry import ALIASES, CODECS
 from mpicomp.specs import parse
 

@@ -201,8 +201,8 @@ def bytes_moved(codec: Any, op: str, size: int, subject: Subject) -> int:
     scale for the signs and reads once), and `ternary` reads x twice in both encodings. Other second reads of a codec,
     and intermediate results, are not counted.
     """
-    if isinstance(codec, EliasFano):  # indices and their code
-        return 4 * subject.touched + subject.nbytes
+    if isinstance(codec, EliasFano):  # the code, and the indices or, to add at them, values and elements
+        return (4 if op == "encode" else 12) * subject.touched + subject.nbytes
     twice = isinstance(codec, Ternary) or (isinstance(codec, Sign) and op == "encode_residual")
     if op == "encode":
         read = 4 * (subject.touched if isinstance(codec, RandomK) else size)
