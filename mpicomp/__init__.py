@@ -2,13 +2,15 @@
 
     total = mpicomp.allreduce(comm, x, "topk(density=0.01)", memory=memory)
 
-`comm` is an mpi4py communicator. For torch see `mpicomp.torch`, for the methods `mpicomp.codecs` and
-`mpicomp.reducers`. Importing this initialises nothing: MPI starts when a communicator is made.
+`comm` is an mpi4py communicator. For torch see `mpicomp.torch`; `mpicomp.methods()` lists the methods. Importing this
+initialises nothing: MPI starts when a communicator is made.
 """
 
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.6.0"
+_ERRORS = ("CommunicatorError", "ConfigMismatchError", "MPICompError", "SpecError", "WireFormatError")
+_MODULES = ("codecs", "errors", "frames", "reducers")
 __all__ = [
     "allreduce",
     "reduce_scatter",
@@ -26,11 +28,33 @@ __all__ = [
     "ialltoall",
     "plan",
     "memory",
+    "methods",
+    "register",
     "reset",
+    "Arrays",
+    "Memory",
+    "Method",
+    "Plan",
+    "Request",
+    "CommunicatorError",
+    "ConfigMismatchError",
+    "MPICompError",
+    "SpecError",
+    "WireFormatError",
+    "codecs",
+    "errors",
+    "frames",
+    "reducers",
 ]
 
 if TYPE_CHECKING:
+    from mpicomp import codecs, errors, frames, reducers
     from mpicomp.api import (
+        Arrays,
+        Memory,
+        Method,
+        Plan,
+        Request,
         allgather,
         allreduce,
         alltoall,
@@ -44,18 +68,28 @@ if TYPE_CHECKING:
         ireduce_scatter,
         iscatter,
         memory,
+        methods,
         plan,
         reduce_scatter,
+        register,
         reset,
         scatter,
     )
+    from mpicomp.errors import CommunicatorError, ConfigMismatchError, MPICompError, SpecError, WireFormatError
 
 
 def __getattr__(name: str) -> Any:
-    """Load the collectives when they are first used: kernels take longer to import than a login node likes."""
+    """Load a public name when it is first used: kernels take longer to import than a login node likes."""
+    import importlib
+
+    if name in _MODULES:
+        return importlib.import_module(f"mpicomp.{name}")
     if name not in __all__:
         raise AttributeError(f"module 'mpicomp' has no attribute {name!r}")
-    from mpicomp import api
-
-    found = globals()[name] = getattr(api, name)
+    home = importlib.import_module("mpicomp.errors" if name in _ERRORS else "mpicomp.api")
+    found = globals()[name] = getattr(home, name)
     return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

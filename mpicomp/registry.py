@@ -142,6 +142,7 @@ def parsed(method: Any) -> Codec | Reducer:
     if isinstance(method, str):
         return parse(method)
     if isinstance(method, Codec | Reducer):
+        str(method)  # raises SpecError where it is nested too deep for the recursions over it
         return method
     raise TypeError(f"method must be a spec, a codec or a reducer, got {type(method).__name__}")
 
@@ -172,13 +173,13 @@ def resolve_partitioned(
 ) -> Reducer:
     """Return the reducer for the tensors of a model: small ones dense, in rank order, unless the method says otherwise.
 
-    `dense`, and any method that holds a partition, is taken literally.
+    An exact sum by itself, and any method that holds a partition, is taken literally.
     """
     member = parsed(method)
-    if isinstance(member, Dense):
-        return member
-    if isinstance(member, Reducer) and any(isinstance(each, Partition) for each in walk(member)):
-        return member
+    if isinstance(member, Reducer):
+        alone = member.exact and not member.inner
+        if alone or any(each.by_unit for each in walk(member)):
+            return member
     sieve = Partition(small=Dense("two_shot"), large=Dense(), min_size=min_size, min_ndim=min_ndim)
     return replace(sieve, large=resolve(member, layout.select(sieve.is_large), dtype, ranks))
 

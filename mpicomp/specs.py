@@ -20,6 +20,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 import keyword
 import re
 import threading
@@ -53,10 +54,11 @@ class Spec:
         return printed
 
     def _print(self, depth: int) -> str:
-        fields = _init_fields(type(self))
+        cls: Any = type(self)
+        fields = _init_fields(cls)
         values = [getattr(self, field.name) for field in fields]
-        texts = [_text(value, kinds, depth + 1) for value, kinds in zip(values, _kinds(type(self)), strict=True)]
-        shown = [text != _default_text(type(self), field) for field, text in zip(fields, texts, strict=True)]
+        texts = [_text(value, kinds, depth + 1) for value, kinds in zip(values, _kinds(cls), strict=True)]
+        shown = [text != _default_text(cls, field) for field, text in zip(fields, texts, strict=True)]
         head = 0
         for place, field in enumerate(fields):
             if field.kw_only or not (_required(field) or _holds_member(values[place])):
@@ -98,17 +100,9 @@ def _init_fields(cls: type[Any]) -> tuple[dataclasses.Field[Any], ...]:
     return tuple(field for field in dataclasses.fields(cls) if field.init)
 
 
-_kinds_by_class: dict[type[Any], tuple[Kinds, ...]] = {}
-
-
-def _kinds(cls: type[Any]) -> tuple[Kinds, ...]:
+@functools.cache
+def _kinds(cls: Any) -> tuple[Kinds, ...]:
     """Return the kinds of each field of a member, from its annotation."""
-    if cls not in _kinds_by_class:
-        _kinds_by_class[cls] = _read_kinds(cls)
-    return _kinds_by_class[cls]
-
-
-def _read_kinds(cls: type[Any]) -> tuple[Kinds, ...]:
     try:
         hints = typing.get_type_hints(cls)
     except Exception:  # a name that exists for type checkers only, or in a function: judge by the text alone
@@ -135,7 +129,7 @@ def _required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def _default_text(cls: type[Any], field: dataclasses.Field[Any]) -> str | None:
+def _default_text(cls: Any, field: dataclasses.Field[Any]) -> str | None:
     if _required(field):
         return None
     default = field.default if field.default is not dataclasses.MISSING else typing.cast(Any, field.default_factory)()
@@ -175,11 +169,12 @@ def _is_name_field(kinds: Kinds) -> bool:
 # ------------------------------------------------------------------------------------------------------- reading
 
 
+@dataclasses.dataclass
 class _Parser:
-    def __init__(
-        self, text: str, registry: Mapping[str, type[Any]], aliases: Mapping[str, str], other_names: Mapping[str, str]
-    ) -> None:
-        self.text, self.registry, self.aliases, self.other_names = text, registry, aliases, other_names
+    text: str
+    registry: Mapping[str, type[Any]]
+    aliases: Mapping[str, str]
+    other_names: Mapping[str, str]
 
     def parse(self) -> Any:
         if not self.text:
@@ -240,7 +235,7 @@ class _Parser:
         if name not in self.registry:
             guess = self.meant(name) or _guess(name, self.names())
             self.fail(f"unknown name {name!r}{guess}", node, self.known())
-        cls = self.registry[name]
+        cls: Any = self.registry[name]
         fields = {field.name: kinds for field, kinds in zip(_init_fields(cls), _kinds(cls), strict=True)}
         takes = f"{name} takes: {', '.join(fields)}" if fields else f"{name} takes no arguments"
 

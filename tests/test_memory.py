@@ -230,8 +230,8 @@ def test_work_buffers_are_no_part_of_a_copy() -> None:
     def f(comm: Comm) -> int:
         memory = mpicomp.memory("error_feedback(two_stage(fp16))", x)
         mpicomp.allreduce(comm, x, "error_feedback(two_stage(fp16))", memory=memory)
-        assert memory.work._made
-        assert not copy.deepcopy(memory).work._made
+        assert memory.reduction.work._made
+        assert not copy.deepcopy(memory).reduction.work._made
         return len(pickle.dumps(memory))
 
     assert max(Team(3).run(f)) < 2.1 * x.nbytes

@@ -652,16 +652,3 @@ def test_the_communicator_is_checked_first() -> None:
         mpicomp.allreduce("world", F32, "dense")
     with pytest.raises(TypeError, match=r"mpi4py\.MPI\.Intracomm"):
         mpicomp.allgather(None, F32, "sign")
-
-
-def test_only_the_collectives_are_at_the_top() -> None:
-    moves = ["allreduce", "reduce_scatter", "allgather", "bcast", "gather", "scatter", "alltoall"]
-    assert mpicomp.__all__ == [*moves, *(f"i{name}" for name in moves), "plan", "memory", "reset"]
-    with pytest.raises(AttributeError, match="no attribute 'barrier'"):
-        mpicomp.barrier  # noqa: B018
-
-
-@pytest.mark.parametrize("name", mpicomp.__all__[:7])
-def test_what_is_begun_takes_what_its_blocking_call_takes(name: str) -> None:
-    blocking, begun = (inspect.signature(getattr(mpicomp, each)) for each in (name, f"i{name}"))
-    assert blocking.parameters == begun.parameters

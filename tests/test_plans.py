@@ -162,10 +162,10 @@ def test_plans_at_different_steps_are_found() -> None:
         x = array_of(comm.rank)
         plan = mpicomp.plan(comm, x, "randomk(density=0.1)", feedback=True)
         plan(x)
-        before = plan.memory.state
+        before = plan.memory.reduction.state
         plan(x)
         if comm.rank:
-            plan.memory.state = before
+            plan.memory.reduction.state = before
         with pytest.raises(ConfigMismatchError) as caught:
             plan(x)
         return str(caught.value)

@@ -12,7 +12,6 @@ import pytest
 from team import Team
 
 import mpicomp
-from mpicomp.comm import background
 from mpicomp.comm.background import Background, Request, begin, run_in_order
 from mpicomp.comm.communicator import Comm
 from mpicomp.errors import ConfigMismatchError
@@ -205,7 +204,7 @@ def until_another_waits(comm: Comm) -> Callable[[], None]:
     """A job that lasts until another one is queued behind it."""
 
     def job() -> None:
-        while background.background_of(comm)._pending < 2:
+        while comm.background._pending < 2:
             pass
 
     return job

@@ -47,8 +47,8 @@ EVERY = (
     "shared_support(randomk(density=0.01))",
     "hierarchical(two_stage(uniform(bits=4)))",
     AUTO,
-    "after(100, error_feedback(gather(topk(density=0.01))))",
-    "partition(dense, error_feedback(low_rank(rank=4)))",
+    "after(error_feedback(gather(topk(density=0.01))), steps=100)",
+    "partition(small=dense, large=error_feedback(low_rank(rank=4)))",
 )
 """At least a spec per registered reducer and policy."""
 ERROR = (

@@ -45,7 +45,7 @@ class Peer:
         launcher = ("PMI", "OMPI_", "PRTE_", "MPI_", "HYDI_", "HYDRA_", "MASTER_", "RANK", "LOCAL_RANK", "WORLD_SIZE")
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(launcher)}
         self._process = subprocess.Popen(
-            [sys.executable, PROGRAM],
+            [sys.executable, PROGRAM, str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -109,6 +109,8 @@ def serve(jobs: dict[str, Callable[..., Any]]) -> NoReturn:
     if sys.platform == "linux":
         # A collective that hangs in C++ never returns to read the end of the input.
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != int(sys.argv[1]):  # the parent ended before
+            os._exit(1)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # output of libraries is no answer
     sys.excepthook = fail

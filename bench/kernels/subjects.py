@@ -131,14 +131,14 @@ def elias_fano(codec: EliasFano, arrays: Arrays, device: bool = False) -> Subjec
     data.fill(0xFF)
     back.fill(0xFFFFFFFF)
     ops = {
-        "encode": lambda: index_codes.encode(given, size, "elias_fano", data),
-        "decode_add": lambda: index_codes.decode(data, size, "elias_fano", back),
+        "encode": lambda: index_codes.encode(given, size, data, "elias_fano"),
+        "decode_add": lambda: index_codes.decode(data, size, back, "elias_fano"),
     }
     if device:  # a GPU adds at the indices and never lists them
         values, out = empty(k, "float32", device), empty(size, "float32", device)
         values.fill(1)
         out.fill(0)
-        ops["decode_add"] = lambda: index_codes.scatter_add(data, "elias_fano", values, out)
+        ops["decode_add"] = lambda: index_codes.scatter_add(data, values, out, coding="elias_fano")
     ops["encode"]()
     ops["decode_add"]()
     found = np.flatnonzero(to_host(out)) if device else back

@@ -3,6 +3,9 @@
 Names and order of arguments are those of MPI where it has them; what begins with i returns a request.
 """
 
+from mpicomp.api.arguments import Arrays
+from mpicomp.api.call import reset
+from mpicomp.api.catalogue import methods
 from mpicomp.api.copies import (
     allgather,
     alltoall,
@@ -16,13 +19,15 @@ from mpicomp.api.copies import (
     scatter,
 )
 from mpicomp.api.memories import Memory, memory
-from mpicomp.api.operation import reset
 from mpicomp.api.plans import Plan, plan
 from mpicomp.api.reductions import allreduce, iallreduce, ireduce_scatter, reduce_scatter
 from mpicomp.comm.background import Request
+from mpicomp.registry import Method, register
 
 __all__ = [
+    "Arrays",
     "Memory",
+    "Method",
     "Plan",
     "Request",
     "allgather",
@@ -38,8 +43,10 @@ __all__ = [
     "ireduce_scatter",
     "iscatter",
     "memory",
+    "methods",
     "plan",
     "reduce_scatter",
+    "register",
     "reset",
     "scatter",
 ]

@@ -37,13 +37,14 @@ class Form:
     """Whether they lie on a GPU; ranks may differ in that."""
 
     @classmethod
-    def of(cls, x: Array | Sequence[Array]) -> Form:
+    def of(cls, x: Array | list[Array] | tuple[Array, ...]) -> Form:
         """The form of arrays that were checked."""
-        arrays = as_list(x)
-        device = on_device(arrays[0])
-        if any(on_device(array) != device for array in arrays):
+        if not isinstance(x, (list, tuple)):
+            return cls((x.shape,), (dtype_name(x),), False, on_device(x))
+        device = on_device(x[0])
+        if any(on_device(array) != device for array in x):
             raise ValueError("a list of arrays must be all NumPy's or all CuPy's; make a call for each")
-        return cls(tuple(a.shape for a in arrays), tuple(map(dtype_name, arrays)), isinstance(x, (list, tuple)), device)
+        return cls(tuple(array.shape for array in x), tuple(map(dtype_name, x)), True, device)
 
     @cached_property
     def dtype(self) -> str:
@@ -52,6 +53,10 @@ class Form:
         if len(found) > 1:
             raise ValueError(f"a list of arrays must have one dtype, got {', '.join(found)}; make a call for each")
         return found[0]
+
+    def require_one_dtype(self) -> None:
+        """Raise ValueError for arrays of several dtypes."""
+        _ = self.dtype
 
     @property
     def coded(self) -> str:

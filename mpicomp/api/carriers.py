@@ -11,13 +11,14 @@ from typing import Protocol
 
 import numpy as np
 
-from mpicomp.api.arguments import HALF, Form
+from mpicomp.api.arguments import HALF, Form, bits
 from mpicomp.arrays import Array, empty, work_dtype
 from mpicomp.codecs.base import Codec
 from mpicomp.comm.collectives import as_bytes, broadcast, exchange
 from mpicomp.comm.communicator import Comm
 from mpicomp.kernels import kernels_for
 from mpicomp.reducers.base import State
+from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.parts.layout import Layout
 from mpicomp.reducers.parts.messages import Message, check_header, exchange_messages
 
@@ -209,3 +210,16 @@ def spread(wide: Array, flats: Flats, layout: Layout, dtype: str) -> None:
             kernels_for(flat).narrow(wide[unit.where], flat, dtype, saturate=False)  # nothing takes the rest
         else:
             flat[...] = wide[unit.where]
+
+
+def carrier(comm: Comm, member: Codec | Dense, form: Form) -> Carrier:
+    """Return what moves arrays of a form in the collective that begins now."""
+    sequence = comm.next_call()
+    return Raw(form) if isinstance(member, Dense) else Coded(member, form, sequence)
+
+
+def rows(arrays: list[Array], ranks: int) -> list[Flats]:
+    """Cut arrays of (ranks, *shape) into what belongs to each rank."""
+    flats = [bits(array) for array in arrays]
+    cut = [flat.reshape(ranks, flat.size // ranks) for flat in flats]
+    return [[each[rank] for each in cut] for rank in range(ranks)]

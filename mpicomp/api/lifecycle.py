@@ -40,9 +40,12 @@ class PersistentReduction:
     """Buffers, which no copy holds."""
 
     @classmethod
-    def new(cls, reducer: Reducer, layout: Layout, dtype: str, seed: int = 0, step: int = 0) -> PersistentReduction:
-        """Make one that remembers nothing yet; `dtype` is that of the arrays."""
-        return cls(reducer, dtype, reducer.init(layout, work_dtype(dtype), seed=seed, step=step))
+    def new(
+        cls, reducer: Reducer, layout: Layout, dtype: str, seed: int = 0, step: int = 0, device: bool = False
+    ) -> PersistentReduction:
+        """Make one that remembers nothing yet, for arrays of `dtype`, with `device` on a GPU."""
+        state = reducer.init(layout, work_dtype(dtype), seed=seed, step=step)
+        return cls(reducer, dtype, state, work=Workspace(device))
 
     def begin_step(self, step: int) -> None:
         """Begin a step: one that was not committed is forgotten, and random numbers are those of this step."""
@@ -113,7 +116,7 @@ class BucketReductions:
         return made
 
     def remove(self, bucket: Hashable) -> None:
-        """Take a bucket apart, if it is known; what is remembered of its units is kept for those that hold them next."""
+        """Take a bucket apart, if it is known; what is remembered of its units is kept for the next bucket of each."""
         if bucket in self.buckets:
             self._saved |= self.buckets.pop(bucket).export()
 
@@ -135,7 +138,7 @@ class BucketReductions:
                 kept["residual"] = kept["residual"] * factor
 
     def reduce(self, comm: Comm, bucket: Hashable, op: str, x: Array, out: Array, last: bool = False) -> None:
-        """Reduce one bucket, as `PersistentReduction.reduce` does; `last` says that this step has no more. Collective."""
+        """Reduce one bucket, as `PersistentReduction.reduce` does; `last` says that it ends the step. Collective."""
         self.buckets[bucket].reduce(comm, op, x, out)
         self._finished = last and all(each.pending is not None for each in self.buckets.values())
 

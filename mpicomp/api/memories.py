@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from mpicomp.api.arguments import Arrays, Form, check_elementwise, checked_arrays, member_of, number
+from mpicomp.api.lifecycle import PersistentReduction
 from mpicomp.arrays import Array, work_dtype
 from mpicomp.codecs.base import Codec
+from mpicomp.comm.agreement import digest_of, float_mode, mixed
 from mpicomp.comm.communicator import Comm
 from mpicomp.planner.allowance import divided
-from mpicomp.reducers.base import Reducer, State, check_place
-from mpicomp.reducers.parts.apply import apply
+from mpicomp.reducers.base import Reducer, State, check_device
 from mpicomp.reducers.parts.workspace import Workspace
-from mpicomp.registry import Method, parse, resolve
+from mpicomp.registry import Method, describe, parse, resolve
 
 
-class Place(NamedTuple):
-    """Whose memory it is: a rank among so many. What it holds means nothing to another one."""
+class RankOf(NamedTuple):
+    """A rank among a number of ranks."""
 
     rank: int
     ranks: int
@@ -29,13 +31,57 @@ class Place(NamedTuple):
         return f"rank {self.rank} of {self.ranks}"
 
 
-class Running(NamedTuple):
-    """What a method means on a communicator."""
+@dataclass(frozen=True, eq=False)
+class Resolution:
+    """What a method means for arrays of one form, an op and a number of ranks."""
 
+    form: Form
+    op: str
     reducer: Reducer
-    """As it was resolved."""
-    divided: Reducer
-    """With the allowance of `bounded` divided among its lossy events (`mpicomp.planner.allowance`): what runs."""
+    running: Reducer
+    """The reducer with the allowance of `bounded` divided among its lossy events (`mpicomp.planner.allowance`)."""
+    digests: dict[bytes, int] = field(default_factory=dict)
+    """Of the description, by the floating-point mode, on which its digest of arithmetic depends."""
+
+    def describe(self, seed: int, step: int) -> str:
+        """Return all that must be the same on every rank, as text."""
+        return describe(self.running, self.form.layout, self.form.coded, self.op, seed, step)
+
+    def digest(self, seed: int, step: int) -> int:
+        """Return a digest of the description."""
+        mode = float_mode()
+        found = self.digests.get(mode)
+        if found is None:
+            found = self.digests[mode] = digest_of(self.describe(0, 0))
+        return mixed(found, seed, step)
+
+    def begun(self, seed: int, step: int = 0) -> PersistentReduction:
+        """Return a reduction that remembers nothing yet."""
+        form, state = self.form, self._stateless
+        if state is not None and seed == state.seed:
+            return PersistentReduction(self.running, form.dtype, state.at(step), work=Workspace(form.device))
+        return PersistentReduction.new(self.running, form.layout, form.dtype, seed, step, form.device)
+
+    @cached_property
+    def _stateless(self) -> State | None:
+        """The state of seed 0 if it holds no arrays: it is made once for all calls without a memory."""
+        state = self.running.init(self.form.layout, work_dtype(self.form.dtype))
+        holds = state.inner or state.memory or state.residual is not None or state.extra is not None
+        return None if holds else state
+
+
+@lru_cache(maxsize=256)
+def resolution(
+    method: Codec | Reducer, spec: str, form: Form, op: str, ranks: int, feedback: bool = False
+) -> Resolution:
+    """Return what a method means; with `feedback` a bare codec means error feedback. TypeError where it cannot run.
+
+    `spec` is the method as text: 1 and 1.0 are equal, and ranks that print them differently would not agree.
+    """
+    check_elementwise(method, form)
+    reducer = resolve(method, form.layout, form.dtype, ranks, feedback)
+    check_device(reducer, form.device)
+    return Resolution(form, op, reducer, divided(reducer, ranks, op))
 
 
 @dataclass
@@ -51,46 +97,39 @@ class Memory:
     seed: int = 0
     feedback: bool = True
     """Whether a bare codec means error feedback."""
-    state: State | None = None
-    """None until the first step."""
-    place: Place | None = None
-    resolved: Running | None = None
-    before: State | None = field(default=None, repr=False, compare=False)
-    """The state before the last step, which is valid until the next one."""
-    work: Workspace = field(default_factory=Workspace, repr=False, compare=False)
-    """Buffers, which are not part of what is remembered."""
-
-    def __post_init__(self) -> None:
-        check_elementwise(self.method, self.form)
-        self.work.device = self.form.device
+    place: RankOf | None = None
+    """Whose memory it is, since its first step; its contents mean nothing to another rank."""
+    reducer: Reducer | None = None
+    """The reducer that the method means; None until the first step shows the number of ranks."""
+    reduction: PersistentReduction | None = None
+    """None until the first step counts."""
 
     def __copy__(self) -> Memory:
         return copy.deepcopy(self)  # two memories that share arrays would overwrite each other's residuals
 
     @property
-    def reducer(self) -> Reducer | None:
-        """The reducer that the method means; None until the first step shows the number of ranks."""
-        return None if self.resolved is None else self.resolved.reducer
-
-    @property
     def running(self) -> Reducer | None:
         """The reducer that runs."""
-        return None if self.resolved is None else self.resolved.divided
+        return None if self.reduction is None else self.reduction.reducer
+
+    @property
+    def state(self) -> State | None:
+        """The state with which the next step begins; None until the first step."""
+        return None if self.reduction is None else self.reduction.state
 
     @property
     def residual(self) -> Array | list[Array] | None:
-        """A copy of this rank's debt, in the work dtype and the arrays' shapes; None before a step or without one."""
-        if self.state is None or self.resolved is None:
+        """A copy of this rank's residual, in the work dtype and the arrays' shapes.
+
+        None before a step and without error feedback.
+        """
+        if self.reduction is None:
             return None
-        kept = self.resolved.divided.export(self.state)
-        found = [kept[unit.name].get("residual") for unit in self.form.layout.units]
-        if all(debt is None for debt in found):
+        kept, units = self.reduction.export(), self.form.layout.units
+        if not any("residual" in kept[unit.name] for unit in units):
             return None
-        debts = [
-            np.zeros(unit.size, self.state.dtype) if debt is None else debt
-            for debt, unit in zip(found, self.form.layout.units, strict=True)
-        ]
-        return self.form.shaped(debts)
+        dtype = work_dtype(self.form.dtype)
+        return self.form.shaped([kept[unit.name].get("residual", np.zeros(unit.size, dtype)) for unit in units])
 
     def check(self, form: Form, method: Codec | Reducer) -> None:
         """Raise ValueError where this was made for something else."""
@@ -100,74 +139,63 @@ class Memory:
         if self.method != method:
             raise ValueError(f"memory was made for {self.method}, got method {method}")
 
-    def prepare(self, comm: Comm, op: str) -> Running:
+    def prepare(self, comm: Comm, op: str) -> Resolution:
         """Return what would run; nothing changes yet.
 
         ValueError where there is no reducer, where another one ran before, or where this is another rank's memory.
         """
-        here = Place(comm.rank, comm.size)
+        here = RankOf(comm.rank, comm.size)
         if self.place not in (None, here):
             raise ValueError(
                 f"memory belongs to {self.place}, where its first step was, and this is {here}; make a memory for "
                 f"each communicator of another size or order"
             )
-        reducer = self.reducer or resolve(self.method, self.form.layout, self.form.dtype, comm.size, self.feedback)
-        check_place(reducer, self.form.device)
-        found = Running(reducer, divided(reducer, comm.size, op))
-        if self.running not in (None, found.divided):
+        method, feedback = (self.method, self.feedback) if self.reducer is None else (self.reducer, False)
+        found = resolution(method, str(method), self.form, op, comm.size, feedback)
+        if self.running not in (None, found.running):
             raise ValueError(
-                f"memory was begun with {self.running}, and op {op!r} needs {found.divided}; make a memory for each"
+                f"memory was begun with {self.running}, and op {op!r} needs {found.running}; make a memory for each"
             )
         return found
 
-    def at(self, step: int = 0) -> tuple[int, int]:
-        """Seed and step of the next call; a memory that is new counts from `step`."""
-        return (self.seed, step) if self.state is None else (self.state.seed, self.state.step)
+    def at(self) -> tuple[int, int]:
+        """Seed and step of the next call."""
+        return (self.seed, 0) if self.reduction is None else (self.reduction.state.seed, self.reduction.state.step)
 
-    def begin(self, comm: Comm, found: Running, step: int = 0) -> None:
-        """Settle what runs, on which rank, once all ranks have agreed on it; a new memory counts from `step`."""
-        if self.state is None:
-            fresh = found.divided.init(self.form.layout, work_dtype(self.form.dtype), seed=self.seed, step=step)
-            self.state = fresh.placed(self.form.device)
-        self.place, self.resolved = Place(comm.rank, comm.size), found
-
-    def reduce(self, comm: Comm, op: str, x: Array, out: Array) -> None:
-        """Do a step with flat arrays, half types as bits, once this was begun. Collective."""
-        assert self.state is not None
-        assert self.resolved is not None
-        reducer, dtype = self.resolved.divided, self.form.dtype
-        before = self.state
-        self.state, _ = apply(comm, reducer, x, dtype, op, before, out, self.work, watched=False)
-        self.before = before
+    def keep(self, comm: Comm, found: Resolution, reduction: PersistentReduction) -> None:
+        """Let the step that `reduction` has done count: this is its memory from now on."""
+        reduction.commit()
+        if self.reduction is not reduction:
+            self.place, self.reducer, self.reduction = RankOf(comm.rank, comm.size), found.reducer, reduction
 
     def undo(self) -> None:
         """Forget the last step, once: for a rank that ended a call in which another one failed.
 
         After `mpicomp.reset` such ranks are a step ahead of the others, and the next call says so on all ranks.
-        ValueError where there is no step to be forgotten: none was made, or the last one was forgotten.
+        ValueError where there is no step to be forgotten: none was made, it failed, or it was forgotten before.
         """
-        if self.before is None:
-            raise ValueError("no step can be undone: there was none since this memory was made, restored or undone")
-        self.state, self.before = self.before, None
+        if self.reduction is None:
+            raise ValueError("no step can be undone: there was none since this memory was made or restored")
+        self.reduction.undo()
 
     def export(self) -> dict[str, Any]:
         """Return all that this rank needs to go on, as plain values: a copy; `restore` takes it.
 
-        {"step", "seed", "rank", "ranks", "method", "running": str, "units": arrays by name}; of a memory without a step
-        the method alone.
+        {"step", "seed", "rank", "ranks", "method", "reducer", "running": str, "units": arrays by name}; of a memory
+        without a step the method alone.
         """
-        if self.state is None or self.resolved is None or self.place is None:
+        if self.reduction is None or self.place is None:
             return {"method": str(self.method)}
-        reducer, running = self.resolved
+        seed, step = self.at()
         return {
             "method": str(self.method),
-            "reducer": str(reducer),
-            "running": str(running),
+            "reducer": str(self.reducer),
+            "running": str(self.running),
             "rank": self.place.rank,
             "ranks": self.place.ranks,
-            "seed": self.state.seed,
-            "step": self.state.step,
-            "units": running.export(self.state),
+            "seed": seed,
+            "step": step,
+            "units": self.reduction.export(),
         }
 
     def restore(self, exported: dict[str, Any]) -> None:
@@ -178,32 +206,27 @@ class Memory:
         if exported.get("method") != str(self.method):
             raise ValueError(f"this memory is of {self.method}, and {exported.get('method')} was exported")
         if "units" not in exported:
-            self.state, self.before, self.place, self.resolved = None, None, None, None
+            self.place, self.reducer, self.reduction = None, None, None
             return
         sizes = {unit.name: unit.size for unit in self.form.layout.units}
-        found = exported["units"]
+        units = exported["units"]
         dtype = work_dtype(self.form.dtype)
-        wrong = sorted(sizes.keys() ^ found.keys()) or [
+        wrong = sorted(sizes.keys() ^ units.keys()) or [
             name
-            for name, kept in found.items()
+            for name, kept in units.items()
             if "residual" in kept and (kept["residual"].size, kept["residual"].dtype.name) != (sizes[name], dtype)
         ]
         if wrong:
             raise ValueError(f"this memory is of {self.form}, and what was exported differs in {', '.join(wrong)}")
-        resolved = Running(*(_reducer_of(exported[name]) for name in ("reducer", "running")))
-        seed, step = exported["seed"], exported["step"]
-        fresh = resolved.divided.init(self.form.layout, dtype, seed=seed, step=step)
-        self.state = resolved.divided.restore(fresh, found).placed(self.form.device)
-        self.before = None
-        self.seed, self.place, self.resolved = seed, Place(exported["rank"], exported["ranks"]), resolved
+        reducer, running = (cast(Reducer, parse(exported[name])) for name in ("reducer", "running"))
+        found = Resolution(self.form, "", reducer, running)
+        restored = found.begun(exported["seed"], exported["step"])
+        restored.restore(units)
+        self.place, self.reducer, self.reduction = RankOf(exported["rank"], exported["ranks"]), reducer, restored
+        self.seed = exported["seed"]
 
     def __str__(self) -> str:
         return str(self.method if self.reducer is None else self.reducer)
-
-
-def _reducer_of(spec: str) -> Reducer:
-    reducer: Any = parse(spec)
-    return reducer  # type: ignore[no-any-return]  # what `export` wrote
 
 
 def memory(method: Method, x: Arrays, seed: int = 0) -> Memory:
@@ -214,15 +237,13 @@ def memory(method: Method, x: Arrays, seed: int = 0) -> Memory:
     """
     x = number(x)
     checked_arrays(x, device=True)
-    form = Form.of(x)
-    made = Memory(member_of(method), form, seed)
-    for ranks in (1, 2, 64):  # whatever their number: what no reducer takes is refused here
-        reducer = resolve(made.method, form.layout, form.dtype, ranks)
-        check_place(reducer, form.device)
-        reducer.init(form.layout.select(lambda unit: False), work_dtype(form.dtype))
-    return made
+    return memory_of(method, Form.of(x), seed)
 
 
-def remembers(method: Any) -> bool:
-    """Whether a method names error feedback anywhere."""
-    return isinstance(method, Reducer) and method.remembers
+def memory_of(method: Method, form: Form, seed: int) -> Memory:
+    """Return the memory for arrays of a form."""
+    member = member_of(method)
+    for ranks in (1, 2, 64):  # what no reducer takes is refused here, for any number of ranks
+        found = resolution(member, str(member), form, "sum", ranks, feedback=True)
+        found.reducer.init(form.layout.select(lambda unit: False), work_dtype(form.dtype))
+    return Memory(member, form, seed)

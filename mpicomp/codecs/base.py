@@ -102,17 +102,17 @@ class Codec(Spec, ABC):
 
     @property
     def ranged(self) -> bool:
-        """Values have an absolute largest number, on which larger ones saturate: there is no scale of their own."""
+        """Values are clipped at an absolute largest number: the code has no scale of its own."""
         return any(codec.ranged for codec in self.inner)
 
     @property
     def marks_nonfinite(self) -> bool:
-        """NaN or infinity in an input shows in the first field of the payload: no pass need look for it before."""
+        """NaN or infinity in an input makes the first field of the payload NaN or infinite: no pass searches for it."""
         return False
 
     @property
     def selects(self) -> bool:
-        """Sends index-value pairs, which `pick` gives: this is a `mpicomp.codecs.sparse.Selecting`."""
+        """Sends index-value pairs, which `pick` returns: this is a `mpicomp.codecs.sparse.Selecting`."""
         return False
 
     @property

@@ -87,7 +87,7 @@ class Bounded(Codec):
         if (self.abs is None) == (self.rel is None):
             raise ValueError("bounded takes either abs or rel")
         name, value = ("abs", self.abs) if self.rel is None else ("rel", self.rel)
-        if not is_number(value) or not 0.0 < value < math.inf:  # type: ignore[operator]
+        if not is_number(value) or not 0.0 < value < math.inf:
             raise ValueError(f"{name} must be a positive number, got {value!r}")
         if self.rel is not None and self.rel >= 1.0:
             raise ValueError(f"rel must be below 1, got {self.rel!r}")

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
+from typing import TypeGuard
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from mpicomp.wire import Field, Payload
 MAX_SIZE = 1 << 32  # elements: indices are at most 32 bits wide
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Tell whether a setting is a float or an int that a float can hold; True and False are neither."""
     return isinstance(value, float) or (
         isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
@@ -49,7 +50,7 @@ def check_block(block: object, name: str = "block") -> None:
 
 def check_density(density: object) -> None:
     """Raise ValueError unless a setting is a density."""
-    if not is_number(density) or not 0.0 < density <= 1.0:  # type: ignore[operator]
+    if not is_number(density) or not 0.0 < density <= 1.0:
         raise ValueError(f"density must be in (0, 1], got {density!r}")
 
 

@@ -45,7 +45,7 @@ class SmallFloat(Codec):
     shared: ClassVar[bool] = True
 
     def relative_error(self, size: int) -> float:
-        """Half the last place; with a shared exponent the numbers that saturate; of four bits also those near zero.
+        """See Codec: half the last place, or with a shared exponent saturation, and in four bits underflow.
 
         Numbers of up to 2^(largest exponent + 1) become the largest one: 8 becomes 6 in e2m1, 512 448 in e4m3. In e2m1
         numbers below half the smallest one, 1/16 of the group's largest, are lost.
@@ -62,11 +62,6 @@ class SmallFloat(Codec):
             inner = super().scope(dtype)
             return Scope(max(inner.least, 2.0**-120), min(inner.most, 2.0**126))
         return Scope(2.0**-10, 448.0) if self.format == "e4m3" else Scope(2.0**-17, 57344.0)
-
-    @property
-    def ranged(self) -> bool:
-        """See Codec."""
-        return not self.shared
 
     @property
     def _bits(self) -> int:
@@ -130,6 +125,7 @@ class FP8(SmallFloat):
     format: str = "e4m3"
 
     spec_name: ClassVar[str] = "fp8"
+    ranged: ClassVar[bool] = True
     shared: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

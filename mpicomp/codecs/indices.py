@@ -6,8 +6,8 @@
     bitmap      one bit per element
     elias_fano  the lower w bits of every index, then its upper part in unary; w = `width(size, k)`
 
-`mpicomp.kernels.cpu.indices` has the order of the bits of the last two. `smallest` chooses by `nbytes` alone, so that
-sizes are known before any data exists, and are the same on every rank.
+`mpicomp.kernels.cpu.indices` has the order of the bits of the last two. Without a `coding` the one
+is taken that `smallest` chooses by `nbytes` alone: so sizes are known before any data exists, and equal on all ranks.
 """
 
 from __future__ import annotations
@@ -61,10 +61,11 @@ def smallest(size: int, k: int) -> str:
     return min(CODINGS, key=lambda coding: nbytes(coding, size, k))
 
 
-def encode(indices: Array, size: int, coding: str, out: Array) -> None:
+def encode(indices: Array, size: int, out: Array, coding: str | None = None) -> None:
     """Write indices, (k,) uint32, strictly ascending and below size, to out, (nbytes(coding, size, k),) uint8."""
     if indices.size == 0:
         return
+    coding = coding or smallest(size, indices.size)
     if coding == "u32":
         out.view("<u4")[:] = indices
     elif coding == "u16":
@@ -80,13 +81,14 @@ def encode(indices: Array, size: int, coding: str, out: Array) -> None:
         kernels_for(out).encode_elias_fano(indices, width(size, indices.size), out)
 
 
-def decode(data: Array, size: int, coding: str, out: Array) -> None:
+def decode(data: Array, size: int, out: Array, coding: str | None = None) -> None:
     """Set out, (k,) uint32, to the indices in `data`; WireFormatError unless these are k indices below size.
 
     On a GPU the host does not read them: kernels that take them must leave out those not below size.
     """
     if out.size == 0:
         return
+    coding = coding or smallest(size, out.size)
     if coding == "u32":
         out[:] = data.view("<u4")
     elif coding == "u16":
@@ -112,26 +114,27 @@ def _seen(x: Array) -> Array:
     return to_host(x) if on_device(x) else x
 
 
-def scatter_add(data: Array, coding: str, values: Array, out: Array, scale: float = 1.0) -> None:
+def scatter_add(data: Array, values: Array, out: Array, scale: float = 1.0, coding: str | None = None) -> None:
     """Add scale * values, (k,), to `out` at the indices in `data`; see `decode`."""
-    kernels = kernels_for(out)
+    kernels, coding = kernels_for(out), coding or smallest(out.size, values.size)
     if coding == "bitmap":
         kernels.add_bitmap(data, values, out, scale)
     elif coding == "elias_fano":
         kernels.add_elias_fano(data, width(out.size, values.size), values, out, scale)
     else:
         places = np.empty_like(values, np.uint32, shape=values.size)
-        decode(data, out.size, coding, places)
+        decode(data, out.size, places, coding)
         kernels.scatter_add(places, values, out, scale)
 
 
-def check(data: Array, size: int, k: int, coding: str) -> None:
+def check(data: Array, size: int, k: int, coding: str | None = None) -> None:
     """Raise WireFormatError unless `encode` could have written `data`, (nbytes(coding, size, k),) uint8, for k indices.
 
     Takes 4 k bytes of memory.
     """
     if k == 0:
         return
+    coding = coding or smallest(size, k)
     if coding == "u16":
         counts = data[: 4 * ((size - 1) // SHORT)].view("<u4")
         whole = int(counts.sum(dtype=np.uint64)) <= k
@@ -146,7 +149,7 @@ def check(data: Array, size: int, k: int, coding: str) -> None:
         whole = True
     if whole:
         indices = np.empty(k, np.uint32)
-        decode(data, size, coding, indices)
+        decode(data, size, indices, coding)
         whole = host_kernels(data).ascending(indices, size)
     if not whole:
         raise WireFormatError(f"the message must have {k} indices that ascend strictly and stay below {size}")

@@ -130,21 +130,6 @@ def indices_field(size: int, k: int) -> Field:
     return Field((indices.nbytes(indices.smallest(size, k), size, k),), "|u1")
 
 
-def write_indices(places: Array, size: int, data: Array) -> None:
-    """Write ascending indices, (k,) uint32, in the smallest coding."""
-    indices.encode(places, size, indices.smallest(size, places.size), data)
-
-
-def add_sparse(data: Array, values: Array, out: Array, scale: float) -> None:
-    """Add scale * values, (k,), to `out` at the indices in `data`."""
-    indices.scatter_add(data, indices.smallest(out.size, values.size), values, out, scale)
-
-
-def check_indices(data: Array, size: int, k: int) -> None:
-    """Raise WireFormatError unless `data` is k ascending indices below `size` in the smallest coding."""
-    indices.check(data, size, k, indices.smallest(size, k))
-
-
 def capacity(values: Values, size: int, dtype: str) -> tuple[Field, ...]:
     """The field of a message of variable size, for up to `size` elements."""
     if size == 0:
@@ -191,15 +176,14 @@ def check_variable(values: Values, message: Array, size: int) -> None:
     k, dtype = read_variable(message, size)
     if message.size > capacity(values, size, dtype)[0].nbytes:
         raise WireFormatError(f"the message has {message.size} bytes, more than {size} elements can take")
-    fields = (*values.fields(k, dtype), indices_field(size, k))
-    used = HEAD + sum(padded(field.nbytes) for field in fields)
+    coded, data, used = variable_views(values, message, size, k, dtype)
     if used != int(message[:8].view("<u8")[0]):
-        raise WireFormatError(f"the message uses another number of bytes than the {used} of {k} elements")
-    coded, data, _ = variable_views(values, message, size, k, dtype)
-    at = HEAD
-    for field in fields:
-        if message[at + field.nbytes : at + padded(field.nbytes)].any():
-            raise WireFormatError("padding must be zero")
-        at += padded(field.nbytes)
+        raise WireFormatError(f"the message claims another number of used bytes than {used}, those of {k} elements")
+    padding = message[:used].copy()
+    arrays, places, _ = variable_views(values, padding, size, k, dtype)
+    for array in (*arrays, places):
+        array[...] = 0
+    if padding[HEAD:].any():
+        raise WireFormatError("the padding must be zero")
     values.check(coded, k)
-    check_indices(data, size, k)
+    indices.check(data, size, k)

@@ -10,20 +10,19 @@ from typing import ClassVar
 import numpy as np
 
 from mpicomp.arrays import Array
+from mpicomp.codecs import indices
 from mpicomp.codecs.accuracy import of_largest
 from mpicomp.codecs.base import Codec, Key, Scope
 from mpicomp.codecs.checks import check_density, check_size, is_number
 from mpicomp.codecs.sparse import (
     Selecting,
     Values,
-    add_sparse,
     capacity,
     check_values,
     check_variable,
     read_variable,
     start_variable,
     variable_views,
-    write_indices,
 )
 from mpicomp.errors import WireFormatError
 from mpicomp.kernels import Selection, kernels_for
@@ -59,7 +58,7 @@ class Above(Selecting):
         start_variable(payload[0], used, chosen.count, x.dtype.name)
         places, values = np.empty_like(x, np.uint32, shape=chosen.count), how.room(chosen.count, coded, x)
         chosen.write(values, places, zero=new is not None)
-        write_indices(places, x.size, data)
+        indices.encode(places, x.size, data)
         how.encode(values, coded, new, places, key)
         return used
 
@@ -69,7 +68,7 @@ class Above(Selecting):
             raise WireFormatError(f"the message holds {dtype}, expected {out.dtype}")
         how = Values(self.values)
         coded, data, _ = variable_views(how, payload[0], out.size, k, dtype)
-        add_sparse(data, how.decode(coded, k, out, key), out, scale)
+        indices.scatter_add(data, how.decode(coded, k, out, key), out, scale)
 
     def _check(self, payload: Payload, size: int) -> None:
         check_variable(Values(self.values), payload[0], size)

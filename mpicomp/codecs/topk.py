@@ -9,18 +9,11 @@ from typing import ClassVar
 import numpy as np
 
 from mpicomp.arrays import Array
+from mpicomp.codecs import indices
 from mpicomp.codecs.accuracy import of_largest
 from mpicomp.codecs.base import Codec, Key, nbytes_of
 from mpicomp.codecs.checks import check_density, check_integer, kept
-from mpicomp.codecs.sparse import (
-    Selecting,
-    Values,
-    add_sparse,
-    check_indices,
-    check_values,
-    indices_field,
-    write_indices,
-)
+from mpicomp.codecs.sparse import Selecting, Values, check_values, indices_field
 from mpicomp.kernels import kernels_for
 from mpicomp.wire import Field, Payload
 
@@ -39,7 +32,7 @@ class Largest(Selecting):
         return of_largest(size, kept, Values(self.values).relative_error(kept))
 
     @abstractmethod
-    def select(self, x: Array, old: Array | None, new: Array | None, values: Array, indices: Array) -> None:
+    def select(self, x: Array, old: Array | None, new: Array | None, values: Array, places: Array) -> None:
         """Write the elements of x + old that are sent, and their indices; `new` gets the others."""
 
     def pick(self, x: Array, old: Array | None, new: Array | None) -> tuple[Array, Array]:
@@ -60,18 +53,19 @@ class Largest(Selecting):
         how, k = Values(self.values), self.kept(x.size)
         places, values = np.empty_like(x, np.uint32, shape=k), how.room(k, tuple(coded), x)
         self.select(x, old, new, values, places)
-        write_indices(places, x.size, data)
+        indices.encode(places, x.size, data)
         how.encode(values, tuple(coded), new, places, key)
         return nbytes_of(payload)
 
     def _decode_add(self, payload: Payload, out: Array, key: Key, scale: float, fresh: bool) -> None:
         *coded, data = payload
-        add_sparse(data, Values(self.values).decode(tuple(coded), self.kept(out.size), out, key), out, scale)
+        values = Values(self.values).decode(tuple(coded), self.kept(out.size), out, key)
+        indices.scatter_add(data, values, out, scale)
 
     def _check(self, payload: Payload, size: int) -> None:
         *coded, data = payload
         Values(self.values).check(tuple(coded), self.kept(size))
-        check_indices(data, size, self.kept(size))
+        indices.check(data, size, self.kept(size))
 
 
 @dataclass(frozen=True)
@@ -94,9 +88,9 @@ class TopK(Largest):
         check_density(self.density)
         check_values(self.values)
 
-    def select(self, x: Array, old: Array | None, new: Array | None, values: Array, indices: Array) -> None:
+    def select(self, x: Array, old: Array | None, new: Array | None, values: Array, places: Array) -> None:
         """See Largest."""
-        kernels_for(x).select_top(x, old, new, values.size).write(values, indices, zero=new is not None)
+        kernels_for(x).select_top(x, old, new, values.size).write(values, places, zero=new is not None)
 
 
 @dataclass(frozen=True)
@@ -136,7 +130,7 @@ class BlockTopK(Largest):
         sizes = [self.block] * (size >= self.block) + [rest] * (rest > 0)
         return max((of_largest(each, kept(self.density, each), lost) for each in sizes), default=0.0)
 
-    def select(self, x: Array, old: Array | None, new: Array | None, values: Array, indices: Array) -> None:
+    def select(self, x: Array, old: Array | None, new: Array | None, values: Array, places: Array) -> None:
         """See Largest."""
         k = kept(self.density, self.block)
-        kernels_for(x).block_top_k(x, old, new, self.block, k, values, indices)
+        kernels_for(x).block_top_k(x, old, new, self.block, k, values, places)

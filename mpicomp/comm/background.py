@@ -10,14 +10,14 @@ from __future__ import annotations
 import atexit
 import queue
 import threading
-import weakref
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from mpicomp.comm import children
-from mpicomp.comm.communicator import Comm
 from mpicomp.comm.exits import end_job_from_thread
-from mpicomp.errors import ConfigMismatchError
+
+if TYPE_CHECKING:
+    from mpicomp.comm.communicator import Comm
 
 T = TypeVar("T")
 
@@ -245,29 +245,9 @@ class Background:
             return None, Failure(error)
 
 
-# ------------------------------------------------------------------------------------------------ of communicators
-
-
-def background_of(comm: Comm) -> Background:
-    """Return what runs the operations of a communicator."""
-    if comm.background is None:
-        with _creation:
-            if comm.background is None:  # another thread may have been faster
-                comm.background = Background(
-                    f"mpicomp-{comm.rank}",
-                    recoverable=(ConfigMismatchError,),
-                    check=comm.check_threads,
-                )
-                weakref.finalize(comm, comm.background.close)  # calls hold the communicator, the idle thread does not
-    return comm.background
-
-
-_creation = threading.Lock()
-
-
 def run_in_order(comm: Comm, call: Callable[[], T]) -> T:
     """Run `call` after all operations that any thread has begun on a communicator; return its result."""
-    return background_of(comm).call(call)
+    return comm.background.call(call)
 
 
 def begin(comm: Comm, call: Callable[[], T]) -> Request[T]:
@@ -275,4 +255,4 @@ def begin(comm: Comm, call: Callable[[], T]) -> Request[T]:
 
     Raises RuntimeError where MPI was initialised without MPI_THREAD_MULTIPLE.
     """
-    return background_of(comm).submit(call)
+    return comm.background.submit(call)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from mpicomp.comm import children, exits, notices
+from mpicomp.comm.background import Background
 from mpicomp.comm.topology import Topology
 from mpicomp.comm.transport import MPITransport, Request, Transport
 from mpicomp.comm.watch import SPIN, Traffic, guarded, wait
 from mpicomp.comm.windows import Window
-from mpicomp.errors import REPAIR, CommunicatorError
-
-if TYPE_CHECKING:
-    from mpicomp.comm.background import Background
 from mpicomp.environment import setting
+from mpicomp.errors import REPAIR, CommunicatorError, ConfigMismatchError
 
 SHOWN = 160  # characters of an operation or an error in the notice to other ranks
 
@@ -32,7 +31,6 @@ class Comm:
     def __init__(self, transport: Transport, timeout: float | None = None, opening: Request | None = None) -> None:
         self._transport = transport
         self._opening = opening  # completes when all ranks have begun to create the transport
-        self.check_threads = transport.check_threads
         self.rank = transport.rank
         self.size = transport.size
         self.timeout: float = setting("MPICOMP_TIMEOUT") if timeout is None else timeout
@@ -44,7 +42,10 @@ class Comm:
         self.left: dict[int, notices.Notice] = {}  # last notices of peers that have ended
         self.answers: dict[int, notices.Notice] = {}  # where peers wait
         self.parent: Comm = self  # the communicator whose group this is, for notices
-        self.background: Background | None = None  # runs its operations; see the module `background`
+        self.background = Background(
+            f"mpicomp-{self.rank}", recoverable=(ConfigMismatchError,), check=transport.check_threads
+        )
+        weakref.finalize(self, self.background.close)  # calls hold the communicator, an idle thread does not
         self.closed = self._closing = False
         self.broken: CommunicatorError | None = None  # the error of all further calls
         self.successor: Comm | None = None  # takes its place after a reset
@@ -153,10 +154,7 @@ class Comm:
         if self._closing:
             return
         self._closing = True
-        if self.background is None:
-            self._release()
-        else:
-            self.background.close(self._release)
+        self.background.close(self._release)
 
     def _release(self) -> None:
         if self.broken is not None:
@@ -245,5 +243,5 @@ def _freed(mpi: Any, keyval: int, comm: Comm) -> None:
 
     if mpi not in (MPI.COMM_WORLD, MPI.COMM_SELF):
         comm.close()
-    elif comm.background is not None:  # MPI is being finalised, and frees everything
+    else:  # MPI is being finalised, and frees everything
         comm.background.close()

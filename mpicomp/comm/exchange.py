@@ -1,4 +1,4 @@
-"""Messages between every pair of ranks, of which each is sent when it is written and waited for alone."""
+"""Messages between every pair of ranks; each is sent when it is written, and each can be waited for alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mpicomp.wire import HEADER
 class Exchange:
     """Messages from every rank to every other, under way between `receive` and the end of a `with` block. Collective.
 
-    At the end of the block all sends are complete, so that what was sent may be written to again. After a
+    At the end of the block all sends are complete, so that their arrays may be written to again. After a
     ConfigMismatchError all receives are complete too: nothing stays under way, and the communicator remains usable.
 
     With `calm` a rank that waits for one of several messages leaves its core to others: see `watch.wait`.
@@ -35,7 +35,7 @@ class Exchange:
     def receive(self, incoming: Sequence[Sequence[Array]]) -> None:
         """Post all receives: incoming[r] are arrays, (n,) uint8, for the messages of rank r in the order of sending.
 
-        Nothing is received into incoming[me], which `arrived` returns as it is.
+        Nothing is received into incoming[me], which `arrived` returns unchanged.
         """
         self.incoming, self._receives = incoming, [[] for _ in incoming]
         for peer in reversed(peers(self.comm.rank, self.comm.size)):

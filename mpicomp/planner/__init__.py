@@ -1,7 +1,6 @@
-"""What a reduction costs, what this machine can do, and so how long it will take.
+"""Predicts the time of a reduction from its cost and the measured speed of the machine.
 
-`Cost` is what a reducer says of itself: one formula each, written beside the algorithm. `Machine` is measured, and
-`predict` brings the two together.
+Every reducer has a formula for its `Cost`, beside its algorithm. `Machine` is measured; `predict` combines the two.
 """
 
 from mpicomp.planner.machine import Link, Machine, Point, Prediction, predict

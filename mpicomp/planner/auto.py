@@ -1,11 +1,8 @@
-"""auto: the fastest of several reducers, for this array on this machine; never a lossy one that nobody allowed.
+"""auto: the fastest of several reducers for this array on this machine; lossy ones only if the user allows them.
 
-At the first step rank 0 predicts how long each would take (`planner`), and all ranks take its word. From then on the
-times of steps correct the choice (`planner.course`), at steps on which all ranks agree. Nothing is lost when another
-reducer takes over: it goes on with the residual that the last one left.
-
-A state of `auto` holds the state of the reducer that runs, and, while another is tried, what the best one carries from
-step to step beside its residual. What was learnt belongs to the communicator: all arrays of a form share it.
+At the first step rank 0 predicts the time of each candidate, and all ranks use that prediction. Later measured times
+of steps correct the choice (`planner.course`), at steps on which all ranks agree. The next reducer goes on with the
+residual of the last one, so nothing is lost. Times belong to the communicator: all arrays of one layout share them.
 """
 
 from __future__ import annotations
@@ -45,13 +42,13 @@ from mpicomp.reducers.tree import Tree
 from mpicomp.reducers.two_stage import TwoStage
 
 EXACT: tuple[Reducer, ...] = (Dense(), Dense("mpi"), Dense("two_shot"), Hierarchical(Dense()))
-"""What `auto` may always use, the default first, which is the ring where that may pay: between nodes."""
+"""What `auto` may always use, the default first."""
 
-CHOICE = "auto"  # the name under which the number of the candidate is exported
+CHOICE = "auto"  # the name of the candidate's number in an export
 
 
 def fitting(codec: Codec) -> tuple[Reducer, ...]:
-    """The reducers that may be the fastest one for a codec."""
+    """Return the reducers of which any may be the fastest for a codec."""
     if codec.linear:
         return (SharedSupport(codec),)
     found: list[Reducer] = [Gather(codec), TwoStage(codec), Hierarchical(TwoStage(codec))]
@@ -65,9 +62,10 @@ def fitting(codec: Codec) -> tuple[Reducer, ...]:
 
 
 class Choice(NamedTuple):
-    """What `auto` has chosen; `extra` of its states, whose `inner` is that of the candidate that runs.
+    """What `auto` has chosen: `extra` of its states, whose first inner part is that of the candidate that runs.
 
-    Where another than the best one runs, a second inner part has what the best one left.
+    While another candidate than the best one is tried, a second inner part keeps what the best one carries from step to
+    step beside its residual.
     """
 
     feedback: bool
@@ -81,13 +79,13 @@ class Choice(NamedTuple):
 class Auto(Reducer):
     """The fastest exact sum, or the fastest of what `allow` holds too: reducers as they are, codecs in any that fits.
 
-    The order in which candidates are listed decides between equal ones; exact ones stand first.
+    Of equally fast candidates the first one is taken; exact ones come first.
     """
 
     spec_name: ClassVar[str] = "auto"
     level: ClassVar[Level] = Level.CHOICE
-    contractive: ClassVar[bool] = True  # under feedback every candidate is
-    codecs: ClassVar[tuple[Codec, ...]] = ()  # those of the candidates
+    contractive: ClassVar[bool] = True  # under feedback every candidate contracts
+    codecs: ClassVar[tuple[Codec, ...]] = ()  # the candidates have them
     allow: tuple[Codec | Reducer, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
@@ -112,8 +110,10 @@ class Auto(Reducer):
         """See Reducer."""
         return self.candidates()
 
-    def with_members(self, codec: Callable[[Codec], Codec], reducer: Callable[[Reducer], Reducer]) -> Reducer:
-        """See Reducer. A codec for which that changes some of its reducers gives way to these."""
+    def with_members(
+        self, reducer: Callable[[Reducer], Reducer], codec: Callable[[Codec], Codec] = lambda codec: codec
+    ) -> Reducer:
+        """See Reducer. Where the change affects reducers of a codec, they take the place of the codec."""
         allow: list[Codec | Reducer] = []
         for each in self.allow:
             candidates = (each,) if isinstance(each, Reducer) else fitting(codec(each))
@@ -122,11 +122,11 @@ class Auto(Reducer):
         return Auto(allow=tuple(allow))
 
     def candidates(self, feedback: bool = False) -> tuple[Reducer, ...]:
-        """See Reducer. With feedback bare codecs are taken as contractions; ValueError for a reducer that is none."""
+        """See Reducer. With feedback codecs are taken as contractions; ValueError for a reducer that is none."""
         return _candidates(self.allow, feedback)
 
     def useful(self, topology: Topology, feedback: bool = False) -> tuple[Reducer, ...]:
-        """The candidates that have a sense on these nodes: on a single one MPI shares memory by itself."""
+        """Return the candidates that may pay on these nodes: within a single node MPI shares memory by itself."""
         shares = 1 < len(topology.nodes) < topology.size
         return tuple(
             each
@@ -135,7 +135,7 @@ class Auto(Reducer):
         )
 
     def lossy(self, feedback: bool = False) -> tuple[Reducer, ...]:
-        """The candidates that `allow` adds to the exact ones."""
+        """Return the candidates that `allow` adds to the exact ones."""
         return tuple(each for each in self.candidates(feedback) if each not in EXACT)
 
     def init(self, layout: Layout, dtype: str, feedback: bool = False, seed: int = 0, step: int = 0) -> State:
@@ -144,11 +144,7 @@ class Auto(Reducer):
         extra = Choice(feedback)
         return State(layout, dtype, first.digest, inner=(first.part,), extra=extra, seed=seed, step=step)
 
-    def reduce(
-        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
-    ) -> tuple[Reduction, State]:
-        """See Reducer."""
-        work = work or Workspace(state.device)
+    def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
         course = work.made("course", lambda: self.course(comm, state.layout, state.dtype, state.extra.feedback))
         if course.running != state.extra.number:
             state = self._moved(state, course)
@@ -166,7 +162,7 @@ class Auto(Reducer):
         return reduction, state.advanced(inner=(after.part, *rest), extra=choice)
 
     def course(self, comm: Comm, layout: Layout, dtype: str, feedback: bool) -> Course:
-        """What has been learnt on this communicator about such arrays; where nothing was, predictions. Collective."""
+        """Return what this communicator knows about arrays of this layout: at first only predictions. Collective."""
         courses = _courses.setdefault(comm, {})
         key = (self, layout, dtype, feedback)
         if key not in courses:
@@ -174,13 +170,13 @@ class Auto(Reducer):
         return courses[key]
 
     def predictions(self, comm: Comm, layout: Layout, dtype: str, feedback: bool = False) -> tuple[list[float], float]:
-        """Seconds that each candidate will take, and that agreeing on times takes, as rank 0 sees it. Collective."""
+        """Return rank 0's prediction, in seconds, of each candidate and of an agreement on times. Collective."""
         costs = [self._costs(each, layout, dtype, comm.topology, feedback) for each in self.candidates(feedback)]
         machine = machine_for(comm, [cost for each in costs for cost in each])
         useful = self.useful(comm.topology, feedback)
         seconds = [
             max(predict(cost, machine).seconds for cost in each)
-            if reducer in useful and each not in costs[:place]  # not an algorithm by another name
+            if reducer in useful and each not in costs[:place]  # equal costs: the same algorithm under two names
             else inf
             for place, (reducer, each) in enumerate(zip(self.candidates(feedback), costs, strict=True))
         ]
@@ -188,12 +184,12 @@ class Auto(Reducer):
         return cast(tuple[list[float], float], tuple(shared(comm, (seconds, agreement))))
 
     def _costs(self, reducer: Reducer, layout: Layout, dtype: str, topology: Topology, feedback: bool) -> list[Cost]:
-        """Costs of some ranks; what shards are whose differs little."""
+        """Return the costs of some ranks: shards differ little in size."""
         ranks = sorted({place * (topology.size - 1) // 3 for place in range(4)})
         return [reducer.cost(layout, dtype, topology, me, feedback) for me in ranks]
 
     def _moved(self, state: State, course: Course) -> State:
-        """Return a state of the candidate that is to run, which goes on where the last one stopped."""
+        """Return a state of the next candidate, which goes on where the last one stopped."""
         choice: Choice = state.extra
         number, left, running, rest = course.running, choice.left, state.inner[0], state.inner[1:]
         reducer = self.candidates(choice.feedback)[number]
@@ -216,7 +212,7 @@ class Auto(Reducer):
         return reducer.init(state.layout, state.dtype, state.extra.feedback, state.seed, state.step)
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
-        """See Reducer; of the first candidate, since the choice shows at the first step."""
+        """See Reducer; of the first candidate, since the first step makes the choice."""
         return self.candidates(feedback)[0].cost(layout, dtype, topology, me, feedback)
 
     def running(self, state: State) -> Reducer:
@@ -234,7 +230,7 @@ class Auto(Reducer):
         return {name: {**kept, CHOICE: number} for name, kept in super().export(state).items()}
 
     def restore(self, state: State, units: Units) -> State:
-        """See Reducer. Goes on with the candidate that ran, whose warm start it is; others start anew."""
+        """See Reducer. Goes on with the candidate that ran; the times of all are measured anew."""
         found = {int(units[unit.name][CHOICE]) for unit in state.layout.units if CHOICE in units.get(unit.name, {})}
         candidates = self.candidates(state.extra.feedback)
         if len(found) == 1 and 0 <= (number := found.pop()) < len(candidates) and number != state.extra.number:

@@ -1,6 +1,6 @@
-"""What was measured is kept: in the process for each communicator, and in a file for each topology.
+"""Stores measurements: in the process for each communicator, and in a file for each topology.
 
-Rank 0 alone touches files. A file that cannot be read, or that is about something else, is told of and measured anew.
+Only rank 0 reads and writes files. A file that cannot be used gives a warning, and the machine is measured again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 
@@ -32,13 +32,14 @@ from mpicomp.planner.measure import measure, measure_passes
 FORMAT = 1
 
 _known: WeakKeyDictionary[Comm, Machine] = WeakKeyDictionary()
+_asked: WeakSet[Comm] = WeakSet()  # whose file was read
 
 
 def machine_for(comm: Comm, costs: Sequence[Cost] = (), fresh: bool = False) -> Machine:
-    """Return what is known of this communicator's machine, with the time of every pass that the costs name.
+    """Return the machine of this communicator, with the time of every pass in the costs.
 
-    From this process, else from the cache, else by measuring; `fresh` measures whatever is known. Collective: all
-    ranks give costs with the same passes, and get the same.
+    It is that of this process, else that of the cache, else it is measured; with `fresh` it is measured in any case.
+    Collective: all ranks give costs with the same passes, and get the same machine.
     """
     machine = None if fresh else _known.get(comm)
     if machine is None:
@@ -55,24 +56,35 @@ def machine_for(comm: Comm, costs: Sequence[Cost] = (), fresh: bool = False) -> 
 
 
 def known(comm: Comm) -> Machine | None:
-    """What this process knows of a communicator's machine; communicates nothing."""
+    """Return the machine of a communicator if this process knows it; communicates nothing."""
+    return _known.get(comm)
+
+
+def recall(comm: Comm) -> Machine | None:
+    """Return what is known of a communicator's machine, from this process or a file; measures nothing. Collective."""
+    if comm not in _known and comm not in _asked and comm.size > 1:
+        _asked.add(comm)
+        key = _key(comm)
+        found = shared(comm, _read(key) if comm.rank == 0 else None)
+        if found is not None:
+            _known[comm] = Machine.from_json(found)
     return _known.get(comm)
 
 
 def know(comm: Comm, machine: Machine) -> None:
-    """Take this for what was measured, in this process; all ranks must do so."""
+    """Set the machine of a communicator in this process; all ranks must do so."""
     _known[comm] = machine
 
 
 def folder(environ: Mapping[str, str]) -> Path:
-    """Where files are kept: MPICOMP_CACHE_DIR, or `mpicomp` in XDG_CACHE_HOME or in ~/.cache."""
+    """Return the folder of the files: MPICOMP_CACHE_DIR, or `mpicomp` in XDG_CACHE_HOME or in ~/.cache."""
     if own := setting("MPICOMP_CACHE_DIR", environ):
         return Path(own)
     return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mpicomp")
 
 
 def _key(comm: Comm) -> dict[str, str]:
-    """What times depend on: hosts, as a hash, which ranks share them, MPI and this library. Collective."""
+    """Return all that times depend on: hosts, as a hash, the ranks on each, MPI and this library. Collective."""
     name = hashlib.blake2b(platform.node().encode(), digest_size=8).digest()
     names = [np.empty(8, np.uint8) for _ in range(comm.size)]
     allgather(comm, np.frombuffer(name, np.uint8).copy(), names, "names of hosts")
@@ -86,22 +98,22 @@ def _file(key: Mapping[str, str]) -> Path:
 
 
 def _read(key: Mapping[str, str]) -> dict[str, Any] | None:
-    """The machine that a file holds, checked; None where there is none, or with a warning none that can be used."""
+    """Return the checked content of a file; None if there is no file, and with a warning if it cannot be used."""
     path = _file(key)
     try:
         data = json.loads(path.read_text())
         if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("key") != dict(key):
-            raise ValueError("it is about another machine, or of another version")
+            raise ValueError("it belongs to another machine, or to another version of mpicomp")
         return Machine.from_json(data["machine"]).to_json()
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        warnings.warn(f"mpicomp measures this machine anew, since {path} cannot be used: {error}", stacklevel=2)
+        warnings.warn(f"mpicomp measures this machine again, since {path} cannot be used: {error}", stacklevel=2)
         return None
 
 
 def _keep(comm: Comm, machine: Machine) -> None:
-    """Write the file anew, rank 0 alone; readers see the old one or the new one."""
+    """Replace the file, on rank 0 only; readers see the old one or the new one."""
     key = _key(comm)
     if comm.rank:
         return
@@ -115,6 +127,8 @@ def _keep(comm: Comm, machine: Machine) -> None:
             file.write(text)
         os.replace(temporary, path)
     except OSError as error:
-        warnings.warn(f"mpicomp measures this machine in every job, since nothing can be kept: {error}", stacklevel=2)
+        warnings.warn(
+            f"mpicomp measures this machine in every job, since its cache cannot be written: {error}", stacklevel=2
+        )
         with contextlib.suppress(OSError):
             os.unlink(temporary)

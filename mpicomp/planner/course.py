@@ -1,17 +1,16 @@
-"""Which of several ways to reduce an array is taken, from step to step: first by prediction, then by what was measured.
+"""Which of several candidates reduces an array, from step to step: first by predicted times, then by measured ones.
 
-A course is steered by numbers that all ranks share, predictions that rank 0 made and times agreed on, so that all ranks
-turn at the same step. The time of a step is the *shortest* of all ranks': who comes early waits for the others, and
-counts his waiting, but whoever came last has waited for nobody.
+Decisions depend on numbers that all ranks share, rank 0's predictions and the times on which the ranks agree, so all
+ranks change at the same step. The time of a step is the *shortest* of all ranks: the time of every other rank includes
+the wait for the last one.
 
-- The first way is the one that would be taken without a planner. At the start another one is preferred to it that is
-  predicted to be faster by `DOUBT`; later only what was tried is preferred, if it was measured and is faster by
-  `MARGIN`. It is gone back to as soon as it is no slower.
-- A way is tried where it may be as fast, within `NEAR` of the best, and ever more rarely where it was found not to be.
-  Predictions may be wrong, so what seems far from the best is tried too: once if that takes less than `FREE`, and
-  later if it takes less than the share `SPEND` of the time until then; exact ways always, if they are within `FAR`.
-  Measurements may be wrong, too: a way is as near as it was predicted or measured to be.
-- Times are agreed on ever more rarely, and never so often that this takes more than `SHARE` of the time.
+- Candidate 0 is the default. At the start another one is preferred if it is predicted to be faster by `DOUBT`, later
+  only if it was measured to be faster by `MARGIN`. The default is taken again as soon as it is no slower.
+- A candidate is tried if its time may be within `NEAR` of the best, and the more rarely the slower it was. Predictions
+  may be wrong, so slower candidates are tried too: once if a trial takes less than `FREE`, and later if it takes less
+  than the share `SPEND` of the time so far; exact ones whenever they are within `FAR`. Measurements may be wrong, too:
+  the lower of the predicted and the measured time counts.
+- Agreements become rarer with time, and never take more than `SHARE` of it.
 """
 
 from __future__ import annotations
@@ -24,26 +23,26 @@ import numpy as np
 from mpicomp.comm.collectives import allreduce
 from mpicomp.comm.communicator import Comm
 
-NEAR = 1.3  # times the best; higher = more is tried, at more cost
-FAR = 4.0  # times the best
+NEAR = 1.3  # times the best time; higher = more trials, at more cost
+FAR = 4.0  # times the best time
 FREE = 0.1  # seconds
-SPEND = 0.002
-DOUBT = 0.15
-MARGIN = 0.08  # higher = less is won, lower = noise decides
-SHARE = 0.01
-FIRST = 4  # steps until times are first agreed on; of those just before, SAMPLES at most count
-TRIAL = 3  # steps; the first does not count: it makes buffers and meets cold caches
-CONFIRM = 8  # steps of a trial that went well, before it counts: noise makes two fast steps often enough
-INTERVAL, LONGEST = 16, 4096  # steps
-SAMPLES = 16
-KEEP = 0.5  # of an old time where a new one comes in
+SPEND = 0.002  # share of the time
+DOUBT = 0.15  # share of the default's time
+MARGIN = 0.08  # share of the best time; higher = less is won, lower = noise decides
+SHARE = 0.01  # of the time
+FIRST = 4  # steps until the first agreement
+TRIAL = 3  # steps; the first one does not count: it makes buffers and finds cold caches
+CONFIRM = 8  # further steps that confirm a fast trial: noise often makes two fast steps
+INTERVAL, LONGEST = 16, 4096  # steps between agreements, at first and at most
+SAMPLES = 16  # steps before an agreement whose times count
+KEEP = 0.5  # weight of the old estimate when a new time comes in
 
 
 class Course:
-    """The way taken and what is known of the others; `running` is the number of the one to take next.
+    """The candidate that runs, `running`, and the times of all.
 
-    `predicted` are seconds, infinity for what is never to be taken; `agreement` is what it costs to agree, in seconds.
-    The first `exact` ways lose nothing.
+    `predicted` has seconds per step, infinity for a candidate that must not run; `agreement` is the time of an
+    agreement in seconds. The first `exact` candidates lose nothing.
     """
 
     def __init__(self, predicted: Sequence[float], agreement: float = 0.0, exact: int = 1) -> None:
@@ -54,38 +53,38 @@ class Course:
         self.best = self.running = fastest if predicted[fastest] < (1 - DOUBT) * predicted[0] else 0
         self.steps = 0
         self.switches = 0
-        self._waits = [0] * len(predicted)  # until which step a way is not tried again
+        self._waits = [0] * len(predicted)  # the step until which a candidate is not tried again
         self._measured = [False] * len(predicted)
         self._interval = INTERVAL
         self._times: list[float] = []
         self._left = self._planned = FIRST if len(predicted) > 1 else 0
 
     def unwatched(self) -> bool:
-        """Count a step and return true if what it takes is of no interest: then `note` is not called for it."""
+        """Count a step; return whether its time does not count, so that `note` is not called for it."""
         if 0 < self._left <= SAMPLES:
             return False
         self._left -= 1
         return True
 
     def note(self, seconds: float) -> bool:
-        """Take in what a step took; return whether it is time to agree, which is so on all ranks or on none."""
+        """Add the time of a step; return whether the ranks must agree now, the same on all of them."""
         self._left -= 1
         if 0 <= self._left < SAMPLES:
             self._times.append(seconds)
         return self._left == 0
 
     def agree(self, comm: Comm) -> None:
-        """Agree on the times since the last agreement, and decide what to do next. Collective."""
+        """Agree on the times since the last agreement, and decide what runs next. Collective."""
         mine = np.array(self._times)
         least = np.empty_like(mine)
         allreduce(comm, mine, least, "min")
         self.steer(least.tolist())
 
     def steer(self, times: Sequence[float]) -> None:
-        """Decide what to do next, from the times of the last steps, on which all ranks have agreed."""
+        """Decide what runs next, from the times of the last steps, on which all ranks have agreed."""
         self.steps += self._planned
         counted = sorted(times[1:] if self._planned <= FIRST else times)
-        seconds = counted[(len(counted) - 1) // 4]  # what else a machine does only ever adds to a time
+        seconds = counted[(len(counted) - 1) // 4]  # other load on the machine only adds to a time
         if self._planned == TRIAL and self._beats_best(seconds):
             self._go_on(CONFIRM)
             return
@@ -96,7 +95,7 @@ class Course:
         return seconds < (1 - MARGIN if self.running else 1) * self.estimates[self.best]
 
     def _go_on(self, steps: int) -> None:
-        """Take the running way for so many steps, then agree."""
+        """Run the same candidate for so many steps, then agree."""
         self._left = self._planned = steps
         self._times = []
 
@@ -115,9 +114,9 @@ class Course:
                 self._interval = INTERVAL
 
     def _next(self) -> None:
-        """Try the most promising way that may be tried, or go on with the best one."""
+        """Try the most promising candidate that may be tried, or go on with the best one."""
         just_tried = self.running != self.best
-        rivals = [way for way in range(len(self.estimates)) if self._may_try(way, only_near=just_tried)]
+        rivals = [number for number in range(len(self.estimates)) if self._may_try(number, only_near=just_tried)]
         if rivals:
             self.running = min(rivals, key=self.estimates.__getitem__)
             self._go_on(TRIAL)
@@ -128,12 +127,12 @@ class Course:
         if not just_tried:
             self._interval = min(LONGEST, 2 * self._interval)
 
-    def _may_try(self, way: int, only_near: bool) -> bool:
-        """Whether a way is worth a trial now; of those that seem far from the best, one at a time is."""
-        seconds, best = self.estimates[way], self.estimates[self.best]
-        if way in (self.best, self.running) or self.steps < self._waits[way]:
+    def _may_try(self, number: int, only_near: bool) -> bool:
+        """Whether a candidate is worth a trial now; of the slow ones, one at a time."""
+        seconds, best = self.estimates[number], self.estimates[self.best]
+        if number in (self.best, self.running) or self.steps < self._waits[number]:
             return False
-        if min(seconds, self.predicted[way]) < NEAR * best:
+        if min(seconds, self.predicted[number]) < NEAR * best:
             return True
-        budget = max(SPEND * self.steps * best, 0.0 if self._measured[way] else FREE)
-        return not only_near and (TRIAL * seconds < budget or (way < self.exact and seconds < FAR * best))
+        budget = max(SPEND * self.steps * best, 0.0 if self._measured[number] else FREE)
+        return not only_near and (TRIAL * seconds < budget or (number < self.exact and seconds < FAR * best))

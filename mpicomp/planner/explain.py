@@ -1,4 +1,4 @@
-"""A reduction in words: what it sends, what it loses, how long it takes and why."""
+"""A reduction in words: what it sends, how often it loses something, how long it takes and why."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def time_line(prediction: Prediction) -> str:
             ("wire", prediction.wire),
             ("coding", prediction.coding),
             ("MPI's allreduce", prediction.mpi),
-            ("of which at the same time", prediction.hidden),
+            ("minus overlap", prediction.hidden),
         )
         if seconds > 0
     ]

@@ -1,4 +1,4 @@
-"""From times of exchanges to the three numbers of a link."""
+"""The three numbers of a link, fitted to times of exchanges."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mpicomp.planner.machine import Link
 
 
 class Sample(NamedTuple):
-    """An exchange that was timed: so many messages of a rank, so many bytes on the link that limits it."""
+    """The time of an exchange: messages per rank, and bytes on the link that limits it."""
 
     messages: int
     nbytes: float
@@ -22,8 +22,8 @@ class Sample(NamedTuple):
 def fit(samples: Sequence[Sample]) -> Link:
     """Return latency, overhead and time per byte, none below zero, with the least squares of relative errors.
 
-    seconds = latency + overhead (messages - 1) + byte nbytes. A term that would be negative is left out; of the models
-    that remain the best counts: there are seven. Raises ValueError for no samples.
+    seconds = latency + overhead (messages - 1) + byte nbytes. A term that would be negative is left out; the best of
+    the seven possible models counts. Raises ValueError for no samples.
     """
     if not samples:
         raise ValueError("nothing was timed")

@@ -1,9 +1,9 @@
-"""What a machine can do, and how long a reduction of a known cost takes on it.
+"""The measured speed of a machine, and the predicted time of a reduction on it.
 
-The model is the one that collectives have been judged by since Hockney and LogP: a round costs a latency, a message its
-sender some time (`overhead`: a burst of P-1 messages costs far less than P-1 latencies), a byte the time of the
-narrowest link it passes, an element the time of the pass that codes it. What MPI's own allreduce takes is looked up
-instead: MPI changes its algorithm with the size, and no formula of ours knows where.
+The model is that of Hockney and LogP: a round costs a latency, a message time of its sender (`overhead`; a burst of
+P-1 messages costs far less than P-1 latencies), a byte the time of the slowest link on its way, an element the time of
+the pass that codes it. The time of MPI's own allreduce is interpolated between measured ones, since MPI changes its
+algorithm with the size.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mpicomp.cost import Cost, Work
 
 
 class Link(NamedTuple):
-    """What messages cost on one level of the network."""
+    """The cost of messages on one level of the network."""
 
     latency: float
     """Seconds until a short message has arrived."""
@@ -30,10 +30,10 @@ class Link(NamedTuple):
 
 
 class Point(NamedTuple):
-    """A time that was measured."""
+    """A measured time."""
 
     size: int
-    """Bytes that MPI's allreduce sums, or elements that a pass goes over."""
+    """Bytes of an allreduce by MPI, or elements of a pass."""
     seconds: float
 
 
@@ -41,13 +41,13 @@ Curve = tuple[Point, ...]
 """Times by ascending size."""
 
 PASS, ROUND = 25e-6, 12e-6
-"""Seconds that this library's own code takes around each pass and each round: headers, views, requests. As measured
-with the smallest arrays at one and two ranks, on a core of 2020; not measured anew: only tiny messages feel it."""
+"""Seconds of this library's own code per pass and per round: headers, views, requests. Measured with the smallest
+arrays at one and two ranks, on a core of 2020, and constant, since only tiny messages depend on it."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What was measured of the ranks of a communicator; the same on all of them."""
+    """The measurements of a communicator; the same on all ranks."""
 
     nodes: tuple[int, ...]
     """Ranks by node."""
@@ -59,11 +59,11 @@ class Machine:
     """MPI's own allreduce of float32, by bytes."""
     passes: Mapping[str, Curve] = field(default_factory=dict)
     """Passes over float32 while all ranks make one, by `Machine.pass_name` ("encode topk(density=0.01)") and elements:
-    they are slower where data comes from memory, and have a price however few the elements."""
+    they are slower where data comes from memory, and take some time even for few elements."""
     seconds: float = 0.0
-    """How long measuring took, without what was compiled for it."""
+    """The time of the measurement, without compilation."""
     when: float = 0.0
-    """When the measuring ended, in seconds since 1970."""
+    """The end of the measurement, in seconds since 1970."""
 
     @property
     def ranks(self) -> int:
@@ -72,25 +72,25 @@ class Machine:
 
     @staticmethod
     def pass_name(work: Work) -> str:
-        """What the times of a work are filed under."""
+        """The key of a work in `passes`."""
         return work.op if work.codec is None else f"{work.op} {work.codec}"
 
     def with_passes(self, passes: Mapping[str, Curve]) -> Machine:
-        """The machine of which more is known."""
+        """Return a machine with further passes."""
         return replace(self, passes={**self.passes, **passes})
 
     def missing(self, costs: Sequence[Cost]) -> list[Work]:
-        """Passes that these costs name and nobody has measured, each once, in an order that all ranks share."""
+        """Return the passes in these costs that are not measured, each once, in the same order on all ranks."""
         unknown = {self.pass_name(work): work for cost in costs for work in cost.work}
         return [unknown[name] for name in sorted(unknown) if name not in self.passes]
 
     def to_json(self) -> dict[str, Any]:
-        """What `from_json` reads back."""
+        """Return a dict that `from_json` reads."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Any) -> Machine:
-        """Read what `to_json` wrote; ValueError for anything else."""
+        """Return the machine that `to_json` wrote; ValueError for other data."""
         try:
             machine = cls(
                 nodes=tuple(int(ranks) for ranks in data["nodes"]),
@@ -112,7 +112,7 @@ class Machine:
         for name, link in (("inside", self.inside), ("between", self.between)):
             if link is not None:
                 lines.append(
-                    f"{name:<9}  latency {micro(link.latency)}, a message more {micro(link.overhead)}, "
+                    f"{name:<9}  latency {micro(link.latency)}, {micro(link.overhead)} per further message, "
                     f"{1e-6 / link.byte if link.byte else float('inf'):.0f} MB/s each way"
                 )
         if self.allreduce:
@@ -120,7 +120,7 @@ class Machine:
             lines.append(f"MPI        allreduce of {shown}")
         for name, curve in sorted(self.passes.items()):
             shown = ", ".join(f"{seconds / size * 1e9:.3g} at {size}" for size, seconds in curve)
-            lines.append(f"pass       {name}: ns an element {shown}")
+            lines.append(f"pass       {name}: ns per element {shown}")
         return "\n".join(lines)
 
 
@@ -131,46 +131,46 @@ def _link(data: Any) -> Link | None:
 def _curve(data: Any) -> Curve:
     curve = tuple(Point(int(size), _time(seconds)) for size, seconds in data)
     if any(low.size >= high.size for low, high in pairwise(curve)) or any(point.size < 1 for point in curve):
-        raise ValueError("sizes must ascend")
+        raise ValueError("sizes must be positive and ascend")
     return curve
 
 
 def _time(number: Any) -> float:
-    """Check a time; ValueError for what is none."""
+    """Return a time; ValueError unless it is finite and at least 0."""
     value = float(number)
     if not 0 <= value < float("inf"):
-        raise ValueError(f"{number!r} is no time")
+        raise ValueError(f"a time must be finite and at least 0, got {number!r}")
     return value
 
 
 class Prediction(NamedTuple):
-    """Where the time of a reduction goes, in seconds."""
+    """The predicted time of a reduction by its parts, in seconds."""
 
     latency: float
     """Rounds and messages."""
     wire: float
-    """Bytes that this library sends, and those copied through a node's memory."""
+    """Bytes sent by this library, and bytes copied through the memory of a node."""
     coding: float
     """Passes over data."""
     mpi: float
     """MPI's own allreduces."""
     hidden: float
-    """What of wire and coding happens at the same time."""
+    """The part of wire and coding that happens at the same time."""
     unknown: tuple[str, ...] = ()
-    """Passes that nobody has measured; they count as nothing."""
+    """Passes that were not measured; they count as zero."""
 
     @property
     def seconds(self) -> float:
-        """All in all."""
+        """The whole time."""
         return self.latency + self.wire + self.coding + self.mpi - self.hidden
 
 
 def predict(cost: Cost, machine: Machine) -> Prediction:
-    """How long a reduction of this cost takes; nothing where there is one rank to do it, but its passes."""
+    """Return the time of a reduction of this cost; on one rank only its passes take time."""
     ranks = machine.ranks
     latency, wire, between, mpi = PASS * len(cost.work), 0.0, 0.0, 0.0
     if ranks > 1:
-        # What goes through the memory of a node leaves it reduced; of what does not, each peer gets as much.
+        # Bytes through the memory of a node are reduced before they leave it; all others go to every peer alike.
         away = 1.0 if cost.shared else _share_that_leaves(machine.nodes)
         slow = machine.between or machine.inside
         for link, share in ((machine.inside, 1 - away), (machine.between, away)):
@@ -179,7 +179,7 @@ def predict(cost: Cost, machine: Machine) -> Prediction:
         own = max(0, cost.nbytes - sum(-(-2 * size * (ranks - 1) // ranks) for size in cost.mpi))
         inside = own * (1 - away) * machine.inside.byte if machine.inside else 0.0
         between = own * away * max(machine.nodes) * machine.between.byte if machine.between else 0.0
-        wire = max(inside, between)  # two links, which work at the same time
+        wire = max(inside, between)  # the two links work at the same time
         mpi = sum(seconds_at(size, machine.allreduce) for size in cost.mpi)
     wire += seconds_at(cost.shared // 4, machine.passes.get("copy", ()))
     coding, unknown = 0.0, []
@@ -188,18 +188,18 @@ def predict(cost: Cost, machine: Machine) -> Prediction:
         coding += seconds_at(work.elements, machine.passes.get(name, ()))
         if name not in machine.passes:
             unknown.append(name)
-    hidden = min(between, coding) * (1 - 1 / cost.chunks)  # inside a node it is the same core that copies
+    hidden = min(between, coding) * (1 - 1 / cost.chunks)  # within a node the same core copies
     return Prediction(latency, wire, coding, mpi, hidden, tuple(unknown))
 
 
 def _share_that_leaves(nodes: Sequence[int]) -> float:
-    """Of what a rank sends to all others alike the share for other nodes, where that loads a node's link most."""
+    """Return the share of an exchange with all ranks that leaves a node, on the node whose link it loads most."""
     ranks, largest = sum(nodes), max(nodes)
     return (ranks - largest) / (ranks - 1)
 
 
 def seconds_at(size: int, curve: Curve) -> float:
-    """Time at a size: between two that were measured along a line, beyond the last in proportion; 0 where none was."""
+    """Return the time at a size: linear between measured sizes, in proportion beyond the last; 0 for an empty curve."""
     if not curve or not size:
         return 0.0
     if size >= curve[-1].size:
@@ -212,7 +212,7 @@ def seconds_at(size: int, curve: Curve) -> float:
 
 
 def size_text(nbytes: float) -> str:
-    """Print a number of bytes: 512 B, 64 KiB, 1.5 MiB."""
+    """Format a number of bytes: 512 B, 64 KiB, 1.5 MiB."""
     for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if nbytes >= scale:
             return f"{nbytes / scale:.3g} {unit}"
@@ -220,12 +220,12 @@ def size_text(nbytes: float) -> str:
 
 
 def time_text(seconds: float) -> str:
-    """Print a time with the unit that suits it."""
+    """Format a time in s, ms or us."""
     if seconds >= 1:
         return f"{seconds:.3g} s"
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else micro(seconds)
 
 
 def micro(seconds: float) -> str:
-    """Print a time in microseconds."""
+    """Format a time in microseconds."""
     return f"{seconds * 1e6:.3g} us"

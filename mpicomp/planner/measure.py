@@ -1,8 +1,8 @@
-"""Times of this machine: of messages, of MPI's own allreduce, and of passes over data.
+"""Measures a machine: messages, MPI's own allreduce, and passes over data.
 
-Everything is timed while all ranks do it, since that is when a reduction will: links and cores are shared. A time is
-the longest of all ranks', so it is the same on all of them, and how often something is repeated depends on such times
-only. Sizes grow until they take too long, so that a slow network is measured in as little time as a fast one.
+All ranks measure at the same time, as they share links and cores in a reduction, too. A time is the longest of all
+ranks, so it is the same on all of them, and so is the number of repetitions, which depends on such times only. Sizes
+grow until they take too long, so that a slow network is measured in as little time as a fast one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.codecs import Codec, Key
-from mpicomp.comm.collectives import allreduce, barrier, begin_receive, begin_send
+from mpicomp.comm.collectives import allreduce, barrier, begin_receive, begin_send, peers
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.share import shared
 from mpicomp.comm.watch import wait
@@ -28,33 +28,33 @@ from mpicomp.planner.fit import Sample, fit
 from mpicomp.planner.machine import Curve, Machine, Point
 from mpicomp.wire import MessageLayout
 
-SIZES = tuple(1 << bits for bits in range(12, 25, 2))  # bytes a rank sends in one burst
-BURSTS = (1, 4)  # short messages to each peer: what one more costs
-MEMORY = 1 << 25  # bytes
+SIZES = tuple(1 << bits for bits in range(12, 25, 2))  # bytes per rank in one burst
+BURSTS = (1, 4)  # short messages to each peer: their difference is the overhead of a message
+MEMORY = 1 << 25  # bytes that messages are taken from in turn
 SHORT = 0.02  # seconds for the repetitions of a message or an allreduce
-LASTING, WEIGHT = 0.1, 5  # seconds; how many samples this one stands for
-LONGEST = 0.1  # seconds that one exchange may take
+LASTING, WEIGHT = 0.1, 5  # seconds of the long measurement; the number of samples it counts for
+LONGEST = 0.1  # seconds of one exchange, at most
 ALLREDUCES = tuple(1 << bits for bits in range(6, 26, 2))  # bytes
 LONGEST_ALLREDUCE = 0.2  # seconds
-ENOUGH = 0.25  # seconds that one kind of measurement may take; sizes beyond are left out
-CHAINS, LINKS = 3, 300  # a time is the best of so many runs, each of up to so many operations
+ENOUGH = 0.25  # seconds for one kind of measurement; larger sizes are left out
+CHAINS, LINKS = 3, 300  # a time is the best of 3 runs, each of up to 300 operations
 ELEMENTS = (1 << 10, 1 << 17, 1 << 20, 1 << 22)  # in caches of three levels, in memory
-PATIENCE = 0.05  # seconds that may be spent on a second run, lest something else decided the first
+PATIENCE = 0.05  # seconds for a second run, in case other load disturbed the first one
 PASS = 0.006  # seconds for the repetitions of a pass
 RANK = 4  # columns of the thin matrix
-ROWS = 512  # of 256 elements: what a second-level cache holds
+ROWS = 512  # of 256 elements: they fit into a second-level cache
 
 BASIC = (Work("add", 0), Work("copy", 0), Work("matmul", 0))
 
 
 def timed(comm: Comm, operation: Callable[[], object], budget: float, apart: bool = False) -> float:
-    """Return the seconds that an operation takes that all ranks do: the slowest rank's, in the best of a few runs.
+    """Return the seconds of an operation that all ranks execute: those of the slowest rank, in the best of a few runs.
 
-    What else a machine does only ever adds to a time, so the best tells most. The operation is done once before, for
-    connections and kernels to come into being. `budget` in seconds is kept, unless one alone takes more. Collective.
+    Other load on the machine only adds to a time, so the best run counts. One execution comes before, to open
+    connections and compile kernels. `budget` in seconds is kept, unless a single execution takes more. Collective.
 
-    Where ranks do it `apart`, without waiting for each other, they share cores unseen: who has no core has not begun.
-    Then the time runs until all have done it, barrier included, which many repetitions make small.
+    If ranks work `apart`, without waiting for each other, several may share a core unnoticed: a rank without a core has
+    not begun. The time then ends when all ranks are done, with a barrier that many repetitions make negligible.
     """
     operation()
     barrier(comm)
@@ -76,7 +76,7 @@ def timed(comm: Comm, operation: Callable[[], object], budget: float, apart: boo
 
 
 def _longest(comm: Comm, seconds: Sequence[float]) -> list[float]:
-    """The maximum over ranks of each of some times."""
+    """Return the maximum over ranks of each time."""
     mine = np.array(seconds)
     most = np.empty_like(mine)
     allreduce(comm, mine, most, "max")
@@ -84,7 +84,7 @@ def _longest(comm: Comm, seconds: Sequence[float]) -> list[float]:
 
 
 def _since(comm: Comm, began: float) -> float:
-    """Seconds since then, the same on all ranks."""
+    """Return the seconds since `began`, the same on all ranks."""
     return _longest(comm, [time.perf_counter() - began])[0]
 
 
@@ -104,47 +104,46 @@ def measure(comm: Comm) -> Machine:
         )
     machine = replace(machine, seconds=_since(comm, began), when=time.time())
     found = measure_passes(comm, machine, BASIC)
-    # Times are the same on all ranks, but a fit is LAPACK's, and rounds as it likes.
+    # Times are the same on all ranks, but LAPACK fits them, and may round differently on each.
     return Machine.from_json(shared(comm, found.to_json()))
 
 
 def _exchanges(comm: Comm, within: bool) -> list[Sample]:
-    """Time bursts of messages from every rank to all others of its node, or to all of other nodes."""
+    """Time bursts of messages from every rank to all others on its node, or to all on other nodes."""
     topology, me = comm.topology, comm.rank
     home = [topology.node_of(rank) for rank in range(comm.size)]
-    peers = [rank for rank in range(comm.size) if rank != me and (home[rank] == home[me]) == within]
-    peers = [*(rank for rank in peers if rank > me), *(rank for rank in peers if rank < me)]
+    targets = [rank for rank in peers(me, comm.size) if (home[rank] == home[me]) == within]
     counts = [len(node) - 1 if within else comm.size - len(node) for node in topology.nodes]
     most = max(counts)  # messages of a rank
-    # Bytes on the link for one byte to each peer: inside, a rank's own; between, the node's.
+    # Bytes on the link per byte to each peer: those of a rank within a node, those of the node between nodes.
     load = max(count * (1 if within else len(node)) for count, node in zip(counts, topology.nodes, strict=True))
     room = max(MEMORY, 8 * most * BURSTS[-1])
     memory = np.ones(room, np.uint8), np.ones(room, np.uint8)
     samples = []
     for count in BURSTS:
-        seconds = timed(comm, _Burst(comm, peers, memory, 8, count), SHORT)
+        seconds = timed(comm, _Burst(comm, targets, memory, 8, count), SHORT)
         samples.append(Sample(most * count, 8.0 * load * count, seconds))
     began = time.perf_counter()
     for size in SIZES:
         if samples[-1].seconds * 4 > LONGEST or _since(comm, began) > ENOUGH:
             break
-        burst = _Burst(comm, peers, memory, size // most, 1)
+        burst = _Burst(comm, targets, memory, size // most, 1)
         samples.append(Sample(most, float(size // most * load), timed(comm, burst, SHORT)))
-    # Networks let short bursts pass faster than what lasts: the last size once more, for longer, and it counts most.
+    # Networks let short bursts pass faster than long transfers, so the last size is measured longer and counts most.
     last = samples[-1]._replace(seconds=timed(comm, burst, LASTING))
     return samples + [last] * WEIGHT
 
 
 class _Burst:
-    """`count` messages to each peer, and as many from it, by memory that was not used just before: as in a reduction
-    of a large array, and no worse for a small one than its latency."""
+    """`count` messages to each peer, and as many from it, in memory outside the caches, as in a reduction of a large
+    array; for a small one the latency of the network hides the difference."""
 
     def __init__(self, comm: Comm, peers: Sequence[int], memory: tuple[Array, Array], nbytes: int, count: int) -> None:
         self.comm, self.peers, self.count = comm, peers, count
         self.outgoing, self.incoming = (self._messages(each, nbytes) for each in memory)
 
     def _messages(self, memory: Array, nbytes: int) -> Iterator[Array]:
-        """Parts of a memory, one after the other, for ever."""
+        """Return an endless iterator over the parts of a memory."""
         step = max(nbytes, 1 << 16)
         return itertools.cycle([memory[at : at + nbytes] for at in range(0, memory.size - nbytes + 1, step)])
 
@@ -173,14 +172,14 @@ def _allreduces(comm: Comm) -> tuple[Point, ...]:
 
 
 def _undisturbed(curve: Sequence[Point]) -> Curve:
-    """Correct what took longer than the same for more elements: something was in its way."""
+    """Replace a time by that of a larger size if that is shorter: other load disturbed the measurement."""
     return tuple(Point(size, min(point.seconds for point in curve[place:])) for place, (size, _) in enumerate(curve))
 
 
 def measure_passes(comm: Comm, machine: Machine, works: Sequence[Work]) -> Machine:
-    """Time passes over data and return the machine that knows them. Collective; all ranks ask for the same.
+    """Time passes over data and return the machine with them. Collective; all ranks ask for the same.
 
-    What is compiled for them is neither timed nor counted as time of measuring.
+    Compilation is neither timed nor part of the time of the measurement.
     """
     if not works:
         return machine
@@ -199,7 +198,7 @@ def measure_passes(comm: Comm, machine: Machine, works: Sequence[Work]) -> Machi
 
 
 def _pass(work: Work, x: Array) -> Callable[[], object]:
-    """Return a call that does this work on x; ValueError for work of no known kind."""
+    """Return a function that does this work on x; ValueError for an unknown kind."""
     if work.codec is not None:
         return _coding(work.codec, work.op, x)
     out = np.zeros_like(x)
@@ -210,7 +209,7 @@ def _pass(work: Work, x: Array) -> Callable[[], object]:
     if work.op == "matmul":
         matrix = x.reshape(-1, 256)
         thin, product = np.ones((256, RANK), np.float32), np.empty((len(matrix), RANK), np.float32)
-        parts = [slice(start, start + ROWS) for start in range(0, len(matrix), ROWS)]  # as low_rank does it
+        parts = [slice(start, start + ROWS) for start in range(0, len(matrix), ROWS)]  # as in low_rank
 
         def multiply() -> None:
             for part in parts:
@@ -221,14 +220,14 @@ def _pass(work: Work, x: Array) -> Callable[[], object]:
 
 
 def _coding(codec: Codec, op: str, x: Array) -> Callable[[], object]:
-    """Return a call that encodes x, or decodes its code."""
+    """Return a function that encodes x, or decodes its code."""
     layout = MessageLayout([codec.fields(x.size, "float32")])
     buffer = np.zeros(layout.nbytes, np.uint8)
     payload, old, new, key = layout.views(buffer)[0], np.zeros_like(x), np.empty_like(x), Key()
     if op in ("encode", "encode_residual"):
 
         def encode() -> None:
-            if not codec.marks_nonfinite:  # as reducers do, who look for what is not finite
+            if not codec.marks_nonfinite:  # as reducers do, which look for NaN and infinity
                 kernels_for(x).nonfinite(x, old if op == "encode_residual" else None)
             if op == "encode":
                 codec.encode(x, payload, key)

@@ -1,4 +1,4 @@
-"""How long reductions take, predicted and measured: what `python -m mpicomp measure` shows."""
+"""Predicted and measured times of reductions: what `python -m mpicomp measure` shows."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from mpicomp.planner.measure import timed
 from mpicomp.reducers.base import Reducer
 from mpicomp.reducers.parts.layout import Layout
 
-LONGEST = 1.0  # seconds that a reduction may be predicted to take and yet be measured
+LONGEST = 1.0  # seconds; a reduction with a longer prediction is not measured
 BUDGET = 0.05  # seconds for the repetitions of one measurement
-DECIDEDLY = 1.05  # times as fast as the exact sum compression must be, to be worth its loss
+DECIDEDLY = 1.05  # how many times as fast as the exact sum compression must be, to be worth its loss
 
 
 class Row(NamedTuple):
@@ -35,18 +35,18 @@ class Row(NamedTuple):
     predicted: float
     """Seconds."""
     measured: float | None
-    """Seconds; None where that would have taken too long."""
+    """Seconds; None where a measurement would take too long."""
 
 
 def shape_of(nbytes: int) -> tuple[int, int]:
-    """A float32 matrix of so many bytes or a few less, about square: weights of a layer."""
+    """Return the shape of an about square float32 matrix of `nbytes` or a few less, like the weights of a layer."""
     elements = max(1, nbytes // 4)
     columns = 1 << ((elements.bit_length() - 1) // 2)
     return elements // columns, columns
 
 
 def known_machine(comm: Comm, reducers: Sequence[Reducer], fresh: bool = False) -> Machine:
-    """Return the machine with the rates of all passes that these reducers make. Collective."""
+    """Return the machine with the times of all passes that these reducers make. Collective."""
     layout = Layout.single(shape_of(1 << 20))
     costs = [reducer.cost(layout, "float32", comm.topology, 0, cost_feedback(reducer)) for reducer in reducers]
     return machine_for(comm, costs, fresh)
@@ -58,9 +58,8 @@ def cost_feedback(reducer: Reducer) -> bool:
 
 
 def survey(comm: Comm, machine: Machine, reducers: Sequence[Reducer], sizes: Sequence[int], limit: float) -> list[Row]:
-    """Predict and measure sums of float32 of so many bytes, for about `limit` seconds; all that is lossy is fed back.
-
-    Collective; the same on all ranks.
+    """Predict and measure sums of float32 arrays of these sizes in bytes, for about `limit` seconds; lossy ones with
+    error feedback. Collective, the same on all ranks.
     """
     for reducer in reducers:  # compiles
         _step(comm, reducer, Layout.single(shape_of(1 << 12)), cost_feedback(reducer))()
@@ -70,7 +69,7 @@ def survey(comm: Comm, machine: Machine, reducers: Sequence[Reducer], sizes: Seq
         for reducer in reducers:
             feedback = cost_feedback(reducer)
             cost = reducer.cost(layout, "float32", comm.topology, 0, feedback)
-            if cost in costs:  # `dense` is another name of its best algorithm
+            if cost in costs:  # `dense` and its best algorithm are the same
                 continue
             costs.append(cost)
             predicted = predict(cost, machine).seconds
@@ -95,12 +94,12 @@ def _step(comm: Comm, reducer: Reducer, layout: Layout, feedback: bool) -> Calla
 
 
 class Verdict(NamedTuple):
-    """What is best for one size."""
+    """The best reducers for one size."""
 
     exact: Row
     lossy: Row | None
     gain: float
-    """How many times as fast as the exact sum the lossy one is; by times measured, unless of one kind none was."""
+    """Time of the exact sum by that of the lossy one: both measured, or predicted where a measurement is missing."""
 
     @property
     def helps(self) -> bool:
@@ -122,8 +121,11 @@ def verdict(rows: Sequence[Row]) -> Verdict:
     return Verdict(exact, lossy, seconds(exact) / max(seconds(lossy), 1e-9) if lossy is not None else 0.0)
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Print rows by size, each size with its verdict, and a last line where that is the same for all."""
+def table(rows: Sequence[Row], network: bool = True) -> str:
+    """Return the rows by size, each size with its verdict, and a last line if compression helps at no size.
+
+    Without a `network`, where all ranks share a machine, there is no verdict.
+    """
     width = max(len(row.reducer) for row in rows)
     lines, helped = [], []
     for nbytes in dict.fromkeys(row.nbytes for row in rows):
@@ -137,7 +139,7 @@ def table(rows: Sequence[Row]) -> str:
             )
         best = verdict(some)
         lines.append(f"  exact: {best.exact.reducer}")
-        if best.lossy is not None:
+        if best.lossy is not None and network:
             helped.append(best.helps)
             lossy = f"  lossy: {best.lossy.reducer}, {best.gain:.3g} times as fast"
             lines.append(lossy if best.helps else "  compression will not help here")

@@ -8,7 +8,7 @@ up to rounding, and `total` has the same bits on every rank. So error feedback i
 what a step does not send stays in the residual of some rank.
 
 **Sums and means.** Reducers compute sums, and one place divides: `complete`. A reducer may fold the division into a
-pass that it makes anyway. Its `Reduction` then says by what it has divided, and `complete` does the rest.
+pass that it makes anyway. Its `Reduction` then says so, and `complete` does not divide.
 
 **Two generations.** A step reads the old residual and writes the new one elsewhere. The state that a step was given
 stays valid until the next step. A caller who discards a step goes on with that state; nothing needs to be undone.
@@ -49,8 +49,8 @@ class Reduction(NamedTuple):
     """(extent,) the sum over ranks, the same bits everywhere; elements outside the layout are untouched."""
     poisoned: bool = False
     """Some rank's input had NaN or infinity: `total` is NaN, the state is the old one. The same on all ranks."""
-    divided: int = 1
-    """The divisor that `total` already contains: 1, or the workspace's divisor."""
+    divided: bool = False
+    """The reducer has divided `total` by the workspace's divisor."""
     finite: bool = False
     """`total` is known to be finite without a scan."""
 
@@ -145,13 +145,14 @@ class Level(IntEnum):
 class Reducer(Spec, ABC):
     """Sums a flat array over the ranks of a communicator. Members are frozen dataclasses, printed as specs.
 
-    A member defines `cost` and `reduce`, and overrides what the defaults below do not fit.
+    A member defines `cost` and `_reduce`, and overrides what the defaults below do not fit.
     """
 
     level: ClassVar[Level] = Level.METHOD
-
     takes_complex: ClassVar[bool] = True
     """Whether it sums complex arrays as twice as many real numbers."""
+    by_unit: ClassVar[bool] = False
+    """Whether it takes different reducers for different units."""
 
     @property
     def on_gpu(self) -> bool:
@@ -174,30 +175,32 @@ class Reducer(Spec, ABC):
         return any(each.remembers for each in self.inner)
 
     @cached_property
+    def members(self) -> dict[str, Codec | Reducer]:
+        """The codecs and reducers among the fields."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}  # type: ignore[arg-type]  # a dataclass
+        return {name: value for name, value in values.items() if isinstance(value, Codec | Reducer)}
+
+    @property
     def codecs(self) -> tuple[Codec, ...]:
-        """The codecs whose arithmetic all ranks must share: those among the fields."""
-        return tuple(value for value in self._values() if isinstance(value, Codec))
+        """The codecs whose arithmetic all ranks must share."""
+        return tuple(each for each in self.members.values() if isinstance(each, Codec))
 
-    @cached_property
+    @property
     def inner(self) -> tuple[Reducer, ...]:
-        """The reducers inside this one: those among the fields."""
-        return tuple(value for value in self._values() if isinstance(value, Reducer))
+        """The reducers inside this one."""
+        return tuple(each for each in self.members.values() if isinstance(each, Reducer))
 
-    def _values(self) -> list[Any]:
-        return [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]  # members are dataclasses
-
-    def with_members(self, codec: Callable[[Codec], Codec], reducer: Callable[[Reducer], Reducer]) -> Reducer:
-        """Return this reducer with every codec and every reducer among its fields replaced by a function of it."""
-        changes: dict[str, Any] = {}
-        for each, value in zip(fields(self), self._values(), strict=True):  # type: ignore[arg-type]  # as above
-            new = codec(value) if isinstance(value, Codec) else reducer(value) if isinstance(value, Reducer) else value
-            if new is not value:
-                changes[each.name] = new
-        return replace(self, **changes) if changes else self  # type: ignore[type-var]  # as above
+    def with_members(
+        self, reducer: Callable[[Reducer], Reducer], codec: Callable[[Codec], Codec] = lambda codec: codec
+    ) -> Reducer:
+        """Return this reducer with every reducer and every codec among its fields replaced by a function of it."""
+        new = {name: codec(old) if isinstance(old, Codec) else reducer(old) for name, old in self.members.items()}
+        changed = any(new[name] is not old for name, old in self.members.items())
+        return replace(self, **new) if changed else self  # type: ignore[type-var]  # a dataclass
 
     def contraction(self) -> Reducer:
         """Return the form of this reducer that contracts, for use under error feedback; ValueError without one."""
-        return self.with_members(lambda codec: codec.contraction(), lambda reducer: reducer.contraction())
+        return self.with_members(lambda reducer: reducer.contraction(), lambda codec: codec.contraction())
 
     def with_bound(self, ranks: int, op: str) -> Reducer:
         """Return this reducer with a bound on the result of `op` divided among its own encodings; see `allowance`."""
@@ -215,11 +218,14 @@ class Reducer(Spec, ABC):
         """Return the reducers that have a part of this state, each with that part."""
         return [(reducer, state.nested(number)) for number, reducer in enumerate(self.inner)]
 
+    def owned(self, layout: Layout, ranks: int, me: int) -> list[Piece]:
+        """Return the pieces whose final rounding rank `me` remembers: rank 0 all, unless shards have owners."""
+        return [] if me else layout.whole()
+
     @abstractmethod
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
         """What one `reduce` takes of rank `me`, with or without feedback; tests compare its bytes with the count."""
 
-    @abstractmethod
     def reduce(
         self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
     ) -> tuple[Reduction, State]:
@@ -228,8 +234,17 @@ class Reducer(Spec, ABC):
         Consumes `state`, except that it stays valid until the next call (see the module). `work` keeps buffers from
         call to call, and says what the total will be divided by; without one both last for this call. Collective.
         """
+        out = np.empty_like(x) if out is None else out
+        if state.layout.size:
+            return self._reduce(comm, x, state, out, work or Workspace(state.device))
+        comm.next_call()
+        return Reduction(out), state.advanced()
 
-    def begin(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace | None = None) -> End:
+    @abstractmethod
+    def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
+        """Do what `reduce` says, for a layout with elements."""
+
+    def begin(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> End:
         """Begin `reduce` and return the function that completes it; x must stay untouched until then.
 
         By default all is done at once. Collective.
@@ -255,9 +270,9 @@ class Reducer(Spec, ABC):
 
     def export(self, state: State) -> Units:
         """Return copies of what this rank must store to go on: residuals and the like, by unit name."""
-        units: Units = {}
+        units, carried = dict[str, dict[str, Array]](), self.carried(state)
         for unit in state.layout.units:
-            kept = {name: to_host(array) for name, array in self.kept(state, unit.name).items()}
+            kept = {name: to_host(array) for name, array in carried.get(unit.name, {}).items()}
             if state.residual is not None:
                 kept["residual"] = to_host(state.residual[unit.where])
             units[unit.name] = kept
@@ -265,8 +280,8 @@ class Reducer(Spec, ABC):
             units |= reducer.export(inner)
         return units
 
-    def kept(self, state: State, unit: str) -> Mapping[str, Array]:
-        """Return what is exported of a unit beside its residual."""
+    def carried(self, state: State) -> Units:
+        """Return what is exported of the units beside their residuals."""
         return {}
 
     def restore(self, state: State, units: Units) -> State:
@@ -279,13 +294,10 @@ class Reducer(Spec, ABC):
         return replace(state, inner=parts) if parts else state
 
     def absorb(self, comm: Comm, dropped: Array, state: State) -> None:
-        """Add what the final rounding dropped, (extent,), to the residual of each element's owner, in place.
-
-        Rank 0 owns all elements where shards have no owners.
-        """
-        if comm.rank == 0 and state.residual is not None:
-            for unit in state.layout.units:
-                state.residual[unit.where] += dropped[unit.where]
+        """Add what the final rounding dropped, (extent,), to the residual of each element's owner, in place."""
+        if state.residual is not None:
+            for piece in self.owned(state.layout, comm.size, comm.rank):
+                state.residual[piece.where] += dropped[piece.where]
         for reducer, inner in self.parts(state):
             reducer.absorb(comm, dropped, inner)
 
@@ -304,15 +316,15 @@ def walk(reducer: Reducer) -> Iterator[Reducer]:
 
 def rebuild(reducer: Reducer, change: Callable[[Reducer], Reducer]) -> Reducer:
     """Return a reducer rebuilt from the leaves up: `change` is applied to each one after the reducers inside it."""
-    return change(reducer.with_members(lambda codec: codec, lambda inner: rebuild(inner, change)))
+    return change(reducer.with_members(lambda inner: rebuild(inner, change)))
 
 
-def check_place(reducer: Reducer, device: bool) -> None:
-    """Raise TypeError for a reducer that cannot sum arrays on a GPU, where they are."""
+def check_device(reducer: Reducer, device: bool) -> None:
+    """Raise TypeError where arrays are on a GPU, and the reducer sums arrays on the host only."""
     if device and not reducer.on_gpu:
         raise TypeError(
-            f"{reducer} sums NumPy arrays and CPU tensors only; on a GPU there are dense, gather, two_stage and "
-            f"low_rank, in error_feedback, partition and after"
+            f"{reducer} sums NumPy arrays and CPU tensors only; on a GPU there are dense, gather, two_stage, "
+            f"shared_support and low_rank, in error_feedback, partition and after"
         )
 
 
@@ -331,12 +343,6 @@ def rescale(state: StatePart, factor: float) -> None:
         rescale(inner, factor)
 
 
-def scaled(state: P, factor: float) -> P:
-    """Return a copy of a state with its residuals multiplied."""
-    residual = None if state.residual is None else state.residual * state.residual.dtype.type(factor)
-    return replace(state, residual=residual, inner=tuple(scaled(inner, factor) for inner in state.inner))
-
-
 def nonfinite(x: Array, old: Array | None, layout: Layout) -> bool:
     """Whether any element of x + old in the layout's units is NaN or infinite."""
     kernels = kernels_for(x)
@@ -350,18 +356,19 @@ def coding(codec: Codec, elements: int, op: str = "encode", feedback: bool = Fal
     return Work("encode_residual" if feedback and op == "encode" else op, elements, codec)
 
 
-def complete(reduction: Reduction, layout: Layout, divisor: int) -> bool:
+def complete(reduction: Reduction, layout: Layout, divisor: int, watched: bool = True) -> bool:
     """Divide the units of a total by `divisor` in place, unless the reducer has; return whether they are finite.
 
-    Means are made of sums nowhere else.
+    Means are made of sums nowhere else. If not `watched`, no pass over a sum is made to find NaN and infinity.
     """
     total, finite = reduction.total, not reduction.poisoned
-    if reduction.divided == divisor:
-        return finite and (reduction.finite or not nonfinite(total, None, layout))
-    assert reduction.divided == 1, f"divided by {reduction.divided}, and asked for {divisor}"
-    for unit in layout.units:
-        finite &= kernels_for(total).divide(total[unit.where], divisor)
-    return finite
+    if divisor > 1 and not reduction.divided:
+        for unit in layout.units:
+            finite &= kernels_for(total).divide(total[unit.where], divisor)
+        return finite
+    if reduction.finite or not (watched or divisor > 1):
+        return finite
+    return finite and not nonfinite(total, None, layout)
 
 
 def poisoned_total(out: Array, layout: Layout) -> Reduction:

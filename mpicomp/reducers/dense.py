@@ -156,28 +156,25 @@ class Dense(Reducer):
             return Cost(math.ceil(2 * nbytes * (ranks - 1) / ranks), mpi=(nbytes,))
         return (ring_cost if algorithm == "ring" else two_shot_cost)(nbytes, itemsize, ranks, me)
 
-    def reduce(
-        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
-    ) -> tuple[Reduction, State]:
+    def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
         """See Reducer. With feedback `poisoned` is also set if the total is not finite."""
-        return self.begin(comm, x, state, np.empty_like(x) if out is None else out, work)()
+        return self.begin(comm, x, state, out, work)()
 
-    def begin(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace | None = None) -> End:
+    def begin(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> End:
         """See Reducer: a sum of one round is under way until then, others are complete."""
         comm.next_call()
-        work = work or Workspace(state.device)
         layout, itemsize = state.layout, x.itemsize
         nbytes = layout.size * itemsize
         algorithm = self._algorithm(nbytes, comm.topology)
-        flat, total, in_place = self._buffers(x, state, out, work, apart=algorithm != "ring")
-        arrive, divided, finite = None, 1, False
+        flat, total, direct = self._buffers(x, state, out, work, in_place=algorithm == "ring")
+        arrive, divided, finite = None, False, False
         if algorithm == "mpi":
             allreduce(comm, flat, total)
         elif algorithm == "ring":
             slots = work.buffer("slots", ring_slots(nbytes, itemsize, comm.size), state.dtype, host=True)
             with on_host(flat, total) as (given, summed):
                 finite = ring_sum(comm, given, summed, slots, work.divisor, str(self))
-            divided = work.divisor if comm.size > 1 else 1
+            divided = comm.size > 1
         else:
             rows = work.buffer("rows", two_shot_rows(nbytes, itemsize, comm.size), state.dtype, host=True)
             if _in_one_round(nbytes, comm.size) and not on_device(x):
@@ -189,7 +186,7 @@ class Dense(Reducer):
         def end() -> tuple[Reduction, State]:
             if arrive is not None:
                 arrive()
-            if not in_place:
+            if not direct:
                 layout.spread(total, out)
             if state.spare is None:
                 return Reduction(out, divided=divided, finite=finite), state.advanced()
@@ -200,13 +197,15 @@ class Dense(Reducer):
 
         return end
 
-    def _buffers(self, x: Array, state: State, out: Array, work: Workspace, apart: bool) -> tuple[Array, Array, bool]:
+    def _buffers(
+        self, x: Array, state: State, out: Array, work: Workspace, in_place: bool
+    ) -> tuple[Array, Array, bool]:
         """Return the array to sum and the array for the sum, (size,) each, and whether that is a part of `out`."""
         layout, where = state.layout, state.layout.where
         if (
             where is not None
             and state.residual is None
-            and (not np.may_share_memory(x, out) or (x is out and not apart))
+            and (not np.may_share_memory(x, out) or (x is out and in_place))
         ):
             return x[where], out[where], True
         flat = work.buffer("flat", layout.size, state.dtype)

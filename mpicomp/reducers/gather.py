@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
 from mpicomp.codecs.bounded import Bounded
@@ -59,12 +57,7 @@ class Gather(Reducer):
             ),
         )
 
-    def reduce(
-        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
-    ) -> tuple[Reduction, State]:
-        """See Reducer."""
-        out = np.empty_like(x) if out is None else out
-        work = work or Workspace(state.device)
+    def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
         shrink = work.shrink(self.codec, 1)
         messages = work.made(("messages", shrink), lambda: self._messages(state, comm.size, shrink))
         mine, sequence, poisoned, finite = messages[comm.rank], comm.next_call(), False, True
@@ -84,7 +77,7 @@ class Gather(Reducer):
                     message.decode_add(out, state, 0, rank, work.factor, fresh=rank == 0)
         if poisoned:
             return poisoned_total(out, state.layout), state
-        return Reduction(out, divided=work.factored, finite=finite), state.advanced()
+        return Reduction(out, divided=work.exact, finite=finite), state.advanced()
 
     def _messages(self, state: State, ranks: int, shrink: float) -> list[list[Message]]:
         """The messages of all ranks, by group; this rank decodes its own where it has encoded them."""

@@ -1,4 +1,4 @@
-"""hierarchical: exact sums within the nodes, through memory that they share; any reducer between them.
+"""hierarchical: exact sums within nodes, through shared memory, and any reducer between nodes.
 
 On a node every rank copies its array into shared memory, and the owners of shards add them up in rank order. There are
 m shards, m the number of ranks on the node with the fewest. Local rank j of every node reduces shard j with its peers,
@@ -42,10 +42,10 @@ from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.reducers.policies.base import Wrapper
 from mpicomp.wire import POISON, Header, read_header, write_header
 
-STEP = 1 << 14  # elements added up together: the sum stays in the first-level cache, or near
-HEAD = 64  # bytes, a cache line, for the header of a part of a window
+STEP = 1 << 14  # elements added up together: the sum stays in the first or second-level cache
+HEAD = 64  # bytes of the header of a rank's part of a window: a cache line
 FAILED = 2  # flag beside POISON: the inner reducer raised ConfigMismatchError
-WORD = 4  # bytes that a meeting reduces
+WORD = 4  # bytes that the allreduce of a meeting sums
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Hierarchical(Wrapper):
         return self
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
-        """See Reducer; the meetings of a node are modelled as the allreduces that they are."""
+        """See Reducer; the meetings of a node are modelled as allreduces."""
         if _flat(topology):
             return self.reducer.cost(layout, dtype, topology, me, feedback)
         shards, cost = NodeShards(layout, topology, me), Cost()
@@ -89,11 +89,8 @@ class Hierarchical(Wrapper):
             cost += self.reducer.cost(shards.inner, dtype, between, shards.number, feedback)
         return cost
 
-    def reduce(
-        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
-    ) -> tuple[Reduction, State]:
+    def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
         """See Reducer. The first call makes groups of ranks; later ones keep windows of the largest size so far."""
-        out = np.empty_like(x) if out is None else out
         shards = _shards(state)
         if shards is not None and shards.topology != comm.topology:
             fresh = self.init(state.layout, state.dtype, state.inner[0].residual is not None, state.seed, state.step)
@@ -101,10 +98,7 @@ class Hierarchical(Wrapper):
         if _flat(comm.topology):
             return self.reducer.reduce(comm, x, state, out, work)
         sequence = comm.next_call()
-        if not state.layout.size:
-            return Reduction(out), state.advanced()
         sharded, rest = self._sharded(comm, state) if shards is None else (state, None)
-        work = work or Workspace()
         step = _Step(self.reducer, comm, sharded, work, sequence)
         if len(step.shards.node) > 1:
             step.through_memory(x, rest, out)
@@ -112,7 +106,7 @@ class Hierarchical(Wrapper):
             step.alone(x, rest, out)
         if step.poisoned:
             return poisoned_total(out, state.layout), state
-        return Reduction(out, divided=work.divisor), sharded.advanced(inner=(step.after.part,))
+        return Reduction(out, divided=True), sharded.advanced(inner=(step.after.part,))
 
     def _sharded(self, comm: Comm, whole: State) -> tuple[State, Array | None]:
         """Return the state of this rank's shard, and its residual of other shards: (extent,), None if that is zero."""
@@ -152,9 +146,8 @@ class Hierarchical(Wrapper):
 
     def absorbing(self, state: State) -> tuple[Unit, ...]:
         """See Reducer."""
-        if _shards(state) is None:
-            return self.reducer.absorbing(state)
-        return () if state.inner[0].residual is None else state.layout.units
+        fed = any(part.residual is not None for part in (state, *state.inner))
+        return state.layout.units if fed else ()
 
     def absorb(self, comm: Comm, dropped: Array, state: State) -> None:
         """See Reducer."""
@@ -175,7 +168,7 @@ class Hierarchical(Wrapper):
 
 
 class _Step:
-    """One reduction where some rank shares its node with another."""
+    """One reduction on nodes of which some have several ranks."""
 
     def __init__(self, reducer: Reducer, comm: Comm, state: State, work: Workspace, sequence: int) -> None:
         self.reducer, self.comm, self.state, self.work, self.sequence = reducer, comm, state, work, sequence
@@ -185,7 +178,7 @@ class _Step:
         self.failure: ConfigMismatchError | None = None
 
     def alone(self, x: Array, rest: Array | None, out: Array) -> None:
-        """Reduce everything with the first ranks of the other nodes: who shares no memory owns the only shard."""
+        """Reduce everything with the first ranks of the other nodes: a rank alone on its node owns the only shard."""
         layout = self.state.layout
         total = self.work.buffer("total", layout.size, self.state.dtype)
         if rest is None and layout.where is not None:
@@ -209,7 +202,7 @@ class _Step:
         shards.copy_in(x, rest, self._values(inputs, shards.local, shards.layout.size))
         self._meet(node, inputs, 0)
         for rank, part in zip(shards.node, inputs.parts, strict=True):
-            check_header(part, rank, self.sequence, self.state)  # raises where it was at something else
+            check_header(part, rank, self.sequence, self.state)  # raises for another operation
         if shards.inner.size:
             self._own(inputs, self._values(results, shards.local, shards.inner.size))
         self._meet(node, results, POISON * self.poisoned | FAILED * (self.failure is not None))
@@ -218,7 +211,7 @@ class _Step:
             raise self.failure
         if any(flag & FAILED for flag in flags):
             failed = [rank for rank, flag in zip(shards.node, flags, strict=True) if flag & FAILED]
-            raise ConfigMismatchError(f"ranks {failed} on this node found that their peers on others have parted ways")
+            raise ConfigMismatchError(f"ranks {failed} on this node received messages of another operation")
         self.poisoned = any(flag & POISON for flag in flags)
         if not self.poisoned:
             for number, where in enumerate(shards.ranges):
@@ -226,7 +219,7 @@ class _Step:
         self.comm.traffic.shared += (2 * shards.layout.size + (len(shards.node) + 1) * shards.inner.size) * itemsize
 
     def _own(self, inputs: Window, total: Array) -> None:
-        """Add up this rank's shard on the node, and reduce it with those of other nodes into `total`."""
+        """Add up this rank's shard on the node, and reduce it between nodes into `total`."""
         shards = self.shards
         where = shards.ranges[shards.local]
         rows = [self._values(inputs, rank, shards.layout.size)[where] for rank in range(len(shards.node))]
@@ -236,18 +229,18 @@ class _Step:
         self._reduce(sums, total)
 
     def _reduce(self, sums: Array, total: Array) -> None:
-        """Reduce a shard between nodes, and divide it there, where it is one rank's."""
+        """Reduce a shard between nodes, and divide it here, where one rank owns it."""
         reduction = self._between(sums, total)
         if self.work.divisor > 1 and not self.poisoned and self.failure is None:
             complete(reduction, self.shards.inner, self.work.divisor)
 
     @np.errstate(over="ignore", invalid="ignore")  # IEEE 754
     def _between(self, sums: Array, total: Array) -> Reduction:
-        """Sum a shard over nodes; on one node it is `total` already, but for rests."""
+        """Sum a shard over nodes; on a single node `total` is the sum already, except for residuals."""
         shards, inner = self.shards, self.after
         if len(shards.peers) > 1:
             try:
-                # Inputs are sums over nodes of up to so many ranks.
+                # Inputs are sums over the ranks of a node.
                 work = self.work.inner("between", max(map(len, self.comm.topology.nodes)))
                 reduction, self.after = self.reducer.reduce(_between(self.comm, shards), sums, inner, total, work)
                 self.poisoned = reduction.poisoned
@@ -260,18 +253,18 @@ class _Step:
             inner.spare[...] = 0
         elif self.reducer.exact:
             self.after = inner.advanced()
-            return Reduction(total)  # follows IEEE element by element, as it does between nodes
+            return Reduction(total)  # IEEE 754 element by element, as between nodes
         self.poisoned = nonfinite(total, None, shards.inner)
         self.after = inner.advanced()
         return Reduction(total)
 
     def _values(self, window: Window, local: int, size: int) -> Array:
-        """The numbers in a rank's part of a window, (size,)."""
+        """Return the numbers in a rank's part of a window, (size,)."""
         dtype = np.dtype(self.state.dtype)
         return window.parts[local][HEAD : HEAD + size * dtype.itemsize].view(dtype)
 
     def _meet(self, node: Comm, window: Window, flags: int) -> None:
-        """Meet the other ranks of the node: what they have written is there, and so is this rank's."""
+        """Meet the other ranks of the node: all see what any of them has written."""
         write_header(window.parts[self.shards.local], Header(self.sequence & 0xFFFFFFFF, self.state.digest, flags))
         window.sync()
         barrier(node)
@@ -284,12 +277,12 @@ def _shards(state: State) -> NodeShards | None:
 
 
 def _flat(topology: Topology) -> bool:
-    """Whether no ranks share a node."""
+    """Whether every rank has a node of its own."""
     return len(topology.nodes) == topology.size
 
 
 def _between(comm: Comm, shards: NodeShards) -> Comm:
-    """The communicator of this rank and its peers on the other nodes."""
+    """Return the communicator of this rank and its peers on the other nodes."""
     group = comm.group(shards.peers)
     group.topology = Topology.flat(len(shards.peers))
     return group
@@ -297,7 +290,7 @@ def _between(comm: Comm, shards: NodeShards) -> Comm:
 
 @np.errstate(over="ignore", invalid="ignore")  # as above
 def _add_up(rows: list[Array], out: Array) -> None:
-    """Set `out` to the sum of two or more rows, in their order."""
+    """Set `out` to the sum of two or more rows, in order."""
     for start in range(0, out.size, STEP):
         part = slice(start, start + STEP)
         total = np.add(rows[0][part], rows[1][part], out=out[part])

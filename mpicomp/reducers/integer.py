@@ -5,8 +5,8 @@ sends each owner its codes of b bits, and owners share sums of at most b + ceil(
 every rank knows its own loss, and the order of addition changes no bit (homomorphic compression: THC, Li et al.,
 NSDI'24, without its rotation).
 
-MPI's MAX does not depend on the order either: magnitudes are compared as unsigned integers, of which NaN and infinity
-are the largest. So every rank learns before it sends anything whether some input had NaN or infinity.
+MPI's MAX does not depend on the order either: magnitudes are compared as unsigned integers, and NaN and infinity are
+the largest. So every rank learns before it sends anything whether some input had NaN or infinity.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mpicomp.kernels import host_kernels
 from mpicomp.reducers.base import Reducer, Reduction, State, coding, poisoned_total
 from mpicomp.reducers.parts.layout import Layout, Piece, shards
 from mpicomp.reducers.parts.messages import Envelope, residuals
-from mpicomp.reducers.parts.pipeline import Steps, TwoStages, groups
+from mpicomp.reducers.parts.pipeline import Steps, TwoStages, shard_groups
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.wire import Field, MessageLayout
 
@@ -71,18 +71,18 @@ class Integer(Reducer):
         return self if self.contractive else replace(self, stochastic=False)
 
     def width(self, ranks: int) -> int:
-        """Bits of a sum of so many codes: those of -levels * ranks ... levels * ranks. ValueError above 32."""
+        """Bits of a sum of `ranks` codes, from -levels * ranks to levels * ranks. ValueError above 32."""
         width = (self.quantizer.levels * ranks).bit_length() + 1
         if width > 32:
             raise ValueError(f"sums of {ranks} ranks at {self.bits} bits take {width} bits; at most 32 are possible")
         return width
 
     def blocks(self, layout: Layout) -> int:
-        """How many blocks the units have."""
+        """The number of blocks of all units."""
         return sum(-(-unit.size // self.block) for unit in layout.units)
 
     def fields(self, pieces: list[Piece], width: int) -> list[tuple[Field, ...]]:
-        """What a message holds of each piece."""
+        """The fields of each piece in a message."""
         return [(Field((packed_bytes(piece.size, width, self.block),), "|u1"),) for piece in pieces]
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
@@ -91,7 +91,7 @@ class Integer(Reducer):
         if not layout.size:
             return Cost()
         maxima = self.blocks(layout) * np.dtype(dtype).itemsize
-        parts = [groups(pieces, self.quantizer) for pieces in shards(layout, self.block, ranks)]
+        parts = shard_groups(layout, self.quantizer, ranks)
         sent = [
             MessageLayout(self.fields(part, self.bits)).nbytes
             for peer, own in enumerate(parts)
@@ -115,15 +115,9 @@ class Integer(Reducer):
             mpi=(maxima,),
         )
 
-    def reduce(
-        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
-    ) -> tuple[Reduction, State]:
+    def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
         """See Reducer; poisoned also where the sum of finite inputs is not finite."""
-        out = np.empty_like(x) if out is None else out
         sequence = comm.next_call()
-        if not state.layout.size:
-            return Reduction(out), state.advanced()
-        work = work or Workspace()
         buffers = work.made("buffers", lambda: _Buffers(self, state.layout, state.dtype, comm.size, comm.rank))
         steps = _Steps(x, state, out, comm.rank, self, buffers)
         steps.find_tops()
@@ -147,11 +141,9 @@ class Integer(Reducer):
             steps.decode(share, 0)
         return [total, cast(Array, state.spare), *(message.buffer for message in (*codes, *sums))]
 
-    def absorb(self, comm: Comm, dropped: Array, state: State) -> None:
-        """See Reducer: the owner of a shard owns its elements."""
-        if state.residual is not None:
-            for piece in shards(state.layout, self.block, comm.size)[comm.rank]:
-                state.residual[piece.where] += dropped[piece.where]
+    def owned(self, layout: Layout, ranks: int, me: int) -> list[Piece]:
+        """See Reducer: the owners of the shards."""
+        return shards(layout, self.block, ranks)[me]
 
 
 class _Buffers:
@@ -169,7 +161,7 @@ class _Buffers:
         def message(width: int, pieces: list[Piece]) -> Envelope:
             return Envelope(pieces, reducer.fields(pieces, width))
 
-        parts = [groups(pieces, reducer.quantizer) for pieces in shards(layout, block, ranks)]
+        parts = shard_groups(layout, reducer.quantizer, ranks)
         self.messages = TwoStages(me, parts, partial(message, reducer.bits), partial(message, self.width), own=True)
         self.sums = empty(self.messages.largest, "uint32")
 

@@ -1,4 +1,4 @@
-"""low_rank: PowerSGD (Vogels, Karimireddy and Jaggi 2019), all matrices of a layout in two allreduces.
+"""low_rank: PowerSGD (Vogels, Karimireddy and Jaggi 2019), with two allreduces for all matrices of a layout.
 
 For the matrix M of a unit (a tensor's first dimension by the rest), on every rank:
 
@@ -6,15 +6,14 @@ For the matrix M of a unit (a tensor's first dimension by the rest), on every ra
     Q' = sum over ranks of M^T P
     total = P Q'^T,    new residual = M - P (M^T P)^T,    Q' is the next step's Q (warm start)
 
-The products with M concern one rank alone, and M Q uses BLAS on a CPU; what every rank recomputes from the sums
-(Gram-Schmidt, P Q'^T) runs in our own kernels in one fixed order, on a GPU too. MPI's own allreduce sums: see `dense`
-for what it promises. What is not finite in any M shows in the sum of M Q.
+Only one rank needs its products with M, so M Q uses BLAS on a CPU. What every rank computes from the sums
+(Gram-Schmidt, P Q'^T) runs in our own kernels in one fixed order, on a GPU too. MPI's own allreduce sums; `dense` says
+what it promises. NaN or infinity in any M makes the sum of M Q non-finite.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -22,14 +21,15 @@ import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Key, stream_of
+from mpicomp.codecs.checks import check_integer
 from mpicomp.comm.collectives import allreduce
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
 from mpicomp.kernels import host_kernels
 from mpicomp.reducers.base import Reducer, Reduction, State, Units, poisoned_total
-from mpicomp.reducers.parts.factors import Factors, InTurn, magnitude, matrix_shape
-from mpicomp.reducers.parts.layout import Layout, Unit
+from mpicomp.reducers.parts.factors import Factors, PerUnit, magnitude
+from mpicomp.reducers.parts.layout import Layout
 from mpicomp.reducers.parts.messages import SAFE
 from mpicomp.reducers.parts.workspace import Workspace
 
@@ -39,10 +39,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LowRank(Reducer):
-    """The sum of matrices as a product of two thin factors, `rank` columns each; lower = smaller messages.
+    """The sum of matrices as a product of two thin factors of `rank` columns; lower = smaller messages.
 
-    A unit of fewer than two dimensions, and one that two factors would not make smaller, is summed as it is in the
-    first allreduce.
+    A unit of fewer than two dimensions, or no larger than its factors, is summed uncompressed in the first allreduce.
     """
 
     spec_name: ClassVar[str] = "low_rank"
@@ -51,19 +50,15 @@ class LowRank(Reducer):
     rank: int = 4
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"rank must be a positive integer, got {self.rank!r}")
-
-    def factors(self, unit: Unit) -> tuple[int, int] | None:
-        """Rows and columns of the unit's matrix; None where it is summed as it is."""
-        return matrix_shape(unit, self.rank)
+        check_integer("rank", self.rank, 1)
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
         """See Reducer."""
         itemsize, ranks = np.dtype(dtype).itemsize, topology.size
-        sizes = [size * itemsize for size in Factors(layout, self.rank).sizes if size]
+        factors = Factors(layout, self.rank)
+        sizes = [size * itemsize for size in factors.sizes if size]
         nbytes = sum(math.ceil(2 * size * (ranks - 1) / ranks) for size in sizes)
-        matrices = sum(unit.size for unit in layout.units if self.factors(unit))
+        matrices = sum(matrix.unit.size for matrix in factors.matrices.values())
         passes = (Work("add", layout.size), Work("matmul", (4 if feedback else 3) * matrices))
         return Cost(nbytes, lossy=1, work=passes, mpi=tuple(sizes))
 
@@ -76,10 +71,10 @@ class LowRank(Reducer):
             host_kernels(warm).fill_uniform(warm[matrix.q], Key(seed, 0, stream_of(name)).base())
         return replace(state, memory={"q": warm})
 
-    def kept(self, state: State, unit: str) -> Mapping[str, Array]:
-        """See Remembering: the warm start, (columns, rank)."""
-        matrix = Factors(state.layout, self.rank).matrices.get(unit)
-        return {} if matrix is None else {"q": state.memory["q"][matrix.q].reshape(-1, self.rank)}
+    def carried(self, state: State) -> Units:
+        """See Reducer: the warm starts, (columns, rank)."""
+        matrices, warm = Factors(state.layout, self.rank).matrices, state.memory["q"]
+        return {name: {"q": warm[matrix.q].reshape(-1, self.rank)} for name, matrix in matrices.items()}
 
     def restore(self, state: State, units: Units) -> State:
         """See Reducer."""
@@ -89,14 +84,9 @@ class LowRank(Reducer):
                 state.memory["q"][matrix.q] = units[name]["q"].reshape(-1)
         return state
 
-    @np.errstate(over="ignore", invalid="ignore")  # what is not finite is an input like others, no ground to warn
-    def reduce(
-        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
-    ) -> tuple[Reduction, State]:
-        """See Reducer."""
-        out = np.empty_like(x) if out is None else out
+    @np.errstate(over="ignore", invalid="ignore")  # NaN and infinity are valid inputs
+    def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
         comm.next_call()
-        work = work or Workspace(state.device)
         factors = work.made("factors", lambda: self._factors(state))
         (p, sum_p), (q, sum_q) = (
             (work.buffer(name, size, state.dtype), work.buffer(f"sum {name}", size, state.dtype))
@@ -120,7 +110,7 @@ class LowRank(Reducer):
         warm = factors.normalised(sum_q, warm)
         np.multiply(sum_q, work.factor, out=sum_q)
         factors.expand(sum_p, sum_q, out, work.factor)
-        return Reduction(out, divided=work.factored, finite=top < SAFE), state.advanced(memory={"q": warm})
+        return Reduction(out, divided=work.exact, finite=top < SAFE), state.advanced(memory={"q": warm})
 
     def rehearse(self, x: Array, total: Array) -> list[Array]:
         """See Reducer."""
@@ -131,9 +121,9 @@ class LowRank(Reducer):
         kernels.outer_add(p, q, whole, -0.5)
         return [total, p]
 
-    def _factors(self, state: State) -> InTurn | Batches:
+    def _factors(self, state: State) -> PerUnit | Batches:
         if not state.device:
-            return InTurn(state.layout, self.rank)
+            return PerUnit(state.layout, self.rank)
         from mpicomp.reducers.parts.batches import Batches  # and with it the kernels for a GPU
 
         return Batches(state.layout, self.rank)

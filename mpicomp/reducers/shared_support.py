@@ -1,4 +1,4 @@
-"""shared_support: the payloads of a linear codec are summed as they are, since they mean the same on every rank."""
+"""shared_support: payloads of a linear codec are summed without decoding, since all ranks keep the same elements."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mpicomp.codecs.base import Codec
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost
-from mpicomp.reducers.base import Reducer, Reduction, State, check_codec, coding, nonfinite, poisoned_total
+from mpicomp.reducers.base import Reducer, Reduction, State, check_codec, coding, poisoned_total
 from mpicomp.reducers.dense import two_shot_cost, two_shot_rows, two_shot_sum
 from mpicomp.reducers.parts.layout import Layout
 from mpicomp.reducers.parts.messages import Message, message_nbytes
@@ -22,12 +22,13 @@ from mpicomp.wire import ALIGN, HEADER, Field
 
 @dataclass(frozen=True)
 class SharedSupport(Reducer):
-    """One dense sum of k values where the codec keeps k of n; exact but for what the codec leaves out.
+    """One dense sum of the k values that the codec keeps of n; exact except for what the codec leaves out.
 
-    The sum carries one more number, 0 or NaN: whether all inputs were finite.
+    The sum has one more number, which is NaN unless all inputs are finite, and else 0.
     """
 
     spec_name: ClassVar[str] = "shared_support"
+    on_gpu: ClassVar[bool] = True
     codec: Codec
 
     def __post_init__(self) -> None:
@@ -44,25 +45,17 @@ class SharedSupport(Reducer):
         summed = two_shot_cost(values - HEADER + ALIGN, itemsize, topology.size, me)
         return summed + Cost(lossy=1, work=work)
 
-    def reduce(
-        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
-    ) -> tuple[Reduction, State]:
-        """See Reducer."""
-        out = np.empty_like(x) if out is None else out
+    def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
         comm.next_call()
-        if not state.layout.size:
-            return Reduction(out), state.advanced()
-        work = work or Workspace()
         mine, total = work.made("messages", lambda: self._messages(state))
-        values, sums = (message.buffer[HEADER:].view(state.dtype) for message in (mine, total))
+        values, sums = (message.host[HEADER:].view(state.dtype) for message in (mine, total))
 
-        poisoned = nonfinite(x, state.residual, state.layout)
-        if not poisoned:
-            mine.encode(x, state, 0, comm.rank)
-        mine.payloads[-1][0][0] = np.nan if poisoned else 0.0
-        rows = work.buffer("rows", two_shot_rows(values.nbytes, values.itemsize, comm.size), state.dtype)
+        finite = mine.encode(x, state, 0, comm.rank)
+        mine.host_payloads[-1][0][0] = 0.0 if finite else np.nan
+        total.wait_idle()
+        rows = work.buffer("rows", two_shot_rows(values.nbytes, values.itemsize, comm.size), state.dtype, host=True)
         two_shot_sum(comm, values, sums, rows, str(self))
-        if not all(np.isfinite(part).all() for payload in total.payloads for part in payload):
+        if not all(np.isfinite(part).all() for payload in total.host_payloads for part in payload):
             return poisoned_total(out, state.layout), state
 
         state.layout.fill(out, 0)
@@ -70,6 +63,11 @@ class SharedSupport(Reducer):
         return Reduction(out), state.advanced()
 
     def _messages(self, state: State) -> list[Message]:
-        """This rank's payloads and their sum, each with one more number."""
+        """Return the messages for this rank's payloads and for their sum, each with one more number."""
         slot = (Field((1,), np.dtype(state.dtype).newbyteorder("<").str),)
-        return [Message(self.codec, state.layout.whole(), state.dtype, extra=slot) for _ in range(2)]
+        messages = [
+            Message(self.codec, state.layout.whole(), state.dtype, extra=slot, device=state.device) for _ in range(2)
+        ]
+        for message in messages:
+            message.direct = False  # the sum is formed on the host
+        return messages

@@ -1,4 +1,4 @@
-"""split: every rank sends its entries to the owners of their regions, who add them up and share the sums.
+"""split: every rank sends its entries to the owners of their regions, which add them up and share the sums.
 
 SparCML's split allgather (Renggli et al., SC'19) and, with `cut`, Ok-Topk (Li, Hoefler, PPoPP'22), with one message per
 peer and stage, index-value pairs near their entropy, and regions that are balanced in every step (`regions`). With k
@@ -139,12 +139,8 @@ class Split(Reducer):
         whole = EntryCodec(self.whole, how.dtype).most_values(min(size, int(taken / self.dense_after)))
         return max(how.most(size, min(taken, int(self.dense_after * size) + 1)), whole)
 
-    def reduce(
-        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
-    ) -> tuple[Reduction, State]:
-        """See Reducer."""
-        out = np.empty_like(x) if out is None else out
-        step = _Step(self, comm, state, work or Workspace())
+    def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
+        step = _Step(self, comm, state, work)
         step.select(x)
         step.share(step.scatter(), out)
         return (poisoned_total(out, state.layout), state) if step.poisoned else (Reduction(out), state.advanced())

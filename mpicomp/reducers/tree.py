@@ -75,15 +75,8 @@ class Tree(Reducer):
             ),
         )
 
-    def reduce(
-        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
-    ) -> tuple[Reduction, State]:
-        """See Reducer."""
-        out = np.empty_like(x) if out is None else out
+    def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
         sequence, below = comm.next_call(), children(comm.rank, comm.size)
-        if not state.layout.size:
-            return Reduction(out), state.advanced()
-        work = work or Workspace()
         whole, *parts = (work.shrink(self.codec, subtree_size(each, comm.size)) for each in (0, comm.rank, *below))
         shrinks = [parts[0], whole, *parts[1:]]
         mine, total, *received = work.made(("messages", whole), lambda: self._messages(state, shrinks))

@@ -22,9 +22,9 @@ from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
 from mpicomp.reducers.base import Reducer, Reduction, State, check_codec, coding, poisoned_total
 from mpicomp.reducers.parts.bounds import bound_of_sum
-from mpicomp.reducers.parts.layout import Layout, shards
+from mpicomp.reducers.parts.layout import Layout, Piece, shards
 from mpicomp.reducers.parts.messages import Message, encode_all, message_nbytes
-from mpicomp.reducers.parts.pipeline import Steps, TwoStages, groups
+from mpicomp.reducers.parts.pipeline import Steps, TwoStages, shard_groups
 from mpicomp.reducers.parts.workspace import Workspace
 
 
@@ -67,12 +67,12 @@ class TwoStage(Reducer):
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
         """See Reducer."""
         ranks = topology.size
-        owned = shards(layout, self.codec.block, ranks)
-        first = [[message_nbytes(self.codec, part, dtype) for part in groups(own, self.codec)] for own in owned]
-        second = [message_nbytes(self.recodec, part, dtype) for part in groups(owned[me], self.recodec)]
-        sent = [size for peer, sizes in enumerate(first) if peer != me for size in sizes]
+        parts = shard_groups(layout, self.codec, ranks)
+        others = [part for peer, shard in enumerate(parts) if peer != me for part in shard]
+        sent = [message_nbytes(self.codec, part, dtype) for part in others]
+        second = [message_nbytes(self.recodec, part, dtype) for part in parts[me]]
         lengths = [1 if codec.fixed else 2 for codec in (self.codec, self.recodec)]
-        mine = sum(piece.size for piece in owned[me])
+        mine = sum(piece.size for part in parts[me] for piece in part)
         own = mine if self.codec.linear else 0  # elements encoded for oneself
         return Cost(
             sum(sent) + sum(second) * (ranks - 1),
@@ -89,19 +89,14 @@ class TwoStage(Reducer):
             chunks=max(1, len(sent)) if self.codec.fixed else 1,
         )
 
-    def reduce(
-        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
-    ) -> tuple[Reduction, State]:
-        """See Reducer."""
-        out = np.empty_like(x) if out is None else out
-        work = work or Workspace(state.device)
+    def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
         shrinks = work.shrink(self.codec, 1), work.shrink(self.recodec, comm.size)
         messages, total = work.made(("messages", shrinks), lambda: self._messages(comm, state, shrinks))
         steps = _Steps(x, state, out, comm.rank, self.codec, total, work.factor)
         poisoned, finite = messages.run(comm, steps, comm.next_call(), str(self))
         if poisoned:
             return poisoned_total(out, state.layout), state
-        return Reduction(out, divided=work.factored, finite=finite), state.advanced()
+        return Reduction(out, divided=work.exact, finite=finite), state.advanced()
 
     def _messages(self, comm: Comm, state: State, shrinks: tuple[float, float]) -> tuple[TwoStages[Message], Array]:
         """The messages of this rank, and room for the sum of a group of its shard."""
@@ -109,15 +104,13 @@ class TwoStage(Reducer):
             partial(Message, codec, dtype=state.dtype, device=state.device, shrink=shrink)
             for codec, shrink in zip((self.codec, self.recodec), shrinks, strict=True)
         )
-        parts = [groups(pieces, self.codec) for pieces in shards(state.layout, self.codec.block, comm.size)]
+        parts = shard_groups(state.layout, self.codec, comm.size)
         messages = TwoStages(comm.rank, parts, first, second, own=self.codec.linear)
         return messages, empty(messages.largest, state.dtype, state.device)
 
-    def absorb(self, comm: Comm, dropped: Array, state: State) -> None:
-        """See Reducer: the owner of a shard owns its elements."""
-        if state.residual is not None:
-            for piece in shards(state.layout, self.codec.block, comm.size)[comm.rank]:
-                state.residual[piece.where] += dropped[piece.where]
+    def owned(self, layout: Layout, ranks: int, me: int) -> list[Piece]:
+        """See Reducer: the owners of the shards."""
+        return shards(layout, self.codec.block, ranks)[me]
 
 
 @dataclass(frozen=True)

@@ -2,66 +2,75 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from mpicomp.api.accept import overlaps_itself
 from mpicomp.api.arguments import Form, member_of, op_of
-from mpicomp.api.memories import Memory
-from mpicomp.api.operation import Operation, call
-from mpicomp.api.reductions import prepared
+from mpicomp.api.call import Call, OnStream, blocking
+from mpicomp.api.lifecycle import PersistentReduction
+from mpicomp.api.memories import Memory, memory_of
+from mpicomp.api.reductions import Reducing, settled
 from mpicomp.comm.communicator import Comm
 from mpicomp.registry import Method
 from mpicomp.torch.streams import bound, device_of
 from mpicomp.torch.tensors import COMPLEX, NAMES, bits_of, check_local, span, whole
 
 DTYPES = {**NAMES, **COMPLEX}
-PLAIN = (torch.Tensor, torch.nn.Parameter)  # other subclasses mean more than their elements
+PLAIN = (torch.Tensor, torch.nn.Parameter)  # other subclasses may be more than their elements
 
 
 def memory(method: Method, tensor: torch.Tensor, seed: int = 0) -> Memory:
-    """Return the memory with which `allreduce` of tensors like this one feeds back what it could not send."""
+    """Return the memory with which `allreduce` of tensors like this one feeds its residual back."""
     _check(tensor, "tensor")
-    return Memory(member_of(method), _form(tensor), seed)
+    return memory_of(method, _form(tensor), seed)
 
 
-def allreduce(
-    comm: Any,
+def _allreduce(
+    comm: Comm,
     tensor: torch.Tensor,
     method: Method,
-    op: str = "sum",
+    op: str | Any = "sum",
     memory: Memory | None = None,
     out: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> Call[torch.Tensor]:
     """Return the sum or mean of a tensor over the ranks of an mpi4py communicator, compressed. Collective.
 
     As `mpicomp.allreduce`, for float32, float16, bfloat16, float64, complex64 or complex128 tensors without history, on
-    the CPU or, for reducers that can, on a GPU of CUDA. Strides may be any, and ranks may differ in them; conjugates
-    and negatives that torch has not computed yet are computed. The result is `out`, which may be `tensor`, or a new
-    contiguous tensor.
+    the CPU or, for reducers that support it, on a CUDA device. Strides may be any, and differ between ranks; lazy
+    conjugates and negatives are computed. The result is `out`, which may be `tensor`, or a new contiguous tensor.
     """
-    result: torch.Tensor = call(comm, _allreduce, tensor, method, op, memory, out)
-    return result
-
-
-def _allreduce(comm: Comm, tensor: Any, method: Method, op: str, memory: Memory | None, out: Any) -> Operation:
     op = op_of(op)
     _check(tensor, "tensor")
     if out is not None:
         _check_out(out, tensor)
+    found = settled(comm, _form(tensor), method, member_of(method), op, memory)
+    call = TensorAllreduce(comm, found, memory, tensor, out)
+    return OnStream(call, bound(call.run, device_of([tensor])))
 
-    def fresh() -> torch.Tensor:
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
-    def run(memory: Memory) -> torch.Tensor:
-        source = tensor if whole(tensor) else fresh().copy_(tensor)
-        room: torch.Tensor = out if out is not None and whole(out) else fresh()
-        memory.reduce(comm, op, bits_of(source), bits_of(room))
+allreduce = blocking(_allreduce)
+
+
+@dataclass(frozen=True, eq=False)
+class TensorAllreduce(Reducing[torch.Tensor]):
+    """A sum or mean of a tensor."""
+
+    tensor: torch.Tensor
+    out: torch.Tensor | None
+
+    def reduce(self, reduction: PersistentReduction) -> torch.Tensor:
+        """See Reducing."""
+        tensor, out = self.tensor, self.out
+        source = tensor if whole(tensor) else self._fresh().copy_(tensor)
+        room = out if out is not None and whole(out) else self._fresh()
+        reduction.reduce(self.comm, self.found.op, bits_of(source), bits_of(room), watched=False)
         return room if out is None or out is room else out.copy_(room)
 
-    operation = prepared(comm, _form(tensor), member_of(method), op, memory, run)
-    return operation._replace(run=bound(operation.run, device_of([tensor])))
+    def _fresh(self) -> torch.Tensor:
+        return torch.empty(self.tensor.shape, dtype=self.tensor.dtype, device=self.tensor.device)
 
 
 def _form(tensor: torch.Tensor) -> Form:
@@ -74,7 +83,7 @@ def _check(tensor: torch.Tensor, what: str) -> None:
         raise TypeError(f"{what} must be a torch tensor, got {type(tensor).__name__}; for arrays use mpicomp.allreduce")
     if type(tensor) not in PLAIN:
         raise TypeError(
-            f"{what} is a {type(tensor).__name__}, which may mean more than its elements; pass a plain tensor, such as "
+            f"{what} is a {type(tensor).__name__}, which may be more than its elements; pass a plain tensor, such as "
             f"{what}.to_local() of a DTensor"
         )
     if tensor.is_nested:
@@ -87,7 +96,7 @@ def _check(tensor: torch.Tensor, what: str) -> None:
 
 
 def _check_out(out: torch.Tensor, tensor: torch.Tensor) -> None:
-    """Raise TypeError or ValueError unless the result for a tensor can be written to `out`."""
+    """Raise TypeError or ValueError unless `out` can hold the result for a tensor."""
     _check(out, "out")
     if (out.shape, out.dtype, out.device) != (tensor.shape, tensor.dtype, tensor.device):
         wanted = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device} as tensor is"
@@ -95,9 +104,9 @@ def _check_out(out: torch.Tensor, tensor: torch.Tensor) -> None:
     if overlaps_itself(out.shape, out.stride(), 1):
         raise ValueError(
             f"out has elements that share memory, with strides {out.stride()} for shape {tuple(out.shape)}; pass a "
-            f"tensor in which each has its own, as out.clone() is"
+            f"tensor without overlap, such as out.clone()"
         )
     (start, stop), (first, last) = span(out), span(tensor)
     same = start == first and out.stride() == tensor.stride()
     if start < last and first < stop and out is not tensor and not same:
-        raise ValueError("out shares memory with tensor; pass tensor itself or one apart from it")
+        raise ValueError("out shares memory with tensor; pass tensor itself or a tensor that shares none")

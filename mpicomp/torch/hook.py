@@ -24,7 +24,7 @@ from mpicomp.comm.communicator import Comm
 from mpicomp.comm.watch import Traffic
 from mpicomp.planner.allowance import divided
 from mpicomp.reducers import Layout, Reducer, Unit
-from mpicomp.reducers.base import check_place
+from mpicomp.reducers.base import check_device
 from mpicomp.registry import describe, resolve_partitioned
 from mpicomp.torch.backend import MPIProcessGroup, tensor_group
 from mpicomp.torch.collective import breaking
@@ -197,7 +197,7 @@ def compress(
         common = max(sizes, key=sizes.__getitem__)
         reducer = divided(resolve_partitioned(method, layout, common, ranks, min_size, min_ndim), ranks, "mean")
         what = describe(reducer, layout, ", ".join(sizes), "mean", seed, 0)
-        check_place(reducer, device_of(parameters.values()) is not None)
+        check_device(reducer, device_of(parameters.values()) is not None)
     except (TypeError, ValueError, RuntimeError) as error:
         group.worker.submit(partial(refuse, group.comm, error)).wait()
         raise

@@ -41,9 +41,7 @@ class Work(dist.Work):
 
         With CUDA tensors, later work on the current stream waits for it.
         """
-        self.request.wait()
-        if self._side is not None:
-            self._side.join()
+        self.result()
         return True
 
     def get_future(self) -> torch.futures.Future[Any]:

@@ -102,7 +102,7 @@ def test_a_bad_argument_is_reported_before_anything_runs(
 
 
 def test_every_codec_has_a_row(bench: Any) -> None:
-    from mpicomp.codecs import CODECS
+    from mpicomp.registry import CODECS
 
     module = bench("kernels.kernels")
     assert {type(module.known(spec)) for spec in module.specs()} >= set(CODECS.values())

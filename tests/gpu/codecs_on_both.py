@@ -28,7 +28,7 @@ def check_same_bytes(codec: Any, x: np.ndarray[Any, Any], scale: float = 0.5) ->
     rng = np.random.default_rng(size)
     old = (rng.standard_normal(size) * 0.1).astype(dtype)
     start = rng.standard_normal(size).astype(dtype)
-    for feedback in (False, True) if hasattr(codec, "encode_residual") else (False,):
+    for feedback in (False, True):
         host: list[Any] = [x.copy(), old.copy() if feedback else None, poisoned(size, dtype) if feedback else None]
         there = [None if a is None else to_device(a) for a in host]
         theirs, used = encoded(codec, *host, dtype, False)

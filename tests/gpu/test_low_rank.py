@@ -17,7 +17,7 @@ from mpicomp.kernels import gpu
 from mpicomp.kernels.gpu import linalg
 from mpicomp.reducers import Workspace, apply
 from mpicomp.reducers.parts.batches import Batches
-from mpicomp.reducers.parts.factors import InTurn
+from mpicomp.reducers.parts.factors import PerUnit
 
 LAYOUT = layout_of(
     {
@@ -179,8 +179,8 @@ EXTENTS = layout_of({f"{columns}": (2000, columns) for columns in (3, 33, 255, 2
 @pytest.mark.parametrize("exponent", [-1073, -1022, -300, -148, -126, 0, 1, 4, 127, 128, 1000, 1023, 1024])
 def test_normalised(device, turns, dtype, exponent):
     """Whatever the scale: what is subnormal, before or after, is rounded once, and zeros give the last Q."""
-    in_turn, batches = InTurn(EXTENTS, 2), Batches(EXTENTS, 2)
-    warm = normal(in_turn.sizes[1], dtype)
+    per_unit, batches = PerUnit(EXTENTS, 2), Batches(EXTENTS, 2)
+    warm = normal(per_unit.sizes[1], dtype)
     q = normal(warm.size, "float64", 1) * 2.0 ** np.random.default_rng(2).integers(-60, 0, warm.size)
     info = np.finfo(dtype)
     with np.errstate(over="ignore", under="ignore"):
@@ -189,9 +189,9 @@ def test_normalised(device, turns, dtype, exponent):
     q[:600:3] = small[::3]
     q[1:600:3] = info.smallest_subnormal * np.arange(200, dtype=dtype)
     q[5:8] = -0.0
-    zeros = list(in_turn.matrices.values())[1]
+    zeros = list(per_unit.matrices.values())[1]
     q[zeros.q] = -0.0
-    expected = in_turn.normalised(q, warm)
+    expected = per_unit.normalised(q, warm)
     found = batches.normalised(device.asarray(q), device.asarray(warm)).get()
     equal_bytes("Q", found, expected)
     assert np.array_equal(found[zeros.q], warm[zeros.q])

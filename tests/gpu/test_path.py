@@ -26,6 +26,7 @@ SPECS = [
     "error_feedback(gather(cast(dtype=bf16)))",
     "error_feedback(two_stage(threshold(at=1.5)))",
     "two_stage(randomk(density=0.25))",
+    "error_feedback(shared_support(randomk(density=0.25, scaled=False)))",
     "dense",
     "dense(algorithm=two_shot)",
     "dense(algorithm=ring)",
@@ -34,7 +35,11 @@ SPECS = [
     "after(error_feedback(gather(topk(density=0.1))), steps=2)",
     "error_feedback(low_rank(rank=2))",
 ]
-ADDING_ON_THE_HOST = ["dense(algorithm=two_shot)", "dense(algorithm=ring)"]
+ADDING_ON_THE_HOST = [
+    "dense(algorithm=two_shot)",
+    "dense(algorithm=ring)",
+    "error_feedback(shared_support(randomk(density=0.25, scaled=False)))",
+]
 
 
 def run(spec: str, x: Any, there: list[bool], op: str = "mean", dtype: str = "float32") -> list[tuple[Any, Any]]:

@@ -19,7 +19,7 @@ def subset(size, k, seed=0):
 def coded(places, size, coding):
     raw = np.full(indices.nbytes(coding, size, places.size) + 16, 0xFF, np.uint8)
     data = raw[8:-8]
-    indices.encode(places, size, coding, data)
+    indices.encode(places, size, data, coding)
     assert (raw[:8] == 0xFF).all()
     assert (raw[-8:] == 0xFF).all()
     return data
@@ -57,10 +57,10 @@ def test_codings_write_the_documented_bytes_and_read_them(coding, data):
     assert message.tobytes() == reference(places, size, coding)
     indices.check(message, size, k, coding)
     out = np.empty(k, np.uint32)
-    indices.decode(message, size, coding, out)
+    indices.decode(message, size, out, coding)
     assert np.array_equal(out, places)
     values, total = np.arange(1, k + 1, dtype=np.float32), np.zeros(size, np.float32)
-    indices.scatter_add(message, coding, values, total) if coding == indices.smallest(size, k) else None
+    indices.scatter_add(message, values, total) if coding == indices.smallest(size, k) else None
     if total.any():
         assert np.array_equal(total[places], values)
 
@@ -79,7 +79,7 @@ def test_hostile_bytes_are_refused_or_are_what_is_written(coding, data):
     except WireFormatError:
         return
     out = np.empty(k, np.uint32)
-    indices.decode(raw, size, coding, out)
+    indices.decode(raw, size, out, coding)
     assert (np.diff(out.astype(np.int64)) > 0).all()
     assert out[-1] < size
     assert coded(out, size, coding).tobytes() == raw.tobytes()
@@ -106,11 +106,11 @@ def test_many_indices_come_back():
             out = np.empty(k, np.uint32)
             message = coded(places, size, coding)
             indices.check(message, size, k, coding)
-            indices.decode(message, size, coding, out)
+            indices.decode(message, size, out, coding)
             assert np.array_equal(out, places)
         values, total = np.arange(1, k + 1, dtype=np.float64), np.zeros(size)
         coding = indices.smallest(size, k)
-        indices.scatter_add(coded(places, size, coding), coding, values, total, 2.0)
+        indices.scatter_add(coded(places, size, coding), values, total, 2.0)
         assert np.array_equal(total[places], 2 * values)
         assert np.count_nonzero(total) == k
 

@@ -7,14 +7,14 @@ import gc
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
 import mpicomp
-from mpicomp.api.operation import Operation, call, start
+from mpicomp.api.call import Call, blocking, nonblocking
 from mpicomp.comm import communicator
 from mpicomp.comm.collectives import receive
 from mpicomp.comm.communicator import Comm
@@ -161,7 +161,20 @@ def test_two_threads_that_call_different_things_hear_of_it_or_get_what_they_want
     assert mpicomp.allreduce(world, xs[0], "dense")[0] == world.size
 
 
-def failing(comm: Comm) -> Operation:
+class Fake(Call[None]):
+    """A collective made of two functions."""
+
+    def __init__(self, describe: Callable[[], str], run: Callable[[], None]) -> None:
+        self._describe, self._run = describe, run
+
+    def describe(self, number: int) -> str:
+        return self._describe()
+
+    def run(self) -> None:
+        self._run()
+
+
+def failing(comm: Comm) -> Call[None]:
     """Rank 1 fails; there are a receive, a send and MPI's own allreduce that no rank completes."""
     big = np.ones(1 << 20, np.uint8)
 
@@ -176,7 +189,7 @@ def failing(comm: Comm) -> Operation:
             comm.transport.allreduce(np.ones(1000), np.ones(1000), "sum")
             receive(comm, np.zeros(8, np.uint8), 1, 8)
 
-    return Operation(lambda: "a sum that fails", run)
+    return Fake(lambda: "a sum that fails", run)
 
 
 @pytest.mark.mpi(min_size=2)
@@ -186,9 +199,9 @@ def test_an_error_breaks_the_communicator_until_it_is_reset(world: Any, backgrou
     for _ in range(3):
         with contextlib.suppress(CommunicatorError, ZeroDivisionError):
             if background:
-                start(world, failing).wait()
+                nonblocking(failing)(world).wait()
             else:
-                call(world, failing)
+                blocking(failing)(world)
         for again in (plan, lambda x: mpicomp.iallreduce(world, x, "dense").wait()):
             with pytest.raises(
                 CommunicatorError, match=r"rank 1 of .* failed: a sum that fails.*no luck.*mpicomp\.reset"

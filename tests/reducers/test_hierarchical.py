@@ -248,19 +248,23 @@ def test_a_restart_on_the_same_topology_changes_no_bit(inner: str, nodes: str) -
         assert same(one[1], two[1])
 
 
+@pytest.mark.parametrize("exported", [True, False])
 @pytest.mark.parametrize(
-    ("before", "after"), [("3+1", "2+2"), ("2+2", "3+1"), ("2+2", "4"), ("4", "2+2"), ("1", "3+1")]
+    ("before", "after"), [("3+1", "2+2"), ("2+2", "3+1"), ("2+2", "4"), ("4", "2+2"), ("1", "3+1"), ("2+2", "1")]
 )
 @every_inner
-def test_debts_follow_to_another_topology(inner: str, before: str, after: str) -> None:
+def test_debts_follow_to_another_topology(inner: str, before: str, after: str, exported: bool) -> None:
+    """By an export, or with the state itself."""
     some = NODES | {"4": Topology((tuple(range(4)),)), "1": Topology.flat(4)}
     reducer, x = fed(inner), inputs(4, 6, LARGE.size, "float32")
     kept = Team(4, topology=some[before]).run(
-        lambda comm: reducer.export(walk(comm, reducer, x[comm.rank, :4], reducer.init(LARGE, "float32"))[2])
+        lambda comm: walk(comm, reducer, x[comm.rank, :4], reducer.init(LARGE, "float32"))[2]
     )
 
     def f(comm: Comm) -> tuple[Array, Array, Array]:
-        state = reducer.restore(reducer.init(LARGE, "float32", step=4), kept[comm.rank])
+        state = kept[comm.rank]
+        if exported:
+            state = reducer.restore(reducer.init(LARGE, "float32", step=4), reducer.export(state))
         debt = residual_of(reducer, state)
         reduction, state = reducer.reduce(comm, x[comm.rank, 4], state)
         found = reduction.total, residual_of(reducer, state)

@@ -128,8 +128,8 @@ def test_a_sum_that_overflows_is_poison_on_all_ranks() -> None:
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        ("integer(bits=1)", r"bits must be in 2\.\.8, got 1"),
-        ("integer(bits=9)", r"bits must be in 2\.\.8, got 9"),
+        ("integer(bits=1)", r"bits must be an integer in 2\.\.8, got 1"),
+        ("integer(bits=9)", r"bits must be an integer in 2\.\.8, got 9"),
         ("integer(block=12)", "block must be a multiple of 8"),
         ("integer(stochastic=1)", "stochastic must be True or False"),
     ],

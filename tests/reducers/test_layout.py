@@ -79,7 +79,7 @@ def test_even_cuts(size: int, ranks: int) -> None:
 
 
 def test_units_may_not_overlap_or_share_a_name() -> None:
-    with pytest.raises(ValueError, match=r"'b' begins at 2, inside the one before, which ends at 3"):
+    with pytest.raises(ValueError, match=r"'b' begins at 2, before the end of the last one at 3"):
         Layout((Unit("a", (3,), 0), Unit("b", (1,), 2)))
     with pytest.raises(ValueError, match="two units are called 'a'"):
         Layout((Unit("a", (3,), 0), Unit("a", (1,), 3)))

@@ -10,6 +10,7 @@ from team import Team
 from mpicomp.arrays import Array
 from mpicomp.comm.communicator import Comm
 from mpicomp.reducers import ErrorFeedback, Layout, LowRank
+from mpicomp.reducers.parts.factors import matrix_shape
 
 
 def approximate(x: Array, q: Array) -> tuple[Array, Array]:
@@ -61,12 +62,12 @@ def test_the_warm_start_finds_the_leading_directions() -> None:
 
 
 def test_what_is_summed_as_it_is() -> None:
-    assert LowRank(2).factors(LAYOUT.units[3]) == (13, 11)
-    assert [unit.name for unit in LAYOUT.units if LowRank(2).factors(unit)] == ["matrix", "conv"]
-    assert [unit.name for unit in LAYOUT.units if LowRank(3).factors(unit)] == ["matrix"]
-    assert LowRank(1).factors(layout_of({"conv": (3, 2, 2, 3)}).units[0]) == (3, 12)
-    assert LowRank(100).factors(layout_of({"m": (300, 300)}).units[0]) == (300, 300)
-    assert LowRank(200).factors(layout_of({"m": (300, 300)}).units[0]) is None
+    assert matrix_shape(LAYOUT.units[3], 2) == (13, 11)
+    assert [unit.name for unit in LAYOUT.units if matrix_shape(unit, 2)] == ["matrix", "conv"]
+    assert [unit.name for unit in LAYOUT.units if matrix_shape(unit, 3)] == ["matrix"]
+    assert matrix_shape(layout_of({"conv": (3, 2, 2, 3)}).units[0], 1) == (3, 12)
+    assert matrix_shape(layout_of({"m": (300, 300)}).units[0], 100) == (300, 300)
+    assert matrix_shape(layout_of({"m": (300, 300)}).units[0], 200) is None
 
 
 def test_after_a_zero_matrix_it_recovers_in_a_step() -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from reducers.members import LAYOUT, MEMBERS, check_bytes, inputs, member, run
+from reducers.members import COMPOSED, LAYOUT, MEMBERS, check_bytes, inputs, member, run
 from team import Team
 
 from mpicomp.arrays import Array
@@ -14,6 +15,7 @@ from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.comm.transport import Request
 from mpicomp.reducers import After, Dense, ErrorFeedback, Gather, Partition, SharedSupport, TwoStage
+from mpicomp.reducers.base import StatePart, rebuild, walk
 from mpicomp.reducers.parts.layout import Layout, Unit
 from mpicomp.registry import parse
 
@@ -124,6 +126,35 @@ def test_members_are_specs(spec: str) -> None:
     reducer = member(spec)
     assert parse(str(reducer)) == reducer
     assert hash(parse(str(reducer))) == hash(reducer)
+
+
+def test_walk_and_rebuild_reach_every_reducer() -> None:
+    reducer = member("after(partition(small=dense, large=error_feedback(two_stage(sign))), steps=2)")
+    assert [each.spec_name for each in walk(reducer)] == ["after", "partition", "dense", "error_feedback", "two_stage"]
+    assert rebuild(reducer, lambda each: each) is reducer
+    assert [each for each in walk(reducer) if each.remembers] == [*walk(reducer)][:2] + [*walk(reducer)][3:4]
+    changed = rebuild(reducer, lambda each: Gather(each.codecs[0]) if each.codecs else each)
+    assert changed == member("after(partition(small=dense, large=error_feedback(gather(sign))), steps=2)")
+
+
+@pytest.mark.parametrize("spec", [*COMPOSED, "error_feedback(auto(allow=(sign,)))"])
+def test_only_the_root_of_a_state_has_seed_and_step(spec: str) -> None:
+    reducer = member(spec)
+
+    def parts(part: StatePart) -> Iterator[StatePart]:
+        for inner in part.inner:
+            yield inner
+            yield from parts(inner)
+
+    def f(comm: Comm) -> None:
+        state = reducer.init(LAYOUT, "float32", seed=5, step=2)
+        for step in (2, 3, 4):
+            assert (state.seed, state.step) == (5, step)
+            assert all(not {"seed", "step"} & vars(part).keys() for part in parts(state))
+            assert all((state.nested(n).seed, state.nested(n).step) == (5, step) for n in range(len(state.inner)))
+            _, state = reducer.reduce(comm, np.ones(LAYOUT.size, np.float32), state)
+
+    Team(1).run(f)
 
 
 # --------------------------------------------------------------------------------------------------- what is refused

@@ -9,8 +9,10 @@ import pytest
 from reducers.members import CONTRACTIONS, LAYOUT, MEMBERS, UNBIASED, layout_of, member
 
 from mpicomp.comm.agreement import float_mode
+from mpicomp.errors import SpecError
 from mpicomp.kernels import cpu
 from mpicomp.reducers import Layout
+from mpicomp.reducers.policies import After
 from mpicomp.registry import REDUCERS, _arithmetic, describe, parse, resolve, resolve_partitioned
 
 BIG = Layout.single((300, 100))
@@ -181,3 +183,11 @@ def _perturbed(kernel: Any) -> Any:
         return result
 
     return run
+
+
+def test_a_member_nested_too_deep_is_refused() -> None:
+    method: Any = parse("dense")
+    for _ in range(2000):
+        method = After(method, steps=1)
+    with pytest.raises(SpecError, match="nested deeper than 50 levels"):
+        resolve(method, LAYOUT, "float32", 2)

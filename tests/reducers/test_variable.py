@@ -61,7 +61,7 @@ class Above(Codec):
         indices, values = data[8:].view("<f8").reshape(2, -1)
         out[indices.astype(int)] += (scale * values).astype(out.dtype)
 
-    def check(self, payload: Payload, size: int) -> None:
+    def _check(self, payload: Payload, size: int) -> None:
         pass
 
 

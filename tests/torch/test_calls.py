@@ -107,7 +107,7 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         "nested|Nested",
         lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
     ),
-    "subclass": (TypeError, "Subclass, which may mean more", lambda: torch.ones(4).as_subclass(Subclass)),
+    "subclass": (TypeError, "Subclass, which may be more", lambda: torch.ones(4).as_subclass(Subclass)),
     "number": (TypeError, "must be a torch tensor, got float", lambda: 3.0),
 }
 

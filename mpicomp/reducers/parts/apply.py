@@ -1,18 +1,21 @@
-"""From an array of any dtype to its reduced form: widen, reduce, divide last, round once, account for the rounding."""
+"""Reduces an array of any dtype: widen, reduce, divide, round once, and keep what the rounding drops in a residual."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from mpicomp.arrays import Array, on_device
 from mpicomp.comm.communicator import Comm
 from mpicomp.kernels import kernels_for
-from mpicomp.reducers.base import Reducer, Reduction, State, complete, nonfinite, rescale, scaled
+from mpicomp.reducers.base import Reducer, State, complete, nonfinite, rescale
 from mpicomp.reducers.parts.layout import Layout, Unit
 from mpicomp.reducers.parts.workspace import Workspace
 
 OPS = ("sum", "mean")
-MATRICES = 2.0**-64  # times an input: then a sum over the rows and columns of a matrix of any size is finite
+MATRICES = 2.0**-64  # factor of an input after which sums over rows and columns of any matrix are finite
 
 
 def apply(
@@ -26,17 +29,17 @@ def apply(
     work: Workspace,
     watched: bool = True,
 ) -> tuple[State, bool]:
-    """Reduce x into `out`, which may be x; return the next state, and whether the result is not finite.
+    """Reduce x into `out`, which may be x; return the next state, and whether the result has NaN or infinity.
 
-    The latter is False where it was not `watched` for, unless some input was poisoned.
+    Unless `watched`, the result is not examined, and only a poisoned input gives True.
 
     x, out: (extent,) float32 or float64, or uint16 bits where dtype is "float16" or "bfloat16". `op` is "sum" or
-    "mean". The given state stays valid until the next call: going on with it means that this step never happened.
+    "mean". The given state stays valid until the next call: a caller who goes on with it discards this step.
 
-    A sum of bfloat16, whose range is that of float32, may overflow where the mean does not: then it is formed once
-    more, of inputs small enough, and if need be again, of some small enough for products of matrices. All ranks see
-    the same total, so all do. What rounding to a half type drops is added to the residual of the element's owner; where
-    there is none, what is beyond the largest number becomes infinite, as it does in NumPy. Collective.
+    A sum of bfloat16, whose range is that of float32, may overflow where the mean does not. It is then formed again
+    from smaller inputs, if necessary a third time from inputs small enough for products of matrices. All ranks see the
+    same total, so all do the same. What rounding to a half type drops is added to the residual of the element's owner.
+    Without a residual, values beyond the range become infinite, as in NumPy. Collective.
     """
     divisor = comm.size if op == "mean" else 1
     work.belong(comm, (reducer, state.layout, dtype), on_device(x), divisor)
@@ -50,7 +53,7 @@ def apply(
     else:
         wide, total = x, out
     reduction, after = reducer.reduce(comm, wide, state, total, work)
-    sound = _finished(reduction, state.layout, divisor, watched or half)
+    sound = complete(reduction, state.layout, divisor, watched or half)
     if not sound and divisor > 1 and dtype == "bfloat16":
         after, sound = _once_more(comm, reducer, x, state, wide, total, work)
     if not half:
@@ -59,7 +62,7 @@ def apply(
     kept = reducer.absorbing(after)
     _round(total, out, dtype, after.layout, kept)
     if sound:
-        kernels.widen(out, wide, dtype)  # its input is spent
+        kernels.widen(out, wide, dtype)  # its input is no longer needed
         sound = len(kept) == len(after.layout.units) or not nonfinite(wide, None, after.layout)
         np.subtract(total, wide, out=total)
         total *= divisor
@@ -67,36 +70,33 @@ def apply(
     return after, not sound
 
 
-@np.errstate(over="ignore", invalid="ignore")  # IEEE 754: some elements may not be finite whatever is done
+@np.errstate(over="ignore", invalid="ignore")  # IEEE 754: some elements may stay infinite
 def _once_more(
     comm: Comm, reducer: Reducer, bits: Array, state: State, wide: Array, total: Array, work: Workspace
 ) -> tuple[State, bool]:
-    """Form a mean of bfloat16 again, of smaller inputs; return the next state, and whether the result is finite."""
+    """Form a mean of bfloat16 again from smaller inputs; return the next state, and whether the result is finite."""
     for shrink in (0.5 ** (work.divisor - 1).bit_length(), MATRICES):
         kernels_for(bits).widen(bits, wide, "bfloat16")
         wide *= np.float32(shrink)
-        reduction, after = reducer.reduce(comm, wide, scaled(state, shrink), total, work)
-        sound = _finished(reduction, state.layout, work.divisor, True)
+        reduction, after = reducer.reduce(comm, wide, _scaled(state, shrink), total, work)
+        sound = complete(reduction, state.layout, work.divisor)
         total *= np.float32(1 / shrink)
         if sound:
             rescale(after, 1 / shrink)
             return after, True
-        if not reduction.poisoned:  # elements that are finite are right, and would be less exact the next time
+        if not reduction.poisoned:  # finite elements are right, and would be less exact the next time
             break
     return state, False
 
 
-def _finished(reduction: Reduction, layout: Layout, divisor: int, watched: bool) -> bool:
-    """Make the mean, and return whether the total is finite, as far as that is asked for."""
-    if divisor > 1:
-        return complete(reduction, layout, divisor)
-    if reduction.finite or not watched:
-        return not reduction.poisoned
-    return not (reduction.poisoned or nonfinite(reduction.total, None, layout))
+def _scaled(state: Any, factor: float) -> Any:
+    """Return a copy of a state with its residuals multiplied."""
+    residual = None if state.residual is None else state.residual * state.residual.dtype.type(factor)
+    return replace(state, residual=residual, inner=tuple(_scaled(inner, factor) for inner in state.inner))
 
 
 def _round(total: Array, out: Array, dtype: str, layout: Layout, kept: tuple[Unit, ...]) -> None:
-    """Set `out` to the bits of a total: beyond the range those of the units `kept` saturate, others are infinite."""
+    """Set `out` to the bits of a total: beyond the range the units in `kept` saturate, others become infinite."""
     kernels = kernels_for(total)
     kernels.narrow(total, out, dtype, saturate=bool(kept))
     names = {unit.name for unit in kept}

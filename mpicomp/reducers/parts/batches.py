@@ -1,4 +1,4 @@
-"""The steps of `low_rank` on a GPU: all units of a shape in one launch, and the host waits for none."""
+"""The local steps of `low_rank` on a GPU: one launch for all units of a shape, none of which the host waits for."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Batch(NamedTuple):
     """The matrices of one shape."""
 
     shape: tuple[int, int, int]  # rows, columns, rank
-    places: Array  # (3, count) int64, on the device: where each M, P and Q begins
+    places: Array  # (3, count) int64, on the device: the first element of each M, P and Q
     which: slice  # of all matrices
 
 
 class Batches(Factors):
-    """What InTurn does, shape by shape; what is summed as it is, in one go."""
+    """See PerUnit; all matrices of a shape together, and all uncompressed units together."""
 
     def __init__(self, layout: Layout, rank: int) -> None:
         super().__init__(layout, rank)
@@ -40,13 +40,13 @@ class Batches(Factors):
         self.longest = max((length for *_, length in parts), default=0)
 
     def project(self, x: Array, old: Array | None, m: Array, warm: Array, p: Array) -> None:
-        """See InTurn."""
+        """See PerUnit."""
         self._copy(x, old, p, (self.where, self.packed))
         for shape, places, _ in self.batches:
             gpu.project_all(x, old, m, warm, p, shape, places)
 
     def back_project(self, m: Array, p: Array, q: Array, state: State) -> None:
-        """See InTurn."""
+        """See PerUnit."""
         bases = to_device(np.array([each.base(state) for each in self.order], np.uint64))
         for shape, places, which in self.batches:
             gpu.orthogonalise_all(p, shape, places, bases[which])
@@ -57,14 +57,14 @@ class Batches(Factors):
             self._copy(None, None, state.spare, (self.where, self.where))
 
     def normalised(self, q: Array, warm: Array) -> Array:
-        """See InTurn."""
+        """See PerUnit."""
         found = np.empty_like(warm)
         for (_, columns, rank), places, _ in self.batches:
             gpu.normalise_all(q, warm, found, columns * rank, places[2])
         return found
 
     def expand(self, p: Array, q: Array, out: Array, factor: float) -> None:
-        """See InTurn."""
+        """See PerUnit."""
         self._copy(p, None, out, (self.packed, self.where), factor)
         for shape, places, _ in self.batches:
             gpu.outer_all(p, q, out, shape, places)

@@ -16,7 +16,7 @@ import numpy as np
 from mpicomp.arrays import Array
 from mpicomp.codecs import indices
 from mpicomp.codecs.base import Codec, Key
-from mpicomp.codecs.sparse import Selecting, Values, indices_field, padded, write_indices
+from mpicomp.codecs.sparse import Selecting, Values, indices_field, padded
 from mpicomp.kernels import host_kernels
 from mpicomp.reducers.base import State
 from mpicomp.reducers.parts.messages import encode, residuals
@@ -75,7 +75,7 @@ class EntryCodec:
         Values are multiplied by `shrink` before, see `messages.encode`; without a codec they travel unchanged.
         """
         *coded, data = payload
-        write_indices(entries.places, size, data)
+        indices.encode(entries.places, size, data)
         if self.codec is None:
             coded[0][:] = entries.values
             return
@@ -88,14 +88,14 @@ class EntryCodec:
         """Decode `count` entries; their values may be a view of the payload."""
         *coded, data = payload
         places = np.empty(count, np.uint32)
-        indices.decode(data, size, indices.smallest(size, count), places)
+        indices.decode(data, size, places)
         return Entries(self._values(tuple(coded), count, key, shrink), places)
 
     def add(self, payload: Payload, count: int, out: Array, key: Key, shrink: float = 1.0) -> None:
         """Add `count` entries to `out`, a region."""
         *coded, data = payload
         values = self._values(tuple(coded), count, key, shrink)
-        indices.scatter_add(data, indices.smallest(out.size, count), values, out)
+        indices.scatter_add(data, values, out)
 
     def _values(self, coded: Payload, count: int, key: Key, shrink: float) -> Array:
         values = Values(self.codec).decode(coded, count, np.empty(0, self.dtype), key)

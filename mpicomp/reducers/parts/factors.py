@@ -1,8 +1,8 @@
-"""The steps of `low_rank` that concern one rank: where factors lie in the two allreduces, and the products in NumPy.
+"""The local steps of `low_rank` in NumPy, and the positions of factors in the arrays of its two allreduces.
 
-Those on a GPU are in `mpicomp.reducers.parts.batches`. Both take, for the matrix M of a unit, (rows, columns), the
-factors P, (rows, rank), and Q, (columns, rank), from flat arrays: all P, and what is summed as it is, in that of the first
-allreduce, all Q in that of the second, and in that of the warm starts.
+The steps on a GPU are in `mpicomp.reducers.parts.batches`. The matrix M of a unit, (rows, columns), has the factors P,
+(rows, rank), and Q, (columns, rank). The first allreduce sums one flat array with all P and all uncompressed units, the
+second one with all Q; the warm starts have the layout of the second.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BLOCK = 1 << 17  # elements
 
 
 class Matrix(NamedTuple):
-    """The matrix of a unit, and the places of its P and Q."""
+    """The matrix of a unit, and the positions of its P and Q."""
 
     unit: Unit
     shape: tuple[int, int]  # rows, columns
@@ -29,19 +29,19 @@ class Matrix(NamedTuple):
     q: slice
 
     def base(self, state: State) -> int:
-        """What random columns are drawn from at this step; see `orthogonalise`."""
+        """Return the state of the generator that draws random columns in this step; see `orthogonalise`."""
         return state.key(Piece(self.unit, 0, self.unit.size), 0, 0).base()
 
 
 class Whole(NamedTuple):
-    """A unit that is summed as it is: its place in the flat array and in the first allreduce."""
+    """An uncompressed unit: its position in the flat array and in the first allreduce."""
 
     where: slice
     p: slice
 
 
 def matrix_shape(unit: Unit, rank: int) -> tuple[int, int] | None:
-    """Rows and columns of the unit's matrix; None for one that factors of `rank` columns would not make smaller."""
+    """Return the shape of the unit's matrix; None where factors of `rank` columns would not be smaller."""
     if len(unit.shape) < 2 or not unit.size:
         return None
     rows, columns = unit.shape[0], unit.size // unit.shape[0]
@@ -49,7 +49,7 @@ def matrix_shape(unit: Unit, rank: int) -> tuple[int, int] | None:
 
 
 class Factors:
-    """The places of factors; `sizes` are the numbers in the first allreduce and in the second."""
+    """The positions of factors; `sizes` are the elements of the two allreduces."""
 
     def __init__(self, layout: Layout, rank: int) -> None:
         self.rank = rank
@@ -67,24 +67,24 @@ class Factors:
         self.sizes = first, second
 
 
-class InTurn(Factors):
+class PerUnit(Factors):
     """One unit after the other."""
 
     def project(self, x: Array, old: Array | None, m: Array, warm: Array, p: Array) -> None:
-        """Set m = x + old, without an old m is x, and P = M Q."""
+        """Set m = x + old (m is x where old is None), and P = M Q."""
         for whole in self.wholes:
             p[whole.p] = _sum_into(m, x, old, whole.where)
         for each in self.matrices.values():
             rows, columns = each.shape
             own, q = p[each.p].reshape(rows, self.rank), warm[each.q].reshape(columns, self.rank)
-            step = max(1, BLOCK // columns)  # rows that fit into the second-level cache together
+            step = max(1, BLOCK // columns)  # rows that fit into a second-level cache together
             for row in range(0, rows, step):
                 start = each.unit.offset + row * columns
                 part = _sum_into(m, x, old, slice(start, min(start + step * columns, each.unit.where.stop)))
                 np.matmul(part.reshape(-1, columns), q, out=own[row : row + step])
 
     def back_project(self, m: Array, p: Array, q: Array, state: State) -> None:
-        """Make the columns of P orthonormal, set Q = M^T P, and the new residual to M - P Q^T, where there is one."""
+        """Make the columns of P orthonormal, set Q = M^T P, and under feedback the new residual to M - P Q^T."""
         kernels = host_kernels(m)
         for each in self.matrices.values():
             columns, found = p[each.p].reshape(-1, self.rank), q[each.q].reshape(-1, self.rank)
@@ -97,9 +97,9 @@ class InTurn(Factors):
                 state.spare[whole.where] = 0
 
     def normalised(self, q: Array, warm: Array) -> Array:
-        """Return each Q scaled by a power of two, exactly: products with the next M neither vanish nor overflow.
+        """Return each Q times a power of two, so that products with the next M neither vanish nor overflow.
 
-        The last Q stays where all matrices were zero: from a zero one, the next step would start at random.
+        Where Q is zero the last one stays: from zeros, the next step would start at random.
         """
         found = warm.copy()
         for each in self.matrices.values():
@@ -109,7 +109,7 @@ class InTurn(Factors):
         return found
 
     def expand(self, p: Array, q: Array, out: Array, factor: float) -> None:
-        """Set `out` to P Q^T, and to `factor` times what was summed as it is."""
+        """Set `out` to P Q^T, and to `factor` times the sum of uncompressed units."""
         for whole in self.wholes:
             np.multiply(p[whole.p], factor, out=out[whole.where])
         for each in self.matrices.values():
@@ -118,12 +118,12 @@ class InTurn(Factors):
 
 
 def magnitude(x: Array) -> float:
-    """The largest magnitude, NaN if there is one."""
+    """Return the largest magnitude, NaN if there is a NaN."""
     return float(np.abs(x).max()) if x.size else 0.0
 
 
 def _sum_into(m: Array, x: Array, old: Array | None, place: slice) -> Array:
-    """Set m = x + old at a place and return that part; without an old m is x."""
+    """Set m = x + old in a slice and return that part; m is x where old is None."""
     if old is not None:
         np.add(x[place], old[place], out=m[place])
     return m[place]

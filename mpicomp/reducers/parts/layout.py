@@ -1,4 +1,4 @@
-"""What a flat array consists of: units (tensors), which are coded one by one, and their parts."""
+"""The parts of a flat array: units (tensors), which are coded one by one, and pieces of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mpicomp.codecs.base import stream_of
 
 
 class Unit(NamedTuple):
-    """A tensor within a flat array: `offset` counts elements from the array's start."""
+    """A tensor in a flat array; `offset` counts elements from the start of the array."""
 
     name: str
     shape: tuple[int, ...]
@@ -31,7 +31,7 @@ class Unit(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A part of a unit, [start, stop) in its elements, that is coded as an array of its own."""
+    """The elements [start, stop) of a unit, which are coded as an array of their own."""
 
     unit: Unit
     start: int
@@ -61,9 +61,7 @@ class Layout:
         end, names = 0, set()
         for unit in self.units:
             if unit.offset < end:
-                raise ValueError(
-                    f"unit {unit.name!r} begins at {unit.offset}, inside the one before, which ends at {end}"
-                )
+                raise ValueError(f"unit {unit.name!r} begins at {unit.offset}, before the end of the last one at {end}")
             if unit.name in names:
                 raise ValueError(f"two units are called {unit.name!r}")
             names.add(unit.name)
@@ -86,17 +84,17 @@ class Layout:
 
     @cached_property
     def where(self) -> slice | None:
-        """The place of all elements in the flat array if nothing lies between them, else None."""
+        """The slice of all elements in the flat array; None if there are gaps between them."""
         units = [unit for unit in self.units if unit.size]
         start, stop = (units[0].where.start, units[-1].where.stop) if units else (0, 0)
         return slice(start, stop) if stop - start == self.size else None
 
     def select(self, wanted: Callable[[Unit], bool]) -> Layout:
-        """The units that are wanted, where they are."""
+        """Return the layout of the wanted units, at their offsets."""
         return Layout(tuple(unit for unit in self.units if wanted(unit)))
 
     def whole(self) -> list[Piece]:
-        """One piece for each unit that has elements."""
+        """Return one piece per unit that has elements."""
         return [Piece(unit, 0, unit.size) for unit in self.units if unit.size]
 
     def collect(self, x: Array, flat: Array) -> None:
@@ -120,10 +118,10 @@ class Layout:
 
 
 def shards(layout: Layout, block: int, ranks: int) -> list[list[Piece]]:
-    """Divide the units among ranks: the pieces that each rank owns.
+    """Divide the units among ranks; return the pieces that each rank owns.
 
-    A unit is cut at multiples of `block` elements into one shard a rank; a unit of fewer blocks than ranks has one
-    owner. Which rank is a unit's first depends on its name alone, so results do not change with the bucket it is in.
+    A unit is cut at multiples of `block` elements into one shard per rank; a unit of fewer blocks than ranks has one
+    owner. The owner of the first shard depends on the unit's name only, so results do not depend on buckets.
     """
     owned: list[list[Piece]] = [[] for _ in range(ranks)]
     for unit in layout.units:
@@ -138,12 +136,12 @@ def shards(layout: Layout, block: int, ranks: int) -> list[list[Piece]]:
 
 
 def even_cuts(size: int, ranks: int) -> list[slice]:
-    """Cut `size` elements into one range a rank, at multiples of 16 elements; the last ones may be empty."""
+    """Cut `size` elements into one range per rank, at multiples of 16 elements; the last ones may be empty."""
     step = -(-size // ranks)
     step += -step % 16
     return [slice(min(size, rank * step), min(size, (rank + 1) * step)) for rank in range(ranks)]
 
 
 def cut_up(cut: slice, step: int) -> list[slice]:
-    """Cut a range of elements into ranges of at most `step`; none of an empty one."""
+    """Cut a range of elements into ranges of at most `step`; an empty range has none."""
     return [slice(start, min(cut.stop, start + step)) for start in range(cut.start, cut.stop, step)]

@@ -161,7 +161,7 @@ class Message(Envelope):
         return all(bool(np.abs(payload[0]).max(initial=0) < SAFE) for payload in payloads)
 
     def decode(self, out: Array, state: State, stage: int, rank: int, scale: float = 1.0) -> None:
-        """Set the pieces of `out` to scale times what was encoded."""
+        """Set the pieces of `out` to scale times the decoded ones."""
         self.decode_add(out, state, stage, rank, scale, fresh=True)
 
     def decode_add(

@@ -14,18 +14,18 @@ from mpicomp.codecs.base import stream_of
 from mpicomp.comm.topology import Topology
 from mpicomp.reducers.parts.layout import Layout, Piece, Unit
 
-GRAIN = 1 << 12  # elements of a part of a unit, at least
+GRAIN = 1 << 12  # elements; the smallest part of a unit that is cut
 
 
 class Part(NamedTuple):
-    """A part of a unit, or all of it: as the inner reducer sees it, and where it comes from."""
+    """A part of a unit, or all of it: as the unit that the inner reducer sees, and as a piece of the layout."""
 
     unit: Unit
     home: Piece
 
 
 def node_shards(layout: Layout, count: int) -> list[list[Part]]:
-    """Divide the units among `count` owners; a shard's parts follow each other from 0 on."""
+    """Divide the units among `count` owners; the parts of a shard follow each other from offset 0."""
     shards: list[list[Part]] = [[] for _ in range(count)]
     for unit in layout.units:
         first = stream_of(unit.name) % count
@@ -37,7 +37,7 @@ def node_shards(layout: Layout, count: int) -> list[list[Part]]:
 
 
 def _cut(unit: Unit, count: int) -> Iterator[tuple[str, tuple[int, ...], Piece]]:
-    """Cut a unit into `count` runs of rows if they are large; elements are the rows of a vector."""
+    """Cut a large unit into `count` runs of rows (of elements, if a vector); yield their names, shapes and pieces."""
     if unit.size < count * GRAIN or count == 1:
         if unit.size:
             yield unit.name, unit.shape, Piece(unit, 0, unit.size)
@@ -96,6 +96,6 @@ class NodeShards:
                     np.add(x[home.where], old[home.where], out=target[unit.where])
 
     def copy_out(self, number: int, total: Array, out: Array) -> None:
-        """Put the total of a shard to its places in `out`, (extent,)."""
+        """Copy the total of a shard to its position in `out`, (extent,)."""
         for unit, home in self.shards[number]:
             out[home.where] = total[unit.where]

@@ -26,7 +26,7 @@ WHOLE = 0xFFFFFFFF  # in place of a count: all elements of the region
 
 @dataclass(frozen=True)
 class Parcel:
-    """A message, (nbytes,) uint8, which may be empty, and what it holds of each of its regions."""
+    """A message, (nbytes,) uint8, which may be empty, and the count and payload of each of its regions."""
 
     data: Array
     counts: Sequence[int]
@@ -107,7 +107,7 @@ class Parcels:
         return bool(data.size) and check_header(data, rank, self.sequence, self.state)
 
     def buffers(self, name: str, sizes: Sequence[int]) -> list[Array]:
-        """Cut a buffer into parts of so many bytes; it is kept from step to step, and grows where it must."""
+        """Cut a buffer into parts of these sizes in bytes; the workspace keeps it, and it grows if necessary."""
         ends = np.cumsum(sizes).tolist()
         known = self.work.roomy(name, ends[-1], lambda size: empty(size, "uint8"))
         return [known[end - size : end] for end, size in zip(ends, sizes, strict=True)]

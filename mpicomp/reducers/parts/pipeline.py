@@ -1,4 +1,4 @@
-"""Coding overlaps the transfer: what a rank sends is cut into groups, and each is sent as soon as it is encoded.
+"""Coding overlaps the transfer: messages are cut into groups, and each group is sent as soon as it is encoded.
 
 A group is one message. The pieces of a codec that codes block by block are cut at multiples of its block, which
 changes no code; those of other codecs stay whole, so that their groups are the peers' shards and the tensors.
@@ -17,7 +17,7 @@ from mpicomp.comm.collectives import peers
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.exchange import Exchange, exchange_lengths
 from mpicomp.reducers.base import State
-from mpicomp.reducers.parts.layout import Piece
+from mpicomp.reducers.parts.layout import Layout, Piece, shards
 from mpicomp.reducers.parts.messages import Envelope, check_header
 
 GROUP = 1 << 19  # elements of a message, about: with half as many, Python's work per message takes a tenth of a step
@@ -39,6 +39,11 @@ def groups(pieces: Sequence[Piece], codec: Codec) -> list[list[Piece]]:
             found[-1].append(part)
             room -= part.size
     return found
+
+
+def shard_groups(layout: Layout, codec: Codec, ranks: int) -> list[list[list[Piece]]]:
+    """The groups of every rank's shard."""
+    return [groups(pieces, codec) for pieces in shards(layout, codec.block, ranks)]
 
 
 def _cut(piece: Piece, codec: Codec) -> list[Piece]:

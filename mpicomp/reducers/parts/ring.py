@@ -44,7 +44,7 @@ def ring_sum(comm: Comm, x: Array, total: Array, slots: Array, divisor: int, ope
     summing = count - len(parts[me])  # arrivals before this one are partial sums
     complete = summing - len(parts[right])  # partial sums from this one on complete a chunk
     forwarded = len(arrivals) - len(parts[(me + 2) % ranks])  # arrivals before this one are sent on
-    window = min(WINDOW, count)  # the place of an arrival in `total` was sent at most so many arrivals ago
+    window = min(WINDOW, count)  # the place of an arrival in `total` was sent at most `window` arrivals ago
     slots = slots.reshape(WINDOW, -1)
 
     def place(number: int) -> Array:

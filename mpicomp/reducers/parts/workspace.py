@@ -1,7 +1,7 @@
-"""What a reducer uses on one communicator beside its state: buffers, and how large the sums are that travel.
+"""The buffers of a reducer on one communicator, and the divisor of its total.
 
-A state is values, and a workspace is none: it is never copied, stored or exported, and a copy of one is empty. It
-belongs to one communicator and one layout, and is made anew where either changes.
+A state is values, a workspace is not: it is never stored or exported, and a copy of it is empty. It belongs to one
+communicator and one layout, and is emptied where either changes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ T = TypeVar("T")
 class Workspace:
     """The buffers of one reducer, by name, and the workspaces of those inside it.
 
-    `divisor` is what the caller will divide the total by, 1 for a sum. A reducer may do so itself where that costs no
-    pass over memory; its `Reduction` says so. `terms` counts the ranks whose sum an input is already.
+    The caller will divide the total by `divisor`, 1 for a sum. A reducer may do so itself where that costs no pass over
+    memory; its `Reduction` says so. An input is the sum of up to `terms` ranks.
     """
 
     def __init__(self, device: bool = False, divisor: int = 1) -> None:
@@ -35,7 +35,7 @@ class Workspace:
         self._form: Hashable = None
 
     def belong(self, comm: Comm, form: Hashable, device: bool, divisor: int) -> Workspace:
-        """Prepare for a call and return this: what was made for another communicator, form or memory is forgotten."""
+        """Prepare for a call and return this; buffers of another communicator, form or device are dropped."""
         same = self._comm is not None and self._comm() is comm and self.device == device
         if not same or (self._form is not form and self._form != form):
             self._made, self._inner = {}, {}
@@ -44,7 +44,7 @@ class Workspace:
         return self
 
     def inner(self, name: str, terms: int = 1) -> Workspace:
-        """Return the workspace of a reducer inside this one, whose total is divided by the same number."""
+        """Return the workspace of a reducer inside this one; its total is divided by the same number."""
         found = self._inner.get(name)
         if found is None:
             found = self._inner[name] = Workspace(self.device)
@@ -52,25 +52,25 @@ class Workspace:
         return found
 
     def forget(self, kept: set[str]) -> None:
-        """Drop the inner workspaces but for some."""
+        """Drop all inner workspaces but those of the given names."""
         self._inner = {name: inner for name, inner in self._inner.items() if name in kept}
 
     def made(self, name: Hashable, make: Callable[[], T]) -> T:
-        """Return what is kept under a name; `make` makes it when it is first asked for."""
+        """Return the object of a name; the first call makes it."""
         if name not in self._made:
             self._made[name] = make()
         found: T = self._made[name]
         return found
 
     def buffer(self, name: str, size: int, dtype: str, host: bool = False) -> Array:
-        """Return an uninitialised array of that name, (size,), on the GPU if `device`; with `host` never there."""
+        """Return an uninitialised array, (size,), the same one for a name; on the GPU if `device` and not `host`."""
         known: Array | None = self._made.get(name)
         if known is None or known.size != size:
             known = self._made[name] = empty(size, dtype, self.device and not host)
         return known
 
     def roomy(self, name: str, size: int, make: Callable[[int], Array]) -> Array:
-        """Return the first `size` elements of an array that grows where it must, with some room to spare."""
+        """Return the first `size` elements of the array of a name, which grows by more than it must."""
         known: Array | None = self._made.get(name)
         if known is None or known.size < size:
             known = self._made[name] = make(size + size // 8)
@@ -78,24 +78,19 @@ class Workspace:
 
     @property
     def exact(self) -> bool:
-        """Whether multiplying by `factor` is dividing by `divisor`, to the bit: powers of two."""
+        """Whether `factor` divides by `divisor`, to the bit: powers of two."""
         return self.divisor & (self.divisor - 1) == 0
 
     @property
     def factor(self) -> float:
-        """What divides by `divisor` where that is exact, else 1."""
+        """The factor that a reducer may fold into a pass: 1 / divisor where that is exact, otherwise 1."""
         return 1.0 / self.divisor if self.exact else 1.0
 
-    @property
-    def factored(self) -> int:
-        """What `factor` divides by."""
-        return self.divisor if self.exact else 1
-
     def shrink(self, codec: Codec | None, ranks: int) -> float:
-        """Return what a sum over so many inputs is multiplied by before `codec` encodes it: a power of two.
+        """Return the factor of a sum over `ranks` inputs before `codec` encodes it: a power of two.
 
-        Where a mean is asked for, a codec without a scale of its own must not saturate on a sum whose mean it can
-        hold. It is at most 1 / ranks then, and 1 for other codecs and for sums.
+        For a mean it is at most 1 / ranks if the codec has no scale of its own, which must not saturate on a sum whose
+        mean it can represent; otherwise it is 1.
         """
         if self.divisor == 1 or codec is None or not codec.ranged:
             return 1.0

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from mpicomp.arrays import Array
+from mpicomp.codecs.checks import check_integer
 from mpicomp.comm.communicator import Comm
 from mpicomp.reducers.base import Level, Reducer, Reduction, State
 from mpicomp.reducers.dense import Dense
@@ -27,19 +28,14 @@ class After(Wrapper):
     steps: int = field(kw_only=True)
 
     def __post_init__(self) -> None:
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
-            raise ValueError(f"steps must be an integer of at least 0, got {self.steps!r}")
+        check_integer("steps", self.steps, 0)
         super().__post_init__()
 
     def running(self, state: State) -> Reducer:
         """See Reducer."""
         return DENSE if state.step < self.steps else super().running(state)
 
-    def reduce(
-        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
-    ) -> tuple[Reduction, State]:
-        """See Reducer."""
-        work = work or Workspace(state.device)
+    def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
         if state.step >= self.steps:
             return self.reducer.reduce(comm, x, state, out, work.inner("reducer"))
         unfed = replace(state, residual=None, spare=None)

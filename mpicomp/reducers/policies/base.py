@@ -44,11 +44,11 @@ class Policy(Reducer):
         """Return a reducer with this policy at its place in it, for use in a message."""
         if reducer.level > self.level:
             return self.around(reducer)
-        return reducer if reducer.level is self.level else reducer.with_members(lambda codec: codec, self.put_into)
+        return reducer if reducer.level is self.level else reducer.with_members(self.put_into)
 
     def around(self, reducer: Reducer) -> Reducer:
         """Return this policy around another reducer, as a user should write it."""
-        return self.with_members(lambda codec: codec, lambda _: reducer)
+        return self.with_members(lambda _: reducer)
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,7 @@ class Wrapper(Policy):
         """See Reducer."""
         return self.reducer.init(layout, dtype, feedback, seed, step)
 
-    def reduce(
-        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
-    ) -> tuple[Reduction, State]:
-        """See Reducer."""
+    def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
         return self.reducer.reduce(comm, x, state, out, work)
 
     def export(self, state: State) -> Units:

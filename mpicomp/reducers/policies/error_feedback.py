@@ -46,7 +46,7 @@ class ErrorFeedback(Wrapper):
         """See Reducer."""
         return self.reducer.cost(layout, dtype, topology, me, feedback=True)
 
-    def begin(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace | None = None) -> End:
+    def begin(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> End:
         """See Reducer."""
         return self.reducer.begin(comm, x, state, out, work)
 

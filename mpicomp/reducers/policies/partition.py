@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
 from mpicomp.arrays import Array
+from mpicomp.codecs.checks import check_integer
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost
@@ -24,16 +23,15 @@ class Partition(Policy):
 
     spec_name: ClassVar[str] = "partition"
     level: ClassVar[Level] = Level.OUTER
+    by_unit: ClassVar[bool] = True
     small: Reducer
     large: Reducer
     min_size: int = 512
     min_ndim: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("min_size", "min_ndim"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
+        check_integer("min_size", self.min_size, 0)
+        check_integer("min_ndim", self.min_ndim, 0)
         self.check(self.small)
         self.check(self.large)
 
@@ -55,12 +53,8 @@ class Partition(Policy):
         inner = tuple(reducer.init(part, dtype, feedback, seed, step).part for reducer, part in self._branches(layout))
         return State(layout, dtype, 0, inner=inner, seed=seed, step=step)
 
-    def reduce(
-        self, comm: Comm, x: Array, state: State, out: Array | None = None, work: Workspace | None = None
-    ) -> tuple[Reduction, State]:
+    def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
         """See Reducer. Small and large units travel at the same time; a branch without units sends nothing."""
-        out = np.empty_like(x) if out is None else out
-        work = work or Workspace(state.device)
         end = _begin(self.small, comm, x, state.nested(0), out, work.inner("small"))
         try:
             of_large = _begin(self.large, comm, x, state.nested(1), out, work.inner("large"))()
@@ -70,16 +64,16 @@ class Partition(Policy):
         for reduction, after in (of_small, of_large):
             sound = reduction.finite
             poisoned |= reduction.poisoned
-            if work.divisor > 1:  # here, since one branch may have divided and the other not
+            if work.divisor > 1:  # here, since one branch may be divided and the other not
                 sound = complete(reduction, after.layout, work.divisor)
                 poisoned |= not sound
             finite &= sound
             parts.append(after.part)
-        return Reduction(out, poisoned, divided=work.divisor, finite=finite), state.advanced(inner=tuple(parts))
+        return Reduction(out, poisoned, divided=True, finite=finite), state.advanced(inner=tuple(parts))
 
 
 def _begin(reducer: Reducer, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> End:
     """Begin a branch, if it has units."""
     if state.layout.units:
         return reducer.begin(comm, x, state, out, work)
-    return lambda: (Reduction(out, divided=work.divisor, finite=True), state)
+    return lambda: (Reduction(out, divided=True, finite=True), state)
