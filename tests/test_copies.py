@@ -362,3 +362,57 @@ def test_a_partition_looks_at_the_shapes_in_a_list() -> None:
         return [bool(debt.any()) for debt in memory.residual]
 
     assert Team(2).run(f) == [[False, True]] * 2
+
+
+NAN_AT, INF_AT, MINUS_INF_AT = 3, 7, 300
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("codec", ["dense", "fp16", "bf16", "fp8", "fp8(format=e5m2)", "uniform", "topk(density=0.5)"])
+def test_copies_carry_nan_and_infinity_element_by_element(codec: str, dtype: Any, listed: bool) -> None:
+    """fp16, bf16 and fp8 have codes for them, and all other elements are as without them; other codecs make all NaN."""
+
+    def f(comm: Comm) -> None:
+        finite = np.linspace(-9, 9, 600).astype(dtype)
+        x = finite.copy()
+        x[NAN_AT], x[INF_AT], x[MINUS_INF_AT] = np.nan, np.inf, -np.inf
+        finite.setflags(write=False)
+        x.setflags(write=False)
+        given = [x, finite] if listed else x
+        for call in (mpicomp.bcast, mpicomp.allgather, mpicomp.gather):
+            found: Any = call(comm, given, codec)
+            if found is None:
+                continue
+            first = (found[0] if listed else found).reshape(-1)[-600:]
+            if codec.startswith(("uniform", "topk")):
+                assert np.isnan(first).all()
+                assert not listed or np.isnan(found[1]).all()
+                continue
+            expected: Any = mpicomp.bcast(comm, finite, codec) if call is mpicomp.bcast else None
+            assert np.isnan(first[NAN_AT])
+            infinite = np.isnan if codec == "fp8" else np.isinf  # e4m3 has no infinity
+            assert infinite(first[[INF_AT, MINUS_INF_AT]]).all()
+            assert codec == "fp8" or first[INF_AT] > 0 > first[MINUS_INF_AT]
+            rest = np.delete(np.arange(600), [NAN_AT, INF_AT, MINUS_INF_AT])
+            assert np.isfinite(first[rest]).all()
+            if expected is not None:
+                np.testing.assert_array_equal(first[rest], expected[rest])
+            assert not listed or np.isfinite(found[1]).all()
+
+    Team(3).run(f)
+
+
+@pytest.mark.parametrize("codec", ["fp16", "bf16", "fp8", "uniform"])
+def test_one_nan_makes_all_of_a_sum_nan(codec: str) -> None:
+    def f(comm: Comm) -> None:
+        x = np.ones((3, 40), np.float32)
+        x[1, 5] = np.nan if comm.rank == 1 else 1
+        x.setflags(write=False)
+        assert np.isnan(mpicomp.allreduce(comm, x, codec)).all()
+        row = mpicomp.reduce_scatter(comm, x, codec)
+        assert np.isnan(row).all() == (comm.rank == 1)
+        exact = mpicomp.allreduce(comm, x, "dense")
+        assert np.isnan(exact).sum() == 1
+
+    Team(3).run(f)

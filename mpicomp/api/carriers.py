@@ -114,7 +114,11 @@ def _cut(message: Array, flats: Flats | None) -> None:
 
 
 class Coded:
-    """Arrays of one dtype as a codec says; one that is not finite arrives as NaN, with all that shared its message."""
+    """Arrays of one dtype as a codec encodes them.
+
+    NaN and infinity are copied element by element by codecs that keep them; by others, and in sums, all elements of
+    the message arrive as NaN.
+    """
 
     def __init__(self, codec: Codec, form: Form, sequence: int) -> None:
         self._codec, self._dtype, self._layout = codec, form.dtype, form.layout
@@ -126,7 +130,8 @@ class Coded:
         self, comm: Comm, outgoing: Sequence[Flats | None], incoming: Sequence[Flats | None], operation: str
     ) -> None:
         """See Carrier."""
-        rooms = self._exchanged(comm, outgoing, [flats is not None for flats in incoming], operation)
+        keep = self._codec.keeps_nonfinite
+        rooms = self._exchanged(comm, outgoing, [flats is not None for flats in incoming], operation, keep)
         for source, (room, flats) in enumerate(zip(rooms, incoming, strict=True)):
             if flats is not None:
                 self._read(room, flats, source)
@@ -135,7 +140,7 @@ class Coded:
         """See Carrier. The root decodes what it sends, as the others do, and first: what is sent may be gone then."""
         message = self._message()
         if comm.rank == root:
-            self._write(message, flats, root)
+            self._write(message, flats, root, self._codec.keeps_nonfinite)
             self._read(message, results, root)
         if not self._codec.fixed:
             length = np.array([message.length], "<u8")
@@ -162,7 +167,12 @@ class Coded:
         return [(source, room) for source, room in enumerate(rooms) if room.pieces]
 
     def _exchanged(
-        self, comm: Comm, outgoing: Sequence[Flats | None], expected: Sequence[bool], operation: str
+        self,
+        comm: Comm,
+        outgoing: Sequence[Flats | None],
+        expected: Sequence[bool],
+        operation: str,
+        keep_nonfinite: bool = False,
     ) -> list[Message]:
         """Encode and send outgoing[r] to every rank r, what goes to several once; return what came, by source."""
         nothing = Message(self._codec, [], self._state.dtype)
@@ -170,7 +180,7 @@ class Coded:
         for flats in outgoing:
             if flats is not None and id(flats) not in written:
                 message = written[id(flats)] = self._message()
-                self._write(message, flats, comm.rank)
+                self._write(message, flats, comm.rank, keep_nonfinite)
         messages = [nothing if flats is None else written[id(flats)] for flats in outgoing]
         rooms = [self._message() if some else nothing for some in expected]
         exchange_messages(comm, messages, rooms, operation)
@@ -179,7 +189,7 @@ class Coded:
     def _message(self) -> Message:
         return Message(self._codec, self._layout.whole(), self._state.dtype)
 
-    def _write(self, message: Message, flats: Flats, me: int) -> None:
+    def _write(self, message: Message, flats: Flats, me: int, keep_nonfinite: bool) -> None:
         if not self._half and len(flats) == 1:
             wide = flats[0]
         else:
@@ -190,6 +200,11 @@ class Coded:
                 else:
                     wide[unit.where] = flat
         finite = message.encode(wide, self._state, 0, me)
+        if keep_nonfinite and not finite:
+            finite = True
+            for piece, place, payload in zip(message.pieces, message.places, message.payloads, strict=True):
+                self._codec.encode(wide[place], payload, self._state.key(piece, 0, me))
+                self._codec.write_nonfinite(wide[place], payload)
         message.seal(self._sequence, self._state, not finite)
 
     def _read(self, message: Message, flats: Flats, source: int) -> None:
@@ -199,6 +214,9 @@ class Coded:
             wide[...] = np.nan
         else:
             message.decode(wide, self._state, 0, source)
+            if self._codec.keeps_nonfinite:
+                for place, payload in zip(message.places, message.received(), strict=False):
+                    self._codec.read_nonfinite(payload, wide[place])
         if not direct:
             spread(wide, flats, self._layout, self._dtype)
 

@@ -94,8 +94,8 @@ def _allgather(comm: Comm, x: Arrays, codec: Method, out: Arrays | None = None) 
     are elements of their own, or "dense" for arrays as they are, of any dtype without objects, several in a list. The
     result is new and contiguous, or `out`, which may be strided and shares no memory with x.
 
-    NaN and infinity arrive element by element by `dense`, fp16, bf16, fp8 and fp4 formats that have them. By any other
-    codec an array that holds one arrives as NaN, with all arrays that share its message.
+    NaN and infinity arrive element by element by `dense`, fp16, bf16 and fp8 (whose e4m3 has no infinity: it becomes
+    NaN). By any other codec an array that holds one arrives as NaN, with all arrays that share its message.
 
     Raises ConfigMismatchError on all ranks where they disagree, and SpecError, TypeError or ValueError for bad
     arguments; the other ranks then raise ConfigMismatchError.

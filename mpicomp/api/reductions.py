@@ -50,9 +50,9 @@ def _allreduce(
     """Return the sum or mean of x over the ranks of an mpi4py communicator, compressed by `method`. Collective.
 
     x: float32, float16, bfloat16 (ml_dtypes), float64, complex64 or complex128, any shape and strides, NumPy's, or
-    contiguous and CuPy's for dense, gather, two_stage, shared_support and low_rank; or a number, whose result is an array
-    of shape ().
-    x stays as it was. A list of arrays of one dtype travels together, one message to each peer, and a list comes back.
+    contiguous and CuPy's for dense, gather, two_stage, shared_support and low_rank; or a number, whose result is an
+    array of shape (). x stays as it was. A list of arrays of one dtype travels together, one message to each peer, and
+    a list comes back.
     The result is `out`, which may be strided and may be x itself, or a new contiguous array. It has the same bits on
     all ranks, whatever the memory order of their arrays.
 

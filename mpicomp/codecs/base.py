@@ -111,6 +111,17 @@ class Codec(Spec, ABC):
         return False
 
     @property
+    def keeps_nonfinite(self) -> bool:
+        """NaN and infinity have codes of their own, so that copies carry them element by element."""
+        return False
+
+    def write_nonfinite(self, x: Array, payload: Payload) -> None:
+        """Write the codes of the elements of x that are NaN or infinite; `encode` has written the others."""
+
+    def read_nonfinite(self, payload: Payload, out: Array) -> None:
+        """Set the elements of a decoded array that `write_nonfinite` wrote."""
+
+    @property
     def selects(self) -> bool:
         """Sends index-value pairs, which `pick` returns: this is a `mpicomp.codecs.sparse.Selecting`."""
         return False

@@ -37,6 +37,11 @@ class Cast(Codec):
             raise ValueError(f"dtype must be fp16 or bf16, got {self.dtype!r}")
 
     @property
+    def keeps_nonfinite(self) -> bool:
+        """See Codec: `encode` writes their codes, too."""
+        return True
+
+    @property
     def ranged(self) -> bool:
         """See Codec: fp16 ends at 65504, bf16 where float32 does."""
         return self.dtype == "fp16"

@@ -131,6 +131,25 @@ class FP8(SmallFloat):
     def __post_init__(self) -> None:
         _check_format(self.format)
 
+    @property
+    def keeps_nonfinite(self) -> bool:
+        """See Codec: E4M3 has no infinity, which becomes NaN."""
+        return True
+
+    def write_nonfinite(self, x: Array, payload: Payload) -> None:
+        """See Codec."""
+        codes, infinity = payload[0], 0x7F if self.format == "e4m3" else 0x7C
+        sign = np.signbit(x).astype(np.uint8) << 7
+        for where, code in ((np.isinf(x), infinity), (np.isnan(x), 0x7F)):
+            codes[where] = sign[where] | code
+
+    def read_nonfinite(self, payload: Payload, out: Array) -> None:
+        """See Codec."""
+        codes, infinity = payload[0] & 0x7F, 0x7F if self.format == "e4m3" else 0x7C
+        if codes.max(initial=0) >= infinity:
+            out[codes == infinity] = np.copysign(np.inf, out[codes == infinity])
+            out[codes > min(infinity, 0x7E)] = np.nan
+
 
 def _check_format(name: object) -> None:
     if name not in ("e4m3", "e5m2"):

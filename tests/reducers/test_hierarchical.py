@@ -349,7 +349,7 @@ def test_a_mismatch_between_nodes_is_raised_on_the_whole_node() -> None:
     found = team_of("3+1").attempt(f)
     assert all(isinstance(error, ConfigMismatchError) for error in found)
     assert "rank 1 sent operation 2" in str(found[0])
-    assert "ranks [0] on this node found" in str(found[1])
+    assert "ranks [0] on this node received messages of another operation" in str(found[1])
 
 
 # --------------------------------------------------------------------------------------------------- what is refused
