@@ -143,17 +143,12 @@ class Coded:
         """See Carrier."""
         rooms = self._exchanged(comm, outgoing, outgoing, operation)
         total[...] = 0
-        sequence, state = self._sequence, self._state
-        poisoned = [check_header(room.buffer, source, sequence, state) for source, room in self._sent(rooms)]
-        if any(poisoned):
+        sent = [(source, room) for source, room in enumerate(rooms) if room.pieces]  # none of arrays without elements
+        if any([check_header(room.buffer, source, self._sequence, self._state) for source, room in sent]):
             total[...] = np.nan
             return
-        for source, room in self._sent(rooms):
+        for source, room in sent:
             room.decode_add(total, self._state, 0, source, shrink)
-
-    def _sent(self, rooms: Sequence[Message]) -> list[tuple[int, Message]]:
-        """Messages by source; none of arrays without elements."""
-        return [(source, room) for source, room in enumerate(rooms) if room.pieces]
 
     def _exchanged(
         self,
