@@ -50,15 +50,12 @@ class OnStream(Call[Result]):
         self._call, self._run = call, run
 
     def describe(self, number: int) -> str:
-        """See Call."""
         return self._call.describe(number)
 
     def digest(self, number: int) -> int:
-        """See Call."""
         return self._call.digest(number)
 
     def run(self) -> Result:
-        """See Call."""
         return self._run()
 
 

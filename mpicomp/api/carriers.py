@@ -47,7 +47,7 @@ class Carrier(Protocol):
         ...
 
 
-class Raw:
+class Raw(Carrier):
     """Arrays as they are, of any dtype; a single one is sent from its memory and received into its memory."""
 
     def __init__(self, form: Form) -> None:
@@ -56,7 +56,6 @@ class Raw:
     def exchange(
         self, comm: Comm, outgoing: Sequence[Flats | None], incoming: Sequence[Flats | None], operation: str
     ) -> None:
-        """See Carrier."""
         messages = [_joined(flats) for flats in outgoing]
         rooms = [_room(flats) for flats in incoming]
         exchange(comm, messages, rooms, operation)
@@ -64,7 +63,6 @@ class Raw:
             _cut(room, flats)
 
     def broadcast(self, comm: Comm, flats: Flats, results: Flats, root: int) -> None:
-        """See Carrier."""
         message = _joined(flats) if comm.rank == root else _room(results)
         if comm.rank == root:
             message.flags.writeable = False  # a result may be the array that is sent
@@ -77,7 +75,6 @@ class Raw:
 
     @np.errstate(over="ignore", invalid="ignore")  # IEEE, and integers wrap around
     def add(self, comm: Comm, outgoing: Sequence[Flats], total: Array, operation: str, shrink: float = 1.0) -> None:
-        """See Carrier."""
         parts = [[np.empty_like(flat) for flat in outgoing[0]] for _ in range(comm.size)]
         self.exchange(comm, outgoing, parts, operation)
         total[...] = 0
@@ -113,7 +110,7 @@ def _cut(message: Array, flats: Flats | None) -> None:
         start += flat.nbytes
 
 
-class Coded:
+class Coded(Carrier):
     """Arrays of one dtype as a codec encodes them.
 
     NaN and infinity are copied element by element by codecs that keep them; by others, and in sums, all elements of
@@ -129,7 +126,6 @@ class Coded:
     def exchange(
         self, comm: Comm, outgoing: Sequence[Flats | None], incoming: Sequence[Flats | None], operation: str
     ) -> None:
-        """See Carrier."""
         keep = self._codec.keeps_nonfinite
         rooms = self._exchanged(comm, outgoing, [flats is not None for flats in incoming], operation, keep)
         for source, (room, flats) in enumerate(zip(rooms, incoming, strict=True)):
@@ -151,7 +147,6 @@ class Coded:
             self._read(message, results, root)
 
     def add(self, comm: Comm, outgoing: Sequence[Flats], total: Array, operation: str, shrink: float = 1.0) -> None:
-        """See Carrier."""
         rooms = self._exchanged(comm, outgoing, [True] * comm.size, operation)
         total[...] = 0
         sequence, state = self._sequence, self._state

@@ -37,7 +37,6 @@ class Copy(Call[Any]):
     outs: list[Array] | None
 
     def describe(self, number: int) -> str:
-        """See Call."""
         return describe_copy(self.name, self.form, self.member)
 
 
@@ -55,7 +54,6 @@ class Exchange(Copy):
     """Whether the result has a row for each rank."""
 
     def run(self) -> Any:
-        """See Call."""
         size, form = self.comm.size, self.form
         outgoing: list[Flats | None] = [None] * size
         incoming: list[Flats | None] = [None] * size
@@ -79,7 +77,6 @@ class Bcast(Copy):
     root: int
 
     def run(self) -> Any:
-        """See Call."""
         results = self.form.rooms(self.xs, self.outs)
         flats, written = [bits(x) for x in self.xs], [bits(result) for result in results]
         carrier(self.comm, self.member, self.form).broadcast(self.comm, flats, written, self.root)

@@ -145,12 +145,10 @@ class PlannedAllreduce(Allreduce):
     plan: Plan[Any]
 
     def describe(self, number: int) -> str:
-        """See Call."""
         seed, step = self.plan.memory.at()
         return f"step {step}, seed {seed}, of the {self.plan.description}"
 
     def digest(self, number: int) -> int:
-        """See Call."""
         return mixed(self.plan.digest, *self.plan.memory.at())
 
 
@@ -159,7 +157,6 @@ class PlannedSum(PlannedAllreduce):
     """A call of a plan for integers."""
 
     def run(self) -> Any:
-        """See Call."""
         return packed(self.found.form, self.xs, self.outs, partial(sum_integers, self.comm), Workspace())
 
 
@@ -180,11 +177,9 @@ class MakePlan(Call[Any]):
     memory: Memory
 
     def describe(self, number: int) -> str:
-        """See Call."""
         return f"plan of {self.found.describe(self.memory.seed, 0)}"
 
     def run(self) -> Any:
-        """See Call."""
         self.memory.keep(self.comm, self.found, self.found.begun(self.memory.seed))
         _ = self.comm.topology  # collective when it is first asked for, as the next line is
         recall(self.comm)  # for `explain`

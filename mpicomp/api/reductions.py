@@ -90,15 +90,12 @@ class Reducing(Call[Result]):
     memory: Memory | None
 
     def describe(self, number: int) -> str:
-        """See Call."""
         return self.found.describe(*self._at(number))
 
     def digest(self, number: int) -> int:
-        """See Call."""
         return self.found.digest(*self._at(number))
 
     def run(self) -> Result:
-        """See Call."""
         memory = self.memory
         if memory is None:
             return self.reduce(self.found.begun(*self._at(self.comm.calls)))
@@ -124,7 +121,6 @@ class Allreduce(Reducing[Any]):
     outs: list[Array] | None
 
     def reduce(self, reduction: PersistentReduction) -> Any:
-        """See Reducing."""
         add = partial(reduction.reduce, self.comm, self.found.op, watched=False)
         return packed(self.found.form, self.xs, self.outs, add, reduction.work)
 
@@ -139,11 +135,9 @@ class IntegerSum(Call[Any]):
     outs: list[Array] | None
 
     def describe(self, number: int) -> str:
-        """See Call."""
         return f"sum of {self.form} by dense"
 
     def run(self) -> Any:
-        """See Call."""
         return packed(self.form, self.xs, self.outs, partial(sum_integers, self.comm), Workspace())
 
 
@@ -184,11 +178,9 @@ class ReduceScatter(Call[Any]):
     integers: bool
 
     def describe(self, number: int) -> str:
-        """See Call."""
         return describe_copy(f"{self.op} scattered", self.form, self.member)
 
     def run(self) -> Any:
-        """See Call."""
         comm, form, mean = self.comm, self.form, self.op == "mean"
         made = form.rooms(self.xs, self.outs)
         flats = [bits(result) for result in made]

@@ -27,12 +27,10 @@ class Unbiased(Codec):
 
     @property
     def unbiased(self) -> bool:
-        """See Codec."""
         return self.scaled
 
     @property
     def contractive(self) -> bool:
-        """See Codec."""
         return not self.scaled
 
     @property
@@ -90,7 +88,6 @@ class Blockwise(Unbiased):
 
     @property
     def omega(self) -> float:
-        """See Unbiased."""
         return self.variance(self.block)
 
     @abstractmethod
@@ -102,7 +99,6 @@ class Blockwise(Unbiased):
         return of_variance(self.variance(min(size, self.block))) if self.scaled else super().relative_error(size)
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
-        """See Codec."""
         scales = Field((-(-size // self.block),), little(dtype))
         codes = Field((packed_bytes(size, self.width, self.block),), "|u1")
         return (scales, scales, codes) if self.grid == "range" else (scales, codes)

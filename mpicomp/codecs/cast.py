@@ -56,7 +56,6 @@ class Cast(Codec):
         return Scope(least, most)
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
-        """See Codec."""
         return (Field((size,), "<u2"),)
 
     def _encode(self, x: Array, old: Array | None, payload: Payload, new: Array | None, key: Key) -> int:

@@ -68,7 +68,6 @@ class SmallFloat(Codec):
         return 4 if self.format == "e2m1" else 8
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
-        """See Codec."""
         codes = Field((packed_bytes(size, self._bits, CODES),), "|u1")
         return (Field((-(-size // GROUP),), "|u1"), codes) if self.shared else (codes,)
 
@@ -137,14 +136,12 @@ class FP8(SmallFloat):
         return True
 
     def write_nonfinite(self, x: Array, payload: Payload) -> None:
-        """See Codec."""
         codes, infinity = payload[0], 0x7F if self.format == "e4m3" else 0x7C
         sign = np.signbit(x).astype(np.uint8) << 7
         for where, code in ((np.isinf(x), infinity), (np.isnan(x), 0x7F)):
             codes[where] = sign[where] | code
 
     def read_nonfinite(self, payload: Payload, out: Array) -> None:
-        """See Codec."""
         codes, infinity = payload[0] & 0x7F, 0x7F if self.format == "e4m3" else 0x7C
         if codes.max(initial=0) >= infinity:
             out[codes == infinity] = np.copysign(np.inf, out[codes == infinity])
@@ -178,7 +175,6 @@ class Natural(Unbiased):
         check_bool(scaled=self.scaled)
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
-        """See Codec."""
         return Field((-(-size // self.block),), little(dtype)), Field((size,), "|u1")
 
     def _encode(self, x: Array, old: Array | None, payload: Payload, new: Array | None, key: Key) -> int:

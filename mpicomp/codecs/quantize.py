@@ -49,24 +49,20 @@ class Uniform(Blockwise):
 
     @property
     def unbiased(self) -> bool:
-        """See Codec."""
         return self.stochastic and self.scaled
 
     @property
     def contractive(self) -> bool:
-        """See Codec."""
         if self.minmax and not self.stochastic:
             return self.block < 2 * self.levels**2
         return not self.unbiased
 
     @property
     def grid(self) -> str:
-        """See Blockwise."""
         return "range" if self.minmax else "sign" if self.bits == 1 else "symmetric"
 
     @property
     def rule(self) -> str:
-        """See Blockwise."""
         return "mean" if self.grid == "sign" and not self.stochastic else "largest"
 
     @property
@@ -81,7 +77,6 @@ class Uniform(Blockwise):
 
     @property
     def random(self) -> bool:
-        """See Blockwise."""
         return self.stochastic
 
     def variance(self, size: int) -> float:
@@ -127,7 +122,6 @@ class QSGD(Blockwise):
 
     @property
     def block(self) -> int:
-        """See Codec."""
         return self.bucket
 
     @property

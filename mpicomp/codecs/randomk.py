@@ -47,17 +47,14 @@ class RandomK(Sparse):
 
     @property
     def linear(self) -> bool:
-        """See Codec."""
         return self.values is None
 
     @property
     def unbiased(self) -> bool:
-        """See Codec."""
         return self.scaled and all(codec.unbiased for codec in self.inner)
 
     @property
     def contractive(self) -> bool:
-        """See Codec."""
         return not self.scaled and super().contractive
 
     def relative_error(self, size: int) -> float:
@@ -77,7 +74,6 @@ class RandomK(Sparse):
         return Scope(inner.least / factor, inner.most * factor)
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
-        """See Codec."""
         return Values(self.values).fields(self.kept(size), dtype)
 
     def support(self, x: Array, key: Key) -> Array:

@@ -50,7 +50,6 @@ class Sign(Codec):
         return of_mean(size)
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
-        """See Codec."""
         scales = 2 if self.two_means else 1
         return Field((scales if size else 0,), little(dtype)), Field((packed_bytes(size, 1, BLOCK),), "|u1")
 
@@ -100,12 +99,10 @@ class Ternary(Codec):
 
     @property
     def unbiased(self) -> bool:
-        """See Codec."""
         return self.scaled and self.clip == math.inf
 
     @property
     def contractive(self) -> bool:
-        """See Codec."""
         return not self.scaled
 
     def relative_error(self, size: int) -> float:
@@ -119,7 +116,6 @@ class Ternary(Codec):
         return math.sqrt(max(1.0, omega)) if self.scaled else 1.0
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
-        """See Codec."""
         return Field((min(size, 1),), little(dtype)), Field((packed_bytes(size, 2, BLOCK),), "|u1")
 
     def _encode(self, x: Array, old: Array | None, payload: Payload, new: Array | None, key: Key) -> int:

@@ -49,7 +49,7 @@ class Values:
         return (Field((k,), little(dtype)),) if self.codec is None else self.codec.fields(k, dtype)
 
     def relative_error(self, k: int) -> float:
-        """See Codec."""
+        """The error of k values; see `Codec.relative_error`."""
         return 0.0 if self.codec is None else self.codec.relative_error(k)
 
     def room(self, k: int, payload: Payload, like: Array) -> Array:
@@ -90,7 +90,6 @@ class Sparse(Codec):
 
     @property
     def inner(self) -> tuple[Codec, ...]:
-        """See Codec."""
         return () if self.values is None else (self.values,)
 
     @property
@@ -108,7 +107,6 @@ class Sparse(Codec):
         return kept(cast(float, self.density), size)
 
     def scope(self, dtype: str) -> Scope:
-        """See Codec."""
         return super().scope(dtype) if self.values is None else self.values.scope(dtype)
 
     def _contracting(self) -> Codec:

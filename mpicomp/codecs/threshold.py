@@ -39,7 +39,6 @@ class Above(Selecting):
         """Choose the elements of x + old that are sent; set `new` to x + old."""
 
     def pick(self, x: Array, old: Array | None, new: Array | None) -> tuple[Array, Array]:
-        """See Selecting."""
         if x.size == 0:
             return np.empty_like(x, shape=0), np.empty_like(x, np.uint32, shape=0)
         chosen = self.select(x, old, new)
@@ -48,7 +47,6 @@ class Above(Selecting):
         return values, places
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
-        """See Codec."""
         check_size(size)
         return capacity(Values(self.values), size, dtype)
 
@@ -107,11 +105,9 @@ class Threshold(Above):
         return Scope(self.at + inner.least, inner.most)
 
     def kept(self, size: int) -> int:
-        """See Sparse."""
         return size
 
     def select(self, x: Array, old: Array | None, new: Array | None) -> Selection:
-        """See Above."""
         return kernels_for(x).select_above(x, old, new, float(self.at))
 
 
@@ -145,5 +141,4 @@ class SampledTopK(Above):
         return of_largest(size, 1, Values(self.values).relative_error(self.kept(size)))
 
     def select(self, x: Array, old: Array | None, new: Array | None) -> Selection:
-        """See Above."""
         return kernels_for(x).select_top(x, old, new, self.kept(x.size), share=self.sample)

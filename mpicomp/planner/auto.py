@@ -102,12 +102,10 @@ class Auto(Reducer):
 
     @property
     def exact(self) -> bool:
-        """See Reducer."""
         return all(each.exact for each in self.inner)
 
     @property
     def inner(self) -> tuple[Reducer, ...]:
-        """See Reducer."""
         return self.candidates()
 
     def with_members(
@@ -216,12 +214,10 @@ class Auto(Reducer):
         return self.candidates(feedback)[0].cost(layout, dtype, topology, me, feedback)
 
     def running(self, state: State) -> Reducer:
-        """See Reducer."""
         choice: Choice = state.extra
         return self.candidates(choice.feedback)[choice.number]
 
     def parts(self, state: State) -> list[tuple[Reducer, State]]:
-        """See Reducer."""
         return [(self.running(state), state.nested())]
 
     def export(self, state: State) -> Units:

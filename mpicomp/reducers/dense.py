@@ -148,7 +148,6 @@ class Dense(Reducer):
         return "two_shot" if nbytes >= TWO_SHOT_FROM and ranks > FEW else "mpi"
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
-        """See Reducer."""
         ranks, itemsize = topology.size, np.dtype(dtype).itemsize
         nbytes = layout.size * itemsize
         algorithm = self._algorithm(nbytes, topology)

@@ -40,7 +40,6 @@ class Gather(Reducer):
         return self if bound is None else Gather(Bounded(abs=bound / ranks))
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
-        """See Reducer."""
         peers = topology.size - 1
         sizes = [message_nbytes(self.codec, part, dtype) for part in groups(layout.whole(), self.codec)]
         lengths = 1 if self.codec.fixed else 2

@@ -67,7 +67,6 @@ class Hierarchical(Wrapper):
         super().__post_init__()
 
     def running(self, state: State) -> Reducer:
-        """See Reducer."""
         return self
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
@@ -145,12 +144,10 @@ class Hierarchical(Wrapper):
         return units
 
     def absorbing(self, state: State) -> tuple[Unit, ...]:
-        """See Reducer."""
         fed = any(part.residual is not None for part in (state, *state.inner))
         return state.layout.units if fed else ()
 
     def absorb(self, comm: Comm, dropped: Array, state: State) -> None:
-        """See Reducer."""
         shards = _shards(state)
         if shards is None:
             self.reducer.absorb(comm, dropped, state)

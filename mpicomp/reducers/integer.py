@@ -67,7 +67,6 @@ class Integer(Reducer):
         return not self.stochastic or self.bits >= 3
 
     def contraction(self) -> Reducer:
-        """See Reducer."""
         return self if self.contractive else replace(self, stochastic=False)
 
     def width(self, ranks: int) -> int:
@@ -86,7 +85,6 @@ class Integer(Reducer):
         return [(Field((packed_bytes(piece.size, width, self.block),), "|u1"),) for piece in pieces]
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
-        """See Reducer."""
         ranks = topology.size
         if not layout.size:
             return Cost()
@@ -129,7 +127,6 @@ class Integer(Reducer):
         return (Reduction(out), state.advanced()) if finite else (poisoned_total(out, state.layout), state)
 
     def rehearse(self, x: Array, total: Array) -> list[Array]:
-        """See Reducer."""
         state = self.init(Layout.single(x.shape), x.dtype.name, feedback=True)
         buffers = _Buffers(self, state.layout, state.dtype, 1, 0)
         steps = _Steps(x, state, total, 0, self, buffers)
@@ -181,7 +178,6 @@ class _Steps(Steps[Envelope]):
             host_kernels(x).block_tops(x[unit.where], old, buffers.tops[buffers.blocks[unit.name]], self.reducer.block)
 
     def encode(self, messages: Sequence[Envelope]) -> Iterator[bool]:
-        """See Steps."""
         x, state, how = self.x, self.state, self.reducer.quantizer
         for message in messages:
             for piece, (packed,) in zip(message.pieces, message.payloads, strict=True):
@@ -204,7 +200,6 @@ class _Steps(Steps[Envelope]):
             yield True
 
     def add(self, share: Envelope, received: dict[int, Envelope]) -> bool:
-        """See Steps."""
         for place, (piece, (packed,)) in enumerate(zip(share.pieces, share.payloads, strict=True)):
             sums = self.buffers.sums[: piece.size]
             kernels = host_kernels(sums)
@@ -215,7 +210,6 @@ class _Steps(Steps[Envelope]):
         return True
 
     def decode(self, share: Envelope, owner: int) -> bool:
-        """See Steps."""
         finite, width, block = True, self.buffers.width, self.reducer.block
         for piece, (packed,) in zip(share.pieces, share.payloads, strict=True):
             target = self.out[piece.where]

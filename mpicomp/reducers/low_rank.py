@@ -53,7 +53,6 @@ class LowRank(Reducer):
         check_integer("rank", self.rank, 1)
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
-        """See Reducer."""
         itemsize, ranks = np.dtype(dtype).itemsize, topology.size
         factors = Factors(layout, self.rank)
         sizes = [size * itemsize for size in factors.sizes if size]
@@ -77,7 +76,6 @@ class LowRank(Reducer):
         return {name: {"q": warm[matrix.q].reshape(-1, self.rank)} for name, matrix in matrices.items()}
 
     def restore(self, state: State, units: Units) -> State:
-        """See Reducer."""
         state = super().restore(state, units)
         for name, matrix in Factors(state.layout, self.rank).matrices.items():
             if "q" in units.get(name, {}):
@@ -113,7 +111,6 @@ class LowRank(Reducer):
         return Reduction(out, divided=work.exact, finite=top < SAFE), state.advanced(memory={"q": warm})
 
     def rehearse(self, x: Array, total: Array) -> list[Array]:
-        """See Reducer."""
         p, q, whole = x[:120].reshape(30, 4).copy(), x[120:200].reshape(20, 4).copy(), total[:600].reshape(30, 20)
         kernels = host_kernels(p)
         kernels.orthogonalise(p, Key().base())

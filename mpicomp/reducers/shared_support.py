@@ -36,7 +36,6 @@ class SharedSupport(Reducer):
             raise ValueError(f"shared_support needs a linear codec such as randomk, got {self.codec}; use two_stage")
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
-        """See Reducer."""
         values = message_nbytes(self.codec, layout.whole(), dtype)
         if not values:
             return Cost()

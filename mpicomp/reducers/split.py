@@ -146,7 +146,6 @@ class Split(Reducer):
         return (poisoned_total(out, state.layout), state) if step.poisoned else (Reduction(out), state.advanced())
 
     def rehearse(self, x: Array, total: Array) -> list[Array]:
-        """See Reducer."""
         kernels, size = host_kernels(x), x.size
         marks, places = np.zeros(-(-size // 64), np.uint64), np.arange(0, size, 3, dtype=np.uint32)
         total[...] = 0

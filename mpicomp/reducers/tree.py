@@ -60,7 +60,6 @@ class Tree(Reducer):
             raise ValueError(f"tree needs a codec that keeps a fixed number of entries, such as topk, got {self.codec}")
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
-        """See Reducer."""
         nbytes, depth = message_nbytes(self.codec, layout.whole(), dtype), (topology.size - 1).bit_length()
         messages = (me > 0) + len(children(me, topology.size)) if nbytes else 0
         return Cost(
@@ -104,7 +103,6 @@ class Tree(Reducer):
         return (poisoned_total(out, state.layout), state) if poisoned else (Reduction(out), state.advanced())
 
     def rehearse(self, x: Array, total: Array) -> list[Array]:
-        """See Reducer."""
         kernels, k = host_kernels(x), x.size // 4
         places = np.arange(k, dtype=np.uint32)
         merged, values = np.zeros(2 * k, np.uint32), np.zeros(2 * k, x.dtype)

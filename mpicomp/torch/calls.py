@@ -62,7 +62,6 @@ class TensorAllreduce(Reducing[torch.Tensor]):
     out: torch.Tensor | None
 
     def reduce(self, reduction: PersistentReduction) -> torch.Tensor:
-        """See Reducing."""
         tensor, out = self.tensor, self.out
         source = tensor if whole(tensor) else self._fresh().copy_(tensor)
         room = out if out is not None and whole(out) else self._fresh()

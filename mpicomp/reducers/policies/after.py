@@ -32,7 +32,6 @@ class After(Wrapper):
         super().__post_init__()
 
     def running(self, state: State) -> Reducer:
-        """See Reducer."""
         return DENSE if state.step < self.steps else super().running(state)
 
     def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:

@@ -44,12 +44,10 @@ class Partition(Policy):
         yield self.large, layout.select(self.is_large)
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
-        """See Reducer."""
         costs = (r.cost(part, dtype, topology, me, feedback) for r, part in self._branches(layout) if part.units)
         return sum(costs, Cost())
 
     def init(self, layout: Layout, dtype: str, feedback: bool = False, seed: int = 0, step: int = 0) -> State:
-        """See Reducer."""
         inner = tuple(reducer.init(part, dtype, feedback, seed, step).part for reducer, part in self._branches(layout))
         return State(layout, dtype, 0, inner=inner, seed=seed, step=step)
 
