@@ -17,10 +17,10 @@ from mpicomp.codecs.base import Codec
 from mpicomp.comm.collectives import as_bytes, broadcast, exchange
 from mpicomp.comm.communicator import Comm
 from mpicomp.kernels import kernels_for
-from mpicomp.reducers.base import State
 from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.parts.layout import Layout
 from mpicomp.reducers.parts.messages import Message, check_header, exchange_messages
+from mpicomp.reducers.parts.state import State
 
 Flats = list[Array]
 

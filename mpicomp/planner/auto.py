@@ -28,12 +28,13 @@ from mpicomp.cost import Cost
 from mpicomp.planner import predict
 from mpicomp.planner.cache import machine_for
 from mpicomp.planner.course import Course
-from mpicomp.reducers.base import Level, Reducer, Reduction, State, Units
+from mpicomp.reducers.base import Level, Reducer
 from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.gather import Gather
 from mpicomp.reducers.hierarchical import Hierarchical
 from mpicomp.reducers.integer import Integer
 from mpicomp.reducers.parts.layout import Layout
+from mpicomp.reducers.parts.state import Reduction, State, Units
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.reducers.policies import ErrorFeedback
 from mpicomp.reducers.shared_support import SharedSupport

@@ -16,10 +16,11 @@ from mpicomp.comm.exchange import Exchange
 from mpicomp.comm.topology import Topology
 from mpicomp.comm.watch import wait
 from mpicomp.cost import Cost, Work
-from mpicomp.reducers.base import End, Reducer, Reduction, State, nonfinite
+from mpicomp.reducers.base import Reducer
 from mpicomp.reducers.parts.layout import Layout, cut_up, even_cuts
 from mpicomp.reducers.parts.pipeline import round_robin
 from mpicomp.reducers.parts.ring import ring_cost, ring_slots, ring_sum
+from mpicomp.reducers.parts.state import End, Reduction, State, nonfinite
 from mpicomp.reducers.parts.workspace import Workspace
 
 ALGORITHMS = ("best", "mpi", "two_shot", "ring")

@@ -12,11 +12,12 @@ from mpicomp.comm.collectives import peers
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
-from mpicomp.reducers.base import Reducer, Reduction, State, check_codec, coding, poisoned_total
+from mpicomp.reducers.base import Reducer, check_codec
 from mpicomp.reducers.parts.bounds import bound_of_sum
 from mpicomp.reducers.parts.layout import Layout
-from mpicomp.reducers.parts.messages import Message, encode_all, message_nbytes
+from mpicomp.reducers.parts.messages import Message, coding, encode_all, message_nbytes
 from mpicomp.reducers.parts.pipeline import MessageExchange, groups, round_robin
+from mpicomp.reducers.parts.state import Reduction, State, poisoned_total
 from mpicomp.reducers.parts.workspace import Workspace
 
 

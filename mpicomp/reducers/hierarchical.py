@@ -34,10 +34,11 @@ from mpicomp.comm.topology import Topology
 from mpicomp.comm.windows import Window
 from mpicomp.cost import Cost, Work
 from mpicomp.errors import ConfigMismatchError
-from mpicomp.reducers.base import Level, Reducer, Reduction, State, Units, complete, nonfinite, poisoned_total
+from mpicomp.reducers.base import Level, Reducer
 from mpicomp.reducers.parts.layout import Layout, Unit
 from mpicomp.reducers.parts.messages import check_header
 from mpicomp.reducers.parts.node_shards import NodeShards
+from mpicomp.reducers.parts.state import Reduction, State, Units, complete, nonfinite, poisoned_total
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.reducers.policies.base import Wrapper
 from mpicomp.wire import POISON, Header, read_header, write_header

@@ -27,10 +27,11 @@ from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
 from mpicomp.kernels import host_kernels
-from mpicomp.reducers.base import Reducer, Reduction, State, coding, poisoned_total
+from mpicomp.reducers.base import Reducer
 from mpicomp.reducers.parts.layout import Layout, Piece, shards
-from mpicomp.reducers.parts.messages import Envelope, residuals
+from mpicomp.reducers.parts.messages import Envelope, coding, residuals
 from mpicomp.reducers.parts.pipeline import Steps, TwoStages, shard_groups
+from mpicomp.reducers.parts.state import Reduction, State, poisoned_total
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.wire import Field, MessageLayout
 

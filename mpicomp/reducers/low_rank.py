@@ -27,10 +27,11 @@ from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
 from mpicomp.kernels import host_kernels
-from mpicomp.reducers.base import Reducer, Reduction, State, Units, poisoned_total
+from mpicomp.reducers.base import Reducer
 from mpicomp.reducers.parts.factors import Factors, PerUnit, magnitude
 from mpicomp.reducers.parts.layout import Layout
 from mpicomp.reducers.parts.messages import SAFE
+from mpicomp.reducers.parts.state import Reduction, State, Units, poisoned_total
 from mpicomp.reducers.parts.workspace import Workspace
 
 if TYPE_CHECKING:

@@ -34,12 +34,13 @@ from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
 from mpicomp.kernels import host_kernels
-from mpicomp.reducers.base import Reducer, Reduction, State, check_codec, coding, poisoned_total
+from mpicomp.reducers.base import Reducer, check_codec
 from mpicomp.reducers.parts.entries import Entries, EntryCodec, check_selecting, select_units
 from mpicomp.reducers.parts.layout import Layout
-from mpicomp.reducers.parts.messages import encode, residuals
+from mpicomp.reducers.parts.messages import coding, encode, residuals
 from mpicomp.reducers.parts.parcels import WHOLE, Parcel, Parcels
 from mpicomp.reducers.parts.regions import Division, Region, divide, histogram_nbytes, owned_regions
+from mpicomp.reducers.parts.state import Reduction, State, poisoned_total
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.wire import ALIGN, HEADER, Payload
 

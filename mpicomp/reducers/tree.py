@@ -21,10 +21,11 @@ from mpicomp.comm.topology import Topology
 from mpicomp.comm.watch import wait
 from mpicomp.cost import Cost, Work
 from mpicomp.kernels import host_kernels
-from mpicomp.reducers.base import Reducer, Reduction, State, check_codec, coding, poisoned_total
+from mpicomp.reducers.base import Reducer, check_codec
 from mpicomp.reducers.parts.entries import Entries, EntryCodec, check_selecting, select_units
 from mpicomp.reducers.parts.layout import Layout
-from mpicomp.reducers.parts.messages import Message, check_header, message_nbytes, residuals
+from mpicomp.reducers.parts.messages import Message, check_header, coding, message_nbytes, residuals
+from mpicomp.reducers.parts.state import Reduction, State, poisoned_total
 from mpicomp.reducers.parts.workspace import Workspace
 
 

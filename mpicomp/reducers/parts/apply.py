@@ -10,8 +10,9 @@ import numpy as np
 from mpicomp.arrays import Array, on_device
 from mpicomp.comm.communicator import Comm
 from mpicomp.kernels import kernels_for
-from mpicomp.reducers.base import Reducer, State, complete, nonfinite, rescale
+from mpicomp.reducers.base import Reducer
 from mpicomp.reducers.parts.layout import Layout, Unit
+from mpicomp.reducers.parts.state import State, complete, nonfinite, rescale
 from mpicomp.reducers.parts.workspace import Workspace
 
 OPS = ("sum", "mean")

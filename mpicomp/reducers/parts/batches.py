@@ -8,9 +8,9 @@ import numpy as np
 
 from mpicomp.arrays import Array, to_device
 from mpicomp.kernels import gpu
-from mpicomp.reducers.base import State
 from mpicomp.reducers.parts.factors import Factors, Matrix
 from mpicomp.reducers.parts.layout import Layout
+from mpicomp.reducers.parts.state import State
 
 
 class Batch(NamedTuple):

@@ -18,8 +18,8 @@ from mpicomp.codecs import indices
 from mpicomp.codecs.base import Codec, Key
 from mpicomp.codecs.sparse import Selecting, Values, indices_field, padded
 from mpicomp.kernels import host_kernels
-from mpicomp.reducers.base import State
 from mpicomp.reducers.parts.messages import encode, residuals
+from mpicomp.reducers.parts.state import State
 from mpicomp.wire import Field, Payload
 
 

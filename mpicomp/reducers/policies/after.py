@@ -8,8 +8,9 @@ from typing import ClassVar
 from mpicomp.arrays import Array
 from mpicomp.codecs.checks import check_integer
 from mpicomp.comm.communicator import Comm
-from mpicomp.reducers.base import Level, Reducer, Reduction, State
+from mpicomp.reducers.base import Level, Reducer
 from mpicomp.reducers.dense import Dense
+from mpicomp.reducers.parts.state import Reduction, State
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.reducers.policies.base import Wrapper
 

@@ -9,8 +9,9 @@ from mpicomp.codecs.base import Codec
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost
-from mpicomp.reducers.base import Level, Reducer, Reduction, State, Units
+from mpicomp.reducers.base import Level, Reducer
 from mpicomp.reducers.parts.layout import Layout, Unit
+from mpicomp.reducers.parts.state import Reduction, State, Units
 from mpicomp.reducers.parts.workspace import Workspace
 
 

@@ -9,8 +9,9 @@ from mpicomp.arrays import Array
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost
-from mpicomp.reducers.base import End, Level, Reducer, State
+from mpicomp.reducers.base import Level, Reducer
 from mpicomp.reducers.parts.layout import Layout
+from mpicomp.reducers.parts.state import End, State
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.reducers.policies.base import Wrapper
 

@@ -11,8 +11,9 @@ from mpicomp.codecs.checks import check_integer
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost
-from mpicomp.reducers.base import End, Level, Reducer, Reduction, State, complete
+from mpicomp.reducers.base import Level, Reducer
 from mpicomp.reducers.parts.layout import Layout, Unit
+from mpicomp.reducers.parts.state import End, Reduction, State, complete
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.reducers.policies.base import Policy
 
