@@ -228,7 +228,7 @@ def spread(wide: Array, flats: Flats, layout: Layout, dtype: str) -> None:
 def carrier(comm: Comm, member: Codec | Dense, form: Form) -> Carrier:
     """Return what moves arrays of a form in the collective that begins now."""
     sequence = comm.next_call()
-    return Raw(form) if isinstance(member, Dense) else Coded(member, form, sequence)
+    return Coded(member, form, sequence) if isinstance(member, Codec) else Raw(form)
 
 
 def rows(arrays: list[Array], ranks: int) -> list[Flats]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from mpicomp import __version__
 from mpicomp.api.accept import check_apart
@@ -178,13 +178,13 @@ alltoall, ialltoall = blocking(_alltoall), nonblocking(_alltoall)
 def sources(name: str, x: Any, codec: Method, what: str = "x") -> tuple[Codec | Dense, list[Array], Form]:
     """Return how arrays travel, the arrays, and their form; raises SpecError, TypeError or ValueError."""
     member = member_of(codec)
-    if isinstance(member, Reducer) and not isinstance(member, Dense):
+    exact = member.takes_integers
+    if isinstance(member, Reducer) and not exact:
         raise TypeError(f"{name} takes a codec or dense, got the reducer {member}")
-    exact = isinstance(member, Dense)
     xs, form = checked_arrays(x, exact, what), Form.of(x)
     if not exact:
         form.require_one_dtype()
-    return member, xs, form
+    return cast(Codec | Dense, member), xs, form
 
 
 def targets(out: Any, form: Form, xs: list[Array], like: str, over: bool = False) -> list[Array] | None:
@@ -201,5 +201,5 @@ def targets(out: Any, form: Form, xs: list[Array], like: str, over: bool = False
 
 def describe_copy(operation: str, form: Form, member: Codec | Dense) -> str:
     """Return all that must be the same on every rank, as text."""
-    kernels = "" if isinstance(member, Dense) else f", arithmetic {arithmetic(Gather(member))}"
+    kernels = f", arithmetic {arithmetic(Gather(member))}" if isinstance(member, Codec) else ""
     return f"{operation} of {form} by {member}, mpicomp {__version__}, {sys.byteorder} endian{kernels}"

@@ -25,7 +25,6 @@ from mpicomp.planner.allowance import allowances
 from mpicomp.planner.cache import known, recall
 from mpicomp.planner.explain import explain
 from mpicomp.reducers.base import Reducer
-from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.registry import Method
 
@@ -196,7 +195,7 @@ def _plan(
     `feedback`. `like`, `method` and `op` as for `allreduce`; raises as that does.
     """
     member, op, like = member_of(method), op_of(op), number(like)
-    integers = isinstance(member, Dense) and has_integers(like)
+    integers = member.takes_integers and has_integers(like)
     dtypes = [x.dtype for x in checked_arrays(like, exact=integers, device=True)]
     form = Form.of(like)
     if integers:

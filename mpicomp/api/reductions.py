@@ -68,7 +68,7 @@ def _allreduce(
     or ValueError for bad arguments; the other ranks then raise ConfigMismatchError.
     """
     member, op, x = member_of(method), op_of(op), number(x)
-    integers = isinstance(member, Dense) and has_integers(x)
+    integers = member.takes_integers and has_integers(x)
     xs = checked_arrays(x, exact=integers, device=True)
     form = Form.of(x)
     outs = targets(out, form, xs, "as x is", over=True)
@@ -160,7 +160,7 @@ def _reduce_scatter(
     rows_of_all.require_one_dtype()
     form = rows_of_all.without_axis(comm.size)
     outs = targets(out, form, xs, "as a row of x is")
-    member = given if isinstance(given, Dense) else cast(Gather, divided(Gather(given), comm.size, op)).codec
+    member = cast(Gather, divided(Gather(given), comm.size, op)).codec if isinstance(given, Codec) else given
     return ReduceScatter(comm, op, member, form, xs, outs, integers)
 
 

@@ -80,6 +80,7 @@ class Bounded(Codec):
 
     spec_name: ClassVar[str] = "bounded"
     contractive: ClassVar[bool] = True
+    bounded: ClassVar[bool] = True
     fixed: ClassVar[bool] = False
     block: ClassVar[int] = BLOCK
 
@@ -91,6 +92,10 @@ class Bounded(Codec):
             raise ValueError(f"{name} must be a positive number, got {value!r}")
         if self.rel is not None and self.rel >= 1.0:
             raise ValueError(f"rel must be below 1, got {self.rel!r}")
+
+    @property
+    def bound(self) -> float | None:
+        return self.abs
 
     def relative_error(self, size: int) -> float:
         """`rel`; 0 where the bound is absolute."""
@@ -139,6 +144,14 @@ class Bounded(Codec):
     def ratio(self, payload: Payload, size: int, dtype: str) -> float:
         """Return the ratio achieved: bytes of an array of `size` elements of `dtype` over the bytes used for it."""
         return size * np.dtype(dtype).itemsize / int(payload[0][:LENGTH].view("<u8")[0]) if size else 1.0
+
+
+def bound_of_sum(codec: Codec, ranks: int, op: str) -> float | None:
+    """Return the error that a codec's bound allows an element of the sum: as it is, for a mean `ranks` times as much.
+
+    None without a bound, and for `bounded(rel=r)`, which bounds single contributions only.
+    """
+    return codec.bound if codec.bound is None or op != "mean" else codec.bound * ranks
 
 
 def _words_at(size: int) -> int:

@@ -31,15 +31,11 @@ class Cast(Codec):
     spec_name: ClassVar[str] = "cast"
     contractive: ClassVar[bool] = True
     blockwise: ClassVar[bool] = True
+    keeps_nonfinite: ClassVar[bool] = True  # `encode` writes their codes, too
 
     def __post_init__(self) -> None:
         if not isinstance(self.dtype, str) or self.dtype not in NAMES:
             raise ValueError(f"dtype must be fp16 or bf16, got {self.dtype!r}")
-
-    @property
-    def keeps_nonfinite(self) -> bool:
-        """See Codec: `encode` writes their codes, too."""
-        return True
 
     @property
     def ranged(self) -> bool:

@@ -11,13 +11,7 @@ import numpy as np
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec, Key, Scope, nbytes_of
 from mpicomp.codecs.blockwise import Unbiased
-from mpicomp.codecs.checks import (
-    check_block,
-    check_bool,
-    check_scales,
-    little,
-    packed_bytes,
-)
+from mpicomp.codecs.checks import check_block, check_bool, check_scales, little, packed_bytes
 from mpicomp.errors import WireFormatError
 from mpicomp.kernels import host_kernels, kernels_for
 from mpicomp.wire import Field, Payload
@@ -125,15 +119,11 @@ class FP8(SmallFloat):
 
     spec_name: ClassVar[str] = "fp8"
     ranged: ClassVar[bool] = True
+    keeps_nonfinite: ClassVar[bool] = True  # E4M3 has no infinity, which becomes NaN
     shared: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_format(self.format)
-
-    @property
-    def keeps_nonfinite(self) -> bool:
-        """See Codec: E4M3 has no infinity, which becomes NaN."""
-        return True
 
     def write_nonfinite(self, x: Array, payload: Payload) -> None:
         codes, infinity = payload[0], 0x7F if self.format == "e4m3" else 0x7C

@@ -48,6 +48,10 @@ class Uniform(Blockwise):
             raise ValueError("scaled=False needs stochastic=True: deterministic rounding has one scale only")
 
     @property
+    def adds_codes(self) -> bool:
+        return self.bits > 1 and not self.minmax
+
+    @property
     def unbiased(self) -> bool:
         return self.stochastic and self.scaled
 

@@ -9,14 +9,7 @@ from typing import ClassVar
 from mpicomp.arrays import Array
 from mpicomp.codecs.accuracy import of_mean, of_variance
 from mpicomp.codecs.base import Codec, Key, nbytes_of
-from mpicomp.codecs.checks import (
-    check_bool,
-    check_finite,
-    check_scales,
-    is_number,
-    little,
-    packed_bytes,
-)
+from mpicomp.codecs.checks import check_bool, check_finite, check_scales, is_number, little, packed_bytes
 from mpicomp.errors import WireFormatError
 from mpicomp.kernels import host_kernels, kernels_for
 from mpicomp.wire import Field, Payload

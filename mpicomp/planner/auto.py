@@ -57,8 +57,9 @@ def fitting(codec: Codec) -> tuple[Reducer, ...]:
         selecting = cast(Selecting, codec)
         found += [Split(selecting, cut=codec.density is not None)]
         found += [Tree(selecting)] if codec.fixed else []
-    if isinstance(codec, Uniform) and codec.bits > 1 and not codec.minmax:
-        found += [Integer(codec.bits, codec.block, codec.stochastic)]
+    if codec.adds_codes:
+        uniform = cast(Uniform, codec)
+        found += [Integer(uniform.bits, uniform.block, uniform.stochastic)]
     return tuple(found)
 
 
@@ -128,9 +129,7 @@ class Auto(Reducer):
         """Return the candidates that may pay on these nodes: within a single node MPI shares memory by itself."""
         shares = 1 < len(topology.nodes) < topology.size
         return tuple(
-            each
-            for each in self.candidates(feedback)
-            if shares or each in self.allow or not isinstance(each, Hierarchical)
+            each for each in self.candidates(feedback) if shares or each in self.allow or each.level is not Level.NODES
         )
 
     def lossy(self, feedback: bool = False) -> tuple[Reducer, ...]:

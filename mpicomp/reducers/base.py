@@ -55,6 +55,8 @@ class Reducer(Spec, ABC):
     level: ClassVar[Level] = Level.METHOD
     takes_complex: ClassVar[bool] = True
     """Whether it sums complex arrays as twice as many real numbers."""
+    takes_integers: ClassVar[bool] = False
+    """Whether it moves and sums arrays of integers, too."""
     by_unit: ClassVar[bool] = False
     """Whether it takes different reducers for different units."""
 

@@ -131,6 +131,7 @@ class Dense(Reducer):
     spec_name: ClassVar[str] = "dense"
     on_gpu: ClassVar[bool] = True
     exact: ClassVar[bool] = True
+    takes_integers: ClassVar[bool] = True
     algorithm: str = "best"
 
     def __post_init__(self) -> None:

@@ -7,13 +7,12 @@ from typing import ClassVar
 
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
-from mpicomp.codecs.bounded import Bounded
+from mpicomp.codecs.bounded import Bounded, bound_of_sum
 from mpicomp.comm.collectives import peers
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
 from mpicomp.reducers.base import Reducer, check_codec
-from mpicomp.reducers.parts.bounds import bound_of_sum
 from mpicomp.reducers.parts.layout import Layout
 from mpicomp.reducers.parts.messages import Message, coding, encode_all, message_nbytes
 from mpicomp.reducers.parts.pipeline import MessageExchange, groups, round_robin
