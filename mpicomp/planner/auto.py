@@ -28,19 +28,12 @@ from mpicomp.cost import Cost
 from mpicomp.planner import predict
 from mpicomp.planner.cache import machine_for
 from mpicomp.planner.course import Course
+from mpicomp.reducers import Dense, Gather, Hierarchical, Integer, SharedSupport, Split, Tree, TwoStage
 from mpicomp.reducers.base import Level, Reducer
-from mpicomp.reducers.dense import Dense
-from mpicomp.reducers.gather import Gather
-from mpicomp.reducers.hierarchical import Hierarchical
-from mpicomp.reducers.integer import Integer
 from mpicomp.reducers.parts.layout import Layout
 from mpicomp.reducers.parts.state import Reduction, State, Units
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.reducers.policies import ErrorFeedback
-from mpicomp.reducers.shared_support import SharedSupport
-from mpicomp.reducers.split import Split
-from mpicomp.reducers.tree import Tree
-from mpicomp.reducers.two_stage import TwoStage
 
 EXACT: tuple[Reducer, ...] = (Dense(), Dense("mpi"), Dense("two_shot"), Hierarchical(Dense()))
 """What `auto` may always use, the default first."""
