@@ -71,7 +71,6 @@ class Uniform(Blockwise):
 
     @property
     def width(self) -> int:
-        """Bits of a code."""
         return self.bits
 
     @property
@@ -130,11 +129,9 @@ class QSGD(Blockwise):
 
     @property
     def width(self) -> int:
-        """Bits of a code."""
         return self.levels.bit_length() + 1
 
     def variance(self, size: int) -> float:
-        """See the class docstring."""
         return min(size / self.levels**2, math.sqrt(size) / self.levels)
 
 
@@ -163,7 +160,6 @@ class DoReFa(Blockwise):
 
     @property
     def width(self) -> int:
-        """Bits of a code."""
         return self.bits
 
     @property
@@ -172,5 +168,4 @@ class DoReFa(Blockwise):
         return (1 << self.bits) - 1
 
     def variance(self, size: int) -> float:
-        """See the class docstring."""
         return size / self.levels**2

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -74,10 +74,6 @@ class Machine:
     def pass_name(work: Work) -> str:
         """The key of a work in `passes`."""
         return work.op if work.codec is None else f"{work.op} {work.codec}"
-
-    def with_passes(self, passes: Mapping[str, Curve]) -> Machine:
-        """Return a machine with further passes."""
-        return replace(self, passes={**self.passes, **passes})
 
     def missing(self, costs: Sequence[Cost]) -> list[Work]:
         """Return the passes in these costs that are not measured, each once, in the same order on all ranks."""

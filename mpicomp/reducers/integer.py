@@ -64,7 +64,6 @@ class Integer(Reducer):
 
     @property
     def contractive(self) -> bool:
-        """See the class."""
         return not self.stochastic or self.bits >= 3
 
     def contraction(self) -> Reducer:
@@ -77,10 +76,6 @@ class Integer(Reducer):
             raise ValueError(f"sums of {ranks} ranks at {self.bits} bits take {width} bits; at most 32 are possible")
         return width
 
-    def blocks(self, layout: Layout) -> int:
-        """The number of blocks of all units."""
-        return sum(-(-unit.size // self.block) for unit in layout.units)
-
     def fields(self, pieces: list[Piece], width: int) -> list[tuple[Field, ...]]:
         """The fields of each piece in a message."""
         return [(Field((packed_bytes(piece.size, width, self.block),), "|u1"),) for piece in pieces]
@@ -89,7 +84,7 @@ class Integer(Reducer):
         ranks = topology.size
         if not layout.size:
             return Cost()
-        maxima = self.blocks(layout) * np.dtype(dtype).itemsize
+        maxima = sum(-(-unit.size // self.block) for unit in layout.units) * np.dtype(dtype).itemsize
         parts = shard_groups(layout, self.quantizer, ranks)
         sent = [
             MessageLayout(self.fields(part, self.bits)).nbytes
