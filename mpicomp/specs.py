@@ -87,8 +87,6 @@ def parse(
     return _Parser(text.strip(), registry, aliases or {}, other_names or {}).parse()
 
 
-# ---------------------------------------------------------------------------------------------- fields of a member
-
 Kinds = frozenset[str] | None
 """The kinds of value of a field: some of "int", "float", "bool", "str", "tuple", "none", "member"; None: any."""
 
@@ -154,12 +152,11 @@ def _text(value: Any, kinds: Kinds, depth: int) -> str:
         return "(" + ", ".join(_text(item, None, depth + 1) for item in value) + ("," if len(value) == 1 else "") + ")"
     if isinstance(value, bool) or value is None:
         return repr(value)
-    if kinds is not None and "float" in kinds and "int" not in kinds and not isinstance(value, str):
-        return repr(float(value))
-    if isinstance(value, float):
+    becomes_float = kinds is not None and "float" in kinds and "int" not in kinds and not isinstance(value, str)
+    if isinstance(value, float) or becomes_float:
         return repr(float(value))  # a NumPy scalar prints as a plain number
     if isinstance(value, str):
-        bare = kinds is not None and _is_name_field(kinds) and value.isidentifier() and value.isascii()
+        bare = _is_name_field(kinds) and value.isidentifier() and value.isascii()
         return value if bare and not keyword.iskeyword(value) else repr(str(value))
     number = int(value)
     return str(number) if number.bit_length() <= MAX_BITS else hex(number)  # Python refuses to print longer decimals
@@ -168,9 +165,6 @@ def _text(value: Any, kinds: Kinds, depth: int) -> str:
 def _is_name_field(kinds: Kinds) -> bool:
     """Tell whether a bare name in this field is a string: it takes strings and no members."""
     return kinds is not None and "str" in kinds and "member" not in kinds
-
-
-# ------------------------------------------------------------------------------------------------------- reading
 
 
 @dataclasses.dataclass
@@ -224,11 +218,8 @@ class _Parser:
                 return self.member(name, node, [], [], depth)
             case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
                 return self.member(name, node, args, keywords, depth)
-        self.fail(
-            "a spec holds numbers, strings, True, False, None, tuples and known names, nothing else",
-            node,
-            self.known(),
-        )
+        what = "a spec holds numbers, strings, True, False, None, tuples and known names, nothing else"
+        self.fail(what, node, self.known())
 
     def member(self, name: str, node: ast.expr, args: list[ast.expr], keywords: list[ast.keyword], depth: int) -> Any:
         """Build the member `name` from its arguments."""
@@ -299,22 +290,16 @@ class _Parser:
         return f"known names: {', '.join(self.names())}"
 
     def fail(
-        self,
-        what: str,
-        where: ast.AST | tuple[int, int] | None,
-        hint: str = "",
-        cause: BaseException | None = None,
+        self, what: str, where: ast.AST | tuple[int, int] | None, hint: str = "", cause: BaseException | None = None
     ) -> NoReturn:
         """Raise SpecError: the fault, the text, a caret below the place, a hint."""
+        at: Any = where
+        row, column = (at.lineno, at.col_offset) if isinstance(where, ast.AST) else where or (1, 0)
         lines = self.text.splitlines() or [""]
+        line = lines[min(row, len(lines)) - 1]
         if isinstance(where, ast.AST):
-            row, column = typing.cast(Any, where).lineno, typing.cast(Any, where).col_offset
-            line = lines[min(row, len(lines)) - 1]
             column = len(line.encode()[:column].decode(errors="replace"))  # ast counts bytes
-        else:
-            row, column = where or (1, 0)
-            line = lines[min(row, len(lines)) - 1]
-            column = max(0, min(column, len(line)))
+        column = max(0, min(column, len(line)))
         start = max(0, column - 60) if len(line) > 120 else 0
         shown = "".join(c if c.isprintable() else "?" for c in line[start : start + 120])
         message = f"{what}\n    {shown}\n    {' ' * (column - start)}^"

@@ -125,10 +125,6 @@ class Auto(Reducer):
             each for each in self.candidates(feedback) if shares or each in self.allow or each.level is not Level.NODES
         )
 
-    def lossy(self, feedback: bool = False) -> tuple[Reducer, ...]:
-        """Return the candidates that `allow` adds to the exact ones."""
-        return tuple(each for each in self.candidates(feedback) if each not in EXACT)
-
     def init(self, layout: Layout, dtype: str, feedback: bool = False, seed: int = 0, step: int = 0) -> State:
         """See Reducer. The first step shows which candidate it will be."""
         first = self.candidates(feedback)[0].init(layout, dtype, feedback, seed, step)

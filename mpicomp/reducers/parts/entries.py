@@ -23,14 +23,13 @@ from mpicomp.reducers.parts.state import State
 from mpicomp.wire import Field, Payload
 
 
-def check_selecting(reducer: str, codec: Codec) -> Selecting:
-    """Return a codec that sends index-value pairs; ValueError for any other."""
+def check_selecting(reducer: str, codec: Codec) -> None:
+    """Raise ValueError for a codec that sends no index-value pairs."""
     if not codec.selects:
         raise ValueError(
             f"{reducer} takes a codec that sends index-value pairs (topk, blocktopk, sampled_topk, threshold), got "
             f"{codec}; use two_stage({codec})"
         )
-    return cast(Selecting, codec)
 
 
 class Entries(NamedTuple):
