@@ -83,7 +83,8 @@ class RandomK(Sparse):
         return kernels_for(x).random_support(*wanted) if on_device(x) else _support(*wanted)
 
     def _encode(self, x: Array, old: Array | None, payload: Payload, new: Array | None, key: Key) -> int:
-        how, places, factor = Values(self.values), self.support(x, key), self._factor(x.size)
+        how, places = Values(self.values), self.support(x, key)
+        factor = x.size / places.size if self.scaled else 1.0
         kernels = kernels_for(x)
         if new is None:
             values = how.room(places.size, payload, x)
@@ -108,6 +109,3 @@ class RandomK(Sparse):
 
     def _contracting(self) -> Codec:
         return replace(self, scaled=False, values=self.values and self.values.contraction())
-
-    def _factor(self, size: int) -> float:
-        return size / kept(self.density, size) if self.scaled and size else 1.0

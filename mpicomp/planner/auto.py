@@ -158,22 +158,19 @@ class Auto(Reducer):
 
     def predictions(self, comm: Comm, layout: Layout, dtype: str, feedback: bool = False) -> tuple[list[float], float]:
         """Return rank 0's prediction, in seconds, of each candidate and of an agreement on times. Collective."""
-        costs = [self._costs(each, layout, dtype, comm.topology, feedback) for each in self.candidates(feedback)]
+        ranks = sorted({place * (comm.size - 1) // 3 for place in range(4)})  # shards differ little in size
+        candidates = self.candidates(feedback)
+        costs = [[each.cost(layout, dtype, comm.topology, me, feedback) for me in ranks] for each in candidates]
         machine = machine_for(comm, [cost for each in costs for cost in each])
         useful = self.useful(comm.topology, feedback)
         seconds = [
             max(predict(cost, machine).seconds for cost in each)
             if reducer in useful and each not in costs[:place]  # equal costs: the same algorithm under two names
             else inf
-            for place, (reducer, each) in enumerate(zip(self.candidates(feedback), costs, strict=True))
+            for place, (reducer, each) in enumerate(zip(candidates, costs, strict=True))
         ]
         agreement = machine.allreduce[0].seconds if machine.allreduce else 0.0
         return cast(tuple[list[float], float], tuple(shared(comm, (seconds, agreement))))
-
-    def _costs(self, reducer: Reducer, layout: Layout, dtype: str, topology: Topology, feedback: bool) -> list[Cost]:
-        """Return the costs of some ranks: shards differ little in size."""
-        ranks = sorted({place * (topology.size - 1) // 3 for place in range(4)})
-        return [reducer.cost(layout, dtype, topology, me, feedback) for me in ranks]
 
     def _moved(self, state: State, course: Course) -> State:
         """Return a state of the next candidate, which goes on where the last one stopped."""

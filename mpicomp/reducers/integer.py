@@ -86,12 +86,8 @@ class Integer(Reducer):
             return Cost()
         maxima = sum(-(-unit.size // self.block) for unit in layout.units) * np.dtype(dtype).itemsize
         parts = shard_groups(layout, self.quantizer, ranks)
-        sent = [
-            MessageLayout(self.fields(part, self.bits)).nbytes
-            for peer, own in enumerate(parts)
-            if peer != me
-            for part in own
-        ]
+        others = [part for peer, shard in enumerate(parts) if peer != me for part in shard]
+        sent = [MessageLayout(self.fields(part, self.bits)).nbytes for part in others]
         shared = [MessageLayout(self.fields(part, self.width(ranks))).nbytes for part in parts[me]]
         mine = sum(piece.size for part in parts[me] for piece in part)
         return Cost(

@@ -79,7 +79,10 @@ class Tree(Reducer):
         sequence, below = comm.next_call(), children(comm.rank, comm.size)
         whole, *parts = (work.shrink(self.codec, subtree_size(each, comm.size)) for each in (0, comm.rank, *below))
         shrinks = [parts[0], whole, *parts[1:]]
-        mine, total, *received = work.made(("messages", whole), lambda: self._messages(state, shrinks))
+        mine, total, *received = work.made(
+            ("messages", whole),
+            lambda: [Message(self.codec, state.layout.whole(), state.dtype, shrink=shrink) for shrink in shrinks],
+        )
         arrivals = [begin_receive(comm, m.buffer, child) for m, child in zip(received, below, strict=True)]
 
         entries = select_units(self.codec, x, state)
@@ -111,10 +114,6 @@ class Tree(Reducer):
         kept, numbers, rest = np.zeros(k, x.dtype), np.zeros(k, np.uint32), np.zeros(count, x.dtype)
         kernels.select_top(values[:count], None, rest, k).write(kept, numbers, zero=True)
         return [merged[:count], kept, numbers, rest]
-
-    def _messages(self, state: State, shrinks: list[float]) -> list[Message]:
-        """One message per factor by which it is scaled."""
-        return [Message(self.codec, state.layout.whole(), state.dtype, shrink=shrink) for shrink in shrinks]
 
     def _merged(self, entries: list[Entries], message: Message, state: State, source: int) -> list[Entries]:
         """Add a child's entries and keep as many of the sums; the others go to this rank's residual."""
