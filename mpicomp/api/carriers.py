@@ -81,7 +81,7 @@ class Raw(Carrier):
         for flats in parts:
             for unit, flat in zip(self._form.layout.units, flats, strict=True):
                 if self._form.dtype in HALF:
-                    kernels_for(flat).widen_add(flat, total[unit.where], shrink, self._form.dtype)
+                    kernels_for(flat).widen(flat, total[unit.where], self._form.dtype, shrink)
                 else:
                     total[unit.where] += flat
 
@@ -220,7 +220,8 @@ def spread(wide: Array, flats: Flats, layout: Layout, dtype: str) -> None:
     """Cut an array, (extent,) of the work dtype, into arrays of `dtype`, half types as bits."""
     for unit, flat in zip(layout.units, flats, strict=True):
         if dtype in HALF:
-            kernels_for(flat).narrow(wide[unit.where], flat, dtype, saturate=False)  # nothing takes the rest
+            # Nothing takes the rest.
+            kernels_for(flat).narrow(wide[unit.where], None, None, flat, dtype, saturate=False)
         else:
             flat[...] = wide[unit.where]
 

@@ -56,14 +56,11 @@ class Cast(Codec):
 
     def _encode(self, x: Array, old: Array | None, payload: Payload, new: Array | None, key: Key) -> int:
         (bits,) = payload
-        if new is None:
-            kernels_for(x).narrow(x, bits, NAMES[self.dtype])
-        else:
-            kernels_for(x).narrow_residual(x, old, new, bits, NAMES[self.dtype])
+        kernels_for(x).narrow(x, old, new, bits, NAMES[self.dtype])
         return bits.nbytes
 
     def _decode_add(self, payload: Payload, out: Array, key: Key, scale: float, fresh: bool) -> None:
-        kernels_for(out).widen_add(payload[0], out, scale, NAMES[self.dtype])
+        kernels_for(out).widen(payload[0], out, NAMES[self.dtype], scale)
 
     def _check(self, payload: Payload, size: int) -> None:
         infinite = np.uint16(0x7C00 if self.dtype == "fp16" else 0x7F80)

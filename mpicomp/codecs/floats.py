@@ -14,6 +14,7 @@ from mpicomp.codecs.blockwise import Unbiased
 from mpicomp.codecs.checks import check_block, check_bool, check_scales, little, packed_bytes
 from mpicomp.errors import WireFormatError
 from mpicomp.kernels import host_kernels, kernels_for
+from mpicomp.kernels.shared import Code
 from mpicomp.wire import Field, Payload
 
 CODES = 512  # elements whose codes lie together
@@ -169,7 +170,8 @@ class Natural(Unbiased):
 
     def _encode(self, x: Array, old: Array | None, payload: Payload, new: Array | None, key: Key) -> int:
         scales, codes = payload
-        kernels_for(x).encode_powers(x, old, new, scales, codes, self.block, self.shrink, key.base(), key.start)
+        how = Code("powers", 8, self.block, shrink=self.shrink, base=key.base(), start=key.start)
+        kernels_for(x).encode_powers(x, old, new, scales, codes, how)
         return nbytes_of(payload)
 
     def _decode_add(self, payload: Payload, out: Array, key: Key, scale: float, fresh: bool) -> None:

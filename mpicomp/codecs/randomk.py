@@ -88,13 +88,13 @@ class RandomK(Sparse):
         kernels = kernels_for(x)
         if new is None:
             values = how.room(places.size, payload, x)
-            kernels.gather(x, places, values, factor)
+            kernels.gather(x, None, None, places, values, factor)
             how.encode(values, payload, None, None, key)
         elif self.values is None:
-            kernels.gather_residual(x, old, new, places, payload[0], factor)
+            kernels.gather(x, old, new, places, payload[0], factor)
         else:
             total = np.empty_like(x, shape=places.size)
-            kernels.gather_residual(x, old, new, places, total)
+            kernels.gather(x, old, new, places, total)
             self.values.encode(total * x.dtype.type(factor), payload, key)
             kernels.put_at(places, total - how.decode(payload, places.size, x, key), new)
         return nbytes_of(payload)

@@ -27,6 +27,7 @@ from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
 from mpicomp.kernels import host_kernels
+from mpicomp.kernels.shared import Code
 from mpicomp.reducers.base import Reducer
 from mpicomp.reducers.parts.layout import Layout, Piece, shards
 from mpicomp.reducers.parts.messages import Envelope, coding, residuals
@@ -174,21 +175,10 @@ class _Steps(Steps[Envelope]):
         for message in messages:
             for piece, (packed,) in zip(message.pieces, message.payloads, strict=True):
                 key = state.key(piece, 0, self.me)
-                host_kernels(x).encode_blocks(
-                    x[piece.where],
-                    *residuals(state, piece.where),
-                    self._scales_of(piece),
-                    None,
-                    packed,
-                    how.grid,
-                    "shared",
-                    how.width,
-                    how.block,
-                    how.levels,
-                    stochastic=how.random,
-                    base=key.base() if how.random else 0,
-                    start=key.start,
-                )
+                base = key.base() if how.random else 0
+                code = Code(how.grid, how.width, how.block, "shared", how.levels, how.random, 1.0, base, key.start)
+                old, new = residuals(state, piece.where)
+                host_kernels(x).encode_blocks(x[piece.where], old, new, self._scales_of(piece), None, packed, code)
             yield True
 
     def add(self, share: Envelope, received: dict[int, Envelope]) -> bool:

@@ -99,8 +99,8 @@ def _scaled(state: Any, factor: float) -> Any:
 def _round(total: Array, out: Array, dtype: str, layout: Layout, kept: tuple[Unit, ...]) -> None:
     """Set `out` to the bits of a total: beyond the range the units in `kept` saturate, others become infinite."""
     kernels = kernels_for(total)
-    kernels.narrow(total, out, dtype, saturate=bool(kept))
+    kernels.narrow(total, None, None, out, dtype, saturate=bool(kept))
     names = {unit.name for unit in kept}
     for unit in layout.units if kept else ():
         if unit.name not in names:
-            kernels.narrow(total[unit.where], out[unit.where], dtype, saturate=False)
+            kernels.narrow(total[unit.where], None, None, out[unit.where], dtype, saturate=False)
