@@ -10,25 +10,15 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from mpicomp import __version__, codecs
+from mpicomp import __version__, codecs, reducers
 from mpicomp.arrays import Array, work_dtype
 from mpicomp.codecs.base import Codec
 from mpicomp.comm.agreement import digest_of, float_mode
 from mpicomp.kernels import kernels_for
 from mpicomp.planner.auto import Auto
 from mpicomp.reducers.base import Level, Reducer, walk
-from mpicomp.reducers.dense import Dense
-from mpicomp.reducers.gather import Gather
-from mpicomp.reducers.hierarchical import Hierarchical
-from mpicomp.reducers.integer import Integer
-from mpicomp.reducers.low_rank import LowRank
 from mpicomp.reducers.parts.layout import Layout, Unit
 from mpicomp.reducers.parts.messages import Message, message_nbytes
-from mpicomp.reducers.policies import After, ErrorFeedback, Partition
-from mpicomp.reducers.shared_support import SharedSupport
-from mpicomp.reducers.split import Split
-from mpicomp.reducers.tree import Tree
-from mpicomp.reducers.two_stage import TwoStage
 from mpicomp.specs import parse as parse_spec
 
 CODECS: dict[str, type[Codec]] = {
@@ -58,56 +48,47 @@ CODECS: dict[str, type[Codec]] = {
 REDUCERS: dict[str, type[Reducer]] = {
     each.spec_name: each
     for each in (
-        Dense,
-        Gather,
-        TwoStage,
-        SharedSupport,
-        Split,
-        Tree,
-        Integer,
-        LowRank,
+        reducers.Dense,
+        reducers.Gather,
+        reducers.TwoStage,
+        reducers.SharedSupport,
+        reducers.Split,
+        reducers.Tree,
+        reducers.Integer,
+        reducers.LowRank,
         Auto,
-        Hierarchical,
-        ErrorFeedback,
-        After,
-        Partition,
+        reducers.Hierarchical,
+        reducers.ErrorFeedback,
+        reducers.After,
+        reducers.Partition,
     )
 }
 """Every reducer and policy by its name in a spec."""
 ALIASES = {"fp16": "cast(dtype=fp16)", "bf16": "cast(dtype=bf16)", "int8": "uniform(bits=8)"}
 OTHER_NAMES = {
-    "none": "dense",
-    "fp32": "dense",
-    "float32": "dense",
-    "allreduce": "dense",
-    "float16": "fp16",
-    "half": "fp16",
-    "bfloat16": "bf16",
-    "powersgd": "low_rank",
-    "dgc": "topk",
-    "gaussiank": "sampled_topk",
-    "random": "randomk",
-    "terngrad": "ternary",
-    "1bit": "sign",
-    "onebit": "sign",
-    "1bitsgd": "sign",
-    "onebitsgd": "sign",
-    "signsgd": "sign",
-    "efsignsgd": "sign",
-    "eden": "rotated(sign, rescale=True)",
-    "drive": "rotated(sign, rescale=True)",
-    "hadamard": "rotated",
-    "strom": "threshold",
-    "sz": "bounded",
-    "zfp": "bounded",
-    "4bit": "uniform(bits=4)",
-    "8bit": "uniform(bits=8)",
-    "int4": "uniform(bits=4)",
-    "quantize": "uniform",
-    "naturalcompression": "natural",
-    "oktopk": "split",
-    "sparcml": "split",
-    "gtopk": "tree",
+    other: name
+    for name, others in {
+        "dense": "none fp32 float32 allreduce",
+        "fp16": "float16 half",
+        "bf16": "bfloat16",
+        "low_rank": "powersgd",
+        "topk": "dgc",
+        "sampled_topk": "gaussiank",
+        "randomk": "random",
+        "ternary": "terngrad",
+        "sign": "1bit onebit 1bitsgd onebitsgd signsgd efsignsgd",
+        "rotated(sign, rescale=True)": "eden drive",
+        "rotated": "hadamard",
+        "threshold": "strom",
+        "bounded": "sz zfp",
+        "uniform(bits=4)": "4bit int4",
+        "uniform(bits=8)": "8bit",
+        "uniform": "quantize",
+        "natural": "naturalcompression",
+        "split": "oktopk sparcml",
+        "tree": "gtopk",
+    }.items()
+    for other in others.split()
 }
 """Names of the literature and of other libraries, in lower case without "_" and "-": the hint for an unknown name."""
 GATHER_BYTES = 16384  # per rank; for fewer the number of messages costs more than their size, so gather is best
@@ -156,16 +137,17 @@ def resolve(method: Method, layout: Layout, dtype: str, ranks: int, memory: bool
     """
     member = parsed(method)
     if isinstance(member, Reducer):
-        return ErrorFeedback(member) if memory and member.level is Level.CHOICE and not member.exact else member
+        compresses = member.level is Level.CHOICE and not member.exact
+        return reducers.ErrorFeedback(member) if memory and compresses else member
     codec = member.contraction() if memory else member
     reducer: Reducer
     if codec.linear:
-        reducer = SharedSupport(codec)
+        reducer = reducers.SharedSupport(codec)
     elif ranks <= 2 or (ranks - 1) * message_nbytes(codec, layout.whole(), work_dtype(dtype)) <= GATHER_BYTES:
-        reducer = Gather(codec)
+        reducer = reducers.Gather(codec)
     else:
-        reducer = TwoStage(codec)
-    return ErrorFeedback(reducer) if memory else reducer
+        reducer = reducers.TwoStage(codec)
+    return reducers.ErrorFeedback(reducer) if memory else reducer
 
 
 def resolve_partitioned(
@@ -180,7 +162,8 @@ def resolve_partitioned(
         alone = member.exact and not member.inner
         if alone or any(each.by_unit for each in walk(member)):
             return member
-    sieve = Partition(small=Dense("two_shot"), large=Dense(), min_size=min_size, min_ndim=min_ndim)
+    small, large = reducers.Dense("two_shot"), reducers.Dense()
+    sieve = reducers.Partition(small=small, large=large, min_size=min_size, min_ndim=min_ndim)
     return replace(sieve, large=resolve(member, layout.select(sieve.is_large), dtype, ranks))
 
 
@@ -199,10 +182,10 @@ def _arithmetic(member: Any, mode: bytes) -> str:
     x = np.ldexp(np.sin(np.arange(n) * 1.7).astype(np.float32), np.arange(n, dtype=np.int32) % 40 - 20)
     layout = Layout((Unit("golden", (n,), 0),))
     found = [np.full(1, 1e-40, np.float32) * np.float32(1)]  # 0 where denormals are flushed to zero
-    for reducer in walk(member if isinstance(member, Reducer) else Gather(member)):
+    for reducer in walk(member if isinstance(member, Reducer) else reducers.Gather(member)):
         total = np.zeros(n, np.float32)
         for codec in reducer.codecs:
-            state = Gather(codec).init(layout, "float32", feedback=True)
+            state = reducers.Gather(codec).init(layout, "float32", feedback=True)
             message = Message(codec, layout.whole(), "float32")
             message.encode(x, state, 0, 0)
             message.decode_add(total, state, 0, 0)

@@ -27,7 +27,7 @@ import threading
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal, NoReturn, Union
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, Union
 
 from mpicomp.errors import SpecError
 
@@ -55,19 +55,18 @@ class Spec:
 
     def _print(self, depth: int) -> str:
         cls: Any = type(self)
-        fields = _init_fields(cls)
-        values = [getattr(self, field.name) for field in fields]
-        texts = [_text(value, kinds, depth + 1) for value, kinds in zip(values, _kinds(cls), strict=True)]
-        shown = [text != _default_text(cls, field) for field, text in zip(fields, texts, strict=True)]
+        settings = _settings_of(cls)
+        values = [getattr(self, setting.name) for setting in settings]
+        texts = [_text(value, each.kinds, depth + 1) for value, each in zip(values, settings, strict=True)]
+        shown = [text != each.default for each, text in zip(settings, texts, strict=True)]
         head = 0
-        for place, field in enumerate(fields):
-            if field.kw_only or not (_required(field) or _holds_member(values[place])):
+        for place, (setting, value) in enumerate(zip(settings, values, strict=True)):
+            if not setting.by_position or not (setting.default is None or _holds_member(value)):
                 break
-            if shown[place] and _holds_member(values[place]):
+            if shown[place] and _holds_member(value):
                 head = place + 1
-        arguments = texts[:head] + [
-            f"{field.name}={text}" for field, text, show in list(zip(fields, texts, shown, strict=True))[head:] if show
-        ]
+        rest = list(zip(settings, texts, shown, strict=True))[head:]
+        arguments = texts[:head] + [f"{each.name}={text}" for each, text, show in rest if show]
         return f"{self.spec_name}({', '.join(arguments)})" if arguments else self.spec_name
 
 
@@ -88,27 +87,35 @@ def parse(
     return _Parser(text.strip(), registry, aliases or {}, other_names or {}).parse()
 
 
-# ---------------------------------------------------------------------------------------------- fields of a member
-
 Kinds = frozenset[str] | None
 """The kinds of value of a field: some of "int", "float", "bool", "str", "tuple", "none", "member"; None: any."""
 
 _SIMPLE: dict[Any, str] = {int: "int", float: "float", bool: "bool", str: "str", tuple: "tuple", type(None): "none"}
 
 
-def _init_fields(cls: type[Any]) -> tuple[dataclasses.Field[Any], ...]:
-    return tuple(field for field in dataclasses.fields(cls) if field.init)
+class _Setting(NamedTuple):
+    """A field of a member."""
+
+    name: str
+    kinds: Kinds
+    by_position: bool
+    default: str | None
+    """The text of the default; None where a value is required."""
 
 
 @functools.cache
-def _kinds(cls: Any) -> tuple[Kinds, ...]:
-    """Return the kinds of each field of a member, from its annotation."""
+def _settings_of(cls: Any) -> tuple[_Setting, ...]:
+    fields = [field for field in dataclasses.fields(cls) if field.init]
     try:
         hints = typing.get_type_hints(cls)
     except Exception:  # a name that exists for type checkers only, or in a function: judge by the text alone
         builtin = {"int": int, "float": float, "bool": bool, "str": str}
-        hints = {f.name: builtin.get(f.type, Any) if isinstance(f.type, str) else f.type for f in _init_fields(cls)}
-    return tuple(_kinds_of(hints[field.name]) for field in _init_fields(cls))
+        hints = {f.name: builtin.get(f.type, Any) if isinstance(f.type, str) else f.type for f in fields}
+    kinds = [_kinds_of(hints[field.name]) for field in fields]
+    return tuple(
+        _Setting(field.name, each, not field.kw_only, _default_text(field, each))
+        for field, each in zip(fields, kinds, strict=True)
+    )
 
 
 def _kinds_of(hint: Any) -> Kinds:
@@ -125,15 +132,10 @@ def _kinds_of(hint: Any) -> Kinds:
     return frozenset({"member"}) if isinstance(hint, type) and hint not in (object, Any) else None
 
 
-def _required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def _default_text(cls: Any, field: dataclasses.Field[Any]) -> str | None:
-    if _required(field):
-        return None
-    default = field.default if field.default is not dataclasses.MISSING else typing.cast(Any, field.default_factory)()
-    return _text(default, _kinds(cls)[_init_fields(cls).index(field)], 0)
+def _default_text(field: dataclasses.Field[Any], kinds: Kinds) -> str | None:
+    if field.default is not dataclasses.MISSING:
+        return _text(field.default, kinds, 0)
+    return None if field.default_factory is dataclasses.MISSING else _text(field.default_factory(), kinds, 0)
 
 
 def _holds_member(value: Any) -> bool:
@@ -150,12 +152,11 @@ def _text(value: Any, kinds: Kinds, depth: int) -> str:
         return "(" + ", ".join(_text(item, None, depth + 1) for item in value) + ("," if len(value) == 1 else "") + ")"
     if isinstance(value, bool) or value is None:
         return repr(value)
-    if kinds is not None and "float" in kinds and "int" not in kinds and not isinstance(value, str):
-        return repr(float(value))
-    if isinstance(value, float):
+    becomes_float = kinds is not None and "float" in kinds and "int" not in kinds and not isinstance(value, str)
+    if isinstance(value, float) or becomes_float:
         return repr(float(value))  # a NumPy scalar prints as a plain number
     if isinstance(value, str):
-        bare = kinds is not None and _is_name_field(kinds) and value.isidentifier() and value.isascii()
+        bare = _is_name_field(kinds) and value.isidentifier() and value.isascii()
         return value if bare and not keyword.iskeyword(value) else repr(str(value))
     number = int(value)
     return str(number) if number.bit_length() <= MAX_BITS else hex(number)  # Python refuses to print longer decimals
@@ -164,9 +165,6 @@ def _text(value: Any, kinds: Kinds, depth: int) -> str:
 def _is_name_field(kinds: Kinds) -> bool:
     """Tell whether a bare name in this field is a string: it takes strings and no members."""
     return kinds is not None and "str" in kinds and "member" not in kinds
-
-
-# ------------------------------------------------------------------------------------------------------- reading
 
 
 @dataclasses.dataclass
@@ -220,11 +218,8 @@ class _Parser:
                 return self.member(name, node, [], [], depth)
             case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
                 return self.member(name, node, args, keywords, depth)
-        self.fail(
-            "a spec holds numbers, strings, True, False, None, tuples and known names, nothing else",
-            node,
-            self.known(),
-        )
+        what = "a spec holds numbers, strings, True, False, None, tuples and known names, nothing else"
+        self.fail(what, node, self.known())
 
     def member(self, name: str, node: ast.expr, args: list[ast.expr], keywords: list[ast.keyword], depth: int) -> Any:
         """Build the member `name` from its arguments."""
@@ -236,12 +231,12 @@ class _Parser:
             guess = self.meant(name) or _guess(name, self.names())
             self.fail(f"unknown name {name!r}{guess}", node, self.known())
         cls: Any = self.registry[name]
-        fields = {field.name: kinds for field, kinds in zip(_init_fields(cls), _kinds(cls), strict=True)}
+        fields = {setting.name: setting for setting in _settings_of(cls)}
         takes = f"{name} takes: {', '.join(fields)}" if fields else f"{name} takes no arguments"
 
         nodes: dict[str, ast.expr | ast.keyword] = {}
         values: dict[str, Any] = {}
-        by_position = [field.name for field in _init_fields(cls) if not field.kw_only]
+        by_position = [name for name, setting in fields.items() if setting.by_position]
         if len(args) > len(by_position):
             count = f"{len(by_position)} argument{'s' if len(by_position) != 1 else ''} by position"
             self.fail(f"{name} takes {count}, got {len(args)}", args[len(by_position)], takes)
@@ -254,10 +249,10 @@ class _Parser:
                 self.fail(f"{name} has no argument {field!r}{_guess(field, fields)}", place, takes)
             if field in values:
                 self.fail(f"argument {field!r} of {name} is given twice", place)
-            value = self.value(expression, fields[field], depth + 1)
-            values[field] = self.checked(field, value, fields[field], place)
+            kinds = fields[field].kinds
+            values[field] = self.checked(field, self.value(expression, kinds, depth + 1), kinds, place)
             nodes[field] = place
-        missing = [field.name for field in _init_fields(cls) if _required(field) and field.name not in values]
+        missing = [each for each, setting in fields.items() if setting.default is None and each not in values]
         if missing:
             self.fail(f"{name} needs {' and '.join(map(repr, missing))}", node, takes)
         try:
@@ -295,22 +290,16 @@ class _Parser:
         return f"known names: {', '.join(self.names())}"
 
     def fail(
-        self,
-        what: str,
-        where: ast.AST | tuple[int, int] | None,
-        hint: str = "",
-        cause: BaseException | None = None,
+        self, what: str, where: ast.AST | tuple[int, int] | None, hint: str = "", cause: BaseException | None = None
     ) -> NoReturn:
         """Raise SpecError: the fault, the text, a caret below the place, a hint."""
+        at: Any = where
+        row, column = (at.lineno, at.col_offset) if isinstance(where, ast.AST) else where or (1, 0)
         lines = self.text.splitlines() or [""]
+        line = lines[min(row, len(lines)) - 1]
         if isinstance(where, ast.AST):
-            row, column = typing.cast(Any, where).lineno, typing.cast(Any, where).col_offset
-            line = lines[min(row, len(lines)) - 1]
             column = len(line.encode()[:column].decode(errors="replace"))  # ast counts bytes
-        else:
-            row, column = where or (1, 0)
-            line = lines[min(row, len(lines)) - 1]
-            column = max(0, min(column, len(line)))
+        column = max(0, min(column, len(line)))
         start = max(0, column - 60) if len(line) > 120 else 0
         shown = "".join(c if c.isprintable() else "?" for c in line[start : start + 120])
         message = f"{what}\n    {shown}\n    {' ' * (column - start)}^"

@@ -23,7 +23,8 @@ from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
 from mpicomp.planner.explain import explain
 from mpicomp.reducers import Layout, Reducer, Reduction, State, Workspace
-from mpicomp.reducers.base import Level, poisoned_total
+from mpicomp.reducers.base import Level
+from mpicomp.reducers.parts.state import poisoned_total
 from mpicomp.reducers.policies import Wrapper
 from mpicomp.registry import CODECS, REDUCERS, parse, register, resolve, resolve_partitioned
 from mpicomp.wire import Field, Payload

@@ -103,3 +103,17 @@ def test_rows_are_found() -> None:
     }
     assert "error_feedback" in rows_of_the_readme()
     assert "nothing" not in rows_of_the_readme()
+
+
+def test_declared_attributes_name_the_members_that_have_them() -> None:
+    """Code that needs a certain member asks for an attribute, which others may share one day."""
+    assert [name for name, each in REDUCERS.items() if each.takes_integers] == ["dense"]
+    assert not any(each.takes_integers for each in CODECS.values())
+    assert [name for name, each in CODECS.items() if each.bounded] == ["bounded"]
+    assert {name for name, each in CODECS.items() if each.selects} == {"topk", "blocktopk", "sampled_topk", "threshold"}
+    adding = [str(codec) for codec in CODECS_TESTED if codec.adds_codes]
+    assert adding
+    assert all(spec.startswith("uniform") and "minmax" not in spec and "bits=1" not in spec for spec in adding)
+    bounds = {str(codec): codec.bound for codec in CODECS_TESTED if codec.bound is not None}
+    assert bounds
+    assert all(spec == f"bounded(abs={bound})" for spec, bound in bounds.items())

@@ -17,9 +17,9 @@ from mpicomp.codecs.base import Codec
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.primitives import as_bytes, broadcast, exchange
 from mpicomp.kernels import kernels_for
-from mpicomp.reducers.base import State
 from mpicomp.reducers.parts.layout import Layout
 from mpicomp.reducers.parts.messages import Message, check_header, exchange_messages
+from mpicomp.reducers.parts.state import State
 
 Flats = list[Array]
 
@@ -51,7 +51,6 @@ class Raw:
         self._form = form
 
     def exchange(self, comm: Comm, outgoing: Sequence[Flats], incoming: Sequence[Flats], operation: str) -> None:
-        """See Carrier."""
         messages = [_joined(flats) for flats in outgoing]
         rooms = [_room(flats) for flats in incoming]
         exchange(comm, messages, rooms, operation)
@@ -59,7 +58,6 @@ class Raw:
             _cut(room, flats)
 
     def broadcast(self, comm: Comm, flats: Flats, results: Flats, root: int) -> None:
-        """See Carrier."""
         message = _joined(flats) if comm.rank == root else _room(results)
         if comm.rank == root:
             message.flags.writeable = False  # a result may be the array that is sent
@@ -72,14 +70,13 @@ class Raw:
 
     @np.errstate(over="ignore", invalid="ignore")  # IEEE, and integers wrap around
     def add(self, comm: Comm, outgoing: Sequence[Flats], total: Array, operation: str, shrink: float = 1.0) -> None:
-        """See Carrier."""
         parts = [[np.empty_like(flat) for flat in outgoing[0]] for _ in range(comm.size)]
         self.exchange(comm, outgoing, parts, operation)
         total[...] = 0
         for flats in parts:
             for unit, flat in zip(self._form.layout.units, flats, strict=True):
                 if self._form.dtype in HALF:
-                    kernels_for(flat).widen_add(flat, total[unit.where], shrink, self._form.dtype)
+                    kernels_for(flat).widen(flat, total[unit.where], self._form.dtype, shrink)
                 else:
                     total[unit.where] += flat
 
@@ -118,7 +115,6 @@ class Coded:
         self._half = form.dtype in HALF
 
     def exchange(self, comm: Comm, outgoing: Sequence[Flats], incoming: Sequence[Flats], operation: str) -> None:
-        """See Carrier."""
         keep = self._codec.keeps_nonfinite
         rooms = self._exchanged(comm, outgoing, incoming, operation, keep)
         for source, (room, flats) in enumerate(zip(rooms, incoming, strict=True)):
@@ -140,7 +136,6 @@ class Coded:
             self._read(message, results, root)
 
     def add(self, comm: Comm, outgoing: Sequence[Flats], total: Array, operation: str, shrink: float = 1.0) -> None:
-        """See Carrier."""
         rooms = self._exchanged(comm, outgoing, outgoing, operation)
         total[...] = 0
         sent = [(source, room) for source, room in enumerate(rooms) if room.pieces]  # none of arrays without elements
@@ -209,7 +204,9 @@ def spread(wide: Array, flats: Flats, layout: Layout, dtype: str) -> None:
     """Cut an array, (extent,) of the work dtype, into arrays of `dtype`, half types as bits."""
     for unit, flat in zip(layout.units, flats, strict=True):
         if dtype in HALF:
-            kernels_for(flat).narrow(wide[unit.where], flat, dtype, saturate=False)  # nothing takes the rest
+            kernels_for(flat).narrow(
+                wide[unit.where], None, None, flat, dtype, saturate=False
+            )  # nothing takes the rest
         else:
             flat[...] = wide[unit.where]
 

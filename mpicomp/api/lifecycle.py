@@ -15,9 +15,10 @@ from typing import Any
 
 from mpicomp.arrays import Array, work_dtype
 from mpicomp.comm.communicator import Comm
-from mpicomp.reducers.base import Reducer, State, Units, rescale
+from mpicomp.reducers.base import Reducer
 from mpicomp.reducers.parts.apply import apply
 from mpicomp.reducers.parts.layout import Layout
+from mpicomp.reducers.parts.state import State, Units, rescale
 from mpicomp.reducers.parts.workspace import Workspace
 
 

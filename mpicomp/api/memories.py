@@ -16,7 +16,8 @@ from mpicomp.codecs.base import Codec
 from mpicomp.comm.agreement import digest_of, float_mode, mixed
 from mpicomp.comm.communicator import Comm
 from mpicomp.planner.allowance import divided
-from mpicomp.reducers.base import Reducer, State, check_device
+from mpicomp.reducers.base import Reducer, check_device
+from mpicomp.reducers.parts.state import State
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.registry import Method, describe, parse, resolve
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -74,6 +74,25 @@ class Codec(Spec, ABC):
     A member that has it as a required field declares `density: float = field()`: dataclasses take a plain annotation
     for one with this default.
     """
+    bounded: ClassVar[bool] = False
+    """The error of every element is bounded, by `bound` or relative to the element."""
+    fixed: ClassVar[bool] = True
+    """Every message of a size has the length that `fields` gives."""
+    keeps_nonfinite: ClassVar[bool] = False
+    """NaN and infinity have codes of their own, so that copies carry them element by element."""
+    rotates: ClassVar[bool] = False
+    """Rotates an array before it encodes it: a second rotation has no use."""
+    selects: ClassVar[bool] = False
+    """Sends index-value pairs, which `pick` returns: this is a `mpicomp.codecs.sparse.Selecting`."""
+    takes_integers: ClassVar[bool] = False
+    """Moves and sums arrays of integers, too: no codec does."""
+    sets_fresh: ClassVar[bool] = False
+    """`_decode_add` sets every element of a fresh `out`, which therefore need not be filled with zeros first."""
+
+    @property
+    def bound(self) -> float | None:
+        """The error that a setting allows every element; None without such a setting."""
+        return None
 
     @property
     def linear(self) -> bool:
@@ -81,13 +100,13 @@ class Codec(Spec, ABC):
         return False
 
     @property
-    def fixed(self) -> bool:
-        """Every message of a size has the length that `fields` gives."""
-        return True
-
-    @property
     def blockwise(self) -> bool:
         """An array cut at multiples of `block` is coded as the whole is: each part by itself, to the same codes."""
+        return False
+
+    @property
+    def adds_codes(self) -> bool:
+        """Codes of one scale may be added as integers, as the reducer `integer` does: this is a `Uniform`."""
         return False
 
     @property
@@ -110,31 +129,11 @@ class Codec(Spec, ABC):
         """NaN or infinity in an input makes the first field of the payload NaN or infinite: no pass searches for it."""
         return False
 
-    @property
-    def keeps_nonfinite(self) -> bool:
-        """NaN and infinity have codes of their own, so that copies carry them element by element."""
-        return False
-
     def write_nonfinite(self, x: Array, payload: Payload) -> None:
         """Write the codes of the elements of x that are NaN or infinite; `encode` has written the others."""
 
     def read_nonfinite(self, payload: Payload, out: Array) -> None:
         """Set the elements of a decoded array that `write_nonfinite` wrote."""
-
-    @property
-    def selects(self) -> bool:
-        """Sends index-value pairs, which `pick` returns: this is a `mpicomp.codecs.sparse.Selecting`."""
-        return False
-
-    @property
-    def rotates(self) -> bool:
-        """Rotates an array before it encodes it: a second rotation has no use."""
-        return False
-
-    @property
-    def sets_fresh(self) -> bool:
-        """`_decode_add` sets every element of a fresh `out`, which therefore need not be filled with zeros first."""
-        return False
 
     @property
     def block(self) -> int:

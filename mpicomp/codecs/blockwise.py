@@ -12,6 +12,7 @@ from mpicomp.codecs.base import Codec, Key, nbytes_of
 from mpicomp.codecs.checks import check_scales, little, packed_bytes
 from mpicomp.errors import WireFormatError
 from mpicomp.kernels import host_kernels, kernels_for
+from mpicomp.kernels.shared import Code
 from mpicomp.wire import Field, Payload
 
 
@@ -27,12 +28,10 @@ class Unbiased(Codec):
 
     @property
     def unbiased(self) -> bool:
-        """See Codec."""
         return self.scaled
 
     @property
     def contractive(self) -> bool:
-        """See Codec."""
         return not self.scaled
 
     @property
@@ -90,7 +89,6 @@ class Blockwise(Unbiased):
 
     @property
     def omega(self) -> float:
-        """See Unbiased."""
         return self.variance(self.block)
 
     @abstractmethod
@@ -102,22 +100,21 @@ class Blockwise(Unbiased):
         return of_variance(self.variance(min(size, self.block))) if self.scaled else super().relative_error(size)
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
-        """See Codec."""
         scales = Field((-(-size // self.block),), little(dtype))
         codes = Field((packed_bytes(size, self.width, self.block),), "|u1")
         return (scales, scales, codes) if self.grid == "range" else (scales, codes)
 
     def _encode(self, x: Array, old: Array | None, payload: Payload, new: Array | None, key: Key) -> int:
         scales, *lows, packed = payload
-        low, how = lows[0] if lows else None, (self.grid, self.rule, self.width, self.block, self.levels)
-        draws = (self.random, self.shrink, key.base() if self.random else 0, key.start)
-        kernels_for(x).encode_blocks(x, old, new, scales, low, packed, *how, *draws)
+        shape = self.grid, self.width, self.block, self.rule, self.levels
+        how = Code(*shape, self.random, self.shrink, key.base() if self.random else 0, key.start)
+        kernels_for(x).encode_blocks(x, old, new, scales, lows[0] if lows else None, packed, how)
         return nbytes_of(payload)
 
     def _decode_add(self, payload: Payload, out: Array, key: Key, scale: float, fresh: bool) -> None:
         scales, *lows, packed = payload
-        low = lows[0] if lows else None
-        kernels_for(out).decode_blocks(scales, low, packed, out, self.grid, self.width, self.block, scale, fresh)
+        how = Code(self.grid, self.width, self.block)
+        kernels_for(out).decode_blocks(scales, lows[0] if lows else None, packed, out, how, scale, fresh)
 
     def _check(self, payload: Payload, size: int) -> None:
         scales, *lows, packed = payload

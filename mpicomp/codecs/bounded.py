@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from mpicomp.codecs.base import Codec, Key, Scope
 from mpicomp.codecs.checks import is_number
 from mpicomp.errors import WireFormatError
 from mpicomp.kernels import host_kernels, kernels_for
+from mpicomp.kernels.shared import Bound
 from mpicomp.wire import Field, Payload
 
 BLOCK = 256  # elements
@@ -21,25 +22,15 @@ LENGTH = 8  # bytes of the number of bytes used
 NARROWER = 1 - 2.0**-6  # of a step: the rounding of d then rarely breaks the bound; costs 0.02 bits per element
 
 
-class Settings(NamedTuple):
-    """The arguments of the kernels for a bound and a dtype; see `mpicomp.kernels.cpu.bounded`."""
-
-    relative: bool
-    step: float
-    inverse: float
-    limit: int
-    shift: int
-
-
 @lru_cache(maxsize=256)
-def settings(absolute: float | None, relative: float | None, dtype: str) -> Settings:
-    """Return the arguments of the kernels; step and inverse are numbers of the dtype."""
+def settings(absolute: float | None, relative: float | None, dtype: str) -> Bound:
+    """Return the bound as the kernels take it; step and inverse are numbers of the dtype."""
     kind, word = (np.float32, np.uint32) if dtype == "float32" else (np.float64, np.uint64)
     if relative is not None:
         mantissa = max(0, math.ceil(-math.log2(relative)) - 1)
         while math.ldexp(1.0, -mantissa - 1) > relative:  # the logarithm was rounded
             mantissa += 1
-        return Settings(True, 0.0, 0.0, 0, max(0, np.finfo(kind).nmant - mantissa))
+        return Bound(True, 0.0, 0.0, 0, max(0, np.finfo(kind).nmant - mantissa))
     assert absolute is not None
     largest = float(np.finfo(kind).max)
     limit = kind(min(absolute, largest))
@@ -47,7 +38,7 @@ def settings(absolute: float | None, relative: float | None, dtype: str) -> Sett
         limit = np.nextafter(limit, kind(0))
     step = float(kind(min(2 * absolute * NARROWER, largest)))
     inverse = 1 / step if step and 1 / step <= largest else 0.0
-    return Settings(False, step, float(kind(inverse)), max(1, int(limit.view(word))), 0)
+    return Bound(False, step, float(kind(inverse)), max(1, int(limit.view(word))), 0)
 
 
 @dataclass(frozen=True)
@@ -80,6 +71,7 @@ class Bounded(Codec):
 
     spec_name: ClassVar[str] = "bounded"
     contractive: ClassVar[bool] = True
+    bounded: ClassVar[bool] = True
     fixed: ClassVar[bool] = False
     block: ClassVar[int] = BLOCK
 
@@ -91,6 +83,10 @@ class Bounded(Codec):
             raise ValueError(f"{name} must be a positive number, got {value!r}")
         if self.rel is not None and self.rel >= 1.0:
             raise ValueError(f"rel must be below 1, got {self.rel!r}")
+
+    @property
+    def bound(self) -> float | None:
+        return self.abs
 
     def relative_error(self, size: int) -> float:
         """`rel`; 0 where the bound is absolute."""
@@ -113,8 +109,8 @@ class Bounded(Codec):
         room = start + -(-x.nbytes // 8) * 8
         words = message[start:room].view(f"<u{x.itemsize}")
         headers = message[LENGTH + 1 : LENGTH + 1 + blocks]
-        wide = settings(self.abs, self.rel, x.dtype.name)
-        count = kernels_for(x).encode_bounded(x, old, new, headers, words, *wide)
+        bound = settings(self.abs, self.rel, x.dtype.name)
+        count = kernels_for(x).encode_bounded(x, old, new, headers, words, bound)
         used = start + -(-count * x.itemsize // 8) * 8
         message[start + count * x.itemsize : used] = 0
         message[:LENGTH].view("<u8")[0] = used
@@ -124,21 +120,29 @@ class Bounded(Codec):
         headers, words = _parts(payload[0], out.size)
         if words.itemsize != out.itemsize:
             raise WireFormatError(f"the message has elements of {words.itemsize} bytes, expected {out.itemsize}")
-        wide = settings(self.abs, self.rel, out.dtype.name)
-        kernels_for(out).decode_bounded(headers, words, out, wide.relative, wide.step, wide.shift, scale)
+        bound = settings(self.abs, self.rel, out.dtype.name)
+        kernels_for(out).decode_bounded(headers, words, out, bound, scale)
 
     def _check(self, payload: Payload, size: int) -> None:
         (message,) = payload
         headers, words = _parts(message, size)
-        wide = settings(self.abs, self.rel, f"float{8 * words.itemsize}")
+        bound = settings(self.abs, self.rel, f"float{8 * words.itemsize}")
         if message.size > self.fields(size, f"float{8 * words.itemsize}")[0].shape[0]:
             raise WireFormatError(f"the message has {message.size} bytes, more than {size} elements can take")
-        if not host_kernels(message).bounded_valid(headers, words, size, wide.relative, wide.step, wide.shift):
+        if not host_kernels(message).bounded_valid(headers, words, size, bound):
             raise WireFormatError("the headers do not fit the words, or an element is not finite")
 
     def ratio(self, payload: Payload, size: int, dtype: str) -> float:
         """Return the ratio achieved: bytes of an array of `size` elements of `dtype` over the bytes used for it."""
         return size * np.dtype(dtype).itemsize / int(payload[0][:LENGTH].view("<u8")[0]) if size else 1.0
+
+
+def bound_of_sum(codec: Codec, ranks: int, op: str) -> float | None:
+    """Return the error that a codec's bound allows an element of the sum: as it is, for a mean `ranks` times as much.
+
+    None without a bound, and for `bounded(rel=r)`, which bounds single contributions only.
+    """
+    return codec.bound if codec.bound is None or op != "mean" else codec.bound * ranks
 
 
 def _words_at(size: int) -> int:

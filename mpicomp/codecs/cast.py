@@ -31,15 +31,11 @@ class Cast(Codec):
     spec_name: ClassVar[str] = "cast"
     contractive: ClassVar[bool] = True
     blockwise: ClassVar[bool] = True
+    keeps_nonfinite: ClassVar[bool] = True  # `encode` writes their codes, too
 
     def __post_init__(self) -> None:
         if not isinstance(self.dtype, str) or self.dtype not in NAMES:
             raise ValueError(f"dtype must be fp16 or bf16, got {self.dtype!r}")
-
-    @property
-    def keeps_nonfinite(self) -> bool:
-        """See Codec: `encode` writes their codes, too."""
-        return True
 
     @property
     def ranged(self) -> bool:
@@ -56,19 +52,15 @@ class Cast(Codec):
         return Scope(least, most)
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
-        """See Codec."""
         return (Field((size,), "<u2"),)
 
     def _encode(self, x: Array, old: Array | None, payload: Payload, new: Array | None, key: Key) -> int:
         (bits,) = payload
-        if new is None:
-            kernels_for(x).narrow(x, bits, NAMES[self.dtype])
-        else:
-            kernels_for(x).narrow_residual(x, old, new, bits, NAMES[self.dtype])
+        kernels_for(x).narrow(x, old, new, bits, NAMES[self.dtype])
         return bits.nbytes
 
     def _decode_add(self, payload: Payload, out: Array, key: Key, scale: float, fresh: bool) -> None:
-        kernels_for(out).widen_add(payload[0], out, scale, NAMES[self.dtype])
+        kernels_for(out).widen(payload[0], out, NAMES[self.dtype], scale)
 
     def _check(self, payload: Payload, size: int) -> None:
         infinite = np.uint16(0x7C00 if self.dtype == "fp16" else 0x7F80)

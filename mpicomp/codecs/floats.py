@@ -11,15 +11,10 @@ import numpy as np
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec, Key, Scope, nbytes_of
 from mpicomp.codecs.blockwise import Unbiased
-from mpicomp.codecs.checks import (
-    check_block,
-    check_bool,
-    check_scales,
-    little,
-    packed_bytes,
-)
+from mpicomp.codecs.checks import check_block, check_bool, check_scales, little, packed_bytes
 from mpicomp.errors import WireFormatError
 from mpicomp.kernels import host_kernels, kernels_for
+from mpicomp.kernels.shared import Code
 from mpicomp.wire import Field, Payload
 
 CODES = 512  # elements whose codes lie together
@@ -68,7 +63,6 @@ class SmallFloat(Codec):
         return 4 if self.format == "e2m1" else 8
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
-        """See Codec."""
         codes = Field((packed_bytes(size, self._bits, CODES),), "|u1")
         return (Field((-(-size // GROUP),), "|u1"), codes) if self.shared else (codes,)
 
@@ -126,25 +120,19 @@ class FP8(SmallFloat):
 
     spec_name: ClassVar[str] = "fp8"
     ranged: ClassVar[bool] = True
+    keeps_nonfinite: ClassVar[bool] = True  # E4M3 has no infinity, which becomes NaN
     shared: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_format(self.format)
 
-    @property
-    def keeps_nonfinite(self) -> bool:
-        """See Codec: E4M3 has no infinity, which becomes NaN."""
-        return True
-
     def write_nonfinite(self, x: Array, payload: Payload) -> None:
-        """See Codec."""
         codes, infinity = payload[0], 0x7F if self.format == "e4m3" else 0x7C
         sign = np.signbit(x).astype(np.uint8) << 7
         for where, code in ((np.isinf(x), infinity), (np.isnan(x), 0x7F)):
             codes[where] = sign[where] | code
 
     def read_nonfinite(self, payload: Payload, out: Array) -> None:
-        """See Codec."""
         codes, infinity = payload[0] & 0x7F, 0x7F if self.format == "e4m3" else 0x7C
         if codes.max(initial=0) >= infinity:
             out[codes == infinity] = np.copysign(np.inf, out[codes == infinity])
@@ -178,12 +166,12 @@ class Natural(Unbiased):
         check_bool(scaled=self.scaled)
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
-        """See Codec."""
         return Field((-(-size // self.block),), little(dtype)), Field((size,), "|u1")
 
     def _encode(self, x: Array, old: Array | None, payload: Payload, new: Array | None, key: Key) -> int:
         scales, codes = payload
-        kernels_for(x).encode_powers(x, old, new, scales, codes, self.block, self.shrink, key.base(), key.start)
+        how = Code("powers", 8, self.block, shrink=self.shrink, base=key.base(), start=key.start)
+        kernels_for(x).encode_powers(x, old, new, scales, codes, how)
         return nbytes_of(payload)
 
     def _decode_add(self, payload: Payload, out: Array, key: Key, scale: float, fresh: bool) -> None:

@@ -48,30 +48,29 @@ class Uniform(Blockwise):
             raise ValueError("scaled=False needs stochastic=True: deterministic rounding has one scale only")
 
     @property
+    def adds_codes(self) -> bool:
+        return self.bits > 1 and not self.minmax
+
+    @property
     def unbiased(self) -> bool:
-        """See Codec."""
         return self.stochastic and self.scaled
 
     @property
     def contractive(self) -> bool:
-        """See Codec."""
         if self.minmax and not self.stochastic:
             return self.block < 2 * self.levels**2
         return not self.unbiased
 
     @property
     def grid(self) -> str:
-        """See Blockwise."""
         return "range" if self.minmax else "sign" if self.bits == 1 else "symmetric"
 
     @property
     def rule(self) -> str:
-        """See Blockwise."""
         return "mean" if self.grid == "sign" and not self.stochastic else "largest"
 
     @property
     def width(self) -> int:
-        """Bits of a code."""
         return self.bits
 
     @property
@@ -81,7 +80,6 @@ class Uniform(Blockwise):
 
     @property
     def random(self) -> bool:
-        """See Blockwise."""
         return self.stochastic
 
     def variance(self, size: int) -> float:
@@ -127,16 +125,13 @@ class QSGD(Blockwise):
 
     @property
     def block(self) -> int:
-        """See Codec."""
         return self.bucket
 
     @property
     def width(self) -> int:
-        """Bits of a code."""
         return self.levels.bit_length() + 1
 
     def variance(self, size: int) -> float:
-        """See the class docstring."""
         return min(size / self.levels**2, math.sqrt(size) / self.levels)
 
 
@@ -165,7 +160,6 @@ class DoReFa(Blockwise):
 
     @property
     def width(self) -> int:
-        """Bits of a code."""
         return self.bits
 
     @property
@@ -174,5 +168,4 @@ class DoReFa(Blockwise):
         return (1 << self.bits) - 1
 
     def variance(self, size: int) -> float:
-        """See the class docstring."""
         return size / self.levels**2

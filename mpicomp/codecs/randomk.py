@@ -47,17 +47,14 @@ class RandomK(Sparse):
 
     @property
     def linear(self) -> bool:
-        """See Codec."""
         return self.values is None
 
     @property
     def unbiased(self) -> bool:
-        """See Codec."""
         return self.scaled and all(codec.unbiased for codec in self.inner)
 
     @property
     def contractive(self) -> bool:
-        """See Codec."""
         return not self.scaled and super().contractive
 
     def relative_error(self, size: int) -> float:
@@ -77,7 +74,6 @@ class RandomK(Sparse):
         return Scope(inner.least / factor, inner.most * factor)
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
-        """See Codec."""
         return Values(self.values).fields(self.kept(size), dtype)
 
     def support(self, x: Array, key: Key) -> Array:
@@ -87,17 +83,18 @@ class RandomK(Sparse):
         return kernels_for(x).random_support(*wanted) if on_device(x) else _support(*wanted)
 
     def _encode(self, x: Array, old: Array | None, payload: Payload, new: Array | None, key: Key) -> int:
-        how, places, factor = Values(self.values), self.support(x, key), self._factor(x.size)
+        how, places = Values(self.values), self.support(x, key)
+        factor = x.size / places.size if self.scaled else 1.0
         kernels = kernels_for(x)
         if new is None:
             values = how.room(places.size, payload, x)
-            kernels.gather(x, places, values, factor)
+            kernels.gather(x, None, None, places, values, factor)
             how.encode(values, payload, None, None, key)
         elif self.values is None:
-            kernels.gather_residual(x, old, new, places, payload[0], factor)
+            kernels.gather(x, old, new, places, payload[0], factor)
         else:
             total = np.empty_like(x, shape=places.size)
-            kernels.gather_residual(x, old, new, places, total)
+            kernels.gather(x, old, new, places, total)
             self.values.encode(total * x.dtype.type(factor), payload, key)
             kernels.put_at(places, total - how.decode(payload, places.size, x, key), new)
         return nbytes_of(payload)
@@ -112,6 +109,3 @@ class RandomK(Sparse):
 
     def _contracting(self) -> Codec:
         return replace(self, scaled=False, values=self.values and self.values.contraction())
-
-    def _factor(self, size: int) -> float:
-        return size / kept(self.density, size) if self.scaled and size else 1.0

@@ -74,17 +74,14 @@ class Rotated(Codec):
 
     @property
     def inner(self) -> tuple[Codec, ...]:
-        """See Codec."""
         return (self.codec,)
 
     @property
     def unbiased(self) -> bool:
-        """See Codec."""
         return self.codec.unbiased and not self.rescale
 
     @property
     def contractive(self) -> bool:
-        """See Codec."""
         return self.codec.contractive and not self.rescale and not self.kashin
 
     @property
@@ -118,7 +115,6 @@ class Rotated(Codec):
         return coefficients(size) if self.kashin else size
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
-        """See Codec."""
         full = self.codec.fields(self._inside(self.tile), dtype)
         rest = self.codec.fields(self._inside(size % self.tile), dtype)
         count = size // self.tile

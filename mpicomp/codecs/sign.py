@@ -9,16 +9,10 @@ from typing import ClassVar
 from mpicomp.arrays import Array
 from mpicomp.codecs.accuracy import of_mean, of_variance
 from mpicomp.codecs.base import Codec, Key, nbytes_of
-from mpicomp.codecs.checks import (
-    check_bool,
-    check_finite,
-    check_scales,
-    is_number,
-    little,
-    packed_bytes,
-)
+from mpicomp.codecs.checks import check_bool, check_finite, check_scales, is_number, little, packed_bytes
 from mpicomp.errors import WireFormatError
 from mpicomp.kernels import host_kernels, kernels_for
+from mpicomp.kernels.shared import Code
 from mpicomp.wire import Field, Payload
 
 BLOCK = 1024  # elements whose codes lie together
@@ -50,7 +44,6 @@ class Sign(Codec):
         return of_mean(size)
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
-        """See Codec."""
         scales = 2 if self.two_means else 1
         return Field((scales if size else 0,), little(dtype)), Field((packed_bytes(size, 1, BLOCK),), "|u1")
 
@@ -60,8 +53,8 @@ class Sign(Codec):
 
     def _decode_add(self, payload: Payload, out: Array, key: Key, scale: float, fresh: bool) -> None:
         scales, packed = payload
-        grid = "pair" if self.two_means else "sign"
-        kernels_for(out).decode_blocks(scales, None, packed, out, grid, 1, BLOCK, scale, fresh)
+        how = Code("pair" if self.two_means else "sign", 1, BLOCK)
+        kernels_for(out).decode_blocks(scales, None, packed, out, how, scale, fresh)
 
     def _check(self, payload: Payload, size: int) -> None:
         scales, packed = payload
@@ -100,12 +93,10 @@ class Ternary(Codec):
 
     @property
     def unbiased(self) -> bool:
-        """See Codec."""
         return self.scaled and self.clip == math.inf
 
     @property
     def contractive(self) -> bool:
-        """See Codec."""
         return not self.scaled
 
     def relative_error(self, size: int) -> float:
@@ -119,14 +110,13 @@ class Ternary(Codec):
         return math.sqrt(max(1.0, omega)) if self.scaled else 1.0
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
-        """See Codec."""
         return Field((min(size, 1),), little(dtype)), Field((packed_bytes(size, 2, BLOCK),), "|u1")
 
     def _encode(self, x: Array, old: Array | None, payload: Payload, new: Array | None, key: Key) -> int:
         scale, packed = payload
         scale[0], shrink = self._scale(x, old)
-        how = ("symmetric", "given", 2, BLOCK, 1, True, shrink, key.base(), key.start)
-        kernels_for(x).encode_blocks(x, old, new, scale, None, packed, *how)
+        how = Code("symmetric", 2, BLOCK, "given", 1, True, shrink, key.base(), key.start)
+        kernels_for(x).encode_blocks(x, old, new, scale, None, packed, how)
         scale *= scale.dtype.type(shrink)
         return nbytes_of(payload)
 
@@ -149,7 +139,8 @@ class Ternary(Codec):
         return top, squares / (top * factor * magnitudes) if squares > 0 else 1.0
 
     def _decode_add(self, payload: Payload, out: Array, key: Key, scale: float, fresh: bool) -> None:
-        kernels_for(out).decode_blocks(payload[0], None, payload[1], out, "symmetric", 2, BLOCK, scale, fresh)
+        scales, packed = payload
+        kernels_for(out).decode_blocks(scales, None, packed, out, Code("symmetric", 2, BLOCK), scale, fresh)
 
     def _check(self, payload: Payload, size: int) -> None:
         scale, packed = payload

@@ -36,7 +36,6 @@ class Largest(Selecting):
         """Write the elements of x + old that are sent, and their indices; `new` gets the others."""
 
     def pick(self, x: Array, old: Array | None, new: Array | None) -> tuple[Array, Array]:
-        """See Selecting."""
         k = self.kept(x.size)
         values, places = np.empty_like(x, shape=k), np.empty_like(x, np.uint32, shape=k)
         if k:
@@ -44,7 +43,6 @@ class Largest(Selecting):
         return values, places
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
-        """See Codec."""
         k = self.kept(size)
         return *Values(self.values).fields(k, dtype), indices_field(size, k)
 
@@ -89,7 +87,6 @@ class TopK(Largest):
         check_values(self.values)
 
     def select(self, x: Array, old: Array | None, new: Array | None, values: Array, places: Array) -> None:
-        """See Largest."""
         kernels_for(x).select_top(x, old, new, values.size).write(values, places, zero=new is not None)
 
 
@@ -119,7 +116,6 @@ class BlockTopK(Largest):
         return self.values is None
 
     def kept(self, size: int) -> int:
-        """See Sparse."""
         whole, rest = divmod(size, self.block)
         kept(self.density, size)  # refuses sizes that cannot be coded by index
         return whole * kept(self.density, self.block) + kept(self.density, rest)
@@ -131,6 +127,5 @@ class BlockTopK(Largest):
         return max((of_largest(each, kept(self.density, each), lost) for each in sizes), default=0.0)
 
     def select(self, x: Array, old: Array | None, new: Array | None, values: Array, places: Array) -> None:
-        """See Largest."""
         k = kept(self.density, self.block)
         kernels_for(x).block_top_k(x, old, new, self.block, k, values, places)

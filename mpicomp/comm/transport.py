@@ -1,7 +1,5 @@
 """The operations of a communicator that this library uses: over MPI here, among threads in the tests."""
 
-# ruff: noqa: D102 (Transport documents the methods of MPITransport)
-
 from __future__ import annotations
 
 import ctypes
@@ -109,7 +107,7 @@ def last_tag() -> int:
     return int(tag)
 
 
-class MPITransport:
+class MPITransport(Transport):
     """A duplicate of an mpi4py communicator, so that the library's messages never meet the user's.
 
     `source` is the communicator that `duplicate` was given. Buffers of operations under way are kept alive here.

@@ -1,7 +1,5 @@
 """Memory that the ranks of a node share."""
 
-# ruff: noqa: D102 (Window documents the methods of MPIWindow)
-
 from __future__ import annotations
 
 import atexit
@@ -28,7 +26,7 @@ class Window(Protocol):
         """Free the memory; collective, and `parts` must not be used again."""
 
 
-class MPIWindow:
+class MPIWindow(Window):
     """A window of MPI's shared memory; see Window. RuntimeError where MPI has none.
 
     Freeing is collective, so the garbage collector of one rank must not do it: windows that were not freed are freed

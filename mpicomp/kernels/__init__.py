@@ -23,6 +23,7 @@ from typing import Protocol
 import numpy as np
 
 from mpicomp.arrays import Array, on_device
+from mpicomp.kernels.shared import Bound, Code
 
 
 class Selection(Protocol):
@@ -61,17 +62,13 @@ class Kernels(Protocol):
 
     # ---- Half precision
 
-    def narrow(self, x: Array, out: Array, dtype: str, saturate: bool = True) -> None:
-        """Set `out`, uint16, to the bits of x in `dtype`: "float16" or "bfloat16"."""
+    def narrow(
+        self, x: Array, old: Array | None, new: Array | None, out: Array, dtype: str, saturate: bool = True
+    ) -> None:
+        """Set `out`, uint16, to the bits of x + old in `dtype`: "float16" or "bfloat16"; one pass."""
 
-    def narrow_residual(self, x: Array, old: Array | None, new: Array, out: Array, dtype: str) -> None:
-        """Set `out` to the bits of x + old in `dtype`; one pass."""
-
-    def widen(self, bits: Array, out: Array, dtype: str) -> None:
-        """Set `out`, float, to the numbers whose bits in `dtype` are `bits`, uint16."""
-
-    def widen_add(self, bits: Array, out: Array, scale: float, dtype: str) -> None:
-        """Add scale times the numbers whose bits in `dtype` are `bits` to `out`."""
+    def widen(self, bits: Array, out: Array, dtype: str, scale: float | None = None) -> None:
+        """Set `out`, float, to the numbers with these bits in `dtype`, uint16; with a `scale` add scale times them."""
 
     # ---- Selection
 
@@ -113,13 +110,13 @@ class Kernels(Protocol):
     def add_elias_fano(self, data: Array, width: int, values: Array, out: Array, scale: float = 1.0) -> None:
         """Add scale * values, (k,), to `out` at the k places of an Elias-Fano code; errors as in `add_bitmap`."""
 
-    def gather(self, x: Array, indices: Array, values: Array, factor: float = 1.0) -> None:
-        """Set values = factor * x[indices]; indices: (k,) uint32, distinct."""
-
-    def gather_residual(
-        self, x: Array, old: Array | None, new: Array, indices: Array, values: Array, factor: float = 1.0
+    def gather(
+        self, x: Array, old: Array | None, new: Array | None, indices: Array, values: Array, factor: float = 1.0
     ) -> None:
-        """Set values = factor * (x + old)[indices], and `new` to x + old less these values at their places."""
+        """Set values = factor * (x + old)[indices], and `new` to x + old less these values at their places.
+
+        indices: (k,) uint32, distinct. Without `new` there is no `old`, and only the elements chosen are read.
+        """
 
     def scatter_add(self, indices: Array, values: Array, out: Array, scale: float = 1.0) -> None:
         """Add scale * values to out[indices]; indices: (k,) uint32, distinct.
@@ -136,39 +133,15 @@ class Kernels(Protocol):
     # ---- Blocks of small integers: `mpicomp.kernels.cpu.quantize` defines grids, rules and bytes
 
     def encode_blocks(
-        self,
-        x: Array,
-        old: Array | None,
-        new: Array | None,
-        scales: Array,
-        lows: Array | None,
-        packed: Array,
-        grid: str,
-        rule: str,
-        bits: int,
-        block: int,
-        levels: int,
-        stochastic: bool = False,
-        shrink: float = 1.0,
-        base: int = 0,
-        start: int = 0,
+        self, x: Array, old: Array | None, new: Array | None, scales: Array, lows: Array | None, codes: Array, how: Code
     ) -> None:
-        """Quantise x + old, block by block, into `scales` and `lows`, float, one per block, and `packed`, uint8.
+        """Quantise x + old, block by block, into `scales` and `lows`, float, one per block, and packed `codes`, uint8.
 
         `lows` is for the grid "range". The rule "shared" exists for NumPy arrays only.
         """
 
     def decode_blocks(
-        self,
-        scales: Array,
-        lows: Array | None,
-        packed: Array,
-        out: Array,
-        grid: str,
-        bits: int,
-        block: int,
-        factor: float = 1.0,
-        fresh: bool = False,
+        self, scales: Array, lows: Array | None, codes: Array, out: Array, how: Code, factor: float, fresh: bool
     ) -> None:
         """Add factor times the numbers of the codes to `out` or, if it is `fresh`, to zeros.
 
@@ -197,18 +170,12 @@ class Kernels(Protocol):
         """Add factor times the numbers of the codes to `out`."""
 
     def encode_powers(
-        self,
-        x: Array,
-        old: Array | None,
-        new: Array | None,
-        scales: Array,
-        codes: Array,
-        block: int,
-        shrink: float,
-        base: int,
-        start: int,
+        self, x: Array, old: Array | None, new: Array | None, scales: Array, codes: Array, how: Code
     ) -> None:
-        """Write x + old as signed powers of two, codes (n,) uint8, times a scale per block; one pass."""
+        """Write x + old as signed powers of two, codes (n,) uint8, times a scale per block; one pass.
+
+        Grid, bits, rule, levels and rounding of `how` do not count.
+        """
 
     def decode_powers(self, scales: Array, codes: Array, out: Array, block: int, factor: float = 1.0) -> None:
         """Add factor times the numbers of the codes to `out`."""
@@ -216,27 +183,14 @@ class Kernels(Protocol):
     # ---- Error bounds: `mpicomp.kernels.cpu.bounded`
 
     def encode_bounded(
-        self,
-        x: Array,
-        old: Array | None,
-        new: Array | None,
-        headers: Array,
-        words: Array,
-        relative: bool,
-        step: float,
-        inverse: float,
-        limit: int,
-        shift: int,
+        self, x: Array, old: Array | None, new: Array | None, headers: Array, words: Array, bound: Bound
     ) -> int:
         """Encode x + old within an error bound; return how many words were written. One pass.
 
-        headers: (blocks,) uint8; words: (n,) or more, uint32 for float32, uint64 for float64. `step`, `inverse` and
-        `limit`, the bits of a float as an integer, are for an absolute bound, `shift` for a `relative` one.
+        headers: (blocks,) uint8; words: (n,) or more, uint32 for float32, uint64 for float64.
         """
 
-    def decode_bounded(
-        self, headers: Array, words: Array, out: Array, relative: bool, step: float, shift: int, factor: float = 1.0
-    ) -> None:
+    def decode_bounded(self, headers: Array, words: Array, out: Array, bound: Bound, factor: float = 1.0) -> None:
         """Add factor times the numbers of the codes to `out`; one pass.
 
         For an unknown block, or one outside `words`, the CPU raises WireFormatError; the GPU ignores it.
@@ -271,7 +225,7 @@ class HostKernels(Kernels, Protocol):
     def codes_valid(self, packed: Array, size: int, bits: int, block: int, smallest: int, largest: int) -> bool:
         """Return whether every code is in smallest .. largest (two's complement below 0) and the padding is zero."""
 
-    def bounded_valid(self, headers: Array, words: Array, size: int, relative: bool, step: float, shift: int) -> bool:
+    def bounded_valid(self, headers: Array, words: Array, size: int, bound: Bound) -> bool:
         """Return whether all headers are known, their blocks fill `words`, and all numbers are finite."""
 
     def bits_set(self, data: Array, bits: int) -> int:

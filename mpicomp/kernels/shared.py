@@ -6,6 +6,7 @@ Nothing here may be compiled into a Numba kernel: kernels kept on disk are stamp
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,6 +14,30 @@ from mpicomp.arrays import Array
 
 DIRECT = 4096  # arrays of fewer elements are not sampled
 SAMPLE = 16384  # elements at most, for an exact selection
+
+
+class Code(NamedTuple):
+    """A way to write blocks of numbers as codes; decoding takes the first three fields. See `cpu.quantize`."""
+
+    grid: str
+    bits: int
+    block: int  # elements
+    rule: str = "largest"
+    levels: int = 0
+    stochastic: bool = False
+    shrink: float = 1.0
+    base: int = 0
+    start: int = 0
+
+
+class Bound(NamedTuple):
+    """An error bound for one dtype: a shift if it is relative, otherwise the others. See `cpu.bounded`."""
+
+    relative: bool
+    step: float
+    inverse: float
+    limit: int  # the bits of a float
+    shift: int
 
 
 def is_half(dtype: str) -> bool:

@@ -13,9 +13,8 @@ not bound the sum. A two_stage with a `second` codec was divided by the user.
 
 from __future__ import annotations
 
-from mpicomp.codecs.bounded import Bounded
+from mpicomp.codecs.bounded import bound_of_sum
 from mpicomp.reducers.base import Reducer, rebuild, walk
-from mpicomp.reducers.parts.bounds import bound_of_sum
 
 
 def divided(reducer: Reducer, ranks: int, op: str = "sum") -> Reducer:
@@ -27,18 +26,17 @@ def allowances(reducer: Reducer, ranks: int, op: str = "sum") -> list[str]:
     """Say how `divided` divides, one line per bound; nothing where there is none."""
     lines = []
     for each in walk(reducer):
-        bounds = [codec for codec in each.codecs if isinstance(codec, Bounded)]
         parts = each.with_bound(ranks, op)
-        if bounds and parts is each:
-            lines.append(f"  bound        {each}: of each encoding, which does not bound the {op}")
-        elif bounds:
-            allowed, of_sum = bounds[0].abs, bound_of_sum(bounds[0], ranks, op)
+        if parts is not each:
+            errors = [codec.bound for codec in parts.codecs if codec.bound is not None]
+            (allowed, of_sum), *_ = [(codec.bound, bound_of_sum(codec, ranks, op)) for codec in each.codecs]
             assert allowed is not None
             assert of_sum is not None
-            errors = [codec.abs for codec in parts.codecs if isinstance(codec, Bounded) and codec.abs is not None]
             encodings = round(of_sum / len(errors) / errors[0])  # every stage has the same share of the bound
             second = f" and {errors[1]:g} of the re-encoding" if len(errors) > 1 else ""
             mean = f", of a sum within {of_sum:g}" if op == "mean" else ""
             division = f"{errors[0]:g} of each of {encodings} encodings{second}"
             lines.append(f"  bound        {op} within {allowed:g}{mean}: {division}, besides rounding")
+        elif any(codec.bounded for codec in each.codecs):
+            lines.append(f"  bound        {each}: of each encoding, which does not bound the {op}")
     return lines

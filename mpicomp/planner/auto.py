@@ -28,18 +28,12 @@ from mpicomp.cost import Cost
 from mpicomp.planner import predict
 from mpicomp.planner.cache import machine_for
 from mpicomp.planner.course import Course
-from mpicomp.reducers.base import Level, Reducer, Reduction, State, Units
-from mpicomp.reducers.dense import Dense
-from mpicomp.reducers.gather import Gather
-from mpicomp.reducers.hierarchical import Hierarchical
-from mpicomp.reducers.integer import Integer
+from mpicomp.reducers import Dense, Gather, Hierarchical, Integer, SharedSupport, Split, Tree, TwoStage
+from mpicomp.reducers.base import Level, Reducer
 from mpicomp.reducers.parts.layout import Layout
+from mpicomp.reducers.parts.state import Reduction, State, Units
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.reducers.policies import ErrorFeedback
-from mpicomp.reducers.shared_support import SharedSupport
-from mpicomp.reducers.split import Split
-from mpicomp.reducers.tree import Tree
-from mpicomp.reducers.two_stage import TwoStage
 
 EXACT: tuple[Reducer, ...] = (Dense(), Dense("mpi"), Dense("two_shot"), Hierarchical(Dense()))
 """What `auto` may always use, the default first."""
@@ -56,8 +50,9 @@ def fitting(codec: Codec) -> tuple[Reducer, ...]:
         selecting = cast(Selecting, codec)
         found += [Split(selecting, cut=codec.density is not None)]
         found += [Tree(selecting)] if codec.fixed else []
-    if isinstance(codec, Uniform) and codec.bits > 1 and not codec.minmax:
-        found += [Integer(codec.bits, codec.block, codec.stochastic)]
+    if codec.adds_codes:
+        uniform = cast(Uniform, codec)
+        found += [Integer(uniform.bits, uniform.block, uniform.stochastic)]
     return tuple(found)
 
 
@@ -102,12 +97,10 @@ class Auto(Reducer):
 
     @property
     def exact(self) -> bool:
-        """See Reducer."""
         return all(each.exact for each in self.inner)
 
     @property
     def inner(self) -> tuple[Reducer, ...]:
-        """See Reducer."""
         return self.candidates()
 
     def with_members(
@@ -129,14 +122,8 @@ class Auto(Reducer):
         """Return the candidates that may pay on these nodes: within a single node MPI shares memory by itself."""
         shares = 1 < len(topology.nodes) < topology.size
         return tuple(
-            each
-            for each in self.candidates(feedback)
-            if shares or each in self.allow or not isinstance(each, Hierarchical)
+            each for each in self.candidates(feedback) if shares or each in self.allow or each.level is not Level.NODES
         )
-
-    def lossy(self, feedback: bool = False) -> tuple[Reducer, ...]:
-        """Return the candidates that `allow` adds to the exact ones."""
-        return tuple(each for each in self.candidates(feedback) if each not in EXACT)
 
     def init(self, layout: Layout, dtype: str, feedback: bool = False, seed: int = 0, step: int = 0) -> State:
         """See Reducer. The first step shows which candidate it will be."""
@@ -171,22 +158,19 @@ class Auto(Reducer):
 
     def predictions(self, comm: Comm, layout: Layout, dtype: str, feedback: bool = False) -> tuple[list[float], float]:
         """Return rank 0's prediction, in seconds, of each candidate and of an agreement on times. Collective."""
-        costs = [self._costs(each, layout, dtype, comm.topology, feedback) for each in self.candidates(feedback)]
+        ranks = sorted({place * (comm.size - 1) // 3 for place in range(4)})  # shards differ little in size
+        candidates = self.candidates(feedback)
+        costs = [[each.cost(layout, dtype, comm.topology, me, feedback) for me in ranks] for each in candidates]
         machine = machine_for(comm, [cost for each in costs for cost in each])
         useful = self.useful(comm.topology, feedback)
         seconds = [
             max(predict(cost, machine).seconds for cost in each)
             if reducer in useful and each not in costs[:place]  # equal costs: the same algorithm under two names
             else inf
-            for place, (reducer, each) in enumerate(zip(self.candidates(feedback), costs, strict=True))
+            for place, (reducer, each) in enumerate(zip(candidates, costs, strict=True))
         ]
         agreement = machine.allreduce[0].seconds if machine.allreduce else 0.0
         return cast(tuple[list[float], float], tuple(shared(comm, (seconds, agreement))))
-
-    def _costs(self, reducer: Reducer, layout: Layout, dtype: str, topology: Topology, feedback: bool) -> list[Cost]:
-        """Return the costs of some ranks: shards differ little in size."""
-        ranks = sorted({place * (topology.size - 1) // 3 for place in range(4)})
-        return [reducer.cost(layout, dtype, topology, me, feedback) for me in ranks]
 
     def _moved(self, state: State, course: Course) -> State:
         """Return a state of the next candidate, which goes on where the last one stopped."""
@@ -216,12 +200,10 @@ class Auto(Reducer):
         return self.candidates(feedback)[0].cost(layout, dtype, topology, me, feedback)
 
     def running(self, state: State) -> Reducer:
-        """See Reducer."""
         choice: Choice = state.extra
         return self.candidates(choice.feedback)[choice.number]
 
     def parts(self, state: State) -> list[tuple[Reducer, State]]:
-        """See Reducer."""
         return [(self.running(state), state.nested())]
 
     def export(self, state: State) -> Units:

@@ -41,13 +41,10 @@ def machine_for(comm: Comm, costs: Sequence[Cost] = (), fresh: bool = False) -> 
     It is that of this process, else that of the cache, else it is measured; with `fresh` it is measured in any case.
     Collective: all ranks give costs with the same passes, and get the same machine.
     """
-    machine = None if fresh else _known.get(comm)
+    machine = None if fresh else _known.get(comm) or _stored(comm)
     if machine is None:
-        key = _key(comm)
-        found = shared(comm, _read(key) if comm.rank == 0 and not fresh else None)
-        machine = measure(comm) if found is None else Machine.from_json(found)
-        if found is None:
-            _keep(comm, machine)
+        machine = measure(comm)
+        _keep(comm, machine)
     if missing := machine.missing(costs):
         machine = measure_passes(comm, machine, missing)
         _keep(comm, machine)
@@ -64,10 +61,8 @@ def recall(comm: Comm) -> Machine | None:
     """Return what is known of a communicator's machine, from this process or a file; measures nothing. Collective."""
     if comm not in _known and comm not in _asked and comm.size > 1:
         _asked.add(comm)
-        key = _key(comm)
-        found = shared(comm, _read(key) if comm.rank == 0 else None)
-        if found is not None:
-            _known[comm] = Machine.from_json(found)
+        if (found := _stored(comm)) is not None:
+            _known[comm] = found
     return _known.get(comm)
 
 
@@ -90,6 +85,13 @@ def _key(comm: Comm) -> dict[str, str]:
     allgather(comm, np.frombuffer(name, np.uint8).copy(), names, "names of hosts")
     hosts = hashlib.blake2b(b"".join(part.tobytes() for part in names), digest_size=8).hexdigest()
     return {"hosts": hosts, "topology": repr(comm.topology.nodes), "mpi": mpi_library(), "mpicomp": __version__}
+
+
+def _stored(comm: Comm) -> Machine | None:
+    """Return the machine in rank 0's file, None if there is none. Collective."""
+    key = _key(comm)
+    found = shared(comm, _read(key) if comm.rank == 0 else None)
+    return None if found is None else Machine.from_json(found)
 
 
 def _file(key: Mapping[str, str]) -> Path:

@@ -26,26 +26,17 @@ def explain(
     """
     layout = layout if isinstance(layout, Layout) else Layout.single(layout)
     topology = Topology.flat(topology) if isinstance(topology, int) else topology
-    candidates = reducer.candidates(feedback)
-    if len(candidates) == 1:
-        return "\n".join([str(reducer), *_lines(reducer, layout, dtype, topology, me, machine, feedback)])
-    head = f"{reducer}, the fastest of"
-    if machine is None:
-        return "\n".join([head, *(f"  {each}" for each in candidates)])
-    feedback = feedback or reducer.remembers
-    costs = [each.cost(layout, dtype, topology, me, feedback) for each in candidates]
-    times = [predict(cost, machine).seconds for cost in costs]
-    listed = [f"  {time_text(seconds):>8}  {each}" for each, seconds in zip(candidates, times, strict=True)]
-    first = candidates[times.index(min(times))]
-    return "\n".join(
-        [head, *listed, f"at first {first}", *_lines(first, layout, dtype, topology, me, machine, feedback)]
-    )
-
-
-def _lines(
-    reducer: Reducer, layout: Layout, dtype: str, topology: Topology, me: int, machine: Machine | None, feedback: bool
-) -> list[str]:
-    """Return the cost and the time of a reducer, a line each."""
+    candidates, lines = reducer.candidates(feedback), [str(reducer)]
+    if len(candidates) > 1:
+        lines = [f"{reducer}, the fastest of"]
+        if machine is None:
+            return "\n".join([*lines, *(f"  {each}" for each in candidates)])
+        feedback = feedback or reducer.remembers
+        costs = [each.cost(layout, dtype, topology, me, feedback) for each in candidates]
+        times = [predict(cost, machine).seconds for cost in costs]
+        lines += [f"  {time_text(seconds):>8}  {each}" for each, seconds in zip(candidates, times, strict=True)]
+        reducer = candidates[times.index(min(times))]
+        lines.append(f"at first {reducer}")
     cost = reducer.cost(layout, dtype, topology, me, feedback)
     dense = 2 * layout.size * np.dtype(dtype).itemsize * (topology.size - 1) / topology.size
     share = f", {cost.nbytes / dense:.2%} of the exact sum's {size_text(dense)}" if dense else ""
@@ -56,13 +47,14 @@ def _lines(
         if machine is None
         else time_line(predict(cost, machine))
     )
-    return [
+    lines += [
         f"  sends        {size_text(cost.nbytes)} per rank{share}",
         *copies,
         f"  rounds       {cost.rounds}, messages {cost.messages}{sums}",
         f"  lossy events {cost.lossy or 'none: exact, to rounding'}",
         f"  time         {time}",
     ]
+    return "\n".join(lines)
 
 
 def time_line(prediction: Prediction) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -74,10 +74,6 @@ class Machine:
     def pass_name(work: Work) -> str:
         """The key of a work in `passes`."""
         return work.op if work.codec is None else f"{work.op} {work.codec}"
-
-    def with_passes(self, passes: Mapping[str, Curve]) -> Machine:
-        """Return a machine with further passes."""
-        return replace(self, passes={**self.passes, **passes})
 
     def missing(self, costs: Sequence[Cost]) -> list[Work]:
         """Return the passes in these costs that are not measured, each once, in the same order on all ranks."""
@@ -170,8 +166,9 @@ def predict(cost: Cost, machine: Machine) -> Prediction:
     ranks = machine.ranks
     latency, wire, between, mpi = PASS * len(cost.work), 0.0, 0.0, 0.0
     if ranks > 1:
-        # Bytes through the memory of a node are reduced before they leave it; all others go to every peer alike.
-        away = 1.0 if cost.shared else _share_that_leaves(machine.nodes)
+        # Bytes through the memory of a node are reduced before they leave it; all others go to every peer alike, and
+        # the node whose link they load most is the largest.
+        away = 1.0 if cost.shared else (ranks - max(machine.nodes)) / (ranks - 1)
         slow = machine.between or machine.inside
         for link, share in ((machine.inside, 1 - away), (machine.between, away)):
             latency += cost.messages * share * link.overhead if link else 0.0
@@ -190,12 +187,6 @@ def predict(cost: Cost, machine: Machine) -> Prediction:
             unknown.append(name)
     hidden = min(between, coding) * (1 - 1 / cost.chunks)  # within a node the same core copies
     return Prediction(latency, wire, coding, mpi, hidden, tuple(unknown))
-
-
-def _share_that_leaves(nodes: Sequence[int]) -> float:
-    """Return the share of an exchange with all ranks that leaves a node, on the node whose link it loads most."""
-    ranks, largest = sum(nodes), max(nodes)
-    return (ranks - largest) / (ranks - 1)
 
 
 def seconds_at(size: int, curve: Curve) -> float:

@@ -194,7 +194,8 @@ def measure_passes(comm: Comm, machine: Machine, works: Sequence[Work]) -> Machi
             for work, curve in zip(works, curves, strict=True):
                 curve.append(Point(n, timed(comm, _pass(work, x[:n]), PASS, apart=True)))
     passes = {Machine.pass_name(work): _undisturbed(curve) for work, curve in zip(works, curves, strict=True)}
-    return replace(machine.with_passes(passes), seconds=machine.seconds + _since(comm, began))
+    seconds = machine.seconds + _since(comm, began)
+    return replace(machine, passes={**machine.passes, **passes}, seconds=seconds)
 
 
 def _pass(work: Work, x: Array) -> Callable[[], object]:

@@ -1,6 +1,6 @@
 """Reducers: from one flat array on every rank to their sum, the same bits everywhere."""
 
-from mpicomp.reducers.base import Reducer, Reduction, State, Units, rescale
+from mpicomp.reducers.base import Reducer
 from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.gather import Gather
 from mpicomp.reducers.hierarchical import Hierarchical
@@ -8,6 +8,7 @@ from mpicomp.reducers.integer import Integer
 from mpicomp.reducers.low_rank import LowRank
 from mpicomp.reducers.parts.apply import apply
 from mpicomp.reducers.parts.layout import Layout, Unit
+from mpicomp.reducers.parts.state import Reduction, State, Units, rescale
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.reducers.policies import After, ErrorFeedback, Partition
 from mpicomp.reducers.shared_support import SharedSupport

@@ -1,4 +1,4 @@
-"""What a reducer is, and the state it keeps.
+"""What a reducer is.
 
 **The law.** For every reducer, over all ranks:
 
@@ -9,125 +9,29 @@ what a step does not send stays in the residual of some rank.
 
 **Sums and means.** Reducers compute sums, and one place divides: `complete`. A reducer may fold the division into a
 pass that it makes anyway. Its `Reduction` then says so, and `complete` does not divide.
-
-**Two generations.** A step reads the old residual and writes the new one elsewhere. The state that a step was given
-stays valid until the next step. A caller who discards a step goes on with that state; nothing needs to be undone.
-
-**A state is values.** It may be copied, stored and restored between any two steps. Buffers are in a `Workspace`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from enum import IntEnum
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+from typing import ClassVar
 
 import numpy as np
 
-from mpicomp.arrays import Array, to_device, to_host
-from mpicomp.codecs.base import Codec, Key, stream_of
+from mpicomp.arrays import Array, to_host
+from mpicomp.codecs.base import Codec
 from mpicomp.comm.agreement import digest_of
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
-from mpicomp.cost import Cost, Work
-from mpicomp.kernels import kernels_for
+from mpicomp.cost import Cost
 from mpicomp.reducers.parts.layout import Layout, Piece, Unit
+from mpicomp.reducers.parts.state import End, Reduction, State, Units
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.specs import Spec
-
-Units = dict[str, dict[str, Array]]
-"""The part of a state that is worth storing, by unit name: {"layer.weight": {"residual": (size,) array}}."""
-
-
-class Reduction(NamedTuple):
-    """The result of a reduction on this rank."""
-
-    total: Array
-    """(extent,) the sum over ranks, the same bits everywhere; elements outside the layout are untouched."""
-    poisoned: bool = False
-    """Some rank's input had NaN or infinity: `total` is NaN, the state is the old one. The same on all ranks."""
-    divided: bool = False
-    """The reducer has divided `total` by the workspace's divisor."""
-    finite: bool = False
-    """`total` is known to be finite without a scan."""
-
-
-End = Callable[[], "tuple[Reduction, State]"]
-"""Completes a reduction that was begun, and returns its result and the next state."""
-
-
-@dataclass(frozen=True)
-class StatePart:
-    """What a reducer remembers of one flat array, except for the seed and the step, which the root of a state has.
-
-    `residual` (extent,) is what this rank has not sent yet, None without feedback; the next one is written to `spare`.
-    `memory` holds what else a method carries from step to step, by name. `inner` holds the parts of wrapped reducers.
-    """
-
-    layout: Layout
-    dtype: str
-    digest: int
-    residual: Array | None = None
-    spare: Array | None = None
-    memory: Mapping[str, Array] = field(default_factory=dict)
-    inner: tuple[StatePart, ...] = ()
-    extra: Any = None
-    """Further values of a reducer, in a type of its own."""
-    device: bool = False
-    """Whether the arrays are CuPy's; they begin as NumPy's."""
-
-    def placed(self, device: bool) -> Self:
-        """Return this with its arrays where the input is; they move to the GPU at the first step."""
-        if self.device or not device:
-            return self
-        residual, spare = (None if array is None else to_device(array) for array in (self.residual, self.spare))
-        memory = {name: to_device(array) for name, array in self.memory.items()}
-        inner = tuple(part.placed(device) for part in self.inner)
-        return replace(self, device=True, residual=residual, spare=spare, memory=memory, inner=inner)
-
-
-@dataclass(frozen=True)
-class State(StatePart):
-    """What a reducer remembers of one flat array; `reduce` takes one and returns the next."""
-
-    seed: int = field(kw_only=True)
-    step: int = field(kw_only=True)
-
-    def at(self, step: int) -> State:
-        """Return this state at another step."""
-        return self if self.step == step else replace(self, step=step)
-
-    def nested(self, number: int = 0) -> State:
-        """Return the state of a wrapped reducer: its part, with the seed and the step of this state."""
-        return _made(State, self.inner[number], {"seed": self.seed, "step": self.step})
-
-    @property
-    def part(self) -> StatePart:
-        """This state as part of another: without seed and step."""
-        part = _made(StatePart, self, {})
-        del vars(part)["seed"], vars(part)["step"]
-        return part
-
-    def advanced(self, **changes: Any) -> State:
-        """The next step's state: the residual that was just written becomes current."""
-        return _made(State, self, {"step": self.step + 1, "residual": self.spare, "spare": self.residual, **changes})
-
-    def key(self, piece: Piece, stage: int, rank: int) -> Key:
-        """Return the key of an encoding in this step."""
-        return Key(self.seed, self.step, stream_of(piece.unit.name), stage, rank, piece.start)
-
-
-P = TypeVar("P", bound=StatePart)
-
-
-def _made(kind: type[P], part: StatePart, changes: dict[str, Any]) -> P:
-    """Return what `replace` does, in a quarter of its 2.5 us."""
-    made = object.__new__(kind)
-    vars(made).update(vars(part), **changes)
-    return made
 
 
 class Level(IntEnum):
@@ -151,6 +55,8 @@ class Reducer(Spec, ABC):
     level: ClassVar[Level] = Level.METHOD
     takes_complex: ClassVar[bool] = True
     """Whether it sums complex arrays as twice as many real numbers."""
+    takes_integers: ClassVar[bool] = False
+    """Whether it moves and sums arrays of integers, too."""
     by_unit: ClassVar[bool] = False
     """Whether it takes different reducers for different units."""
 
@@ -231,7 +137,7 @@ class Reducer(Spec, ABC):
     ) -> tuple[Reduction, State]:
         """Sum x, (extent,) of the work dtype, over ranks into `out`, which may be x itself, or into a new array.
 
-        Consumes `state`, except that it stays valid until the next call (see the module). `work` keeps buffers from
+        Consumes `state`, except that it stays valid until the next call (see `parts.state`). `work` keeps buffers from
         call to call, and says what the total will be divided by; without one both last for this call. Collective.
         """
         out = np.empty_like(x) if out is None else out
@@ -333,45 +239,3 @@ def check_codec(reducer: Reducer, codec: object) -> Codec:
     if not isinstance(codec, Codec):
         raise TypeError(f"{type(reducer).__name__} takes a codec such as topk(density=0.01), got {codec!s}")
     return codec
-
-
-def rescale(state: StatePart, factor: float) -> None:
-    """Multiply all residuals in place, for example when the loss scale changes."""
-    if state.residual is not None:
-        np.multiply(state.residual, factor, out=state.residual)
-    for inner in state.inner:
-        rescale(inner, factor)
-
-
-def nonfinite(x: Array, old: Array | None, layout: Layout) -> bool:
-    """Whether any element of x + old in the layout's units is NaN or infinite."""
-    kernels = kernels_for(x)
-    return any(
-        kernels.nonfinite(x[unit.where], None if old is None else old[unit.where]) for unit in layout.units if unit.size
-    )
-
-
-def coding(codec: Codec, elements: int, op: str = "encode", feedback: bool = False) -> Work:
-    """Return the work of encoding or decoding `elements` elements."""
-    return Work("encode_residual" if feedback and op == "encode" else op, elements, codec)
-
-
-def complete(reduction: Reduction, layout: Layout, divisor: int, watched: bool = True) -> bool:
-    """Divide the units of a total by `divisor` in place, unless the reducer has; return whether they are finite.
-
-    Means are made of sums nowhere else. If not `watched`, no pass over a sum is made to find NaN and infinity.
-    """
-    total, finite = reduction.total, not reduction.poisoned
-    if divisor > 1 and not reduction.divided:
-        for unit in layout.units:
-            finite &= kernels_for(total).divide(total[unit.where], divisor)
-        return finite
-    if reduction.finite or not (watched or divisor > 1):
-        return finite
-    return finite and not nonfinite(total, None, layout)
-
-
-def poisoned_total(out: Array, layout: Layout) -> Reduction:
-    """Return the result for an input with NaN or infinity on some rank."""
-    layout.fill(out, np.nan)
-    return Reduction(out, poisoned=True)

@@ -16,10 +16,11 @@ from mpicomp.comm.primitives import allreduce, as_bytes, begin_exchange, peers
 from mpicomp.comm.topology import Topology
 from mpicomp.comm.watch import wait
 from mpicomp.cost import Cost, Work
-from mpicomp.reducers.base import End, Reducer, Reduction, State, nonfinite
+from mpicomp.reducers.base import Reducer
 from mpicomp.reducers.parts.layout import Layout, cut_up, even_cuts
 from mpicomp.reducers.parts.pipeline import round_robin
 from mpicomp.reducers.parts.ring import ring_cost, ring_slots, ring_sum
+from mpicomp.reducers.parts.state import End, Reduction, State, nonfinite
 from mpicomp.reducers.parts.workspace import Workspace
 
 ALGORITHMS = ("best", "mpi", "two_shot", "ring")
@@ -130,6 +131,7 @@ class Dense(Reducer):
     spec_name: ClassVar[str] = "dense"
     on_gpu: ClassVar[bool] = True
     exact: ClassVar[bool] = True
+    takes_integers: ClassVar[bool] = True
     algorithm: str = "best"
 
     def __post_init__(self) -> None:
@@ -148,7 +150,6 @@ class Dense(Reducer):
         return "two_shot" if nbytes >= TWO_SHOT_FROM and ranks > FEW else "mpi"
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
-        """See Reducer."""
         ranks, itemsize = topology.size, np.dtype(dtype).itemsize
         nbytes = layout.size * itemsize
         algorithm = self._algorithm(nbytes, topology)

@@ -7,16 +7,16 @@ from typing import ClassVar
 
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
-from mpicomp.codecs.bounded import Bounded
+from mpicomp.codecs.bounded import Bounded, bound_of_sum
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.primitives import peers
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
-from mpicomp.reducers.base import Reducer, Reduction, State, check_codec, coding, poisoned_total
-from mpicomp.reducers.parts.bounds import bound_of_sum
+from mpicomp.reducers.base import Reducer, check_codec
 from mpicomp.reducers.parts.layout import Layout
-from mpicomp.reducers.parts.messages import Message, encode_all, message_nbytes
+from mpicomp.reducers.parts.messages import Message, coding, encode_all, message_nbytes
 from mpicomp.reducers.parts.pipeline import MessageExchange, groups, round_robin
+from mpicomp.reducers.parts.state import Reduction, State, poisoned_total
 from mpicomp.reducers.parts.workspace import Workspace
 
 
@@ -40,7 +40,6 @@ class Gather(Reducer):
         return self if bound is None else Gather(Bounded(abs=bound / ranks))
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
-        """See Reducer."""
         peers = topology.size - 1
         sizes = [message_nbytes(self.codec, part, dtype) for part in groups(layout.whole(), self.codec)]
         lengths = 1 if self.codec.fixed else 2

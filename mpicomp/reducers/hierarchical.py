@@ -34,10 +34,11 @@ from mpicomp.comm.topology import Topology
 from mpicomp.comm.windows import Window
 from mpicomp.cost import Cost, Work
 from mpicomp.errors import ConfigMismatchError
-from mpicomp.reducers.base import Level, Reducer, Reduction, State, Units, complete, nonfinite, poisoned_total
+from mpicomp.reducers.base import Level, Reducer
 from mpicomp.reducers.parts.layout import Layout, Unit
 from mpicomp.reducers.parts.messages import check_header
 from mpicomp.reducers.parts.node_shards import NodeShards
+from mpicomp.reducers.parts.state import Reduction, State, Units, complete, nonfinite, poisoned_total
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.reducers.policies.base import Wrapper
 from mpicomp.wire import POISON, Header, read_header, write_header
@@ -67,7 +68,6 @@ class Hierarchical(Wrapper):
         super().__post_init__()
 
     def running(self, state: State) -> Reducer:
-        """See Reducer."""
         return self
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
@@ -145,12 +145,10 @@ class Hierarchical(Wrapper):
         return units
 
     def absorbing(self, state: State) -> tuple[Unit, ...]:
-        """See Reducer."""
         fed = any(part.residual is not None for part in (state, *state.inner))
         return state.layout.units if fed else ()
 
     def absorb(self, comm: Comm, dropped: Array, state: State) -> None:
-        """See Reducer."""
         shards = _shards(state)
         if shards is None:
             self.reducer.absorb(comm, dropped, state)

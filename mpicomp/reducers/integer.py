@@ -27,10 +27,12 @@ from mpicomp.comm.primitives import allreduce
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
 from mpicomp.kernels import host_kernels
-from mpicomp.reducers.base import Reducer, Reduction, State, coding, poisoned_total
+from mpicomp.kernels.shared import Code
+from mpicomp.reducers.base import Reducer
 from mpicomp.reducers.parts.layout import Layout, Piece, shards
-from mpicomp.reducers.parts.messages import Envelope, residuals
+from mpicomp.reducers.parts.messages import Envelope, coding, residuals
 from mpicomp.reducers.parts.pipeline import Steps, TwoStages, shard_groups
+from mpicomp.reducers.parts.state import Reduction, State, poisoned_total
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.wire import Field, MessageLayout
 
@@ -63,11 +65,9 @@ class Integer(Reducer):
 
     @property
     def contractive(self) -> bool:
-        """See the class."""
         return not self.stochastic or self.bits >= 3
 
     def contraction(self) -> Reducer:
-        """See Reducer."""
         return self if self.contractive else replace(self, stochastic=False)
 
     def width(self, ranks: int) -> int:
@@ -77,27 +77,18 @@ class Integer(Reducer):
             raise ValueError(f"sums of {ranks} ranks at {self.bits} bits take {width} bits; at most 32 are possible")
         return width
 
-    def blocks(self, layout: Layout) -> int:
-        """The number of blocks of all units."""
-        return sum(-(-unit.size // self.block) for unit in layout.units)
-
     def fields(self, pieces: list[Piece], width: int) -> list[tuple[Field, ...]]:
         """The fields of each piece in a message."""
         return [(Field((packed_bytes(piece.size, width, self.block),), "|u1"),) for piece in pieces]
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
-        """See Reducer."""
         ranks = topology.size
         if not layout.size:
             return Cost()
-        maxima = self.blocks(layout) * np.dtype(dtype).itemsize
+        maxima = sum(-(-unit.size // self.block) for unit in layout.units) * np.dtype(dtype).itemsize
         parts = shard_groups(layout, self.quantizer, ranks)
-        sent = [
-            MessageLayout(self.fields(part, self.bits)).nbytes
-            for peer, own in enumerate(parts)
-            if peer != me
-            for part in own
-        ]
+        others = [part for peer, shard in enumerate(parts) if peer != me for part in shard]
+        sent = [MessageLayout(self.fields(part, self.bits)).nbytes for part in others]
         shared = [MessageLayout(self.fields(part, self.width(ranks))).nbytes for part in parts[me]]
         mine = sum(piece.size for part in parts[me] for piece in part)
         return Cost(
@@ -129,7 +120,6 @@ class Integer(Reducer):
         return (Reduction(out), state.advanced()) if finite else (poisoned_total(out, state.layout), state)
 
     def rehearse(self, x: Array, total: Array) -> list[Array]:
-        """See Reducer."""
         state = self.init(Layout.single(x.shape), x.dtype.name, feedback=True)
         buffers = _Buffers(self, state.layout, state.dtype, 1, 0)
         steps = _Steps(x, state, total, 0, self, buffers)
@@ -181,30 +171,17 @@ class _Steps(Steps[Envelope]):
             host_kernels(x).block_tops(x[unit.where], old, buffers.tops[buffers.blocks[unit.name]], self.reducer.block)
 
     def encode(self, messages: Sequence[Envelope]) -> Iterator[bool]:
-        """See Steps."""
         x, state, how = self.x, self.state, self.reducer.quantizer
         for message in messages:
             for piece, (packed,) in zip(message.pieces, message.payloads, strict=True):
                 key = state.key(piece, 0, self.me)
-                host_kernels(x).encode_blocks(
-                    x[piece.where],
-                    *residuals(state, piece.where),
-                    self._scales_of(piece),
-                    None,
-                    packed,
-                    how.grid,
-                    "shared",
-                    how.width,
-                    how.block,
-                    how.levels,
-                    stochastic=how.random,
-                    base=key.base() if how.random else 0,
-                    start=key.start,
-                )
+                base = key.base() if how.random else 0
+                code = Code(how.grid, how.width, how.block, "shared", how.levels, how.random, 1.0, base, key.start)
+                old, new = residuals(state, piece.where)
+                host_kernels(x).encode_blocks(x[piece.where], old, new, self._scales_of(piece), None, packed, code)
             yield True
 
     def add(self, share: Envelope, received: dict[int, Envelope]) -> bool:
-        """See Steps."""
         for place, (piece, (packed,)) in enumerate(zip(share.pieces, share.payloads, strict=True)):
             sums = self.buffers.sums[: piece.size]
             kernels = host_kernels(sums)
@@ -215,7 +192,6 @@ class _Steps(Steps[Envelope]):
         return True
 
     def decode(self, share: Envelope, owner: int) -> bool:
-        """See Steps."""
         finite, width, block = True, self.buffers.width, self.reducer.block
         for piece, (packed,) in zip(share.pieces, share.payloads, strict=True):
             target = self.out[piece.where]

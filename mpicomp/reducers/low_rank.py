@@ -27,10 +27,11 @@ from mpicomp.comm.primitives import allreduce
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
 from mpicomp.kernels import host_kernels
-from mpicomp.reducers.base import Reducer, Reduction, State, Units, poisoned_total
+from mpicomp.reducers.base import Reducer
 from mpicomp.reducers.parts.factors import Factors, PerUnit, magnitude
 from mpicomp.reducers.parts.layout import Layout
 from mpicomp.reducers.parts.messages import SAFE
+from mpicomp.reducers.parts.state import Reduction, State, Units, poisoned_total
 from mpicomp.reducers.parts.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -53,7 +54,6 @@ class LowRank(Reducer):
         check_integer("rank", self.rank, 1)
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
-        """See Reducer."""
         itemsize, ranks = np.dtype(dtype).itemsize, topology.size
         factors = Factors(layout, self.rank)
         sizes = [size * itemsize for size in factors.sizes if size]
@@ -77,7 +77,6 @@ class LowRank(Reducer):
         return {name: {"q": warm[matrix.q].reshape(-1, self.rank)} for name, matrix in matrices.items()}
 
     def restore(self, state: State, units: Units) -> State:
-        """See Reducer."""
         state = super().restore(state, units)
         for name, matrix in Factors(state.layout, self.rank).matrices.items():
             if "q" in units.get(name, {}):
@@ -113,7 +112,6 @@ class LowRank(Reducer):
         return Reduction(out, divided=work.exact, finite=top < SAFE), state.advanced(memory={"q": warm})
 
     def rehearse(self, x: Array, total: Array) -> list[Array]:
-        """See Reducer."""
         p, q, whole = x[:120].reshape(30, 4).copy(), x[120:200].reshape(20, 4).copy(), total[:600].reshape(30, 20)
         kernels = host_kernels(p)
         kernels.orthogonalise(p, Key().base())

@@ -12,10 +12,11 @@ from mpicomp.codecs.base import Codec
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost
-from mpicomp.reducers.base import Reducer, Reduction, State, check_codec, coding, poisoned_total
+from mpicomp.reducers.base import Reducer, check_codec
 from mpicomp.reducers.dense import two_shot_cost, two_shot_rows, two_shot_sum
 from mpicomp.reducers.parts.layout import Layout
-from mpicomp.reducers.parts.messages import Message, message_nbytes
+from mpicomp.reducers.parts.messages import Message, coding, message_nbytes
+from mpicomp.reducers.parts.state import Reduction, State, poisoned_total
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.wire import ALIGN, HEADER, Field
 
@@ -36,7 +37,6 @@ class SharedSupport(Reducer):
             raise ValueError(f"shared_support needs a linear codec such as randomk, got {self.codec}; use two_stage")
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
-        """See Reducer."""
         values = message_nbytes(self.codec, layout.whole(), dtype)
         if not values:
             return Cost()

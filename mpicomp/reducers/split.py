@@ -34,12 +34,13 @@ from mpicomp.comm.primitives import peers
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
 from mpicomp.kernels import host_kernels
-from mpicomp.reducers.base import Reducer, Reduction, State, check_codec, coding, poisoned_total
+from mpicomp.reducers.base import Reducer, check_codec
 from mpicomp.reducers.parts.entries import Entries, EntryCodec, check_selecting, select_units
 from mpicomp.reducers.parts.layout import Layout
-from mpicomp.reducers.parts.messages import encode, residuals
+from mpicomp.reducers.parts.messages import coding, encode, residuals
 from mpicomp.reducers.parts.parcels import WHOLE, Parcel, Parcels
 from mpicomp.reducers.parts.regions import Division, Region, divide, histogram_nbytes, owned_regions
+from mpicomp.reducers.parts.state import Reduction, State, poisoned_total
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.wire import ALIGN, HEADER, Payload
 
@@ -146,7 +147,6 @@ class Split(Reducer):
         return (poisoned_total(out, state.layout), state) if step.poisoned else (Reduction(out), state.advanced())
 
     def rehearse(self, x: Array, total: Array) -> list[Array]:
-        """See Reducer."""
         kernels, size = host_kernels(x), x.size
         marks, places = np.zeros(-(-size // 64), np.uint64), np.arange(0, size, 3, dtype=np.uint32)
         total[...] = 0

@@ -21,10 +21,11 @@ from mpicomp.comm.topology import Topology
 from mpicomp.comm.watch import wait
 from mpicomp.cost import Cost, Work
 from mpicomp.kernels import host_kernels
-from mpicomp.reducers.base import Reducer, Reduction, State, check_codec, coding, poisoned_total
+from mpicomp.reducers.base import Reducer, check_codec
 from mpicomp.reducers.parts.entries import Entries, EntryCodec, check_selecting, select_units
 from mpicomp.reducers.parts.layout import Layout
-from mpicomp.reducers.parts.messages import Message, check_header, message_nbytes, residuals
+from mpicomp.reducers.parts.messages import Message, check_header, coding, message_nbytes, residuals
+from mpicomp.reducers.parts.state import Reduction, State, poisoned_total
 from mpicomp.reducers.parts.workspace import Workspace
 
 
@@ -60,7 +61,6 @@ class Tree(Reducer):
             raise ValueError(f"tree needs a codec that keeps a fixed number of entries, such as topk, got {self.codec}")
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
-        """See Reducer."""
         nbytes, depth = message_nbytes(self.codec, layout.whole(), dtype), (topology.size - 1).bit_length()
         messages = (me > 0) + len(children(me, topology.size)) if nbytes else 0
         return Cost(
@@ -79,7 +79,10 @@ class Tree(Reducer):
         sequence, below = comm.next_call(), children(comm.rank, comm.size)
         whole, *parts = (work.shrink(self.codec, subtree_size(each, comm.size)) for each in (0, comm.rank, *below))
         shrinks = [parts[0], whole, *parts[1:]]
-        mine, total, *received = work.made(("messages", whole), lambda: self._messages(state, shrinks))
+        mine, total, *received = work.made(
+            ("messages", whole),
+            lambda: [Message(self.codec, state.layout.whole(), state.dtype, shrink=shrink) for shrink in shrinks],
+        )
         arrivals = [begin_receive(comm, m.buffer, child) for m, child in zip(received, below, strict=True)]
 
         entries = select_units(self.codec, x, state)
@@ -104,7 +107,6 @@ class Tree(Reducer):
         return (poisoned_total(out, state.layout), state) if poisoned else (Reduction(out), state.advanced())
 
     def rehearse(self, x: Array, total: Array) -> list[Array]:
-        """See Reducer."""
         kernels, k = host_kernels(x), x.size // 4
         places = np.arange(k, dtype=np.uint32)
         merged, values = np.zeros(2 * k, np.uint32), np.zeros(2 * k, x.dtype)
@@ -112,10 +114,6 @@ class Tree(Reducer):
         kept, numbers, rest = np.zeros(k, x.dtype), np.zeros(k, np.uint32), np.zeros(count, x.dtype)
         kernels.select_top(values[:count], None, rest, k).write(kept, numbers, zero=True)
         return [merged[:count], kept, numbers, rest]
-
-    def _messages(self, state: State, shrinks: list[float]) -> list[Message]:
-        """One message per factor by which it is scaled."""
-        return [Message(self.codec, state.layout.whole(), state.dtype, shrink=shrink) for shrink in shrinks]
 
     def _merged(self, entries: list[Entries], message: Message, state: State, source: int) -> list[Entries]:
         """Add a child's entries and keep as many of the sums; the others go to this rank's residual."""

@@ -16,15 +16,15 @@ import numpy as np
 
 from mpicomp.arrays import Array, empty
 from mpicomp.codecs.base import Codec
-from mpicomp.codecs.bounded import Bounded
+from mpicomp.codecs.bounded import Bounded, bound_of_sum
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
-from mpicomp.reducers.base import Reducer, Reduction, State, check_codec, coding, poisoned_total
-from mpicomp.reducers.parts.bounds import bound_of_sum
+from mpicomp.reducers.base import Reducer, check_codec
 from mpicomp.reducers.parts.layout import Layout, Piece, shards
-from mpicomp.reducers.parts.messages import Message, encode_all, message_nbytes
+from mpicomp.reducers.parts.messages import Message, coding, encode_all, message_nbytes
 from mpicomp.reducers.parts.pipeline import Steps, TwoStages, shard_groups
+from mpicomp.reducers.parts.state import Reduction, State, poisoned_total
 from mpicomp.reducers.parts.workspace import Workspace
 
 
@@ -65,7 +65,6 @@ class TwoStage(Reducer):
         return TwoStage(Bounded(abs=bound / (2 * max(1, ranks - 1))), Bounded(abs=bound / 2))
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
-        """See Reducer."""
         ranks = topology.size
         parts = shard_groups(layout, self.codec, ranks)
         others = [part for peer, shard in enumerate(parts) if peer != me for part in shard]
@@ -122,11 +121,9 @@ class _Steps(Steps[Message]):
     factor: float
 
     def encode(self, messages: Sequence[Message]) -> Iterable[bool]:
-        """See Steps."""
         return encode_all(messages, self.x, self.state, 0, self.me)
 
     def add(self, share: Message, received: dict[int, Message]) -> bool:
-        """See Steps."""
         if self.codec.linear:
             return _sum_payloads(list(received.values()), share)
         total, state = self.total[: share.packed[-1].stop], self.state
@@ -137,7 +134,6 @@ class _Steps(Steps[Message]):
         return share.encode(total, state, 1, self.me, packed=True)
 
     def decode(self, share: Message, owner: int) -> bool:
-        """See Steps."""
         share.decode(self.out, self.state, 1, owner, self.factor)
         return share.cannot_overflow
 

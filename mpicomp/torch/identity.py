@@ -1,7 +1,5 @@
 """What torch asks of every process group: names, rank and size."""
 
-# ruff: noqa: D102 (the names are torch's)
-
 from __future__ import annotations
 
 from typing import TYPE_CHECKING

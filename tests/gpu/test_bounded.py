@@ -8,6 +8,7 @@ from compare import normal, poisoned, same
 
 from mpicomp.codecs.bounded import settings
 from mpicomp.kernels import cpu, gpu
+from mpicomp.kernels.shared import Bound
 
 BOUNDS = ((1e-3, None), (0.5, None), (1e-30, None), (1e30, None), (None, 1e-3), (None, 0.3), (None, 1e-8))
 SIZES = (1, 2, 9, 255, 256, 257, 2048, 4095, 4096, 4097, 9003)  # blocks are 256 elements, tiles 2048 or 4096
@@ -40,7 +41,7 @@ def encoded(device, x, bound, shift=0, old=None, new=None):
     """Encode with both; return headers, words and how many of them were written."""
     headers = poisoned(-(-x.size // BLOCK), "u1")
     words = poisoned(x.size, f"u{x.itemsize}")
-    count, wrote = same(device, "encode_bounded", x, old, new, headers, words, *bound, shift=shift)
+    count, wrote = same(device, "encode_bounded", x, old, new, headers, words, bound, shift=shift)
     return wrote[-2], wrote[-1], count
 
 
@@ -53,9 +54,8 @@ def test_blocks_of_every_kind(device, dtype, limits):
         for fed in (None, old.astype(dtype)):
             encoded(device, x, bound, shift, fed, poisoned(size, dtype))
         headers, words, count = encoded(device, x, bound, shift)
-        rest = bound.relative, bound.step, bound.shift
-        same(device, "decode_bounded", headers, words, normal(size, dtype), *rest, -0.7, shift=shift)
-        assert cpu.bounded_valid(headers, words[:count], size, *rest)
+        same(device, "decode_bounded", headers, words, normal(size, dtype), bound, -0.7, shift=shift)
+        assert cpu.bounded_valid(headers, words[:count], size, bound)
 
 
 @itemsizes
@@ -64,7 +64,7 @@ def test_the_blocks_above_are_of_every_mode(dtype):
     for limits in BOUNDS:
         x, bound = blocks(9003, dtype, 9003), settings(*limits, dtype)
         headers, words = poisoned(-(-x.size // BLOCK), "u1"), poisoned(x.size, f"u{x.itemsize}")
-        cpu.encode_bounded(x, None, None, headers, words, *bound)
+        cpu.encode_bounded(x, None, None, headers, words, bound)
         modes |= {(int(header) // 64, int(header) % 64 if header < 64 else -1) for header in headers}
     assert modes == {(0, 0), (0, 1), (1, -1), (2, -1), (3, -1)}
 
@@ -76,7 +76,7 @@ def test_what_is_not_finite_is_kept(device, dtype, limits):
     x = blocks(1200, dtype)
     x[[3, 300, 600, 1100]] = np.nan, np.inf, -np.inf, -0.0
     headers, words, count = encoded(device, x, bound)
-    assert not cpu.bounded_valid(headers, words[:count], x.size, bound.relative, bound.step, bound.shift)
+    assert not cpu.bounded_valid(headers, words[:count], x.size, bound)
 
 
 @itemsizes
@@ -92,8 +92,7 @@ def test_every_width(device, dtype, limits):
         x = np.concatenate([1 + rng.uniform(0, 2.0 ** (width - 12), BLOCK) for width in widths])
     x = x.astype(dtype)
     headers, words, _ = encoded(device, x, bound)
-    rest = bound.relative, bound.step, bound.shift
-    same(device, "decode_bounded", headers, words, normal(x.size, dtype), *rest, 1.0)
+    same(device, "decode_bounded", headers, words, normal(x.size, dtype), bound, 1.0)
     assert len(set(headers % 64)) > 8
 
 
@@ -105,8 +104,7 @@ def test_in_place(device, turns, limits):
         given = blocks(9003, "float32"), normal(9003, seed=1)
         encoded(device, given[0], bound, 0, given[1], given[place])
     headers, words, _ = encoded(device, given[0], bound)
-    rest = bound.relative, bound.step, bound.shift
-    same(device, "decode_bounded", headers, words, normal(9003), *rest, 1.0)
+    same(device, "decode_bounded", headers, words, normal(9003), bound, 1.0)
 
 
 @itemsizes
@@ -114,7 +112,7 @@ def test_edges_of_rules(device, dtype):
     """An error that equals the limit is too large; codes of two bits are not folded."""
     half = int(np.array(0.5, dtype).view(f"u{np.dtype(dtype).itemsize}"))
     x = np.arange(3 * BLOCK) % 7 + np.where(np.arange(3 * BLOCK) == 300, 0.5, 0.0)
-    headers, _, _ = encoded(device, x.astype(dtype), (False, 1.0, 1.0, half, 0))
+    headers, _, _ = encoded(device, x.astype(dtype), Bound(False, 1.0, 1.0, half, 0))
     assert [header // 64 for header in headers] == [1, 0, 1]
     bound = settings(None, 1e-3, dtype)
     least = np.ldexp(np.finfo(dtype).smallest_subnormal, bound.shift)
@@ -127,6 +125,6 @@ def test_edges_of_rules(device, dtype):
 def test_nothing(device, dtype):
     empty, words = np.empty(0, np.uint8), np.empty(0, f"u{np.dtype(dtype).itemsize}")
     bound = settings(0.1, None, dtype)
-    count, _ = same(device, "encode_bounded", np.empty(0, dtype), None, None, empty, words, *bound)
+    count, _ = same(device, "encode_bounded", np.empty(0, dtype), None, None, empty, words, bound)
     assert count == 0
-    gpu.decode_bounded(*map(device.asarray, (empty, words, np.empty(0, dtype))), False, 0.1, 0)
+    gpu.decode_bounded(*map(device.asarray, (empty, words, np.empty(0, dtype))), bound)

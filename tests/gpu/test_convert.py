@@ -31,11 +31,11 @@ def numbers(size, dtype, seed=0):
 def test_narrow(device, dtype, half, size):
     for shift in (0, 1):
         x, old = numbers(size, dtype), numbers(size, dtype, 1)[::-1].copy()
-        same(device, "narrow", x, poisoned(size, "u2"), half, shift=shift)
+        same(device, "narrow", x, None, None, poisoned(size, "u2"), half, shift=shift)
         finite = np.isfinite(x) & np.isfinite(old)  # infinity less infinity is any NaN
         x[~finite], old[~finite] = 0, -0.0
         for given in (None, old):
-            same(device, "narrow_residual", x, given, poisoned(size, dtype), poisoned(size, "u2"), half, shift=shift)
+            same(device, "narrow", x, given, poisoned(size, dtype), poisoned(size, "u2"), half, shift=shift)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -45,7 +45,7 @@ def test_nan(device, dtype, half):
     nan = np.array([0x7FC00000, 0xFFC12345, 0x7F800001, 0x7FFFFFFF], np.uint32).view(np.float32)
     if dtype == "float64":
         nan = np.array([0x7FF8 << 48, 0xFFF8123456789ABC, 0x7FF << 52 | 1, 2**63 - 1], np.uint64).view(np.float64)
-    same(device, "narrow", np.resize(nan, 4099), poisoned(4099, "u2"), half)
+    same(device, "narrow", np.resize(nan, 4099), None, None, poisoned(4099, "u2"), half)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -54,7 +54,7 @@ def test_all_bits_are_widened(device, dtype, half):
     bits = np.arange(65_536).astype(np.uint16)
     same(device, "widen", bits, poisoned(bits.size, dtype), half)
     finite = bits[bits & 0x7FFF < (0x7C00 if half == "float16" else 0x7F80)]
-    same(device, "widen_add", finite, normal(finite.size, dtype), 0.3, half)
+    same(device, "widen", finite, normal(finite.size, dtype), half, 0.3)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -64,16 +64,16 @@ def test_widen(device, dtype, half, size):
     bits = np.random.default_rng(size).integers(0, 0x7C00, size).astype(np.uint16)
     for shift in (0, 1):
         same(device, "widen", bits, poisoned(size, dtype), half, shift=shift)
-        same(device, "widen_add", bits, normal(size, dtype), -1.7, half, shift=shift)
+        same(device, "widen", bits, normal(size, dtype), half, -1.7, shift=shift)
 
 
 @pytest.mark.parametrize("place", range(4))
 def test_one_array_begins_elsewhere(device, place):
     shift = tuple(int(i == place) for i in range(4))
     x, old = normal(4100), normal(4100, seed=1)
-    same(device, "narrow_residual", x, old, poisoned(4100, "f4"), poisoned(4100, "u2"), "bfloat16", shift=shift)
+    same(device, "narrow", x, old, poisoned(4100, "f4"), poisoned(4100, "u2"), "bfloat16", shift=shift)
     if place < 2:
-        same(device, "widen_add", np.arange(4100, dtype=np.uint16), x, 0.3, "bfloat16", shift=shift)
+        same(device, "widen", np.arange(4100, dtype=np.uint16), x, "bfloat16", 0.3, shift=shift)
 
 
 @pytest.mark.parametrize("half", HALVES)
@@ -81,9 +81,9 @@ def test_in_place(device, turns, half):
     """The residual may replace the old one, or x."""
     x, old = normal(5000), normal(5000, seed=1)
     for given in ((x, old, old), (x, old, x), (x, None, x)):
-        same(device, "narrow_residual", *given, poisoned(5000, "u2"), half)
+        same(device, "narrow", *given, poisoned(5000, "u2"), half)
 
 
 def test_half_types_have_names(device):
     with pytest.raises(ValueError, match="float16 or bfloat16, got float8"):
-        gpu.narrow(device.zeros(3, "float32"), device.zeros(3, "u2"), "float8")
+        gpu.narrow(device.zeros(3, "float32"), None, None, device.zeros(3, "u2"), "float8")

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from compare import normal, poisoned, same
 
+from mpicomp.kernels.shared import Code
+
 FORMATS = {"e4m3": 8, "e5m2": 8, "e2m1": 4}
 SIZES = (0, 1, 7, 33, 511, 2048, 4096 + 512, 8192 + 530)  # tiles are 2048 or 4096 elements, blocks 512
 
@@ -20,6 +22,10 @@ def spread(size, dtype, seed=0):
         part[...] = np.ldexp(rng.standard_normal(part.size), power)
     with np.errstate(over="ignore", under="ignore"):
         return x.astype(dtype)
+
+
+def powers(block, shrink=1.0, base=3, start=0):
+    return Code("powers", 8, block, shrink=shrink, base=base, start=start)
 
 
 def codes_of(size, bits):
@@ -75,7 +81,7 @@ def test_one_array_begins_elsewhere(device, place):
     exponents, packed = poisoned(size // 32, "u1"), poisoned(size // 2, "u1")
     _, wrote = same(device, "encode_floats", x, old, new, exponents, packed, "e2m1", shift=shift)
     scales, codes = poisoned(size // 256, "f4"), poisoned(size, "u1")
-    _, power = same(device, "encode_powers", x, old, new, scales, codes, 256, 1.0, 3, 0, shift=shift)
+    _, power = same(device, "encode_powers", x, old, new, scales, codes, powers(256), shift=shift)
     if place < 3:
         same(device, "decode_floats", wrote[-2], wrote[-1], x, "e2m1", shift=shift)
         same(device, "decode_powers", power[-2], power[-1], x, 256, shift=shift)
@@ -103,8 +109,8 @@ def test_powers(device, dtype, block, size):
         new = poisoned(size, dtype) if feedback else None
         scales, codes = poisoned(-(-size // block), dtype), poisoned(size, "u1")
         start = 2**32 - 100 if fed else 7
-        options = (block, 8 / 9 if fed else 1.0, 0x9E3779B97F4A7C15, start)
-        _, wrote = same(device, "encode_powers", x, old, new, scales, codes, *options, shift=shift)
+        how = powers(block, 8 / 9 if fed else 1.0, 0x9E3779B97F4A7C15, start)
+        _, wrote = same(device, "encode_powers", x, old, new, scales, codes, how, shift=shift)
         same(device, "decode_powers", wrote[-2], wrote[-1], normal(size, dtype), block, 0.3, shift=shift)
 
 
@@ -113,7 +119,7 @@ def test_powers_of_what_is_not_finite(device, dtype):
     """A NaN makes a scale of NaN; of infinity is kept what a scale can be."""
     x = np.zeros(2048, dtype)
     x[300], x[600], x[800], x[1030], x[1031] = np.nan, np.inf, -np.inf, np.finfo(dtype).max, 1
-    same(device, "encode_powers", x, None, None, poisoned(8, dtype), poisoned(2048, "u1"), 256, 1.0, 5, 0)
+    same(device, "encode_powers", x, None, None, poisoned(8, dtype), poisoned(2048, "u1"), powers(256, base=5))
 
 
 @pytest.mark.parametrize("block", [256, 4096])
@@ -121,4 +127,4 @@ def test_powers_in_place(device, turns, block):
     x, old = normal(5000), normal(5000, seed=1)
     for given in ((x, old, old), (x, old, x)):
         scales, codes = poisoned(-(-5000 // block), "float32"), poisoned(5000, "u1")
-        same(device, "encode_powers", *given, scales, codes, block, 1.0, 3, 0)
+        same(device, "encode_powers", *given, scales, codes, powers(block))

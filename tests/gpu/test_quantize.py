@@ -8,6 +8,7 @@ from compare import normal, poisoned, same
 
 from mpicomp.codecs.checks import packed_bytes
 from mpicomp.kernels import cpu, gpu
+from mpicomp.kernels.shared import Code
 
 DTYPES = ["float32", "float64"]
 LEVELS = {  # of so many bits
@@ -45,22 +46,15 @@ def encode(device, x, old, grid, rule, bits, block, *, shift=0, feedback=True, r
         poisoned(blocks, x.dtype) if scales is None else scales,
         poisoned(blocks, x.dtype) if grid == "range" else None,
         poisoned(packed_bytes(x.size, bits, block), np.uint8),
-        grid,
-        rule,
-        bits,
-        block,
-        LEVELS[grid](bits),
+        Code(grid, bits, block, rule, LEVELS[grid](bits), random, **options),
         shift=shift,
-        stochastic=random,
-        **options,
     )[1]
 
 
-def decode(device, scales, lows, packed, size, grid, bits, block, **options):
-    out = normal(size, scales.dtype.name, 5)
-    same(device, "decode_blocks", scales, lows, packed, out, grid, bits, block, **options)
-    empty = poisoned(size, scales.dtype)
-    same(device, "decode_blocks", scales, lows, packed, empty, grid, bits, block, fresh=True, **options)
+def decode(device, scales, lows, packed, size, grid, bits, block, factor=1.0, shift=0):
+    for out, fresh in ((normal(size, scales.dtype.name, 5), False), (poisoned(size, scales.dtype), True)):
+        how = Code(grid, bits, block), factor, fresh
+        same(device, "decode_blocks", scales, lows, packed, out, *how, shift=shift)
 
 
 def check(device, x, old, grid, rule, bits, block, *, shift=0, feedback=True, **options):
@@ -118,7 +112,8 @@ def test_in_place(device, block):
         x, old = normal(size), normal(size, seed=1)
         scales, packed = poisoned(-(-size // block), "float32"), poisoned(packed_bytes(size, 4, block), np.uint8)
         new = (x, old)[aliased]
-        same(device, "encode_blocks", x, old, new, scales, None, packed, "symmetric", "largest", 4, block, 7)
+        how = Code("symmetric", 4, block, "largest", 7)
+        same(device, "encode_blocks", x, old, new, scales, None, packed, how)
 
 
 def extremes(dtype):
@@ -161,8 +156,8 @@ def test_nonfinite_numbers(device, grid, rule, bits, random, dtype):
             poisoned(24 * bits, "u1"),
         )
         arrays = [array(a) for a in (x, new, scales, lows, packed)]
-        levels = LEVELS[grid](bits)
-        kernels.encode_blocks(arrays[0], None, *arrays[1:], grid, rule, bits, 32, levels, stochastic=random)
+        how = Code(grid, bits, 32, rule, LEVELS[grid](bits), random)
+        kernels.encode_blocks(arrays[0], None, *arrays[1:], how)
         mine.append([a if kernels is cpu else a.get() for a in arrays[1:]])
     for theirs, ours in zip(*mine, strict=True):
         np.testing.assert_array_equal(ours, theirs)  # NaN equals NaN

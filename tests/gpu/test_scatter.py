@@ -18,10 +18,10 @@ def test_places(device, turns, dtype, size, k):
     x, old, places, shift = normal(size, dtype), normal(size, dtype, 1), cpu.random_support(size, k, 5), size % 2
     x[::7] = 0.0
     x[::50] = -0.0
-    same(device, "gather", x, places, poisoned(k, dtype), factor=0.3, shift=shift)
-    same(device, "gather_residual", x, old, poisoned(size, dtype), places, poisoned(k, dtype), factor=0.3, shift=shift)
-    same(device, "gather_residual", x, old, old, places, poisoned(k, dtype), shift=shift)
-    same(device, "gather_residual", x, None, poisoned(size, dtype), places, poisoned(k, dtype), 3.0)
+    same(device, "gather", x, None, None, places, poisoned(k, dtype), factor=0.3, shift=shift)
+    same(device, "gather", x, old, poisoned(size, dtype), places, poisoned(k, dtype), factor=0.3, shift=shift)
+    same(device, "gather", x, old, old, places, poisoned(k, dtype), shift=shift)
+    same(device, "gather", x, None, poisoned(size, dtype), places, poisoned(k, dtype), 3.0)
     same(device, "scatter_add", places, normal(k, dtype, 2), old, scale=0.3, shift=shift)
     same(device, "put_at", places, normal(k, dtype, 2), old, shift=shift)
 
@@ -30,8 +30,8 @@ def test_places(device, turns, dtype, size, k):
 def test_more_places_than_one_grid_takes(device, monkeypatch, dtype):
     monkeypatch.setattr(launch, "BLOCKS", 2)
     x, places = normal(9000, dtype), cpu.random_support(9000, 5000, 5)
-    same(device, "gather", x, places, poisoned(5000, dtype))
-    same(device, "gather_residual", x, None, poisoned(9000, dtype), places, poisoned(5000, dtype), 0.7)
+    same(device, "gather", x, None, None, places, poisoned(5000, dtype))
+    same(device, "gather", x, None, poisoned(9000, dtype), places, poisoned(5000, dtype), 0.7)
     same(device, "scatter_add", places, normal(5000, dtype, 2), x, scale=0.3)
     same(device, "put_at", places, normal(5000, dtype, 2), x)
     same(device, "random_support", 9000, 4000, 1)
@@ -39,7 +39,7 @@ def test_more_places_than_one_grid_takes(device, monkeypatch, dtype):
 
 def test_empty(device):
     none, nowhere = poisoned(0, np.float32), poisoned(0, np.uint32)
-    same(device, "gather_residual", none, None, none, nowhere, poisoned(0, np.float32))
+    same(device, "gather", none, None, none, nowhere, poisoned(0, np.float32))
     same(device, "random_support", 0, 0, 1)
 
 

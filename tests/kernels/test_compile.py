@@ -44,7 +44,7 @@ import numpy as np
 from mpicomp.kernels import cpu
 from mpicomp.kernels.cpu.compile import counts
 x = np.arange(5, dtype=np.float32)
-cpu.divide(x.copy(), 3.0); cpu.axpy(x, x.copy()); cpu.narrow(x, np.empty(5, np.uint16), "bfloat16")
+cpu.divide(x.copy(), 3.0); cpu.axpy(x, x.copy()); cpu.narrow(x, None, None, np.empty(5, np.uint16), "bfloat16")
 print(json.dumps(counts()))
 """
 

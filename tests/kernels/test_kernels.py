@@ -15,6 +15,7 @@ from mpicomp.codecs import Key
 from mpicomp.codecs.bounded import settings
 from mpicomp.codecs.checks import packed_bytes
 from mpicomp.kernels import HostKernels, Kernels, cpu, gpu, host_kernels, kernels_for
+from mpicomp.kernels.shared import Code
 
 KERNELS = host_kernels(np.empty(0))
 DTYPES = ("float32", "float64")
@@ -78,7 +79,7 @@ def test_widen_reads_all_65536_numbers(name):
     assert np.array_equal(np.isnan(out), ~numbers)
     assert np.array_equal(out[numbers].view(np.uint32), expected[numbers].view(np.uint32))
     back = np.empty_like(bits)
-    KERNELS.narrow(out, back, name)
+    KERNELS.narrow(out, None, None, back, name)
     assert np.array_equal(back[numbers], bits[numbers])
     again = np.empty_like(out)
     KERNELS.widen(back, again, name)
@@ -96,7 +97,7 @@ def test_narrow_rounds_to_the_nearest_and_saturates(name, dtype):
     )
     x = np.concatenate([x, -x])
     bits = np.empty(x.size, np.uint16)
-    KERNELS.narrow(x, bits, name)
+    KERNELS.narrow(x, None, None, bits, name)
     with np.errstate(over="ignore"):
         expected = x.astype(half).view(np.uint16)
     largest = 0x7BFF if name == "float16" else 0x7F7F
@@ -106,7 +107,7 @@ def test_narrow_rounds_to_the_nearest_and_saturates(name, dtype):
     assert ((bits[over] & 0x7FFF) == largest).all()
     special = np.array([np.inf, -np.inf, np.nan, np.finfo(dtype).max, -np.finfo(dtype).max, -0.0], dtype)
     bits, out = np.empty(6, np.uint16), np.empty(6, np.float32)
-    KERNELS.narrow(special, bits, name)
+    KERNELS.narrow(special, None, None, bits, name)
     KERNELS.widen(bits, out, name)
     top = float(exact[-1])
     np.testing.assert_array_equal(out, np.array([np.inf, -np.inf, np.nan, top, -top, -0.0], np.float32))
@@ -116,14 +117,14 @@ def test_float64_is_rounded_once():
     tie = 1.0 + 2.0**-11  # half way between two float16 numbers; float32 cannot tell what follows from it
     x = np.array([tie, tie + 2.0**-40, tie - 2.0**-40, 2.0**-25, 2.0**-25 * (1 + 2.0**-40), 1e300, 5e-324])
     bits, out = np.empty(x.size, np.uint16), np.empty(x.size)
-    KERNELS.narrow(x, bits, "float16")
+    KERNELS.narrow(x, None, None, bits, "float16")
     KERNELS.widen(bits, out, "float16")
     assert out.tolist() == [1.0, 1.0 + 2.0**-10, 1.0, 0.0, 2.0**-24, 65504.0, 0.0]
 
 
 def test_unknown_half_type_is_refused():
     with pytest.raises(ValueError, match="float16 or bfloat16, got float8"):
-        KERNELS.narrow(normal(3), np.empty(3, np.uint16), "float8")
+        KERNELS.narrow(normal(3), None, None, np.empty(3, np.uint16), "float8")
 
 
 # ------------------------------------------------------------------------------------------------------------ sums
@@ -178,9 +179,9 @@ def test_gather_scatter_and_put():
     assert not out[places].any()
     assert np.count_nonzero(out) == 497
     values, new = np.empty(3, np.float32), np.empty(500, np.float32)
-    KERNELS.gather(x, places, values, 2.0)
+    KERNELS.gather(x, None, None, places, values, 2.0)
     assert np.array_equal(values, 2 * x[places])
-    KERNELS.gather_residual(x, old, new, places, values, 3.0)
+    KERNELS.gather(x, old, new, places, values, 3.0)
     assert np.array_equal(values, np.float32(3) * (x + old)[places])
     expected = x + old
     expected[places] -= values
@@ -342,7 +343,8 @@ def test_codes_valid(bits):
     size, block, levels = 256 * 2 + 41, 256, (1 << bits) - 1
     packed = np.zeros(packed_bytes(size, bits, block), np.uint8)
     scales = np.empty(3, np.float32)
-    KERNELS.encode_blocks(normal(size), None, None, scales, None, packed, "odd", "largest", bits, block, levels)
+    how = Code("odd", bits, block, "largest", levels)
+    KERNELS.encode_blocks(normal(size), None, None, scales, None, packed, how)
     codes = unpacked(packed, size, bits, block)
     assert {0, levels} <= set(codes)
     for bound in range(max(0, levels - 3), levels + 1):
@@ -381,25 +383,24 @@ def unpacked(packed, size, bits, block):
 def test_damaged_blocks_within_a_bound_are_found(dtype, limits):
     bound, x = settings(*limits, dtype), normal(4096, dtype)
     headers, words = np.empty(16, np.uint8), np.empty(x.size, f"u{x.itemsize}")
-    count = KERNELS.encode_bounded(x, None, None, headers, words, *bound)
-    rest = x.size, bound.relative, bound.step, bound.shift
+    count = KERNELS.encode_bounded(x, None, None, headers, words, bound)
     per = 8 // words.itemsize
     padded = np.concatenate([words[:count], np.zeros(2, words.dtype)])
-    answers = [KERNELS.bounded_valid(headers, padded[: count + more], *rest) for more in (-1, 0, 1, 2)]
+    answers = [KERNELS.bounded_valid(headers, padded[: count + more], x.size, bound) for more in (-1, 0, 1, 2)]
     assert answers == [False, True, per > 1, False]
     found = []
     same_width = [64 * mode + headers[0] % 64 for mode in (1, 2, 3)]
     for header in (2, 63, 64 + 8 * words.itemsize, *same_width):
         damaged = headers.copy()
         damaged[0] = header
-        found.append(KERNELS.bounded_valid(damaged, words[:count], *rest))
+        found.append(KERNELS.bounded_valid(damaged, words[:count], x.size, bound))
     assert found[:3] == [False] * 3
     assert any(found[3:])
     for bad in (np.nan, np.inf):
         wrong = x.copy()
         wrong[300] = bad
-        count = KERNELS.encode_bounded(wrong, None, None, headers, words, *bound)
-        assert not KERNELS.bounded_valid(headers, words[:count], *rest)
+        count = KERNELS.encode_bounded(wrong, None, None, headers, words, bound)
+        assert not KERNELS.bounded_valid(headers, words[:count], x.size, bound)
     empty = np.empty(0, np.uint8)
-    assert [KERNELS.bounded_valid(empty, words[:room], 0, False, 0.1, 0) for room in range(per)] == [True] * per
-    assert not KERNELS.bounded_valid(empty, words[:per], 0, False, 0.1, 0)
+    assert [KERNELS.bounded_valid(empty, words[:room], 0, bound) for room in range(per)] == [True] * per
+    assert not KERNELS.bounded_valid(empty, words[:per], 0, bound)

@@ -15,8 +15,9 @@ from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.comm.transport import Request
 from mpicomp.reducers import After, Dense, ErrorFeedback, Gather, Partition, SharedSupport, TwoStage
-from mpicomp.reducers.base import StatePart, rebuild, walk
+from mpicomp.reducers.base import rebuild, walk
 from mpicomp.reducers.parts.layout import Layout, Unit
+from mpicomp.reducers.parts.state import StatePart
 from mpicomp.registry import parse
 
 INNER = [

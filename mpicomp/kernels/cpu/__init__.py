@@ -4,7 +4,7 @@ Importing this package compiles nothing.
 """
 
 from mpicomp.kernels.cpu.bounded import bounded_valid, decode_bounded, encode_bounded
-from mpicomp.kernels.cpu.convert import narrow, narrow_residual, widen, widen_add
+from mpicomp.kernels.cpu.convert import narrow, widen
 from mpicomp.kernels.cpu.floats import decode_floats, decode_powers, encode_floats, encode_powers
 from mpicomp.kernels.cpu.hadamard import left_out, products, rotate, spread, unrotate, unspread
 from mpicomp.kernels.cpu.indices import (
@@ -22,7 +22,7 @@ from mpicomp.kernels.cpu.linalg import back_project, orthogonalise, outer, outer
 from mpicomp.kernels.cpu.merge import add_marked, collect, count_marks, mark_first, merge
 from mpicomp.kernels.cpu.quantize import codes_valid, decode_blocks, encode_blocks
 from mpicomp.kernels.cpu.random import fill_uniform, random_support
-from mpicomp.kernels.cpu.scatter import gather, gather_residual, put_at, scatter_add
+from mpicomp.kernels.cpu.scatter import gather, put_at, scatter_add
 from mpicomp.kernels.cpu.select import select_above, select_top
 from mpicomp.kernels.cpu.select_blocks import block_top_k
 from mpicomp.kernels.cpu.sign import encode_sign, largest, moments

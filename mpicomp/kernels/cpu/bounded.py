@@ -40,6 +40,7 @@ from mpicomp.kernels.cpu.modes import (
     write_codes,
 )
 from mpicomp.kernels.cpu.scale import MAGIC32, MAGIC64
+from mpicomp.kernels.shared import Bound
 
 
 @inline
@@ -245,33 +246,23 @@ def _checker(itemsize: int) -> Any:
     return _bounded_valid
 
 
-def encode_bounded(
-    x: Array,
-    old: Array | None,
-    new: Array | None,
-    headers: Array,
-    words: Array,
-    relative: bool,
-    step: float,
-    inverse: float,
-    limit: int,
-    shift: int,
-) -> int:
+def encode_bounded(x: Array, old: Array | None, new: Array | None, headers: Array, words: Array, bound: Bound) -> int:
     feedback = new is not None
     old, new = x[:0] if old is None else old, np.empty(0, x.dtype) if new is None else new
     kind, word = x.dtype.type, words.dtype.type
-    encode = _encoder(x.itemsize, relative, feedback)
-    return int(encode(x, old, new, headers, words, kind(step), kind(inverse), word(limit), shift))
+    encode = _encoder(x.itemsize, bound.relative, feedback)
+    settings = kind(bound.step), kind(bound.inverse), word(bound.limit), bound.shift
+    return int(encode(x, old, new, headers, words, *settings))
 
 
-def decode_bounded(
-    headers: Array, words: Array, out: Array, relative: bool, step: float, shift: int, factor: float = 1.0
-) -> None:
+def decode_bounded(headers: Array, words: Array, out: Array, bound: Bound, factor: float = 1.0) -> None:
     kind = out.dtype.type
-    if not _decoder(out.itemsize)(headers, words, out, relative, kind(step), shift, kind(factor)):
+    settings = bound.relative, kind(bound.step), bound.shift
+    if not _decoder(out.itemsize)(headers, words, out, *settings, kind(factor)):
         raise WireFormatError("a block has an unknown header or too few words; the message was damaged in transit")
 
 
-def bounded_valid(headers: Array, words: Array, size: int, relative: bool, step: float, shift: int) -> bool:
+def bounded_valid(headers: Array, words: Array, size: int, bound: Bound) -> bool:
     kind = np.float32 if words.itemsize == 4 else np.float64
-    return bool(_checker(words.itemsize)(headers, words, size, relative, kind(step), shift, np.empty(BLOCK, kind)))
+    settings = bound.relative, kind(bound.step), bound.shift
+    return bool(_checker(words.itemsize)(headers, words, size, *settings, np.empty(BLOCK, kind)))

@@ -12,66 +12,48 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from mpicomp.kernels.cpu.bits import intrinsic, pointer, splat
+from mpicomp.kernels.cpu.bits import instructions, pointer, splat, word_of
 from mpicomp.kernels.cpu.compile import inline
 
 LANES = 16
 
 
-def _vector_at(context: Any, builder: Any, array_type: Any, array: Any, place: Any) -> tuple[Any, Any]:
-    """Return the address of 16 numbers of an array, and their alignment."""
-    vector = ir.VectorType(context.get_value_type(array_type.dtype), LANES)
-    return pointer(context, builder, array_type, array, place, vector), array_type.dtype.bitwidth // 8
-
-
-@intrinsic
-def within(typing_context: Any, y: Any, start: Any, factor: Any) -> Any:
+@instructions(lambda y, start, factor: types.void(y, types.int64, y.dtype))
+def within(builder: Any, y: Any, start: Any, factor: Any) -> None:
     """Multiply y[start : start + 16] by a factor, then transform it: widths 1, 2, 4, 8."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        address, align = _vector_at(context, builder, signature.args[0], args[0], args[1])
-        vector = address.type.pointee
-        lanes = ir.VectorType(ir.IntType(32), LANES)
-        bits = signature.args[2].bitwidth
-        words = ir.VectorType(ir.IntType(bits), LANES)
-        undefined = ir.Constant(vector, ir.Undefined)
-        value = builder.fmul(builder.load(address, align=align), splat(builder, args[2], LANES))
-        for width in (1, 2, 4, 8):
-            other = builder.shuffle_vector(value, undefined, ir.Constant(lanes, [i ^ width for i in range(LANES)]))
-            signs = ir.Constant(words, [1 << (bits - 1) if i & width else 0 for i in range(LANES)])
-            negated = builder.bitcast(builder.xor(builder.bitcast(value, words), signs), vector)
-            value = builder.fadd(other, negated)
-        builder.store(value, address, align=align)
-        return context.get_dummy_value()
-
-    return types.void(y, types.int64, y.dtype), codegen
+    vector, word = ir.VectorType(factor.type, LANES), word_of(factor.type)
+    address, align = pointer(builder, y, start, vector), word.width // 8
+    lanes, words = ir.VectorType(ir.IntType(32), LANES), ir.VectorType(word, LANES)
+    undefined = ir.Constant(vector, ir.Undefined)
+    value = builder.fmul(builder.load(address, align=align), splat(builder, factor, LANES))
+    for width in (1, 2, 4, 8):
+        other = builder.shuffle_vector(value, undefined, ir.Constant(lanes, [i ^ width for i in range(LANES)]))
+        signs = ir.Constant(words, [1 << (word.width - 1) if i & width else 0 for i in range(LANES)])
+        negated = builder.bitcast(builder.xor(builder.bitcast(value, words), signs), vector)
+        value = builder.fadd(other, negated)
+    builder.store(value, address, align=align)
 
 
 def _between(count: int) -> Callable[..., Any]:
     """Return a function that transforms across `count` vectors of 16 numbers, `stride` numbers apart."""
 
-    @intrinsic
-    def between(typing_context: Any, y: Any, start: Any, stride: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            values, addresses, align = [], [], 0
-            place = args[1]
-            for _ in range(count):
-                address, align = _vector_at(context, builder, signature.args[0], args[0], place)
-                addresses.append(address)
-                values.append(builder.load(address, align=align))
-                place = builder.add(place, args[2])
-            width = 1
-            while width < count:
-                for i in range(count):
-                    if not i & width:
-                        a, b = values[i], values[i + width]
-                        values[i], values[i + width] = builder.fadd(a, b), builder.fsub(a, b)
-                width *= 2
-            for value, address in zip(values, addresses, strict=True):
-                builder.store(value, address, align=align)
-            return context.get_dummy_value()
-
-        return types.void(y, types.int64, types.int64), codegen
+    @instructions(lambda y, start, stride: types.void(y, types.int64, types.int64))
+    def between(builder: Any, y: Any, start: Any, stride: Any) -> None:
+        vector, align = ir.VectorType(y.type.pointee, LANES), word_of(y.type.pointee).width // 8
+        values, addresses, place = [], [], start
+        for _ in range(count):
+            addresses.append(pointer(builder, y, place, vector))
+            values.append(builder.load(addresses[-1], align=align))
+            place = builder.add(place, stride)
+        width = 1
+        while width < count:
+            for i in range(count):
+                if not i & width:
+                    a, b = values[i], values[i + width]
+                    values[i], values[i + width] = builder.fadd(a, b), builder.fsub(a, b)
+            width *= 2
+        for value, address in zip(values, addresses, strict=True):
+            builder.store(value, address, align=align)
 
     return between
 

@@ -96,7 +96,7 @@ def from_bfloat(bits: Any) -> Any:
 
 
 @functools.cache
-def _narrower(half: bool, fed: bool, feedback: bool, saturate: bool = True) -> Kernel[..., Any]:
+def _narrower(half: bool, fed: bool, feedback: bool, saturate: bool) -> Kernel[..., Any]:
     over, infinite = (int(HALF_OVER), int(HALF_INF)) if half else (int(BF_OVER), int(INFINITE) >> 16)
 
     @kernel("const T[], const T[], T[], u2[]")
@@ -128,17 +128,11 @@ def _widener(half: bool, fresh: bool) -> Kernel[..., Any]:
     return widen
 
 
-def narrow(x: Array, out: Array, dtype: str, saturate: bool = True) -> None:
-    _narrower(is_half(dtype), False, False, saturate)(x, x, np.empty(0, x.dtype), out)
+def narrow(x: Array, old: Array | None, new: Array | None, out: Array, dtype: str, saturate: bool = True) -> None:
+    rest = np.empty(0, x.dtype) if new is None else new
+    narrower = _narrower(is_half(dtype), old is not None, new is not None, saturate)
+    narrower(x, x if old is None else old, rest, out)
 
 
-def narrow_residual(x: Array, old: Array | None, new: Array, out: Array, dtype: str) -> None:
-    _narrower(is_half(dtype), old is not None, True)(x, x if old is None else old, new, out)
-
-
-def widen(bits: Array, out: Array, dtype: str) -> None:
-    _widener(is_half(dtype), True)(bits, out, out.dtype.type(1))
-
-
-def widen_add(bits: Array, out: Array, scale: float, dtype: str) -> None:
-    _widener(is_half(dtype), False)(bits, out, out.dtype.type(scale))
+def widen(bits: Array, out: Array, dtype: str, scale: float | None = None) -> None:
+    _widener(is_half(dtype), scale is None)(bits, out, out.dtype.type(1 if scale is None else scale))

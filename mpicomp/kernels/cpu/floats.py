@@ -25,6 +25,7 @@ from mpicomp.kernels.cpu.convert import ABS, SIGN, single
 from mpicomp.kernels.cpu.pack import pack, padded, unpack
 from mpicomp.kernels.cpu.random import draws32
 from mpicomp.kernels.cpu.scale import load_largest
+from mpicomp.kernels.shared import Code
 
 BLOCK = 512  # elements whose codes lie together
 GROUP = 32  # elements with one exponent (Open Compute Project, Microscaling Formats 1.0)
@@ -226,17 +227,7 @@ def _decode_powers(scales: Any, codes: Any, out: Any, block: int, factor: Any) -
             target[i] += factor * (-value if word & U(128) else value)
 
 
-def encode_powers(
-    x: Array,
-    old: Array | None,
-    new: Array | None,
-    scales: Array,
-    codes: Array,
-    block: int,
-    shrink: float,
-    base: int,
-    start: int,
-) -> None:
+def encode_powers(x: Array, old: Array | None, new: Array | None, scales: Array, codes: Array, how: Code) -> None:
     if x.size:
         _power_encoder(new is not None)(
             x,
@@ -244,10 +235,10 @@ def encode_powers(
             np.empty(0, x.dtype) if new is None else new,
             scales,
             codes,
-            block,
-            x.dtype.type(shrink),
-            np.uint64(base),
-            start,
+            how.block,
+            x.dtype.type(how.shrink),
+            np.uint64(how.base),
+            how.start,
         )
 
 

@@ -7,9 +7,12 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils as untyped
 
-from mpicomp.kernels.cpu.bits import intrinsic, magnitude, ones, pointer, splat, unsigned
+from mpicomp.kernels.cpu.bits import instructions, magnitude, ones, pointer, splat, word_of
 from mpicomp.kernels.cpu.compile import inline
+
+cgutils: Any = untyped
 
 ZERO = np.uint64(0)
 
@@ -26,20 +29,19 @@ def _joined(builder: Any, hits: list[Any]) -> Any:
 class _Vectors:
     """Access to 64 elements of arrays as vectors of the processor's size."""
 
-    def __init__(self, context: Any, builder: Any, element: Any) -> None:
-        self.context, self.builder = context, builder
-        self.width: int = unsigned(element).bitwidth
+    def __init__(self, builder: Any, element: Any) -> None:
+        word = word_of(element)
+        self.builder, self.width = builder, word.width
         self.lanes = 512 // self.width
-        self.floats = ir.VectorType(context.get_value_type(element), self.lanes)
-        self.words = ir.VectorType(ir.IntType(self.width), self.lanes)
+        self.floats, self.words = ir.VectorType(element, self.lanes), ir.VectorType(word, self.lanes)
         self.mask = ir.Constant(self.words, [(1 << (self.width - 1)) - 1] * self.lanes)
 
-    def address(self, array_type: Any, array: Any, start: Any, part: int) -> Any:
+    def address(self, data: Any, start: Any, part: int) -> Any:
         place = self.builder.add(start, ir.Constant(ir.IntType(64), part * self.lanes))
-        return pointer(self.context, self.builder, array_type, array, place, self.floats)
+        return pointer(self.builder, data, place, self.floats)
 
-    def load(self, address: Any) -> Any:
-        return self.builder.load(address, align=self.width // 8)
+    def load(self, data: Any, start: Any, part: int) -> Any:
+        return self.builder.load(self.address(data, start, part), align=self.width // 8)
 
     def limit(self, threshold: Any) -> Any:
         scalar = threshold if self.width == 64 else self.builder.trunc(threshold, ir.IntType(self.width))
@@ -50,43 +52,34 @@ class _Vectors:
         return self.builder.icmp_unsigned(">=", size, limit)
 
 
-@intrinsic
-def above64(typing_context: Any, x: Any, start: Any, threshold: Any) -> Any:
+@instructions(lambda x, start, threshold: types.uint64(x, types.int64, types.uint64))
+def above64(builder: Any, x: Any, start: Any, threshold: Any) -> Any:
     """Return bit i set where the magnitude of x[start + i] is at least `threshold`, i < 64; as uint64.
 
     x: (n,) float, threshold: bits of a magnitude as uint64; nothing checks start + 64 <= n.
     """
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        vectors = _Vectors(context, builder, signature.args[0].dtype)
-        limit, hits = vectors.limit(args[2]), []
-        for part in range(64 // vectors.lanes):
-            value = vectors.load(vectors.address(signature.args[0], args[0], args[1], part))
-            hits.append(vectors.reaches(value, limit))
-        return _joined(builder, hits)
-
-    return types.uint64(x, types.int64, types.uint64), codegen
+    vectors = _Vectors(builder, x.type.pointee)
+    limit, parts = vectors.limit(threshold), range(64 // vectors.lanes)
+    return _joined(builder, [vectors.reaches(vectors.load(x, start, part), limit) for part in parts])
 
 
-@intrinsic
-def sum_above64(typing_context: Any, x: Any, old: Any, new: Any, start: Any, low: Any, high: Any) -> Any:
-    """Set new = x + old for 64 elements from `start` on; return the marks of it at two thresholds."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        vectors = _Vectors(context, builder, signature.args[0].dtype)
-        limits = [vectors.limit(args[4]), vectors.limit(args[5])]
-        hits: tuple[list[Any], list[Any]] = ([], [])
-        for part in range(64 // vectors.lanes):
-            first = vectors.load(vectors.address(signature.args[0], args[0], args[3], part))
-            second = vectors.load(vectors.address(signature.args[1], args[1], args[3], part))
-            value = builder.fadd(first, second)
-            builder.store(value, vectors.address(signature.args[2], args[2], args[3], part), align=vectors.width // 8)
-            for each, limit in zip(hits, limits, strict=True):
-                each.append(vectors.reaches(value, limit))
-        return context.make_tuple(builder, signature.return_type, [_joined(builder, each) for each in hits])
-
+def _two_marks(x: Any, old: Any, new: Any, start: Any, low: Any, high: Any) -> Any:
     pair: Any = types.UniTuple(types.uint64, 2)  # type: ignore[no-untyped-call]
-    return pair(x, old, new, types.int64, types.uint64, types.uint64), codegen
+    return pair(x, old, new, types.int64, types.uint64, types.uint64)
+
+
+@instructions(_two_marks)
+def sum_above64(builder: Any, x: Any, old: Any, new: Any, start: Any, low: Any, high: Any) -> Any:
+    """Set new = x + old for 64 elements from `start` on; return the marks of it at two thresholds."""
+    vectors = _Vectors(builder, x.type.pointee)
+    limits = [vectors.limit(low), vectors.limit(high)]
+    hits: tuple[list[Any], list[Any]] = ([], [])
+    for part in range(64 // vectors.lanes):
+        value = builder.fadd(vectors.load(x, start, part), vectors.load(old, start, part))
+        builder.store(value, vectors.address(new, start, part), align=vectors.width // 8)
+        for each, limit in zip(hits, limits, strict=True):
+            each.append(vectors.reaches(value, limit))
+    return cgutils.pack_array(builder, [_joined(builder, each) for each in hits])
 
 
 @inline

@@ -40,6 +40,7 @@ from mpicomp.kernels.cpu.pack import pack, padded, unpack
 from mpicomp.kernels.cpu.random import UNIT, draws32, unit24
 from mpicomp.kernels.cpu.scale import MAGIC32, MAGIC64, inverse_scale, load_largest, load_norm, load_range
 from mpicomp.kernels.cpu.sums import TREE, mean_magnitude
+from mpicomp.kernels.shared import Code
 
 SYMMETRIC, SIGN, ODD, RANGE, PAIR = "symmetric", "sign", "odd", "range", "pair"
 LARGEST, NORM, MEAN, GIVEN, SHARED = "largest", "norm", "mean", "given", "shared"
@@ -230,54 +231,31 @@ def _validator(bits: int) -> Kernel[..., Any]:
 
 
 def encode_blocks(
-    x: Array,
-    old: Array | None,
-    new: Array | None,
-    scales: Array,
-    lows: Array | None,
-    packed: Array,
-    grid: str,
-    rule: str,
-    bits: int,
-    block: int,
-    levels: int,
-    stochastic: bool = False,
-    shrink: float = 1.0,
-    base: int = 0,
-    start: int = 0,
+    x: Array, old: Array | None, new: Array | None, scales: Array, lows: Array | None, codes: Array, how: Code
 ) -> None:
     if x.size:
         kind, empty = x.dtype.type, np.empty(0, x.dtype)
-        _encoder(grid, rule, bits, stochastic, new is not None)(
+        _encoder(how.grid, how.rule, how.bits, how.stochastic, new is not None)(
             x,
             x[:0] if old is None else old,
             empty if new is None else new,
             scales,
             empty if lows is None else lows,
-            packed,
-            block,
-            kind(levels),
-            kind(shrink),
-            np.uint64(base),
-            start,
+            codes,
+            how.block,
+            kind(how.levels),
+            kind(how.shrink),
+            np.uint64(how.base),
+            how.start,
         )
 
 
 def decode_blocks(
-    scales: Array,
-    lows: Array | None,
-    packed: Array,
-    out: Array,
-    grid: str,
-    bits: int,
-    block: int,
-    factor: float = 1.0,
-    fresh: bool = False,
+    scales: Array, lows: Array | None, codes: Array, out: Array, how: Code, factor: float, fresh: bool
 ) -> None:
     if out.size:
-        _decoder(grid, bits, fresh)(
-            scales, scales if lows is None else lows, packed, out, block, out.dtype.type(factor)
-        )
+        decode = _decoder(how.grid, how.bits, fresh)
+        decode(scales, scales if lows is None else lows, codes, out, how.block, out.dtype.type(factor))
 
 
 def codes_valid(packed: Array, size: int, bits: int, block: int, smallest: int, largest: int) -> bool:

@@ -1,4 +1,4 @@
-"""Gathering and scattering by index; `gather_residual` takes one pass."""
+"""Gathering and scattering by index; a residual takes one pass."""
 
 from __future__ import annotations
 
@@ -24,14 +24,9 @@ def _gather(x: Any, old: Any, new: Any, indices: Any, values: Any, factor: Any) 
             values[i] = factor * x[place]
 
 
-def gather(x: Array, indices: Array, values: Array, factor: float = 1.0) -> None:
-    _gather(x, x[:0], np.empty(0, x.dtype), indices, values, x.dtype.type(factor))
-
-
-def gather_residual(
-    x: Array, old: Array | None, new: Array, indices: Array, values: Array, factor: float = 1.0
-) -> None:
-    _gather(x, x[:0] if old is None else old, new, indices, values, x.dtype.type(factor))
+def gather(x: Array, old: Array | None, new: Array | None, indices: Array, values: Array, factor: float = 1.0) -> None:
+    rest = np.empty(0, x.dtype) if new is None else new
+    _gather(x, x[:0] if old is None else old, rest, indices, values, x.dtype.type(factor))
 
 
 @kernel("const u4[], const T[], T[], T")

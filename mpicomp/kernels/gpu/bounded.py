@@ -8,6 +8,7 @@ import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.kernels.gpu.launch import Source, zeros
+from mpicomp.kernels.shared import Bound
 
 BOUNDED = Source("bounded")
 BLOCK, WARP = 256, 32  # a warp takes a block of 256 numbers
@@ -22,23 +23,12 @@ def _launch(kernel: str, like: Array, *arguments: Any) -> Any:
     return progress[1:2]
 
 
-def encode_bounded(
-    x: Array,
-    old: Array | None,
-    new: Array | None,
-    headers: Array,
-    words: Array,
-    relative: bool,
-    step: float,
-    inverse: float,
-    limit: int,
-    shift: int,
-) -> int:
-    bound = relative, float(step), float(inverse), np.uint64(limit), shift
-    return int(_launch("encode_bounded", x, x, old, new, headers, words, *bound).get()[0])
+def encode_bounded(x: Array, old: Array | None, new: Array | None, headers: Array, words: Array, bound: Bound) -> int:
+    settings = bound.relative, bound.step, bound.inverse, np.uint64(bound.limit), bound.shift
+    return int(_launch("encode_bounded", x, x, old, new, headers, words, *settings).get()[0])
 
 
-def decode_bounded(
-    headers: Array, words: Array, out: Array, relative: bool, step: float, shift: int, factor: float = 1.0
-) -> None:
-    _launch("decode_bounded", out, headers, words, words.size, out, relative, float(step), shift, float(factor))
+def decode_bounded(headers: Array, words: Array, out: Array, bound: Bound, factor: float = 1.0) -> None:
+    _launch(
+        "decode_bounded", out, headers, words, words.size, out, bound.relative, bound.step, bound.shift, float(factor)
+    )

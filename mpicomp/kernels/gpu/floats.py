@@ -7,6 +7,7 @@ import numpy as np
 from mpicomp.arrays import Array
 from mpicomp.kernels.gpu.convert import tiles
 from mpicomp.kernels.gpu.launch import THREADS, Source
+from mpicomp.kernels.shared import Code
 
 FLOATS = Source("floats")
 FORMATS = {"e4m3": 0, "e5m2": 1, "e2m1": 2}
@@ -23,21 +24,11 @@ def decode_floats(exponents: Array | None, packed: Array, out: Array, name: str,
     FLOATS.launch("decode_floats", out, tiles(out), THREADS, *arguments)
 
 
-def encode_powers(
-    x: Array,
-    old: Array | None,
-    new: Array | None,
-    scales: Array,
-    codes: Array,
-    block: int,
-    shrink: float,
-    base: int,
-    start: int,
-) -> None:
+def encode_powers(x: Array, old: Array | None, new: Array | None, scales: Array, codes: Array, how: Code) -> None:
     # A block that is too large for the registers of its threads is read twice, the second time from the caches.
-    team = min(1 << (-(-block // 8) - 1).bit_length(), THREADS)
-    blocks = -(-x.size // (block * (THREADS // team)))
-    arguments = (x, old, new, scales, codes, block, float(shrink), np.uint64(base), start, team, x.size)
+    team = min(1 << (-(-how.block // 8) - 1).bit_length(), THREADS)
+    blocks = -(-x.size // (how.block * (THREADS // team)))
+    arguments = (x, old, new, scales, codes, how.block, float(how.shrink), np.uint64(how.base), how.start, team, x.size)
     FLOATS.launch("encode_powers", x, blocks, THREADS, *arguments)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.kernels.gpu.launch import THREADS, Source
+from mpicomp.kernels.shared import Code
 
 QUANTIZE = Source("quantize")
 GRIDS = {"symmetric": 0, "sign": 1, "odd": 2, "range": 3, "pair": 4}
@@ -15,9 +16,8 @@ RULES = {"largest": 0, "norm": 1, "mean": 2, "given": 3}
 TREE = 1024  # elements that a warp holds, and one level of the tree of sums
 LOG_WARP, LOG_TEAMS = 5, 7
 TEAMS = 1 << LOG_TEAMS  # threads of a CUDA block of teams: few, so that some load while others store
-Shape: TypeAlias = tuple[
-    int, int, int, int
-]  # elements, elements per block, whole blocks, whether columns come in fours
+# elements, elements per block, whole blocks, whether columns come in fours
+Shape: TypeAlias = tuple[int, int, int, int]
 
 
 def _shape(size: int, block: int, *arrays: Array | None) -> Shape:
@@ -51,49 +51,27 @@ def _teams(size: int, block: int, whole: int, four: int, warp: bool) -> tuple[in
 
 
 def encode_blocks(
-    x: Array,
-    old: Array | None,
-    new: Array | None,
-    scales: Array,
-    lows: Array | None,
-    packed: Array,
-    grid: str,
-    rule: str,
-    bits: int,
-    block: int,
-    levels: int,
-    stochastic: bool = False,
-    shrink: float = 1.0,
-    base: int = 0,
-    start: int = 0,
+    x: Array, old: Array | None, new: Array | None, scales: Array, lows: Array | None, codes: Array, how: Code
 ) -> None:
     # One pass over memory. The caches serve a second read of blocks above 4096 elements and, with a mean or a norm, of
     # blocks above 1024 or of no power of two.
-    sums = rule in ("mean", "norm")
-    shape = _shape(x.size, block, x, old, new, packed)
-    if sums and (block > TREE or block.bit_count() > 1):
+    sums = how.rule in ("mean", "norm")
+    shape = _shape(x.size, how.block, x, old, new, codes)
+    if sums and (how.block > TREE or how.block.bit_count() > 1):
         shape = (*shape[:3], 0)
     blocks, log_team = _teams(*shape, sums)
     QUANTIZE.launch(
         *("encode_blocks_by_sums" if sums else "encode_blocks", x, blocks, TEAMS),
-        *(x, old, new, scales, lows, packed, *shape, log_team),
-        *(GRIDS[grid], RULES[rule], bits, levels, float(shrink), stochastic, np.uint64(base), start),
+        *(x, old, new, scales, lows, codes, *shape, log_team, GRIDS[how.grid], RULES[how.rule], how.bits, how.levels),
+        *(float(how.shrink), how.stochastic, np.uint64(how.base), how.start),
     )
 
 
 def decode_blocks(
-    scales: Array,
-    lows: Array | None,
-    packed: Array,
-    out: Array,
-    grid: str,
-    bits: int,
-    block: int,
-    factor: float = 1.0,
-    fresh: bool = False,
+    scales: Array, lows: Array | None, codes: Array, out: Array, how: Code, factor: float, fresh: bool
 ) -> None:
-    shape, single = _shape(out.size, block, packed, out), scales.size == 1 or grid == "pair"
+    shape, single = _shape(out.size, how.block, codes, out), scales.size == 1 or how.grid == "pair"
     QUANTIZE.launch(
         *("decode_blocks", out, _visits(*shape), THREADS),
-        *(scales, lows, packed, out, *shape, GRIDS[grid], bits, float(factor), single, fresh),
+        *(scales, lows, codes, out, *shape, GRIDS[how.grid], how.bits, float(factor), single, fresh),
     )

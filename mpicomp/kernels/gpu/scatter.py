@@ -14,18 +14,13 @@ def _launch(kernel: str, like: Array, indices: Array, *arguments: Array | float)
     SCATTER.launch(kernel, like, grid(indices.size, AHEAD * THREADS), THREADS, *arguments, indices.size)
 
 
-def gather(x: Array, indices: Array, values: Array, factor: float = 1.0) -> None:
-    _launch("gather", x, indices, x, indices, values, float(factor))
-
-
-def gather_residual(
-    x: Array, old: Array | None, new: Array, indices: Array, values: Array, factor: float = 1.0
-) -> None:
-    if old is None:
-        new[...] = x
-    else:
+def gather(x: Array, old: Array | None, new: Array | None, indices: Array, values: Array, factor: float = 1.0) -> None:
+    if new is not None and old is not None:
         SUMS.launch("add", x, grid(x.size, EACH), THREADS, x, old, new, x.size)
-    _launch("take", x, indices, new, indices, values, float(factor))
+    elif new is not None:
+        new[...] = x
+    kernel, source = ("gather", x) if new is None else ("take", new)
+    _launch(kernel, x, indices, source, indices, values, float(factor))
 
 
 def scatter_add(indices: Array, values: Array, out: Array, scale: float = 1.0) -> None:

@@ -10,8 +10,9 @@ import numpy as np
 from mpicomp.arrays import Array, on_device
 from mpicomp.comm.communicator import Comm
 from mpicomp.kernels import kernels_for
-from mpicomp.reducers.base import Reducer, State, complete, nonfinite, rescale
+from mpicomp.reducers.base import Reducer
 from mpicomp.reducers.parts.layout import Layout, Unit
+from mpicomp.reducers.parts.state import State, complete, nonfinite, rescale
 from mpicomp.reducers.parts.workspace import Workspace
 
 OPS = ("sum", "mean")
@@ -98,8 +99,8 @@ def _scaled(state: Any, factor: float) -> Any:
 def _round(total: Array, out: Array, dtype: str, layout: Layout, kept: tuple[Unit, ...]) -> None:
     """Set `out` to the bits of a total: beyond the range the units in `kept` saturate, others become infinite."""
     kernels = kernels_for(total)
-    kernels.narrow(total, out, dtype, saturate=bool(kept))
+    kernels.narrow(total, None, None, out, dtype, saturate=bool(kept))
     names = {unit.name for unit in kept}
     for unit in layout.units if kept else ():
         if unit.name not in names:
-            kernels.narrow(total[unit.where], out[unit.where], dtype, saturate=False)
+            kernels.narrow(total[unit.where], None, None, out[unit.where], dtype, saturate=False)

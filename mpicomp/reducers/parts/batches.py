@@ -8,9 +8,9 @@ import numpy as np
 
 from mpicomp.arrays import Array, to_device
 from mpicomp.kernels import gpu
-from mpicomp.reducers.base import State
 from mpicomp.reducers.parts.factors import Factors, Matrix
 from mpicomp.reducers.parts.layout import Layout
+from mpicomp.reducers.parts.state import State
 
 
 class Batch(NamedTuple):
@@ -40,13 +40,11 @@ class Batches(Factors):
         self.longest = max((length for *_, length in parts), default=0)
 
     def project(self, x: Array, old: Array | None, m: Array, warm: Array, p: Array) -> None:
-        """See PerUnit."""
         self._copy(x, old, p, (self.where, self.packed))
         for shape, places, _ in self.batches:
             gpu.project_all(x, old, m, warm, p, shape, places)
 
     def back_project(self, m: Array, p: Array, q: Array, state: State) -> None:
-        """See PerUnit."""
         bases = to_device(np.array([each.base(state) for each in self.order], np.uint64))
         for shape, places, which in self.batches:
             gpu.orthogonalise_all(p, shape, places, bases[which])
@@ -57,14 +55,12 @@ class Batches(Factors):
             self._copy(None, None, state.spare, (self.where, self.where))
 
     def normalised(self, q: Array, warm: Array) -> Array:
-        """See PerUnit."""
         found = np.empty_like(warm)
         for (_, columns, rank), places, _ in self.batches:
             gpu.normalise_all(q, warm, found, columns * rank, places[2])
         return found
 
     def expand(self, p: Array, q: Array, out: Array, factor: float) -> None:
-        """See PerUnit."""
         self._copy(p, None, out, (self.packed, self.where), factor)
         for shape, places, _ in self.batches:
             gpu.outer_all(p, q, out, shape, places)

@@ -18,19 +18,18 @@ from mpicomp.codecs import indices
 from mpicomp.codecs.base import Codec, Key
 from mpicomp.codecs.sparse import Selecting, Values, indices_field, padded
 from mpicomp.kernels import host_kernels
-from mpicomp.reducers.base import State
 from mpicomp.reducers.parts.messages import encode, residuals
+from mpicomp.reducers.parts.state import State
 from mpicomp.wire import Field, Payload
 
 
-def check_selecting(reducer: str, codec: Codec) -> Selecting:
-    """Return a codec that sends index-value pairs; ValueError for any other."""
+def check_selecting(reducer: str, codec: Codec) -> None:
+    """Raise ValueError for a codec that sends no index-value pairs."""
     if not codec.selects:
         raise ValueError(
             f"{reducer} takes a codec that sends index-value pairs (topk, blocktopk, sampled_topk, threshold), got "
             f"{codec}; use two_stage({codec})"
         )
-    return cast(Selecting, codec)
 
 
 class Entries(NamedTuple):

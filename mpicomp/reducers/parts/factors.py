@@ -14,8 +14,8 @@ import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.kernels import host_kernels
-from mpicomp.reducers.base import State
 from mpicomp.reducers.parts.layout import Layout, Piece, Unit
+from mpicomp.reducers.parts.state import State
 
 BLOCK = 1 << 17  # elements
 

@@ -13,10 +13,11 @@ from mpicomp.comm.communicator import Comm
 from mpicomp.comm.exchange import exchange_lengths
 from mpicomp.comm.info import gpu_aware
 from mpicomp.comm.primitives import exchange
+from mpicomp.cost import Work
 from mpicomp.errors import ConfigMismatchError
 from mpicomp.kernels import kernels_for
-from mpicomp.reducers.base import State
 from mpicomp.reducers.parts.layout import Piece
+from mpicomp.reducers.parts.state import State
 from mpicomp.wire import ALIGN, HEADER, POISON, Field, Header, MessageLayout, Payload, read_header, write_header
 
 SAFE = 2.0**64
@@ -226,6 +227,11 @@ def message_nbytes(codec: Codec, pieces: Sequence[Piece], dtype: str) -> int:
     if not pieces:
         return 0
     return MessageLayout([codec.fields(piece.size, dtype) for piece in pieces]).nbytes + (0 if codec.fixed else ALIGN)
+
+
+def coding(codec: Codec, elements: int, op: str = "encode", feedback: bool = False) -> Work:
+    """Return the work of encoding or decoding `elements` elements."""
+    return Work("encode_residual" if feedback and op == "encode" else op, elements, codec)
 
 
 def exchange_messages(comm: Comm, outgoing: Sequence[Message], incoming: Sequence[Message], operation: str) -> None:

@@ -14,10 +14,10 @@ from mpicomp.comm.communicator import Comm
 from mpicomp.comm.exchange import Exchange, exchange_lengths
 from mpicomp.comm.primitives import peers
 from mpicomp.errors import WireFormatError
-from mpicomp.reducers.base import State
 from mpicomp.reducers.parts.entries import EntryCodec
 from mpicomp.reducers.parts.messages import check_header
 from mpicomp.reducers.parts.regions import Region
+from mpicomp.reducers.parts.state import State
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.wire import ALIGN, HEADER, POISON, Field, Header, MessageLayout, Payload, write_header
 

@@ -16,9 +16,9 @@ from mpicomp.codecs.base import Codec
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.exchange import Exchange, exchange_lengths
 from mpicomp.comm.primitives import peers
-from mpicomp.reducers.base import State
 from mpicomp.reducers.parts.layout import Layout, Piece, shards
 from mpicomp.reducers.parts.messages import Envelope, check_header
+from mpicomp.reducers.parts.state import State
 
 GROUP = 1 << 19  # elements of a message, about: with half as many, Python's work per message takes a tenth of a step
 

@@ -8,8 +8,9 @@ from typing import ClassVar
 from mpicomp.arrays import Array
 from mpicomp.codecs.checks import check_integer
 from mpicomp.comm.communicator import Comm
-from mpicomp.reducers.base import Level, Reducer, Reduction, State
+from mpicomp.reducers.base import Level, Reducer
 from mpicomp.reducers.dense import Dense
+from mpicomp.reducers.parts.state import Reduction, State
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.reducers.policies.base import Wrapper
 
@@ -32,7 +33,6 @@ class After(Wrapper):
         super().__post_init__()
 
     def running(self, state: State) -> Reducer:
-        """See Reducer."""
         return DENSE if state.step < self.steps else super().running(state)
 
     def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:

@@ -9,8 +9,9 @@ from mpicomp.codecs.base import Codec
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost
-from mpicomp.reducers.base import Level, Reducer, Reduction, State, Units
+from mpicomp.reducers.base import Level, Reducer
 from mpicomp.reducers.parts.layout import Layout, Unit
+from mpicomp.reducers.parts.state import Reduction, State, Units
 from mpicomp.reducers.parts.workspace import Workspace
 
 
@@ -19,12 +20,10 @@ class Policy(Reducer):
 
     @property
     def on_gpu(self) -> bool:
-        """See Reducer."""
         return all(each.on_gpu for each in self.inner)
 
     @property
     def exact(self) -> bool:
-        """See Reducer."""
         return all(each.exact for each in self.inner)
 
     def check(self, inner: object) -> None:
@@ -61,36 +60,28 @@ class Wrapper(Policy):
         self.check(self.reducer)
 
     def candidates(self, feedback: bool = False) -> tuple[Reducer, ...]:
-        """See Reducer."""
         return self.reducer.candidates(feedback)
 
     def running(self, state: State) -> Reducer:
-        """See Reducer."""
         return self.reducer.running(state)
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
-        """See Reducer."""
         return self.reducer.cost(layout, dtype, topology, me, feedback)
 
     def init(self, layout: Layout, dtype: str, feedback: bool = False, seed: int = 0, step: int = 0) -> State:
-        """See Reducer."""
         return self.reducer.init(layout, dtype, feedback, seed, step)
 
     def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
         return self.reducer.reduce(comm, x, state, out, work)
 
     def export(self, state: State) -> Units:
-        """See Reducer."""
         return self.reducer.export(state)
 
     def restore(self, state: State, units: Units) -> State:
-        """See Reducer."""
         return self.reducer.restore(state, units)
 
     def absorb(self, comm: Comm, dropped: Array, state: State) -> None:
-        """See Reducer."""
         self.reducer.absorb(comm, dropped, state)
 
     def absorbing(self, state: State) -> tuple[Unit, ...]:
-        """See Reducer."""
         return self.reducer.absorbing(state)

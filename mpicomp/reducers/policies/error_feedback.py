@@ -9,8 +9,9 @@ from mpicomp.arrays import Array
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost
-from mpicomp.reducers.base import End, Level, Reducer, State
+from mpicomp.reducers.base import Level, Reducer
 from mpicomp.reducers.parts.layout import Layout
+from mpicomp.reducers.parts.state import End, State
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.reducers.policies.base import Wrapper
 
@@ -39,19 +40,15 @@ class ErrorFeedback(Wrapper):
         return reducer if reducer.exact else ErrorFeedback(reducer.contraction())
 
     def init(self, layout: Layout, dtype: str, feedback: bool = False, seed: int = 0, step: int = 0) -> State:
-        """See Reducer."""
         return self.reducer.init(layout, dtype, True, seed, step)
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
-        """See Reducer."""
         return self.reducer.cost(layout, dtype, topology, me, feedback=True)
 
     def begin(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> End:
-        """See Reducer."""
         return self.reducer.begin(comm, x, state, out, work)
 
     def candidates(self, feedback: bool = False) -> tuple[Reducer, ...]:
-        """See Reducer."""
         return self.reducer.candidates(feedback=True)
 
 

@@ -11,8 +11,9 @@ from mpicomp.codecs.checks import check_integer
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost
-from mpicomp.reducers.base import End, Level, Reducer, Reduction, State, complete
+from mpicomp.reducers.base import Level, Reducer
 from mpicomp.reducers.parts.layout import Layout, Unit
+from mpicomp.reducers.parts.state import End, Reduction, State, complete
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.reducers.policies.base import Policy
 
@@ -44,12 +45,10 @@ class Partition(Policy):
         yield self.large, layout.select(self.is_large)
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
-        """See Reducer."""
         costs = (r.cost(part, dtype, topology, me, feedback) for r, part in self._branches(layout) if part.units)
         return sum(costs, Cost())
 
     def init(self, layout: Layout, dtype: str, feedback: bool = False, seed: int = 0, step: int = 0) -> State:
-        """See Reducer."""
         inner = tuple(reducer.init(part, dtype, feedback, seed, step).part for reducer, part in self._branches(layout))
         return State(layout, dtype, 0, inner=inner, seed=seed, step=step)
 
