@@ -15,27 +15,12 @@ from team import Team
 
 import mpicomp
 from mpicomp.api.call import Call, blocking, nonblocking
-from mpicomp.comm import background
-from mpicomp.comm.background import run_in_order
-from mpicomp.comm.collectives import receive, send
 from mpicomp.comm.communicator import Comm
+from mpicomp.comm.primitives import receive, send
 from mpicomp.errors import CommunicatorError, ConfigMismatchError
 
 X = np.ones(300, np.float32)
 X.setflags(write=False)
-
-
-class Fake(Call[None]):
-    """A collective made of two functions."""
-
-    def __init__(self, describe: Callable[[], str], run: Callable[[], None]) -> None:
-        self._describe, self._run = describe, run
-
-    def describe(self, number: int) -> str:
-        return self._describe()
-
-    def run(self) -> None:
-        self._run()
 
 
 def failing(error: BaseException) -> Callable[..., Call[None]]:
@@ -51,7 +36,7 @@ def failing(error: BaseException) -> Callable[..., Call[None]]:
             if comm.rank == 0:
                 receive(comm, data, 1)
 
-        return Fake(lambda: "a sum that fails", run)
+        return Call(lambda _: "a sum that fails", run)
 
     return prepare
 
@@ -101,7 +86,7 @@ def test_an_error_breaks_the_communicator_on_all_ranks_until_it_is_reset(error: 
 
 def test_a_description_that_fails_breaks_it_too() -> None:
     def prepare(comm: Comm) -> Call[None]:
-        return Fake(lambda: "fine" if comm.rank else str(1 / 0), lambda: None)
+        return Call(lambda _: "fine" if comm.rank else str(1 / 0), lambda: None)
 
     def f(comm: Comm) -> float:
         with pytest.raises(CommunicatorError if comm.rank else ZeroDivisionError):
@@ -150,7 +135,7 @@ def test_what_is_under_way_is_given_up() -> None:
             if comm.rank == 1:
                 send(comm, data, 2)
 
-        return Fake(lambda: "what fails", run)
+        return Call(lambda _: "what fails", run)
 
     def f(comm: Comm) -> list[bytes]:
         with contextlib.suppress(ZeroDivisionError, CommunicatorError):
@@ -206,12 +191,12 @@ def test_a_call_waits_for_one_that_another_thread_runs_by_itself() -> None:
         assert gate.wait(30)
         order.append("first")
 
-    thread = threading.Thread(target=lambda: run_in_order(comm, first))
+    thread = threading.Thread(target=lambda: comm.background.call(first))
     thread.start()
     assert began.wait(30)
-    request = background.begin(comm, lambda: order.append("second"))
+    request = comm.background.submit(lambda: order.append("second"))
     gate.set()
-    run_in_order(comm, lambda: order.append("third"))
+    comm.background.call(lambda: order.append("third"))
     thread.join(30)
     assert request.test()
     assert order == ["first", "second", "third"]
@@ -219,7 +204,7 @@ def test_a_call_waits_for_one_that_another_thread_runs_by_itself() -> None:
 
 def test_what_runs_may_call_again_at_once() -> None:
     comm = Team(1).comms[0]
-    assert run_in_order(comm, lambda: run_in_order(comm, lambda: background.begin(comm, lambda: 7).wait())) == 7
+    assert comm.background.call(lambda: comm.background.call(lambda: comm.background.submit(lambda: 7).wait())) == 7
 
 
 def test_a_closed_communicator_says_so() -> None:

@@ -10,9 +10,9 @@ from reducers.members import LAYOUT, inputs, member
 from team import Team
 
 from mpicomp.arrays import Array
-from mpicomp.comm.collectives import barrier, peers
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.exchange import Exchange, exchange_lengths
+from mpicomp.comm.primitives import barrier, peers
 from mpicomp.errors import ConfigMismatchError, WireFormatError
 from mpicomp.reducers.parts import parcels, pipeline
 from mpicomp.reducers.parts.pipeline import round_robin

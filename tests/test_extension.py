@@ -17,8 +17,8 @@ import mpicomp
 from mpicomp.arrays import Array
 from mpicomp.codecs import Codec, Key
 from mpicomp.codecs.checks import check_finite, check_integer, little
-from mpicomp.comm.collectives import allgather, as_bytes
 from mpicomp.comm.communicator import Comm
+from mpicomp.comm.primitives import allgather, as_bytes
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
 from mpicomp.planner.explain import explain

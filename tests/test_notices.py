@@ -7,8 +7,8 @@ import pytest
 from team import Aborted, Team
 
 from mpicomp.comm import notices, watch
-from mpicomp.comm.collectives import allreduce, receive
 from mpicomp.comm.communicator import Comm
+from mpicomp.comm.primitives import allreduce, receive
 from mpicomp.errors import CommunicatorError
 
 

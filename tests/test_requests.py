@@ -12,7 +12,7 @@ import pytest
 from team import Team
 
 import mpicomp
-from mpicomp.comm.background import Background, Request, begin, run_in_order
+from mpicomp.comm.background import Background, Request
 from mpicomp.comm.communicator import Comm
 from mpicomp.errors import ConfigMismatchError
 
@@ -146,34 +146,34 @@ def fail() -> None:
 
 def test_nothing_runs_between_an_error_and_its_report() -> None:
     comm, gate, ran = comm_of_one(), threading.Event(), []
-    first = begin(comm, lambda: (gate.wait(10), fail()))
-    second = begin(comm, lambda: ran.append(2))
+    first = comm.background.submit(lambda: (gate.wait(10), fail()))
+    second = comm.background.submit(lambda: ran.append(2))
     gate.set()
     with pytest.raises(ZeroDivisionError):
         second.wait()
     with pytest.raises(ZeroDivisionError) as caught:
         first.wait()
     assert "fail" in [entry.name for entry in caught.traceback]
-    run_in_order(comm, lambda: ran.append(3))
-    begin(comm, lambda: ran.append(4)).wait()
+    comm.background.call(lambda: ran.append(3))
+    comm.background.submit(lambda: ran.append(4)).wait()
     assert ran == [3, 4]
 
 
 def test_a_blocking_call_after_an_error_that_nobody_saw_raises_it() -> None:
     comm, ran = comm_of_one(), []
-    request = begin(comm, fail)
+    request = comm.background.submit(fail)
     while not request.is_complete():
         pass
     with pytest.raises(ZeroDivisionError):
-        run_in_order(comm, lambda: ran.append(1))
-    run_in_order(comm, lambda: ran.append(2))
+        comm.background.call(lambda: ran.append(1))
+    comm.background.call(lambda: ran.append(2))
     assert ran == [2]
 
 
 def test_an_error_that_nobody_waits_for_ends_the_job(reported: list[BaseException]) -> None:
     comm = comm_of_one()
-    begin(comm, fail)
-    begin(comm, lambda: None)
+    comm.background.submit(fail)
+    comm.background.submit(lambda: None)
     del comm
     gc.collect()
     assert [type(error) for error in reported] == [ZeroDivisionError]
@@ -181,7 +181,7 @@ def test_an_error_that_nobody_waits_for_ends_the_job(reported: list[BaseExceptio
 
 def test_an_error_that_was_seen_is_not_reported_again(reported: list[BaseException]) -> None:
     comm = comm_of_one()
-    request = begin(comm, fail)
+    request = comm.background.submit(fail)
     with pytest.raises(ZeroDivisionError):
         request.wait()
     del request, comm
@@ -191,12 +191,12 @@ def test_an_error_that_was_seen_is_not_reported_again(reported: list[BaseExcepti
 
 def test_a_blocking_call_stays_on_its_thread_unless_something_is_under_way() -> None:
     comm = comm_of_one()
-    assert run_in_order(comm, threading.get_ident) == threading.get_ident()
-    thread = begin(comm, threading.get_ident).wait()
+    assert comm.background.call(threading.get_ident) == threading.get_ident()
+    thread = comm.background.submit(threading.get_ident).wait()
     assert thread != threading.get_ident()
-    assert run_in_order(comm, threading.get_ident) == threading.get_ident()
-    request = begin(comm, until_another_waits(comm))
-    assert run_in_order(comm, threading.get_ident) == thread
+    assert comm.background.call(threading.get_ident) == threading.get_ident()
+    request = comm.background.submit(until_another_waits(comm))
+    assert comm.background.call(threading.get_ident) == thread
     request.wait()
 
 
@@ -212,7 +212,7 @@ def until_another_waits(comm: Comm) -> Callable[[], None]:
 
 def test_the_thread_ends_with_its_communicator() -> None:
     comm = comm_of_one()
-    begin(comm, lambda: None).wait()
+    comm.background.submit(lambda: None).wait()
     names = [thread.name for thread in threading.enumerate() if thread.name.startswith("mpicomp")]
     del comm
     gc.collect()

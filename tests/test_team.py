@@ -12,7 +12,7 @@ import pytest
 from team import POISON, Aborted, Misuse, Released, Team
 
 from mpicomp.arrays import Array
-from mpicomp.comm import collectives
+from mpicomp.comm import primitives
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 
@@ -107,7 +107,7 @@ def test_a_buffer_sent_to_all_is_poisoned_after_the_last() -> None:
     def f(comm: Comm) -> None:
         message = words(comm.rank, 7)
         incoming = [np.empty(2, np.uint8) for _ in range(comm.size)]
-        collectives.allgather(comm, message, incoming)
+        primitives.allgather(comm, message, incoming)
         assert [data.tolist() for data in incoming] == [[rank, 7] for rank in range(comm.size)]
         assert message.tolist() == [POISON] * 2
 
@@ -324,7 +324,7 @@ def test_the_first_error_is_raised_and_releases_the_others(failing: int) -> None
     def f(comm: Comm) -> None:
         if comm.rank == failing:
             raise ZeroDivisionError("mine")
-        collectives.barrier(comm)
+        primitives.barrier(comm)
 
     team = Team(5)
     began = time.perf_counter()
@@ -341,7 +341,7 @@ def test_abort_ends_the_run() -> None:
     def f(comm: Comm) -> None:
         if comm.rank == 1:
             comm.transport.abort(5)
-        collectives.barrier(comm)
+        primitives.barrier(comm)
 
     team = Team(3)
     with pytest.raises(Aborted, match="rank 1 ended the job with code 5"):
@@ -369,7 +369,7 @@ def test_a_group_has_messages_and_collectives_of_its_own() -> None:
         group = comm.group([4, 0, 2] if evens else [1, 3])
         assert comm.group([4, 0, 2] if evens else [1, 3]) is group
         word, total = np.full(1, comm.rank, np.int32), np.empty(1, np.int32)
-        collectives.allreduce(group, word, total)
+        primitives.allreduce(group, word, total)
         data = words(0)
         finish(*ring(group, words(comm.rank), data))
         return [group.rank, group.size, int(total[0]), int(data[0])]
@@ -388,11 +388,11 @@ def test_what_is_written_to_a_window_shows_when_both_have_synced() -> None:
         window = comm.window("numbers", 2)
         before = window.parts[1 - comm.rank].tolist()
         window.parts[comm.rank][...] = comm.rank + 7
-        collectives.barrier(comm)
+        primitives.barrier(comm)
         unsynced = window.parts[1 - comm.rank].tolist()
-        collectives.barrier(comm)
+        primitives.barrier(comm)
         window.sync()
-        collectives.barrier(comm)
+        primitives.barrier(comm)
         window.sync()
         after = window.parts[1 - comm.rank].tolist()
         with pytest.raises(ValueError, match="read-only"):
@@ -419,7 +419,7 @@ def receive_from_who_returns(comm: Comm) -> None:
     if comm.rank < 2:
         group = comm.group([1, 0])
         if comm.rank == 0:
-            collectives.receive(group, words(1), 0)
+            primitives.receive(group, words(1), 0)
 
 
 def overlap_across_groups(comm: Comm) -> None:

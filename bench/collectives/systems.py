@@ -19,8 +19,8 @@ from bench.cluster.cluster import bulk_stream, network_bytes
 from bench.collectives.peer import Peer, PeerLost
 from bench.collectives.rows import least_bytes
 from bench.collectives.timing import Array, Arrays, Slot, measure
-from mpicomp.comm.collectives import barrier
 from mpicomp.comm.communicator import Comm
+from mpicomp.comm.primitives import barrier
 from mpicomp.comm.transport import MPITransport
 
 R = TypeVar("R")

@@ -11,16 +11,19 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from mpicomp.api.accept import checked, checked_target, described, whole
+from mpicomp.api.accept import check_apart, checked, checked_target, described, whole
 from mpicomp.arrays import COMPLEX, Array, dtype_name, on_device, work_dtype
 from mpicomp.codecs.base import Codec
 from mpicomp.comm.communicator import Comm
 from mpicomp.reducers.base import Reducer, walk
+from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.parts.apply import OPS
 from mpicomp.reducers.parts.layout import Layout, Unit
 from mpicomp.registry import Method, parse, parsed
 
 HALF = ("float16", "bfloat16")
+DENSE = Dense()
+"""The method for arrays as they are."""
 
 Arrays = TypeVar("Arrays", Array, list[Array])
 """One array or a list of arrays: a call returns what it was given."""
@@ -148,16 +151,20 @@ def checked_arrays(x: Any, exact: bool = False, what: str = "x", device: bool = 
     return [checked(array, f"{what}[{place}]", device, exact) for place, array in enumerate(x)]
 
 
-def checked_out(out: Any, form: Form, like: str = "as x is") -> list[Array]:
-    """Return the arrays to be written to, which must be of a form; TypeError or ValueError for others.
+def targets(out: Any, form: Form, xs: list[Array], like: str, over: bool = False) -> list[Array] | None:
+    """Return the arrays to be written to, None for new ones; TypeError or ValueError for those that do not fit.
 
-    `like` says why they must be: it ends a sentence.
+    They must be of `form`; `like` says why, and ends a sentence. With `over` an output may be the input of its own
+    place.
     """
+    if out is None:
+        return None
     if isinstance(out, (list, tuple)) != form.listed or len(as_list(out)) != len(form.shapes):
         raise ValueError(f"out must be {form} {like}, got {described(out)}")
     outs = as_list(out)
     for place, (array, shape, dtype) in enumerate(zip(outs, form.shapes, form.dtypes, strict=True)):
         checked_target(array, shape, dtype, f"out[{place}]" if form.listed else "out", like, form.device)
+    check_apart(outs, xs, over)
     return outs
 
 

@@ -10,58 +10,30 @@ from __future__ import annotations
 
 import functools
 import inspect
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Concatenate, Generic, ParamSpec, TypeAlias, TypeVar, cast, get_args, get_type_hints
+from typing import Any, Concatenate, Generic, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast, get_args, get_type_hints
 
-from mpicomp.arrays import bound, on_device
 from mpicomp.comm.agreement import confirm, digest_of, refuse
-from mpicomp.comm.background import Request, begin, run_in_order
+from mpicomp.comm.background import Background, Request
 from mpicomp.comm.communicator import Comm
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
 
 
-class Call(ABC, Generic[Result]):
-    """A collective whose arguments were found good: a frozen dataclass. Its methods are called when its turn has come.
+class Call(NamedTuple, Generic[Result]):
+    """A collective whose arguments are valid; its functions are called when its turn has come.
 
-    `number` counts the operations on the communicator: a call without a memory takes it for its step.
+    `describe` and `digest` are given the number of operations on the communicator: the step of a call without a memory.
     """
 
-    @abstractmethod
-    def describe(self, number: int) -> str:
-        """Return all that must be the same on every rank, as text."""
-
-    def digest(self, number: int) -> int:
-        """Return a digest of the description."""
-        return digest_of(self.describe(number))
-
-    @abstractmethod
-    def run(self) -> Result:
-        """Communicate, and return the result."""
-
-
-class OnStream(Call[Result]):
-    """A call that is bound to the GPU and the stream that were current when it was made, whatever thread runs it."""
-
-    def __init__(self, call: Call[Result], run: Callable[[], Result]) -> None:
-        self._call, self._run = call, run
-
-    def describe(self, number: int) -> str:
-        return self._call.describe(number)
-
-    def digest(self, number: int) -> int:
-        return self._call.digest(number)
-
-    def run(self) -> Result:
-        return self._run()
-
-
-def on_current_stream(call: Call[Result], x: Any) -> Call[Result]:
-    """Return a call as it runs on the current stream, if x lies on a GPU."""
-    return OnStream(call, bound(call.run, x)) if on_device(x) else call
+    describe: Callable[[int], str]
+    """Return all that must be the same on every rank, as text."""
+    run: Callable[[], Result]
+    """Communicate, and return the result."""
+    digest: Callable[[int], int] | None = None
+    """Return a digest of the description, where that is known without the text."""
 
 
 Prepare: TypeAlias = Callable[Concatenate[Comm, P], Call[Result]]
@@ -70,14 +42,14 @@ Prepare: TypeAlias = Callable[Concatenate[Comm, P], Call[Result]]
 
 def blocking(prepare: Prepare[P, Result]) -> Callable[Concatenate[Any, P], Result]:
     """Return the collective that a function `_name` prepares, whose signature and docstring it has."""
-    return _collective(prepare, run_in_order, prepare.__name__[1:], "{}", prepare.__doc__)
+    return _collective(prepare, Background.call, prepare.__name__[1:], "{}", prepare.__doc__)
 
 
 def nonblocking(prepare: Prepare[P, Result]) -> Callable[Concatenate[Any, P], Request[Result]]:
     """Return the collective that begins in the background; what is wrong with this rank's arguments is raised here."""
     name = prepare.__name__[1:]
     doc = f"Begin `{name}`; x and `out` must stay untouched until the request is complete. Collective."
-    return _collective(prepare, begin, f"i{name}", "Request[{}]", doc)
+    return _collective(prepare, Background.submit, f"i{name}", "Request[{}]", doc)
 
 
 def _collective(
@@ -90,15 +62,15 @@ def _collective(
         try:
             call = prepare(comm, *args, **kwargs)
         except (TypeError, ValueError) as error:
-            submit(comm, partial(refuse, comm, error))
+            submit(comm.background, partial(refuse, comm, error))
             raise
-        return submit(comm, partial(_run, comm, call))
+        return submit(comm.background, partial(_run, comm, call))
 
     functools.update_wrapper(collective, prepare)
     signature = inspect.signature(prepare)
     result = returns.format(signature.return_annotation.removeprefix("Call[").removesuffix("]"))
     kind = get_args(get_type_hints(prepare)["return"])[0]
-    if submit is begin:
+    if submit is Background.submit:
         kind = cast(Any, Request)[kind]
     comm, *others = signature.parameters.values()
     shown = signature.replace(parameters=[comm.replace(annotation="Any"), *others], return_annotation=result)
@@ -110,10 +82,9 @@ def _collective(
 
 
 def _run(comm: Comm, call: Call[Result]) -> Result:
-    comm.check()
     number = comm.calls
     try:
-        digest = call.digest(number)
+        digest = digest_of(call.describe(number)) if call.digest is None else call.digest(number)
     except BaseException as error:
         comm.breaks(error, "the description of an operation")
         raise

@@ -1,7 +1,7 @@
 """How arrays travel from one rank to another: as they are, or encoded; several in one message.
 
 Both carriers take lists of flat arrays, half types as bits, one list for each message: what goes to rank r, and where
-to put what comes from it; None where nothing does. All lists are of one form, the carrier's.
+to put what comes from it; an empty list means no message. All lists are of one form, the carrier's.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import numpy as np
 from mpicomp.api.arguments import HALF, Form, bits
 from mpicomp.arrays import Array, empty, work_dtype
 from mpicomp.codecs.base import Codec
-from mpicomp.comm.collectives import as_bytes, broadcast, exchange
 from mpicomp.comm.communicator import Comm
+from mpicomp.comm.primitives import as_bytes, broadcast, exchange
 from mpicomp.kernels import kernels_for
-from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.parts.layout import Layout
 from mpicomp.reducers.parts.messages import Message, check_header, exchange_messages
 from mpicomp.reducers.parts.state import State
@@ -28,9 +27,7 @@ Flats = list[Array]
 class Carrier(Protocol):
     """Moves arrays of one form between ranks. Collective."""
 
-    def exchange(
-        self, comm: Comm, outgoing: Sequence[Flats | None], incoming: Sequence[Flats | None], operation: str
-    ) -> None:
+    def exchange(self, comm: Comm, outgoing: Sequence[Flats], incoming: Sequence[Flats], operation: str) -> None:
         """Send outgoing[r] to every rank r, and put into incoming[r] what came from it."""
         ...
 
@@ -47,15 +44,13 @@ class Carrier(Protocol):
         ...
 
 
-class Raw(Carrier):
+class Raw:
     """Arrays as they are, of any dtype; a single one is sent from its memory and received into its memory."""
 
     def __init__(self, form: Form) -> None:
         self._form = form
 
-    def exchange(
-        self, comm: Comm, outgoing: Sequence[Flats | None], incoming: Sequence[Flats | None], operation: str
-    ) -> None:
+    def exchange(self, comm: Comm, outgoing: Sequence[Flats], incoming: Sequence[Flats], operation: str) -> None:
         messages = [_joined(flats) for flats in outgoing]
         rooms = [_room(flats) for flats in incoming]
         exchange(comm, messages, rooms, operation)
@@ -86,23 +81,19 @@ class Raw(Carrier):
                     total[unit.where] += flat
 
 
-def _joined(flats: Flats | None) -> Array:
+def _joined(flats: Flats) -> Array:
     """A message of arrays, (nbytes,) uint8; a view for one array."""
-    if flats is None:
-        return np.empty(0, np.uint8)
-    return as_bytes(flats[0]) if len(flats) == 1 else np.concatenate([as_bytes(flat) for flat in flats])
+    return as_bytes(flats[0]) if len(flats) == 1 else np.concatenate([np.empty(0, np.uint8), *map(as_bytes, flats)])
 
 
-def _room(flats: Flats | None) -> Array:
+def _room(flats: Flats) -> Array:
     """Where a message for arrays is received; the memory of a single one."""
-    if flats is None:
-        return np.empty(0, np.uint8)
     return as_bytes(flats[0]) if len(flats) == 1 else np.empty(sum(flat.nbytes for flat in flats), np.uint8)
 
 
-def _cut(message: Array, flats: Flats | None) -> None:
+def _cut(message: Array, flats: Flats) -> None:
     """Put a message into its arrays, unless it was received there."""
-    if flats is None or len(flats) == 1:
+    if len(flats) == 1:
         return
     start = 0
     for flat in flats:
@@ -110,7 +101,7 @@ def _cut(message: Array, flats: Flats | None) -> None:
         start += flat.nbytes
 
 
-class Coded(Carrier):
+class Coded:
     """Arrays of one dtype as a codec encodes them.
 
     NaN and infinity are copied element by element by codecs that keep them; by others, and in sums, all elements of
@@ -123,13 +114,11 @@ class Coded(Carrier):
         self._state = State(form.layout, work_dtype(form.dtype), seed=0, step=sequence, digest=0)
         self._half = form.dtype in HALF
 
-    def exchange(
-        self, comm: Comm, outgoing: Sequence[Flats | None], incoming: Sequence[Flats | None], operation: str
-    ) -> None:
+    def exchange(self, comm: Comm, outgoing: Sequence[Flats], incoming: Sequence[Flats], operation: str) -> None:
         keep = self._codec.keeps_nonfinite
-        rooms = self._exchanged(comm, outgoing, [flats is not None for flats in incoming], operation, keep)
+        rooms = self._exchanged(comm, outgoing, incoming, operation, keep)
         for source, (room, flats) in enumerate(zip(rooms, incoming, strict=True)):
-            if flats is not None:
+            if flats:
                 self._read(room, flats, source)
 
     def broadcast(self, comm: Comm, flats: Flats, results: Flats, root: int) -> None:
@@ -147,25 +136,20 @@ class Coded(Carrier):
             self._read(message, results, root)
 
     def add(self, comm: Comm, outgoing: Sequence[Flats], total: Array, operation: str, shrink: float = 1.0) -> None:
-        rooms = self._exchanged(comm, outgoing, [True] * comm.size, operation)
+        rooms = self._exchanged(comm, outgoing, outgoing, operation)
         total[...] = 0
-        sequence, state = self._sequence, self._state
-        poisoned = [check_header(room.buffer, source, sequence, state) for source, room in self._sent(rooms)]
-        if any(poisoned):
+        sent = [(source, room) for source, room in enumerate(rooms) if room.pieces]  # none of arrays without elements
+        if any([check_header(room.buffer, source, self._sequence, self._state) for source, room in sent]):
             total[...] = np.nan
             return
-        for source, room in self._sent(rooms):
+        for source, room in sent:
             room.decode_add(total, self._state, 0, source, shrink)
-
-    def _sent(self, rooms: Sequence[Message]) -> list[tuple[int, Message]]:
-        """Messages by source; none of arrays without elements."""
-        return [(source, room) for source, room in enumerate(rooms) if room.pieces]
 
     def _exchanged(
         self,
         comm: Comm,
-        outgoing: Sequence[Flats | None],
-        expected: Sequence[bool],
+        outgoing: Sequence[Flats],
+        incoming: Sequence[Flats],
         operation: str,
         keep_nonfinite: bool = False,
     ) -> list[Message]:
@@ -173,11 +157,11 @@ class Coded(Carrier):
         nothing = Message(self._codec, [], self._state.dtype)
         written: dict[int, Message] = {}
         for flats in outgoing:
-            if flats is not None and id(flats) not in written:
+            if flats and id(flats) not in written:
                 message = written[id(flats)] = self._message()
                 self._write(message, flats, comm.rank, keep_nonfinite)
-        messages = [nothing if flats is None else written[id(flats)] for flats in outgoing]
-        rooms = [self._message() if some else nothing for some in expected]
+        messages = [written[id(flats)] if flats else nothing for flats in outgoing]
+        rooms = [self._message() if flats else nothing for flats in incoming]
         exchange_messages(comm, messages, rooms, operation)
         return rooms
 
@@ -220,16 +204,15 @@ def spread(wide: Array, flats: Flats, layout: Layout, dtype: str) -> None:
     """Cut an array, (extent,) of the work dtype, into arrays of `dtype`, half types as bits."""
     for unit, flat in zip(layout.units, flats, strict=True):
         if dtype in HALF:
-            # Nothing takes the rest.
-            kernels_for(flat).narrow(wide[unit.where], None, None, flat, dtype, saturate=False)
+            kernels_for(flat).narrow(wide[unit.where], None, None, flat, dtype, saturate=False)  # nothing takes the rest
         else:
             flat[...] = wide[unit.where]
 
 
-def carrier(comm: Comm, member: Codec | Dense, form: Form) -> Carrier:
-    """Return what moves arrays of a form in the collective that begins now."""
+def carrier(comm: Comm, codec: Codec | None, form: Form) -> Carrier:
+    """Return what moves arrays of a form in the collective that begins now; without a codec they stay as they are."""
     sequence = comm.next_call()
-    return Coded(member, form, sequence) if isinstance(member, Codec) else Raw(form)
+    return Raw(form) if codec is None else Coded(codec, form, sequence)
 
 
 def rows(arrays: list[Array], ranks: int) -> list[Flats]:

@@ -7,80 +7,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from mpicomp import __version__
-from mpicomp.api.accept import check_apart
-from mpicomp.api.arguments import Arrays, Form, bits, checked_arrays, checked_out, member_of, root_of
+from mpicomp.api.arguments import DENSE, Arrays, Form, bits, checked_arrays, member_of, root_of, targets
 from mpicomp.api.call import Call, blocking, nonblocking
 from mpicomp.api.carriers import Flats, carrier, rows
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
 from mpicomp.comm.communicator import Comm
 from mpicomp.reducers.base import Reducer
-from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.gather import Gather
 from mpicomp.registry import Method, arithmetic
-
-
-@dataclass(frozen=True, eq=False)
-class Copy(Call[Any]):
-    """A collective that moves arrays without adding them."""
-
-    comm: Comm
-    name: str
-    member: Codec | Dense
-    form: Form
-    """Of one message."""
-    xs: list[Array]
-    outs: list[Array] | None
-
-    def describe(self, number: int) -> str:
-        return describe_copy(self.name, self.form, self.member)
-
-
-@dataclass(frozen=True, eq=False)
-class Exchange(Copy):
-    """A copy in which some ranks send to some: all but bcast."""
-
-    apart: bool
-    """Whether the arrays hold a row for each rank, (ranks, *shape); else all of them go to every target."""
-    targets: Collection[int]
-    """The ranks to which this one sends."""
-    sources: Collection[int]
-    """The ranks from which this one receives; without any it returns None."""
-    stacked: bool
-    """Whether the result has a row for each rank."""
-
-    def run(self) -> Any:
-        size, form = self.comm.size, self.form
-        outgoing: list[Flats | None] = [None] * size
-        incoming: list[Flats | None] = [None] * size
-        if self.targets:
-            mine = rows(self.xs, size) if self.apart else [[bits(x) for x in self.xs]] * size
-            outgoing = [flats if rank in self.targets else None for rank, flats in enumerate(mine)]
-        if self.sources:
-            form = form.with_axis(size) if self.stacked else form
-            results = form.rooms(self.xs, self.outs)
-            ours = rows(results, size) if self.stacked else [[bits(result) for result in results]] * size
-            incoming = [flats if rank in self.sources else None for rank, flats in enumerate(ours)]
-        operation = f"{self.name.partition(' ')[0]} by {self.member}"
-        carrier(self.comm, self.member, self.form).exchange(self.comm, outgoing, incoming, operation)
-        return form.returned(results, self.outs) if self.sources else None
-
-
-@dataclass(frozen=True, eq=False)
-class Bcast(Copy):
-    """A copy of the root's arrays to all ranks, encoded once."""
-
-    root: int
-
-    def run(self) -> Any:
-        results = self.form.rooms(self.xs, self.outs)
-        flats, written = [bits(x) for x in self.xs], [bits(result) for result in results]
-        carrier(self.comm, self.member, self.form).broadcast(self.comm, flats, written, self.root)
-        return self.form.returned(results, self.outs)
 
 
 def _allgather(comm: Comm, x: Arrays, codec: Method, out: Arrays | None = None) -> Call[Arrays]:
@@ -100,7 +38,7 @@ def _allgather(comm: Comm, x: Arrays, codec: Method, out: Arrays | None = None) 
     member, xs, form = sources("allgather", x, codec)
     outs = targets(out, form.with_axis(comm.size), xs, f"for {comm.size} ranks")
     everyone = range(comm.size)
-    return Exchange(comm, "allgather", member, form, xs, outs, False, everyone, everyone, stacked=True)
+    return _exchange(comm, "allgather", member, form, xs, outs, everyone, everyone, apart=False)
 
 
 def _bcast(comm: Comm, x: Arrays, codec: Method, root: int = 0, out: Arrays | None = None) -> Call[Arrays]:
@@ -112,7 +50,14 @@ def _bcast(comm: Comm, x: Arrays, codec: Method, root: int = 0, out: Arrays | No
     member, xs, form = sources("bcast", x, codec)
     root = root_of(comm, root)
     outs = targets(out, form, xs, "as x is", over=True)
-    return Bcast(comm, f"bcast from rank {root}", member, form, xs, outs, root)
+
+    def run() -> Any:
+        results = form.rooms(xs, outs)
+        flats, written = [bits(x) for x in xs], [bits(result) for result in results]
+        carrier(comm, member, form).broadcast(comm, flats, written, root)
+        return form.returned(results, outs)
+
+    return Call(lambda _: describe_copy(f"bcast from rank {root}", form, member), run)
 
 
 def _gather(comm: Comm, x: Arrays, codec: Method, root: int = 0, out: Arrays | None = None) -> Call[Arrays | None]:
@@ -126,7 +71,7 @@ def _gather(comm: Comm, x: Arrays, codec: Method, root: int = 0, out: Arrays | N
         raise ValueError(f"out is for rank {root}, the root; rank {comm.rank} gets nothing")
     outs = targets(out, form.with_axis(comm.size), xs, f"for {comm.size} ranks")
     everyone = range(comm.size) if comm.rank == root else ()
-    return Exchange(comm, f"gather to rank {root}", member, form, xs, outs, False, (root,), everyone, stacked=True)
+    return _exchange(comm, f"gather to rank {root}", member, form, xs, outs, (root,), everyone, apart=False)
 
 
 def _scatter(
@@ -150,7 +95,7 @@ def _scatter(
     outs = targets(out, form, models if at_root else [], "as a row of x is")
     everyone = range(comm.size) if at_root else ()
     name = f"scatter from rank {root}"
-    return Exchange(comm, name, member, form, models, outs, True, everyone, (root,), stacked=False)
+    return _exchange(comm, name, member, form, models, outs, everyone, (root,), stacked=False)
 
 
 def _alltoall(comm: Comm, x: Arrays, codec: Method, out: Arrays | None = None) -> Call[Arrays]:
@@ -162,7 +107,7 @@ def _alltoall(comm: Comm, x: Arrays, codec: Method, out: Arrays | None = None) -
     outs = targets(out, whole, xs, "as x is")
     everyone = range(comm.size)
     form = whole.without_axis(comm.size)
-    return Exchange(comm, "alltoall", member, form, xs, outs, True, everyone, everyone, stacked=True)
+    return _exchange(comm, "alltoall", member, form, xs, outs, everyone, everyone)
 
 
 allgather, iallgather = blocking(_allgather), nonblocking(_allgather)
@@ -175,31 +120,57 @@ alltoall, ialltoall = blocking(_alltoall), nonblocking(_alltoall)
 # ------------------------------------------------------------------------------------------------- what they share
 
 
-def sources(name: str, x: Any, codec: Method, what: str = "x") -> tuple[Codec | Dense, list[Array], Form]:
-    """Return how arrays travel, the arrays, and their form; raises SpecError, TypeError or ValueError."""
-    member = member_of(codec)
-    exact = member.takes_integers
-    if isinstance(member, Reducer) and not exact:
-        raise TypeError(f"{name} takes a codec or dense, got the reducer {member}")
-    xs, form = checked_arrays(x, exact, what), Form.of(x)
-    if not exact:
-        form.require_one_dtype()
-    return cast(Codec | Dense, member), xs, form
+def _exchange(
+    comm: Comm,
+    name: str,
+    codec: Codec | None,
+    form: Form,
+    xs: list[Array],
+    outs: list[Array] | None,
+    receivers: Collection[int],
+    senders: Collection[int],
+    *,
+    apart: bool = True,
+    stacked: bool = True,
+) -> Call[Any]:
+    """Return a call that sends messages of a form to `receivers`; without `senders` its result is None.
 
-
-def targets(out: Any, form: Form, xs: list[Array], like: str, over: bool = False) -> list[Array] | None:
-    """Return the arrays to be written to, None for new ones; ValueError for those that do not fit.
-
-    With `over` an output may be the input of its own place.
+    With `apart` the arrays hold a row per rank, (ranks, *shape); else every receiver gets all of them. With `stacked`
+    the result has a row per rank.
     """
-    if out is None:
-        return None
-    outs = checked_out(out, form, like)
-    check_apart(outs, xs, over)
-    return outs
+
+    def run() -> Any:
+        size, returned = comm.size, form
+        outgoing: list[Flats] = [[]] * size
+        incoming: list[Flats] = [[]] * size
+        if receivers:
+            mine = rows(xs, size) if apart else [[bits(x) for x in xs]] * size
+            outgoing = [flats if rank in receivers else [] for rank, flats in enumerate(mine)]
+        if senders:
+            returned = form.with_axis(size) if stacked else form
+            results = returned.rooms(xs, outs)
+            ours = rows(results, size) if stacked else [[bits(result) for result in results]] * size
+            incoming = [flats if rank in senders else [] for rank, flats in enumerate(ours)]
+        operation = f"{name.partition(' ')[0]} by {codec or 'dense'}"
+        carrier(comm, codec, form).exchange(comm, outgoing, incoming, operation)
+        return returned.returned(results, outs) if senders else None
+
+    return Call(lambda _: describe_copy(name, form, codec), run)
 
 
-def describe_copy(operation: str, form: Form, member: Codec | Dense) -> str:
+def sources(name: str, x: Any, method: Method, what: str = "x") -> tuple[Codec | None, list[Array], Form]:
+    """Return the codec, None for "dense", the arrays, and their form; raises SpecError, TypeError or ValueError."""
+    member = member_of(method)
+    if isinstance(member, Reducer) and member != DENSE:
+        raise TypeError(f"{name} takes a codec or dense, got the reducer {member}")
+    codec = member if isinstance(member, Codec) else None
+    xs, form = checked_arrays(x, codec is None, what), Form.of(x)
+    if codec is not None:
+        form.require_one_dtype()
+    return codec, xs, form
+
+
+def describe_copy(operation: str, form: Form, codec: Codec | None) -> str:
     """Return all that must be the same on every rank, as text."""
-    kernels = f", arithmetic {arithmetic(Gather(member))}" if isinstance(member, Codec) else ""
-    return f"{operation} of {form} by {member}, mpicomp {__version__}, {sys.byteorder} endian{kernels}"
+    kernels = "" if codec is None else f", arithmetic {arithmetic(Gather(codec))}"
+    return f"{operation} of {form} by {codec or 'dense'}, mpicomp {__version__}, {sys.byteorder} endian{kernels}"

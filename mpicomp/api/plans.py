@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic
 
 import numpy as np
 
 from mpicomp.api.accept import check_contiguous, described, plain
-from mpicomp.api.arguments import Arrays, Form, as_list, checked_arrays, member_of, number, op_of
-from mpicomp.api.call import Call, blocking, nonblocking, on_current_stream
-from mpicomp.api.copies import targets
+from mpicomp.api.arguments import DENSE, Arrays, Form, as_list, checked_arrays, member_of, number, op_of, targets
+from mpicomp.api.call import Call, blocking, nonblocking
 from mpicomp.api.memories import Memory, Resolution
-from mpicomp.api.reductions import Allreduce, check_integers, has_integers, packed, sum_integers
-from mpicomp.arrays import DTYPES, Array, on_device, work_dtype
+from mpicomp.api.reductions import check_integers, has_integers, packed, reduce_and_keep, reduce_arrays, sum_integers
+from mpicomp.arrays import DTYPES, Array, bound, on_device, work_dtype
 from mpicomp.comm.agreement import digest_of, mixed
 from mpicomp.comm.background import Request
 from mpicomp.comm.communicator import Comm
@@ -68,8 +66,18 @@ class Plan(Generic[Arrays]):
         """Return a call of this plan; ValueError for arrays of another form."""
         xs = self._fitting(x)
         outs = targets(out, self._form, xs, "as the plan was made for", over=True)
-        step = PlannedSum if self._exact else PlannedAllreduce
-        return on_current_stream(step(comm, self._found, self.memory, xs, outs, self), xs[0])
+        if self._exact:
+            return Call(self._describe, partial(packed, self._form, xs, outs, partial(sum_integers, comm), Workspace()))
+        reduce = partial(reduce_arrays, comm, self._found, xs, outs)
+        run = partial(reduce_and_keep, comm, self._found, self.memory, reduce)
+        return Call(self._describe, bound(run, xs[0]), self._digest)
+
+    def _describe(self, _: int) -> str:
+        seed, step = self.memory.at()
+        return f"step {step}, seed {seed}, of the {self.description}"
+
+    def _digest(self, _: int) -> int:
+        return mixed(self.digest, *self.memory.at())
 
     def _fitting(self, x: Any) -> list[Array]:
         """Return the arrays given; ValueError where they are not like those planned for. In the path of small sums."""
@@ -137,52 +145,11 @@ class Plan(Generic[Arrays]):
         return str(self.memory)
 
 
-@dataclass(frozen=True, eq=False)
-class PlannedAllreduce(Allreduce):
-    """A call of a plan."""
-
-    plan: Plan[Any]
-
-    def describe(self, number: int) -> str:
-        seed, step = self.plan.memory.at()
-        return f"step {step}, seed {seed}, of the {self.plan.description}"
-
-    def digest(self, number: int) -> int:
-        return mixed(self.plan.digest, *self.plan.memory.at())
-
-
-@dataclass(frozen=True, eq=False)
-class PlannedSum(PlannedAllreduce):
-    """A call of a plan for integers."""
-
-    def run(self) -> Any:
-        return packed(self.found.form, self.xs, self.outs, partial(sum_integers, self.comm), Workspace())
-
-
 def _planned(comm: Comm, plan: Plan[Any], x: Any, out: Any) -> Call[Any]:
     return plan.prepare(comm, x, out)
 
 
 _step, _istep = blocking(_planned), nonblocking(_planned)
-
-
-@dataclass(frozen=True, eq=False)
-class MakePlan(Call[Any]):
-    """The making of a plan, on which all ranks agree."""
-
-    comm: Comm
-    found: Resolution
-    dtypes: list[np.dtype[Any]]
-    memory: Memory
-
-    def describe(self, number: int) -> str:
-        return f"plan of {self.found.describe(self.memory.seed, 0)}"
-
-    def run(self) -> Any:
-        self.memory.keep(self.comm, self.found, self.found.begun(self.memory.seed))
-        _ = self.comm.topology  # collective when it is first asked for, as the next line is
-        recall(self.comm)  # for `explain`
-        return Plan(self.comm, self.dtypes, self.memory, self.found, self.describe(0))
 
 
 def _plan(
@@ -195,13 +162,24 @@ def _plan(
     `feedback`. `like`, `method` and `op` as for `allreduce`; raises as that does.
     """
     member, op, like = member_of(method), op_of(op), number(like)
-    integers = member.takes_integers and has_integers(like)
+    integers = member == DENSE and has_integers(like)
     dtypes = [x.dtype for x in checked_arrays(like, exact=integers, device=True)]
     form = Form.of(like)
     if integers:
         check_integers(form, op)
     memory = Memory(member, form, seed, feedback)
-    return MakePlan(comm, memory.prepare(comm, op), dtypes, memory)
+    found = memory.prepare(comm, op)
+
+    def describe(_: int) -> str:
+        return f"plan of {found.describe(seed, 0)}"
+
+    def run() -> Plan[Arrays]:
+        memory.keep(comm, found, found.begun(seed))
+        _ = comm.topology  # collective when it is first asked for, as the next line is
+        recall(comm)  # for `explain`
+        return Plan(comm, dtypes, memory, found, describe(0))
+
+    return Call(describe, run)
 
 
 plan = blocking(_plan)

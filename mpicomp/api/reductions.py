@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
 import numpy as np
 
 from mpicomp.api.arguments import (
+    DENSE,
     HALF,
     Arrays,
     Form,
@@ -20,20 +19,20 @@ from mpicomp.api.arguments import (
     number,
     op_of,
     room,
+    targets,
 )
-from mpicomp.api.call import Call, Result, blocking, nonblocking, on_current_stream
+from mpicomp.api.call import Call, Result, blocking, nonblocking
 from mpicomp.api.carriers import carrier, rows, spread
-from mpicomp.api.copies import describe_copy, sources, targets
+from mpicomp.api.copies import describe_copy, sources
 from mpicomp.api.lifecycle import PersistentReduction
 from mpicomp.api.memories import Memory, Resolution, resolution
-from mpicomp.arrays import Array, empty, work_dtype
+from mpicomp.arrays import Array, bound, empty, work_dtype
 from mpicomp.codecs.base import Codec
-from mpicomp.comm.collectives import allreduce as allreduce_exact
 from mpicomp.comm.communicator import Comm
+from mpicomp.comm.primitives import allreduce as allreduce_exact
 from mpicomp.kernels import kernels_for
 from mpicomp.planner.allowance import divided
 from mpicomp.reducers.base import Reducer
-from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.gather import Gather
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.registry import Method
@@ -68,7 +67,7 @@ def _allreduce(
     or ValueError for bad arguments; the other ranks then raise ConfigMismatchError.
     """
     member, op, x = member_of(method), op_of(op), number(x)
-    integers = member.takes_integers and has_integers(x)
+    integers = member == DENSE and has_integers(x)
     xs = checked_arrays(x, exact=integers, device=True)
     form = Form.of(x)
     outs = targets(out, form, xs, "as x is", over=True)
@@ -76,69 +75,44 @@ def _allreduce(
         check_integers(form, op)
         if memory is not None:
             raise ValueError(f"integers are summed exactly and need no memory; got one for dtype {form.dtype}")
-        return IntegerSum(comm, form, xs, outs)
+        add = partial(sum_integers, comm)
+        return Call(lambda _: f"sum of {form} by dense", partial(packed, form, xs, outs, add, Workspace()))
     found = settled(comm, form, method, member, op, memory)
-    return on_current_stream(Allreduce(comm, found, memory, xs, outs), xs[0])
+    describe, run, digest = reducing(comm, found, memory, partial(reduce_arrays, comm, found, xs, outs))
+    return Call(describe, bound(run, xs[0]), digest)
 
 
-@dataclass(frozen=True, eq=False)
-class Reducing(Call[Result]):
-    """A sum or mean of floating-point numbers, with or without a memory."""
+def reducing(
+    comm: Comm, found: Resolution, memory: Memory | None, reduce: Callable[[PersistentReduction], Result]
+) -> Call[Result]:
+    """Return a call that `reduce` executes, with what the memory holds; without one its step is its number."""
 
-    comm: Comm
-    found: Resolution
-    memory: Memory | None
+    def at(number: int) -> tuple[int, int]:
+        return (0, number) if memory is None else memory.at()
 
-    def describe(self, number: int) -> str:
-        return self.found.describe(*self._at(number))
-
-    def digest(self, number: int) -> int:
-        return self.found.digest(*self._at(number))
-
-    def run(self) -> Result:
-        memory = self.memory
+    def run() -> Result:
         if memory is None:
-            return self.reduce(self.found.begun(*self._at(self.comm.calls)))
-        reduction = memory.reduction or self.found.begun(*memory.at())
-        result = self.reduce(reduction)
-        memory.keep(self.comm, self.found, reduction)
-        return result
+            return reduce(found.begun(0, comm.calls))
+        return reduce_and_keep(comm, found, memory, reduce)
 
-    @abstractmethod
-    def reduce(self, reduction: PersistentReduction) -> Result:
-        """Reduce the arrays once, and return the result."""
-
-    def _at(self, number: int) -> tuple[int, int]:
-        """Seed and step; without a memory the step is the number of the call, and random numbers differ in each."""
-        return (0, number) if self.memory is None else self.memory.at()
+    return Call(lambda number: found.describe(*at(number)), run, lambda number: found.digest(*at(number)))
 
 
-@dataclass(frozen=True, eq=False)
-class Allreduce(Reducing[Any]):
-    """A sum or mean of arrays."""
-
-    xs: list[Array]
-    outs: list[Array] | None
-
-    def reduce(self, reduction: PersistentReduction) -> Any:
-        add = partial(reduction.reduce, self.comm, self.found.op, watched=False)
-        return packed(self.found.form, self.xs, self.outs, add, reduction.work)
+def reduce_and_keep(
+    comm: Comm, found: Resolution, memory: Memory, reduce: Callable[[PersistentReduction], Result]
+) -> Result:
+    """Reduce with what the memory holds; then the step counts."""
+    reduction = memory.reduction or found.begun(*memory.at())
+    result = reduce(reduction)
+    memory.keep(comm, found, reduction)
+    return result
 
 
-@dataclass(frozen=True, eq=False)
-class IntegerSum(Call[Any]):
-    """An exact sum of integers."""
-
-    comm: Comm
-    form: Form
-    xs: list[Array]
-    outs: list[Array] | None
-
-    def describe(self, number: int) -> str:
-        return f"sum of {self.form} by dense"
-
-    def run(self) -> Any:
-        return packed(self.form, self.xs, self.outs, partial(sum_integers, self.comm), Workspace())
+def reduce_arrays(
+    comm: Comm, found: Resolution, xs: list[Array], outs: list[Array] | None, reduction: PersistentReduction
+) -> Any:
+    """Reduce arrays once, and return the results."""
+    return packed(found.form, xs, outs, partial(reduction.reduce, comm, found.op, watched=False), reduction.work)
 
 
 def _reduce_scatter(
@@ -160,42 +134,26 @@ def _reduce_scatter(
     rows_of_all.require_one_dtype()
     form = rows_of_all.without_axis(comm.size)
     outs = targets(out, form, xs, "as a row of x is")
-    member = cast(Gather, divided(Gather(given), comm.size, op)).codec if isinstance(given, Codec) else given
-    return ReduceScatter(comm, op, member, form, xs, outs, integers)
+    running = None if given is None else cast(Gather, divided(Gather(given), comm.size, op)).codec
 
-
-@dataclass(frozen=True, eq=False)
-class ReduceScatter(Call[Any]):
-    """A sum or mean of which each rank gets a row."""
-
-    comm: Comm
-    op: str
-    member: Codec | Dense
-    form: Form
-    """Of a row."""
-    xs: list[Array]
-    outs: list[Array] | None
-    integers: bool
-
-    def describe(self, number: int) -> str:
-        return describe_copy(f"{self.op} scattered", self.form, self.member)
-
-    def run(self) -> Any:
-        comm, form, mean = self.comm, self.form, self.op == "mean"
-        made = form.rooms(self.xs, self.outs)
+    def run() -> Any:
+        mean = op == "mean"
+        made = form.rooms(xs, outs)
         flats = [bits(result) for result in made]
-        dtype = form.dtype if self.integers else work_dtype(form.dtype)
         direct = not form.listed and form.dtype not in HALF
+        dtype = form.dtype if integers else work_dtype(form.dtype)
         total = flats[0] if direct else empty(form.layout.size, dtype)
         # bfloat16 has the range of float32, in which a sum may overflow although the mean does not.
         shrink = 0.5 ** (comm.size - 1).bit_length() if mean and form.dtype == "bfloat16" else 1.0
-        mover = carrier(comm, self.member, form)
-        mover.add(comm, rows(self.xs, comm.size), total, f"reduce_scatter by {self.member}", shrink)
+        operation = f"reduce_scatter by {running or 'dense'}"
+        carrier(comm, running, form).add(comm, rows(xs, comm.size), total, operation, shrink)
         if mean:
             kernels_for(total).divide(total, comm.size * shrink)
         if not direct:
             spread(total, flats, form.layout, form.dtype)
-        return form.returned(made, self.outs)
+        return form.returned(made, outs)
+
+    return Call(lambda _: describe_copy(f"{op} scattered", form, running), run)
 
 
 allreduce, iallreduce = blocking(_allreduce), nonblocking(_allreduce)
@@ -219,7 +177,7 @@ def settled(
 
 def packed(
     form: Form, xs: list[Array], outs: list[Array] | None, add: Callable[[Array, Array], None], work: Workspace
-) -> Array | list[Array]:
+) -> Any:
     """Reduce arrays as one flat array, that of a single one without a copy, and return the results.
 
     `add` is given what it reduces and where to, both flat and of one dtype, half types as bits.

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mpicomp.comm.collectives import allgather, allreduce
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.notices import name_ranks
+from mpicomp.comm.primitives import allgather, allreduce
 from mpicomp.errors import ConfigMismatchError
 
 DESCRIPTION = 2048  # bytes of a rank's statement when ranks disagree

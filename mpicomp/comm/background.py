@@ -11,13 +11,10 @@ import atexit
 import queue
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from mpicomp.comm import children
 from mpicomp.comm.exits import end_job_from_thread
-
-if TYPE_CHECKING:
-    from mpicomp.comm.communicator import Comm
 
 T = TypeVar("T")
 
@@ -129,7 +126,8 @@ class Background:
     def submit(self, call: Callable[[], T], after_failure: bool = False) -> Request[T]:
         """Run `call` after all calls that were submitted before; at once, if the caller is a running call.
 
-        With `after_failure` it runs after a failure too, which the user then counts as having seen.
+        With `after_failure` it runs after a failure too, which the user then counts as having seen. Raises RuntimeError
+        where `check` forbids a thread, as without MPI_THREAD_MULTIPLE.
         """
         request: Request[T] = Request(self)
         self.enqueue(request, call, after_failure)
@@ -243,16 +241,3 @@ class Background:
             return call(), None
         except BaseException as error:
             return None, Failure(error)
-
-
-def run_in_order(comm: Comm, call: Callable[[], T]) -> T:
-    """Run `call` after all operations that any thread has begun on a communicator; return its result."""
-    return comm.background.call(call)
-
-
-def begin(comm: Comm, call: Callable[[], T]) -> Request[T]:
-    """Begin to run `call` in the background, after all operations that were begun on this communicator.
-
-    Raises RuntimeError where MPI was initialised without MPI_THREAD_MULTIPLE.
-    """
-    return comm.background.submit(call)

@@ -8,8 +8,8 @@ from types import TracebackType
 import numpy as np
 
 from mpicomp.arrays import Array
-from mpicomp.comm.collectives import as_bytes, begin_receive, begin_send, exchange, peers
 from mpicomp.comm.communicator import Comm
+from mpicomp.comm.primitives import as_bytes, begin_receive, begin_send, exchange, peers
 from mpicomp.comm.transport import Request
 from mpicomp.comm.watch import wait
 from mpicomp.errors import ConfigMismatchError, WireFormatError

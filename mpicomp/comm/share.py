@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from mpicomp.arrays import Array
-from mpicomp.comm.collectives import allgather, broadcast
 from mpicomp.comm.communicator import Comm
+from mpicomp.comm.primitives import allgather, broadcast
 
 
 def shared(comm: Comm, data: Any) -> Any:

@@ -20,9 +20,9 @@ from weakref import WeakKeyDictionary, WeakSet
 import numpy as np
 
 from mpicomp import __version__
-from mpicomp.comm.collectives import allgather
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.info import mpi_library
+from mpicomp.comm.primitives import allgather
 from mpicomp.comm.share import shared
 from mpicomp.cost import Cost
 from mpicomp.environment import setting

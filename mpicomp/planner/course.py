@@ -20,8 +20,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mpicomp.comm.collectives import allreduce
 from mpicomp.comm.communicator import Comm
+from mpicomp.comm.primitives import allreduce
 
 NEAR = 1.3  # times the best time; higher = more trials, at more cost
 FAR = 4.0  # times the best time

@@ -18,8 +18,8 @@ import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.codecs import Codec, Key
-from mpicomp.comm.collectives import allreduce, barrier, begin_receive, begin_send, peers
 from mpicomp.comm.communicator import Comm
+from mpicomp.comm.primitives import allreduce, barrier, begin_receive, begin_send, peers
 from mpicomp.comm.share import shared
 from mpicomp.comm.watch import wait
 from mpicomp.cost import Work

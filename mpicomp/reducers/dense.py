@@ -10,9 +10,9 @@ from typing import ClassVar
 import numpy as np
 
 from mpicomp.arrays import Array, on_device, on_host
-from mpicomp.comm.collectives import allreduce, as_bytes, begin_exchange, peers
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.exchange import Exchange
+from mpicomp.comm.primitives import allreduce, as_bytes, begin_exchange, peers
 from mpicomp.comm.topology import Topology
 from mpicomp.comm.watch import wait
 from mpicomp.cost import Cost, Work

@@ -8,8 +8,8 @@ from typing import ClassVar
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
 from mpicomp.codecs.bounded import Bounded, bound_of_sum
-from mpicomp.comm.collectives import peers
 from mpicomp.comm.communicator import Comm
+from mpicomp.comm.primitives import peers
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
 from mpicomp.reducers.base import Reducer, check_codec

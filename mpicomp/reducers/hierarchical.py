@@ -28,8 +28,8 @@ from typing import ClassVar
 import numpy as np
 
 from mpicomp.arrays import Array
-from mpicomp.comm.collectives import barrier
 from mpicomp.comm.communicator import Comm
+from mpicomp.comm.primitives import barrier
 from mpicomp.comm.topology import Topology
 from mpicomp.comm.windows import Window
 from mpicomp.cost import Cost, Work

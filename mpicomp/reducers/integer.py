@@ -22,8 +22,8 @@ import numpy as np
 from mpicomp.arrays import Array, empty
 from mpicomp.codecs import Uniform
 from mpicomp.codecs.checks import check_integer, packed_bytes
-from mpicomp.comm.collectives import allreduce
 from mpicomp.comm.communicator import Comm
+from mpicomp.comm.primitives import allreduce
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
 from mpicomp.kernels import host_kernels

@@ -29,8 +29,8 @@ from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec, Key
 from mpicomp.codecs.checks import check_bool, is_number
 from mpicomp.codecs.sparse import Selecting, check_values
-from mpicomp.comm.collectives import peers
 from mpicomp.comm.communicator import Comm
+from mpicomp.comm.primitives import peers
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
 from mpicomp.kernels import host_kernels

@@ -15,8 +15,8 @@ import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.codecs.sparse import Selecting
-from mpicomp.comm.collectives import begin_receive, begin_send, receive, send
 from mpicomp.comm.communicator import Comm
+from mpicomp.comm.primitives import begin_receive, begin_send, receive, send
 from mpicomp.comm.topology import Topology
 from mpicomp.comm.watch import wait
 from mpicomp.cost import Cost, Work

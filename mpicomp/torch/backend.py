@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from mpicomp.comm.communicator import Comm
+from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.torch import exact
 from mpicomp.torch.collective import Collective, collective, confirm_routes, forms, size, sizes
 from mpicomp.torch.exact import Tensor, op_name
@@ -37,7 +38,7 @@ class MPIProcessGroup(Identity):
         self._at_end = None if at_end is None else at_end(comm)
         self.worker = Worker(comm)
         self.point = PointToPoint(point_comm)
-        self._scratch = exact.Scratch()
+        self._work = Workspace()
 
     def shutdown(self) -> None:
         """Finish collectives under way, end the communication thread and free the communicators; may be called again.
@@ -91,7 +92,7 @@ class MPIProcessGroup(Identity):
     def _allreduce(self, operation: str, tensors: list[Tensor], op: str, keep: bool) -> Collective:
         def call() -> None:
             for tensor in tensors:
-                exact.allreduce(self.comm, tensor, op, self._scratch, keep)
+                exact.allreduce(self.comm, tensor, op, self._work, keep)
 
         return Collective(f"{operation} of {forms(tensors)}", tensors, tensors, call)
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from mpicomp.api.accept import overlaps_itself
 from mpicomp.api.arguments import Form, member_of, op_of
-from mpicomp.api.call import Call, OnStream, blocking
+from mpicomp.api.call import Call, blocking
 from mpicomp.api.lifecycle import PersistentReduction
 from mpicomp.api.memories import Memory, memory_of
-from mpicomp.api.reductions import Reducing, settled
+from mpicomp.api.reductions import reducing, settled
 from mpicomp.comm.communicator import Comm
 from mpicomp.registry import Method
 from mpicomp.torch.streams import bound, device_of
@@ -47,29 +46,21 @@ def _allreduce(
     if out is not None:
         _check_out(out, tensor)
     found = settled(comm, _form(tensor), method, member_of(method), op, memory)
-    call = TensorAllreduce(comm, found, memory, tensor, out)
-    return OnStream(call, bound(call.run, device_of([tensor])))
+
+    def reduce(reduction: PersistentReduction) -> torch.Tensor:
+        source = tensor if whole(tensor) else fresh().copy_(tensor)
+        room = out if out is not None and whole(out) else fresh()
+        reduction.reduce(comm, found.op, bits_of(source), bits_of(room), watched=False)
+        return room if out is None or out is room else out.copy_(room)
+
+    def fresh() -> torch.Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+    describe, run, digest = reducing(comm, found, memory, reduce)
+    return Call(describe, bound(run, device_of([tensor])), digest)
 
 
 allreduce = blocking(_allreduce)
-
-
-@dataclass(frozen=True, eq=False)
-class TensorAllreduce(Reducing[torch.Tensor]):
-    """A sum or mean of a tensor."""
-
-    tensor: torch.Tensor
-    out: torch.Tensor | None
-
-    def reduce(self, reduction: PersistentReduction) -> torch.Tensor:
-        tensor, out = self.tensor, self.out
-        source = tensor if whole(tensor) else self._fresh().copy_(tensor)
-        room = out if out is not None and whole(out) else self._fresh()
-        reduction.reduce(self.comm, self.found.op, bits_of(source), bits_of(room), watched=False)
-        return room if out is None or out is room else out.copy_(room)
-
-    def _fresh(self) -> torch.Tensor:
-        return torch.empty(self.tensor.shape, dtype=self.tensor.dtype, device=self.tensor.device)
 
 
 def _form(tensor: torch.Tensor) -> Form:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from mpicomp.comm import collectives
+from mpicomp.comm import primitives
 from mpicomp.comm.agreement import agree, digest_of, refuse
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.share import padded, unpadded
@@ -130,10 +130,10 @@ def confirm_routes(comm: Comm, operation: str, sent: Sequence[str], received: Se
     total = np.empty_like(mine)
     announced = [np.empty(TEXT, np.uint8) for _ in received]
     with breaking(comm, operation):
-        collectives.allreduce(comm, mine, total)
+        primitives.allreduce(comm, mine, total)
         if total[0] == 0:
             return
-        collectives.exchange(comm, [padded(text, TEXT) for text in sent], announced, "agreement")
+        primitives.exchange(comm, [padded(text, TEXT) for text in sent], announced, "agreement")
     wrong = [
         f"expects {mine or 'nothing'} from rank {peer}, which sends {theirs or 'nothing'}"
         for peer, (mine, theirs) in enumerate(zip(received, map(unpadded, announced), strict=True))

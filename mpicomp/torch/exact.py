@@ -13,8 +13,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from mpicomp.comm import collectives
+from mpicomp.comm import primitives
 from mpicomp.comm.communicator import Comm
+from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.torch.tensors import bytes_of, flat, on_cpu
 
 Tensor = torch.Tensor
@@ -82,21 +83,7 @@ def _store(tensor: Tensor, elements: Tensor) -> None:
     tensor.detach().copy_(elements.view(tensor.shape))
 
 
-class Scratch:
-    """Memory that is kept: a new array for every message costs page faults."""
-
-    def __init__(self) -> None:
-        self._bytes = np.empty(0, np.uint8)
-
-    def like(self, tensor: Tensor) -> Tensor:
-        """Return an uninitialised flat tensor of the same size and dtype, valid until the next call."""
-        nbytes = tensor.numel() * tensor.itemsize
-        if self._bytes.size < nbytes:
-            self._bytes = np.empty(nbytes, np.uint8)
-        return torch.from_numpy(self._bytes[:nbytes]).view(tensor.dtype)
-
-
-def allreduce(comm: Comm, tensor: Tensor, op: str, scratch: Scratch, keep: bool = True) -> None:
+def allreduce(comm: Comm, tensor: Tensor, op: str, work: Workspace, keep: bool = True) -> None:
     """Reduce a tensor over all ranks, in place if `keep`; otherwise this rank only contributes."""
     elements, mpi_op = _widened(tensor, op)
     if elements.numel() == 0:
@@ -104,8 +91,10 @@ def allreduce(comm: Comm, tensor: Tensor, op: str, scratch: Scratch, keep: bool 
     shrink = _shrink(tensor, op, comm.size)
     if shrink != 1.0:
         elements *= shrink  # a copy, in float32
-    total = scratch.like(elements)
-    collectives.allreduce(comm, elements.numpy(), total.numpy(), "sum" if mpi_op == "avg" else mpi_op)
+    # Memory that is kept: a new array for every message costs page faults.
+    kept = work.roomy("total", elements.numel() * elements.itemsize, lambda nbytes: np.empty(nbytes, np.uint8))
+    total = torch.from_numpy(kept).view(elements.dtype)
+    primitives.allreduce(comm, elements.numpy(), total.numpy(), "sum" if mpi_op == "avg" else mpi_op)
     if keep:
         if op == "avg":
             total /= comm.size * shrink
@@ -115,7 +104,7 @@ def allreduce(comm: Comm, tensor: Tensor, op: str, scratch: Scratch, keep: bool 
 def broadcast(comm: Comm, tensor: Tensor, root: int) -> None:
     """Copy the root's tensor to all ranks."""
     elements = on_cpu(tensor)
-    collectives.broadcast(comm, bytes_of(elements), root)
+    primitives.broadcast(comm, bytes_of(elements), root)
     if comm.rank != root and elements.data_ptr() != tensor.data_ptr():
         tensor.detach().copy_(elements.view(tensor.shape))
 
@@ -125,7 +114,7 @@ def exchange(comm: Comm, outgoing: Sequence[Tensor | None], incoming: Sequence[T
     nothing = torch.empty(0, dtype=torch.uint8)
     sent = [bytes_of(on_cpu(tensor)) if tensor is not None else bytes_of(nothing) for tensor in outgoing]
     received = [on_cpu(tensor) if tensor is not None else nothing for tensor in incoming]
-    collectives.exchange(comm, sent, [bytes_of(elements) for elements in received], operation)
+    primitives.exchange(comm, sent, [bytes_of(elements) for elements in received], operation)
     for tensor, elements in zip(incoming, received, strict=True):
         if tensor is not None and elements.data_ptr() != tensor.data_ptr():
             tensor.detach().copy_(elements.view(tensor.shape))

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from mpicomp.arrays import Array
-from mpicomp.comm import collectives
+from mpicomp.comm import primitives
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.transport import Request, last_tag
 from mpicomp.comm.watch import wait
@@ -149,7 +149,7 @@ class PointToPoint:
             number = self._sent[peer, tag]
             self._sent[peer, tag] += 1
             requests += self._send_head(_head(message.size, _form(tensor)), peer, tag)
-            requests += collectives.begin_send(self.comm, message, peer, self._tag(tag, number, message.size))
+            requests += primitives.begin_send(self.comm, message, peer, self._tag(tag, number, message.size))
         yield requests
 
     def _receiving(self, tensors: Sequence[Tensor], peer: int, tag: int) -> Steps:
@@ -160,8 +160,8 @@ class PointToPoint:
             numbers.append(self._received[peer, tag])
             self._received[peer, tag] += 1
             message = bytes_of(received)
-            announced = collectives.begin_receive(self.comm, heads[-1], peer, FIRST_TAG + tag * self._room)
-            payload = collectives.begin_receive(self.comm, message, peer, self._tag(tag, numbers[-1], message.size))
+            announced = primitives.begin_receive(self.comm, heads[-1], peer, FIRST_TAG + tag * self._room)
+            payload = primitives.begin_receive(self.comm, message, peer, self._tag(tag, numbers[-1], message.size))
             requests.append((announced, payload))
         complaints = []
         for received, head, number, (announced, payload) in zip(elements, heads, numbers, requests, strict=True):
@@ -176,7 +176,7 @@ class PointToPoint:
                     cast(Any, request).Cancel()  # requests of MPI's receives have it
                 yield payload
                 dropped = np.empty(max(nbytes, 0), np.uint8)
-                payload = collectives.begin_receive(self.comm, dropped, peer, self._tag(tag, number, nbytes))
+                payload = primitives.begin_receive(self.comm, dropped, peer, self._tag(tag, number, nbytes))
             yield payload
             sent = f"sent {theirs}, {nbytes} bytes" if nbytes >= 0 else f"refused its arguments: {theirs}"
             complaints.append(
@@ -190,7 +190,7 @@ class PointToPoint:
                 tensor.detach().copy_(received.view(tensor.shape))
 
     def _send_head(self, head: Array, peer: int, tag: int) -> list[Request]:
-        return collectives.begin_send(self.comm, head, peer, FIRST_TAG + tag * self._room)
+        return primitives.begin_send(self.comm, head, peer, FIRST_TAG + tag * self._room)
 
     def _tag(self, tag: int, number: int, nbytes: int) -> int:
         """Return the tag of a message, which both sides compute; two messages with one user's tag rarely share it."""

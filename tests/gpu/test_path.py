@@ -12,7 +12,7 @@ from team import Rank, Team
 
 import mpicomp
 from mpicomp.arrays import on_device, to_device, to_host
-from mpicomp.comm import collectives
+from mpicomp.comm import primitives
 from mpicomp.comm.communicator import Comm
 from mpicomp.reducers import Workspace, apply
 from mpicomp.reducers.parts import messages
@@ -91,7 +91,7 @@ def test_ranks_with_and_without_a_gpu_agree_to_the_bit(device, spec):
 @pytest.fixture
 def aware(device, monkeypatch):
     """MPI takes GPU memory: the team's transport is given the device's arrays, and uses them as MPI would."""
-    for module in (collectives, messages):
+    for module in (primitives, messages):
         monkeypatch.setattr(module, "gpu_aware", lambda: True)
     taken = []
 

@@ -7,7 +7,7 @@ import gc
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,8 @@ import pytest
 import mpicomp
 from mpicomp.api.call import Call, blocking, nonblocking
 from mpicomp.comm import communicator
-from mpicomp.comm.collectives import receive
 from mpicomp.comm.communicator import Comm
+from mpicomp.comm.primitives import receive
 from mpicomp.comm.topology import Topology
 from mpicomp.errors import CommunicatorError, ConfigMismatchError
 
@@ -161,19 +161,6 @@ def test_two_threads_that_call_different_things_hear_of_it_or_get_what_they_want
     assert mpicomp.allreduce(world, xs[0], "dense")[0] == world.size
 
 
-class Fake(Call[None]):
-    """A collective made of two functions."""
-
-    def __init__(self, describe: Callable[[], str], run: Callable[[], None]) -> None:
-        self._describe, self._run = describe, run
-
-    def describe(self, number: int) -> str:
-        return self._describe()
-
-    def run(self) -> None:
-        self._run()
-
-
 def failing(comm: Comm) -> Call[None]:
     """Rank 1 fails; there are a receive, a send and MPI's own allreduce that no rank completes."""
     big = np.ones(1 << 20, np.uint8)
@@ -189,7 +176,7 @@ def failing(comm: Comm) -> Call[None]:
             comm.transport.allreduce(np.ones(1000), np.ones(1000), "sum")
             receive(comm, np.zeros(8, np.uint8), 1, 8)
 
-    return Fake(lambda: "a sum that fails", run)
+    return Call(lambda _: "a sum that fails", run)
 
 
 @pytest.mark.mpi(min_size=2)

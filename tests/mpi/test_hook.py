@@ -20,7 +20,7 @@ from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import mpicomp.torch
-from mpicomp.comm import collectives
+from mpicomp.comm import primitives
 from mpicomp.errors import CommunicatorError, ConfigMismatchError, SpecError
 
 pytestmark = pytest.mark.mpi
@@ -325,13 +325,13 @@ def test_backward_goes_on_while_buckets_travel(monkeypatch: pytest.MonkeyPatch) 
     mpicomp.torch.compress(ddp, "topk(density=0.05)")
     for step in range(2):
         loss(ddp, step, me()).backward()
-    gate, wait = threading.Event(), collectives.wait
+    gate, wait = threading.Event(), primitives.wait
 
     def wait_for_gate(*args: Any) -> None:
         assert gate.wait(30), "backward waits for a bucket to be sent"
         wait(*args)
 
-    monkeypatch.setattr(collectives, "wait", wait_for_gate)
+    monkeypatch.setattr(primitives, "wait", wait_for_gate)
     handle = module[0].weight.register_hook(lambda grad: gate.set())
     loss(ddp, 2, me()).backward()
     handle.remove()

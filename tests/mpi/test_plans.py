@@ -10,7 +10,7 @@ import pytest
 
 import mpicomp
 from mpicomp.arrays import Array
-from mpicomp.comm import collectives
+from mpicomp.comm import primitives
 from mpicomp.errors import ConfigMismatchError
 
 pytestmark = pytest.mark.mpi
@@ -88,7 +88,7 @@ def test_copies_and_reduce_scatter(world: Any, call: str, codec: str) -> None:
 
 def test_cut_into_many_messages(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is longer than an MPI message may be arrives whole."""
-    monkeypatch.setattr(collectives, "CHUNK", 64)
+    monkeypatch.setattr(primitives, "CHUNK", 64)
     x = array_of(world.rank, (world.size, 61))
     everything = [array_of(rank, (world.size, 61)) for rank in range(world.size)]
     assert mpicomp.allgather(world, x, "dense").tobytes() == np.stack(everything).tobytes()

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from mpicomp.comm import transport
-from mpicomp.comm.collectives import allreduce, barrier, receive, send
 from mpicomp.comm.communicator import Comm
+from mpicomp.comm.primitives import allreduce, barrier, receive, send
 
 pytestmark = pytest.mark.mpi
 

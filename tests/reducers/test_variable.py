@@ -10,7 +10,7 @@ import pytest
 from reducers.members import FEW, LAYOUT, TINY, check_law, inputs, layout_of, member, run
 from team import Team
 
-from mpicomp.api import allgather
+from mpicomp.api.copies import allgather
 from mpicomp.arrays import Array
 from mpicomp.codecs import Codec, Key, Scope
 from mpicomp.comm.topology import Topology

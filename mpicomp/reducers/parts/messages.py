@@ -9,10 +9,10 @@ import numpy as np
 
 from mpicomp.arrays import Array, Copied, empty, fetch, pinned, put
 from mpicomp.codecs.base import Codec, Key
-from mpicomp.comm.collectives import exchange
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.exchange import exchange_lengths
 from mpicomp.comm.info import gpu_aware
+from mpicomp.comm.primitives import exchange
 from mpicomp.cost import Work
 from mpicomp.errors import ConfigMismatchError
 from mpicomp.kernels import kernels_for

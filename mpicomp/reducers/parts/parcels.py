@@ -10,9 +10,9 @@ import numpy as np
 from mpicomp.arrays import Array, empty
 from mpicomp.codecs.base import Codec
 from mpicomp.codecs.sparse import Values
-from mpicomp.comm.collectives import peers
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.exchange import Exchange, exchange_lengths
+from mpicomp.comm.primitives import peers
 from mpicomp.errors import WireFormatError
 from mpicomp.reducers.parts.entries import EntryCodec
 from mpicomp.reducers.parts.messages import check_header

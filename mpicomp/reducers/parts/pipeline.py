@@ -13,9 +13,9 @@ from typing import Generic, TypeVar
 
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
-from mpicomp.comm.collectives import peers
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.exchange import Exchange, exchange_lengths
+from mpicomp.comm.primitives import peers
 from mpicomp.reducers.parts.layout import Layout, Piece, shards
 from mpicomp.reducers.parts.messages import Envelope, check_header
 from mpicomp.reducers.parts.state import State

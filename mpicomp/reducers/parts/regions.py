@@ -18,8 +18,8 @@ import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import stream_of
-from mpicomp.comm.collectives import allreduce
 from mpicomp.comm.communicator import Comm
+from mpicomp.comm.primitives import allreduce
 from mpicomp.errors import WireFormatError
 from mpicomp.reducers.parts.layout import Layout, Piece, Unit
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 
 from mpicomp.arrays import Array
-from mpicomp.comm.collectives import as_bytes, begin_receive, begin_send
 from mpicomp.comm.communicator import Comm
+from mpicomp.comm.primitives import as_bytes, begin_receive, begin_send
 from mpicomp.comm.transport import Request
 from mpicomp.comm.watch import wait
 from mpicomp.cost import Cost, Work

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from team import Released, Team
 
 from mpicomp.arrays import Array
-from mpicomp.comm import collectives
-from mpicomp.comm.collectives import allgather, allreduce, as_bytes, barrier, broadcast, exchange
+from mpicomp.comm import primitives
 from mpicomp.comm.communicator import Comm
+from mpicomp.comm.primitives import allgather, allreduce, as_bytes, barrier, broadcast, exchange
 
 SIZES = [*range(1, 10), 16, 17]
 
@@ -48,7 +48,7 @@ def check_exchange(team: Team, nbytes: list[list[int]], chunk: int) -> None:
 @pytest.mark.parametrize("ranks", SIZES)
 def test_exchange_of_unequal_and_zero_sizes(ranks: int) -> None:
     nbytes = [[(3 * source + 5 * destination) % 7 * 11 for destination in range(ranks)] for source in range(ranks)]
-    check_exchange(Team(ranks, seed=ranks), nbytes, collectives.CHUNK)
+    check_exchange(Team(ranks, seed=ranks), nbytes, primitives.CHUNK)
 
 
 @settings(max_examples=30)
@@ -59,7 +59,7 @@ def test_exchange_of_any_sizes_in_chunks(data: st.DataObject) -> None:
     nbytes = data.draw(st.lists(row, min_size=ranks, max_size=ranks))
     chunk = data.draw(st.integers(1, 41))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collectives, "CHUNK", chunk)
+        patch.setattr(primitives, "CHUNK", chunk)
         check_exchange(Team(ranks, seed=data.draw(st.integers(0, 9))), nbytes, chunk)
 
 
@@ -79,7 +79,7 @@ def test_allgather(ranks: int) -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int32, np.uint8])
 @pytest.mark.parametrize("chunk", [24, 1 << 30])
 def test_allreduce(ranks: int, dtype: Any, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collectives, "CHUNK", chunk)
+    monkeypatch.setattr(primitives, "CHUNK", chunk)
 
     def f(comm: Comm) -> None:
         x = (np.arange(15).reshape(3, 5) % 5 + comm.rank % 3).astype(dtype)
@@ -107,7 +107,7 @@ def test_allreduce_of_nothing() -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 5])
 @pytest.mark.parametrize("chunk", [3, 1 << 30])
 def test_broadcast(ranks: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collectives, "CHUNK", chunk)
+    monkeypatch.setattr(primitives, "CHUNK", chunk)
 
     def f(comm: Comm) -> None:
         for root in range(ranks):
@@ -123,18 +123,18 @@ def test_broadcast(ranks: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_send_and_receive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collectives, "CHUNK", 4)
+    monkeypatch.setattr(primitives, "CHUNK", 4)
 
     def f(comm: Comm) -> None:
         if comm.rank == 0:
-            collectives.send(comm, message(0, 1, 10), 1, tag=3)
-            collectives.send(comm, message(0, 1, 0), 1)
-            collectives.send(comm, message(0, 1, 5), 1)
+            primitives.send(comm, message(0, 1, 10), 1, tag=3)
+            primitives.send(comm, message(0, 1, 0), 1)
+            primitives.send(comm, message(0, 1, 5), 1)
         elif comm.rank == 1:
             data, last = np.empty(10, np.uint8), np.empty(5, np.uint8)
-            collectives.receive(comm, data, 0, tag=3)
-            collectives.receive(comm, np.empty(0, np.uint8), 0)
-            collectives.receive(comm, last, 0)
+            primitives.receive(comm, data, 0, tag=3)
+            primitives.receive(comm, np.empty(0, np.uint8), 0)
+            primitives.receive(comm, last, 0)
             np.testing.assert_array_equal(data, message(0, 1, 10))
             np.testing.assert_array_equal(last, message(0, 1, 5))
 
@@ -210,7 +210,7 @@ def test_the_watchdog_names_rank_operation_and_unit(capfd: pytest.CaptureFixture
     assert isinstance(team.errors[1], Released)
     stderr = capfd.readouterr().err
     assert text in stderr
-    assert "test_collectives.py" in stderr  # the stack of who waited
+    assert "test_primitives.py" in stderr  # the stack of who waited
 
 
 @pytest.mark.slow
@@ -225,9 +225,9 @@ def test_the_watchdog_sees_every_operation(call: str, capfd: pytest.CaptureFixtu
         elif call == "broadcast":
             broadcast(comm, data, 1)
         elif call == "receive from 1":
-            collectives.receive(comm, data, 1)
+            primitives.receive(comm, data, 1)
         elif call == "send to 1":
-            collectives.send(comm, data, 1)
+            primitives.send(comm, data, 1)
         else:
             allreduce(comm, data, np.empty_like(data))
 

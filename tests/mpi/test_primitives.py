@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from mpicomp.arrays import Array
-from mpicomp.comm import collectives
+from mpicomp.comm import primitives
 from mpicomp.comm.agreement import agree, refuse
-from mpicomp.comm.collectives import allgather, allreduce, barrier, broadcast, exchange
 from mpicomp.comm.communicator import Comm
+from mpicomp.comm.primitives import allgather, allreduce, barrier, broadcast, exchange
 from mpicomp.comm.watch import Traffic
 from mpicomp.errors import ConfigMismatchError
 
@@ -38,7 +38,7 @@ def message(source: int, destination: int, nbytes: int) -> Array:
 def test_exchange_of_unequal_and_zero_sizes(
     comm: Comm, factor: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(collectives, "CHUNK", chunk)
+    monkeypatch.setattr(primitives, "CHUNK", chunk)
     sizes = [
         [(source + 2 * destination) % 3 * factor for destination in range(comm.size)] for source in range(comm.size)
     ]
@@ -73,7 +73,7 @@ def test_many_exchanges_stay_in_order(comm: Comm) -> None:
 @pytest.mark.parametrize("chunk", [24, 1 << 30])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int32, np.uint64, np.uint8])
 def test_allreduce(comm: Comm, dtype: Any, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collectives, "CHUNK", chunk)
+    monkeypatch.setattr(primitives, "CHUNK", chunk)
     terms = [(np.arange(15).reshape(3, 5) % 5 + rank).astype(dtype) for rank in range(comm.size)]
     x = terms[comm.rank]
     x.setflags(write=False)
@@ -98,7 +98,7 @@ def test_allreduce_of_bits(comm: Comm, op: str) -> None:
 
 @pytest.mark.parametrize("chunk", [3, 1 << 30])
 def test_broadcast(comm: Comm, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collectives, "CHUNK", chunk)
+    monkeypatch.setattr(primitives, "CHUNK", chunk)
     for root in range(comm.size):
         data = np.full(10, comm.rank, np.uint8)
         broadcast(comm, data, root)
@@ -110,10 +110,10 @@ def test_broadcast(comm: Comm, chunk: int, monkeypatch: pytest.MonkeyPatch) -> N
 def test_send_and_receive(comm: Comm) -> None:
     for tag in (0, 5):
         if comm.rank == 0:
-            collectives.send(comm, message(0, tag, 100), 1, tag)
+            primitives.send(comm, message(0, tag, 100), 1, tag)
         elif comm.rank == 1:
             data = np.empty(100, np.uint8)
-            collectives.receive(comm, data, 0, tag)
+            primitives.receive(comm, data, 0, tag)
             np.testing.assert_array_equal(data, message(0, tag, 100))
     assert comm.traffic.counted == (200 if comm.rank == 0 else 0)
     barrier(comm)
