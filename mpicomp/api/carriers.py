@@ -204,7 +204,9 @@ def spread(wide: Array, flats: Flats, layout: Layout, dtype: str) -> None:
     """Cut an array, (extent,) of the work dtype, into arrays of `dtype`, half types as bits."""
     for unit, flat in zip(layout.units, flats, strict=True):
         if dtype in HALF:
-            kernels_for(flat).narrow(wide[unit.where], None, None, flat, dtype, saturate=False)  # nothing takes the rest
+            kernels_for(flat).narrow(
+                wide[unit.where], None, None, flat, dtype, saturate=False
+            )  # nothing takes the rest
         else:
             flat[...] = wide[unit.where]
 
