@@ -14,7 +14,8 @@ from mpicomp.arrays import Array
 from mpicomp.comm.communicator import Comm
 from mpicomp.reducers import Layout, Unit
 from mpicomp.reducers.base import Reducer
-from mpicomp.registry import parse
+from mpicomp.reducers.parts.workspace import Arena, Workspace
+from mpicomp.registry import parse, resolve
 
 SPEC = "error_feedback(gather(topk(density=0.1)))"
 REDUCER: Any = parse(SPEC)
@@ -185,3 +186,48 @@ def test_residuals_follow_the_loss_scale() -> None:
         assert scaled["scale"] == 16.0
         for unit, values in plain["units"].items():
             np.testing.assert_array_equal(16 * values["residual"], scaled["units"][unit]["residual"])
+
+
+def test_messages_of_buckets_share_memory_and_those_of_another_communicator_do_not() -> None:
+    def f(comm: Comm) -> tuple[bool, bool]:
+        arena, sizes = Arena(), (3000, 5000)
+        works = [Workspace(arena=arena) for _ in sizes]
+        spans = []
+        for work, size in zip(works, sizes, strict=True):
+            work.belong(comm, size, device=False, divisor=1)
+            spans.append([work.message(size), work.inner("large").message(size)])
+        apart = not any(np.shares_memory(*own) for own in spans)
+        return apart, np.shares_memory(spans[0][0], spans[1][0])
+
+    assert Team(2).run(f) == [(True, True)] * 2
+
+
+@pytest.mark.parametrize("method", ["bf16", "uniform(bits=4)", "error_feedback(integer(bits=4))"])
+def test_buckets_that_share_memory_give_the_bits_of_buckets_that_do_not(method: str) -> None:
+    def f(comm: Comm) -> list[bytes]:
+        sizes = {"a": 700, "b": 5000, "c": 41}
+        layouts = {name: Layout((Unit(name, (size,), 0),)) for name, size in sizes.items()}
+        reducer = resolve(parse(method), layouts["b"], "float32", comm.size)
+        together = BucketReductions(reducer, seed=3)
+        alone = {name: BucketReductions(reducer, seed=3) for name in layouts}
+        found = []
+        for name, layout in layouts.items():
+            together.add(name, layout, "float32")
+            alone[name].add(name, layout, "float32")
+        for step in range(3):
+            together.begin_step()
+            for name, layout in layouts.items():
+                x = np.random.default_rng((step, comm.rank, layout.size)).standard_normal(layout.size, np.float32)
+                x.setflags(write=False)
+                outs = [np.empty_like(x) for _ in range(2)]
+                alone[name].begin_step()
+                for reductions, out in ((together, outs[0]), (alone[name], outs[1])):
+                    reductions.reduce(comm, name, "mean", x, out, last=name == "c" or reductions is not together)
+                alone[name].commit()
+                assert outs[0].tobytes() == outs[1].tobytes()
+                found.append(outs[0].tobytes())
+            together.commit()
+        return found
+
+    results = Team(3).run(f)
+    assert results[0] == results[1] == results[2]

@@ -19,7 +19,7 @@ from mpicomp.reducers.base import Reducer
 from mpicomp.reducers.parts.apply import apply
 from mpicomp.reducers.parts.layout import Layout
 from mpicomp.reducers.parts.state import State, Units, rescale
-from mpicomp.reducers.parts.workspace import Workspace
+from mpicomp.reducers.parts.workspace import Arena, Workspace
 
 
 @dataclass
@@ -42,11 +42,18 @@ class PersistentReduction:
 
     @classmethod
     def new(
-        cls, reducer: Reducer, layout: Layout, dtype: str, seed: int = 0, step: int = 0, device: bool = False
+        cls,
+        reducer: Reducer,
+        layout: Layout,
+        dtype: str,
+        seed: int = 0,
+        step: int = 0,
+        device: bool = False,
+        arena: Arena | None = None,
     ) -> PersistentReduction:
-        """Make one that remembers nothing yet, for arrays of `dtype`, with `device` on a GPU."""
+        """Make one without residuals, for arrays of `dtype`, on a GPU with `device`; see Workspace for `arena`."""
         state = reducer.init(layout, work_dtype(dtype), seed=seed, step=step)
-        return cls(reducer, dtype, state, work=Workspace(device))
+        return cls(reducer, dtype, state, work=Workspace(device, arena=arena))
 
     def begin_step(self, step: int) -> None:
         """Begin a step: one that was not committed is forgotten, and random numbers are those of this step."""
@@ -105,12 +112,13 @@ class BucketReductions:
         """The loss scale in which residuals are measured."""
         self.buckets: dict[Hashable, PersistentReduction] = {}
         self._saved: Units = {}  # of units whose bucket is not known yet
+        self._arena = Arena()  # buckets are reduced one after the other
         self._finished = False  # every bucket of this step was reduced
 
     def add(self, bucket: Hashable, layout: Layout, dtype: str) -> PersistentReduction:
         """Make the reduction of a new bucket, which takes over what is remembered of its units."""
         self.remove(bucket)
-        made = PersistentReduction.new(self.reducer, layout, dtype, self.seed, self.step)
+        made = PersistentReduction.new(self.reducer, layout, dtype, self.seed, self.step, arena=self._arena)
         names = (unit.name for unit in layout.units)
         made.restore({name: self._saved.pop(name) for name in names if name in self._saved})
         self.buckets[bucket] = made
@@ -120,6 +128,8 @@ class BucketReductions:
         """Take a bucket apart, if it is known; what is remembered of its units is kept for the next bucket of each."""
         if bucket in self.buckets:
             self._saved |= self.buckets.pop(bucket).export()
+        if not self.buckets:  # DDP's first step has one bucket of all parameters, the others have small ones
+            self._arena = Arena()
 
     def begin_step(self, scale: float | None = None) -> None:
         """Begin a step, after `commit`: what an incomplete one left is forgotten. `scale` is this step's loss scale."""

@@ -58,7 +58,7 @@ class Gather(Reducer):
 
     def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
         shrink = work.shrink(self.codec, 1)
-        messages = work.made(("messages", shrink), lambda: self._messages(state, comm.size, shrink))
+        messages = work.made(("messages", shrink), lambda: self._messages(state, comm.size, shrink, work))
         mine, sequence, poisoned, finite = messages[comm.rank], comm.next_call(), False, True
         exchange = MessageExchange(comm, [mine] * comm.size, messages, sequence, state, str(self))
         with exchange:
@@ -78,10 +78,10 @@ class Gather(Reducer):
             return poisoned_total(out, state.layout), state
         return Reduction(out, divided=work.exact, finite=finite), state.advanced()
 
-    def _messages(self, state: State, ranks: int, shrink: float) -> list[list[Message]]:
+    def _messages(self, state: State, ranks: int, shrink: float, work: Workspace) -> list[list[Message]]:
         """The messages of all ranks, by group; this rank decodes its own where it has encoded them."""
         parts = groups(state.layout.whole(), self.codec)
         return [
-            [Message(self.codec, part, state.dtype, device=state.device, shrink=shrink) for part in parts]
+            [Message(self.codec, part, state.dtype, device=state.device, shrink=shrink, work=work) for part in parts]
             for _ in range(ranks)
         ]

@@ -109,7 +109,7 @@ class Integer(Reducer):
     def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
         """See Reducer; poisoned also where the sum of finite inputs is not finite."""
         sequence = comm.next_call()
-        buffers = work.made("buffers", lambda: _Buffers(self, state.layout, state.dtype, comm.size, comm.rank))
+        buffers = work.made("buffers", lambda: _Buffers(self, state, comm.size, comm.rank, work))
         steps = _Steps(x, state, out, comm.rank, self, buffers)
         steps.find_tops()
         word = f"uint{8 * x.itemsize}"
@@ -121,7 +121,7 @@ class Integer(Reducer):
 
     def rehearse(self, x: Array, total: Array) -> list[Array]:
         state = self.init(Layout.single(x.shape), x.dtype.name, feedback=True)
-        buffers = _Buffers(self, state.layout, state.dtype, 1, 0)
+        buffers = _Buffers(self, state, 1, 0, Workspace())
         steps = _Steps(x, state, total, 0, self, buffers)
         steps.find_tops()
         buffers.scales[...] = buffers.tops
@@ -139,7 +139,8 @@ class Integer(Reducer):
 class _Buffers:
     """The messages of one rank, and the scales of blocks."""
 
-    def __init__(self, reducer: Integer, layout: Layout, dtype: str, ranks: int, me: int) -> None:
+    def __init__(self, reducer: Integer, state: State, ranks: int, me: int, work: Workspace) -> None:
+        layout, dtype = state.layout, state.dtype
         self.width, block = reducer.width(ranks), reducer.block
         self.blocks: dict[str, slice] = {}
         end = 0
@@ -149,7 +150,7 @@ class _Buffers:
         self.tops, self.scales = empty(end, dtype), empty(end, dtype)  # (blocks,)
 
         def message(width: int, pieces: list[Piece]) -> Envelope:
-            return Envelope(pieces, reducer.fields(pieces, width))
+            return Envelope(pieces, reducer.fields(pieces, width), work=work)
 
         parts = shard_groups(layout, reducer.quantizer, ranks)
         self.messages = TwoStages(me, parts, partial(message, reducer.bits), partial(message, self.width), own=True)

@@ -90,17 +90,19 @@ class TwoStage(Reducer):
 
     def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
         shrinks = work.shrink(self.codec, 1), work.shrink(self.recodec, comm.size)
-        messages, total = work.made(("messages", shrinks), lambda: self._messages(comm, state, shrinks))
+        messages, total = work.made(("messages", shrinks), lambda: self._messages(comm, state, shrinks, work))
         steps = _Steps(x, state, out, comm.rank, self.codec, total, work.factor)
         poisoned, finite = messages.run(comm, steps, comm.next_call(), str(self))
         if poisoned:
             return poisoned_total(out, state.layout), state
         return Reduction(out, divided=work.exact, finite=finite), state.advanced()
 
-    def _messages(self, comm: Comm, state: State, shrinks: tuple[float, float]) -> tuple[TwoStages[Message], Array]:
+    def _messages(
+        self, comm: Comm, state: State, shrinks: tuple[float, float], work: Workspace
+    ) -> tuple[TwoStages[Message], Array]:
         """The messages of this rank, and room for the sum of a group of its shard."""
         first, second = (
-            partial(Message, codec, dtype=state.dtype, device=state.device, shrink=shrink)
+            partial(Message, codec, dtype=state.dtype, device=state.device, shrink=shrink, work=work)
             for codec, shrink in zip((self.codec, self.recodec), shrinks, strict=True)
         )
         parts = shard_groups(state.layout, self.codec, comm.size)

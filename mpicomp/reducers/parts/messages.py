@@ -18,6 +18,7 @@ from mpicomp.errors import ConfigMismatchError
 from mpicomp.kernels import kernels_for
 from mpicomp.reducers.parts.layout import Piece
 from mpicomp.reducers.parts.state import State
+from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.wire import ALIGN, HEADER, POISON, Field, Header, MessageLayout, Payload, read_header, write_header
 
 SAFE = 2.0**64
@@ -31,16 +32,21 @@ class Envelope:
 
     With `device` the payloads are CuPy arrays. Then `host` is pinned memory that has the header, and that MPI sends and
     receives; an MPI that takes GPU memory (`direct`) is given the buffer itself, and `host` is a copy for the host to
-    read. Without `device`, `host` is the buffer.
+    read. Without `device`, `host` is the buffer, in the memory of `work` if that is given.
     """
 
     def __init__(
-        self, pieces: Sequence[Piece], fields: Sequence[tuple[Field, ...]], fixed: bool = True, device: bool = False
+        self,
+        pieces: Sequence[Piece],
+        fields: Sequence[tuple[Field, ...]],
+        fixed: bool = True,
+        device: bool = False,
+        work: Workspace | None = None,
     ) -> None:
         self.pieces, self.fixed, self.device = list(pieces), fixed, device
         self.layout = MessageLayout(fields)
         nbytes = self.layout.nbytes if self.pieces else 0
-        self.buffer: Array = empty(nbytes, "uint8", device)
+        self.buffer: Array = work.message(nbytes) if work and not device else empty(nbytes, "uint8", device)
         self.host: Array = pinned(nbytes) if device else self.buffer
         self.direct = device and gpu_aware()
         self.buffer[...] = 0  # padding travels too
@@ -108,9 +114,10 @@ class Message(Envelope):
         extra: tuple[Field, ...] = (),
         device: bool = False,
         shrink: float = 1.0,
+        work: Workspace | None = None,
     ) -> None:
         fields = [codec.fields(piece.size, dtype) for piece in pieces]
-        super().__init__(pieces, [*fields, extra] if extra else fields, codec.fixed, device)
+        super().__init__(pieces, [*fields, extra] if extra else fields, codec.fixed, device, work)
         self.codec, self.shrink = codec, shrink
         self.places = [piece.where for piece in self.pieces]
         ends = np.cumsum([piece.size for piece in self.pieces]).tolist()

@@ -10,11 +10,40 @@ import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
+import numpy as np
+
 from mpicomp.arrays import Array, empty
 from mpicomp.codecs.base import Codec
 from mpicomp.comm.communicator import Comm
 
 T = TypeVar("T")
+
+BLOCK = 1 << 23  # bytes
+
+
+class Arena:
+    """Host memory for messages that several workspaces use in turn: those of one reduction at a time are under way."""
+
+    def __init__(self) -> None:
+        self._comm: weakref.ref[Comm] | None = None
+        self._blocks: list[Array] = []
+
+    def belong(self, comm: Comm) -> None:
+        """Prepare for a call. Receives that were given up may still write to the memory of another communicator."""
+        if self._comm is None or self._comm() is not comm:
+            self._comm, self._blocks = weakref.ref(comm), []
+
+    def __reduce__(self) -> tuple[type[Arena], tuple[()]]:
+        return Arena, ()  # a copy is empty
+
+    def take(self, block: int, start: int, nbytes: int) -> tuple[Array, int, int]:
+        """Return memory at or behind a byte of a block, (nbytes,) uint8, and the block and the byte where it ends."""
+        while block < len(self._blocks) and self._blocks[block].size < start + nbytes:
+            block, start = block + 1, 0
+        if block == len(self._blocks):
+            self._blocks.append(np.empty(max(nbytes, BLOCK), np.uint8))
+        end = start + -(-nbytes // 64) * 64  # cache lines
+        return self._blocks[block][start : start + nbytes], block, end
 
 
 class Workspace:
@@ -22,9 +51,11 @@ class Workspace:
 
     The caller will divide the total by `divisor`, 1 for a sum. A reducer may do so itself where that costs no pass over
     memory; its `Reduction` says so. An input is the sum of up to `terms` ranks.
+
+    Workspaces with one `arena` must not be in use at the same time.
     """
 
-    def __init__(self, device: bool = False, divisor: int = 1) -> None:
+    def __init__(self, device: bool = False, divisor: int = 1, arena: Arena | None = None) -> None:
         self.device = device
         """Whether buffers are CuPy's."""
         self.divisor = divisor
@@ -33,12 +64,15 @@ class Workspace:
         self._inner: dict[str, Workspace] = {}
         self._comm: weakref.ref[Comm] | None = None
         self._form: Hashable = None
+        self._arena = arena or Arena()
+        self._end = [0, 0]  # block and byte of the arena behind the messages of this workspace and those inside it
 
     def belong(self, comm: Comm, form: Hashable, device: bool, divisor: int) -> Workspace:
         """Prepare for a call and return this; buffers of another communicator, form or device are dropped."""
+        self._arena.belong(comm)
         same = self._comm is not None and self._comm() is comm and self.device == device
         if not same or (self._form is not form and self._form != form):
-            self._made, self._inner = {}, {}
+            self._made, self._inner, self._end = {}, {}, [0, 0]
             self._comm, self._form, self.device = weakref.ref(comm), form, device
         self.divisor = divisor
         return self
@@ -47,7 +81,8 @@ class Workspace:
         """Return the workspace of a reducer inside this one; its total is divided by the same number."""
         found = self._inner.get(name)
         if found is None:
-            found = self._inner[name] = Workspace(self.device)
+            found = self._inner[name] = Workspace(self.device, arena=self._arena)
+            found._end = self._end
         found.divisor, found.terms = self.divisor, self.terms * terms
         return found
 
@@ -68,6 +103,11 @@ class Workspace:
         if known is None or known.size != size:
             known = self._made[name] = empty(size, dtype, self.device and not host)
         return known
+
+    def message(self, nbytes: int) -> Array:
+        """Return host memory for a message, (nbytes,) uint8: its content lasts for one reduction."""
+        data, self._end[0], self._end[1] = self._arena.take(self._end[0], self._end[1], nbytes)
+        return data
 
     def roomy(self, name: str, size: int, make: Callable[[int], Array]) -> Array:
         """Return the first `size` elements of the array of a name, which grows by more than it must."""
