@@ -44,7 +44,7 @@ class Carrier(Protocol):
         ...
 
 
-class Raw:
+class Raw(Carrier):
     """Arrays as they are, of any dtype; a single one is sent from its memory and received into its memory."""
 
     def __init__(self, form: Form) -> None:
@@ -101,7 +101,7 @@ def _cut(message: Array, flats: Flats) -> None:
         start += flat.nbytes
 
 
-class Coded:
+class Coded(Carrier):
     """Arrays of one dtype as a codec encodes them.
 
     NaN and infinity are copied element by element by codecs that keep them; by others, and in sums, all elements of
