@@ -8,7 +8,7 @@ initialises nothing: MPI starts when a communicator is made.
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.6.0"
+__version__ = "0.7.0"
 __all__ = ["allreduce", "reduce_scatter", "allgather", "bcast", "gather", "scatter", "alltoall"]
 __all__ += ["iallreduce", "ireduce_scatter", "iallgather", "ibcast", "igather", "iscatter", "ialltoall"]
 __all__ += ["plan", "memory", "methods", "register", "reset", "Arrays", "Memory", "Method", "Plan", "Request"]
