@@ -105,7 +105,7 @@ class Background:
         check: Callable[[], object] = lambda: None,
     ) -> None:
         self._name, self._recoverable, self._is_seen, self._check = name, recoverable, is_seen, check
-        self._jobs: queue.SimpleQueue[tuple[Request[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[list[Any] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # held briefly, never while a call runs
         self._free = threading.Condition(self._lock)  # no call runs on its caller's thread
         self._waiting = False  # whether the thread waits for that
@@ -135,7 +135,7 @@ class Background:
 
     def enqueue(self, request: Request[T], call: Callable[[], T], after_failure: bool = False) -> None:
         """As `submit`, for a request that exists."""
-        inline = self.is_current()
+        inline, job = self.is_current(), [request, call]
         if not inline:
             children.refuse_forked()
             if not self._open:
@@ -145,10 +145,10 @@ class Background:
         with self._lock:
             if not inline:
                 self._begin_thread()
-                self._jobs.put((request, call))
+                self._jobs.put(job)
             self._pending += 1
         if inline:
-            self._run(request, call)
+            self._run(job)
 
     def call(self, call: Callable[[], T]) -> T:
         """Run `call` and return its result: at once where no call is under way, else in order."""
@@ -218,15 +218,18 @@ class Background:
                 self._waiting = True
                 self._free.wait_for(lambda: self._inline is None)
                 self._waiting = False
-            self._run(*job)
-            del job  # otherwise the last request, and its arrays, would live until the next
+            self._run(job)
         self._end()
 
-    def _run(self, request: Request[Any], call: Callable[[], Any]) -> None:
+    def _run(self, job: list[Any]) -> None:
+        """Run a call and complete its request; the list is emptied, so that the thread keeps neither of them."""
+        request, call = job
+        job.clear()
         if request.epoch == ALWAYS and self._failure is not None:
             self._failure.raised = True
         refused = request.epoch == self._failed_epoch
         outcome, failure = (None, self._failure) if refused else self._attempt(call)
+        del call  # before a waiting thread continues: what the call refers to may be the user's last reference
         if failure is not None:
             self._failure = failure
             if not isinstance(failure.error, self._recoverable):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
+import weakref
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,6 +58,21 @@ def test_result_reaches_the_future(worker: Worker) -> None:
     gate.set()
     assert future.wait() is True
     assert work.result() is True
+
+
+def test_a_call_is_released_before_its_wait_returns(worker: Worker) -> None:
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # the waiting thread continues at the earliest moment
+    try:
+        for _ in range(300):
+            held = threading.Event()
+            gone = weakref.ref(held)
+            work = worker.submit(partial(bool, held))
+            del held
+            work.wait()
+            assert gone() is None
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_submitted_from_a_callback_runs_inline(worker: Worker) -> None:
