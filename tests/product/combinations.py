@@ -13,8 +13,7 @@ import numpy as np
 from product import members
 
 import mpicomp
-from mpicomp.api.arguments import Form
-from mpicomp.api.memories import Memory
+from mpicomp.api.arguments import Form, check_elementwise
 from mpicomp.reducers import Layout
 from mpicomp.registry import parse
 
@@ -157,7 +156,7 @@ def takes(spec: str, dtype: str | None) -> bool:
     if dtype is None or dtype == "bfloat16":
         return True
     try:
-        Memory(parse(spec), Form.of(np.zeros((2, 2), dtype)), feedback=False)
+        check_elementwise(parse(spec), Form.of(np.zeros((2, 2), dtype)))
     except TypeError:
         return False
     return True
