@@ -46,8 +46,8 @@ IN_BACKWARD = """
 """
 IN_THREAD = """
     if me == 1 and step == 2:
-        from mpicomp.torch import hook as module_under_test
-        def fail(*_): raise ArithmeticError("spoiled on purpose")
+        from mpicomp.api import lifecycle as module_under_test
+        def fail(*_, **__): raise ArithmeticError("spoiled on purpose")
         module_under_test.apply = fail
 """
 UNWATCHED = """
