@@ -111,5 +111,7 @@ say "tests without a launcher"
 pytest=(python -P -m pytest -q -rs -p no:cacheprovider -n 2 --dist worksteal)
 # Exits of real jobs run on both, everything else once; the product has just run.
 with openmpi timeout -k 10 600 "${pytest[@]}" -m "" tests/test_exits.py tests/test_main.py
-with mpich timeout -k 10 2400 "${pytest[@]}" -m "not product" tests
+with mpich timeout -k 10 2400 "${pytest[@]}" -m "not product" --ignore tests/test_slurm.py tests
+# One controller of SLURM at a time: not in two processes.
+with mpich timeout -k 10 600 python -P -m pytest -q -rs -p no:cacheprovider -m "" tests/test_slurm.py
 say "passed"
