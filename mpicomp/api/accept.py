@@ -161,7 +161,7 @@ def check_apart(outs: Sequence[Array], xs: Sequence[Array], over: bool) -> None:
 def whole(x: Array) -> bool:
     """Whether a plain array is contiguous and aligned: its memory can be read and written as it is."""
     flags = x.flags
-    return bool(flags.c_contiguous and getattr(flags, "aligned", True))  # CuPy's are
+    return bool(flags.c_contiguous and (on_device(x) or flags.aligned))  # CuPy allocates aligned memory
 
 
 def share_memory(a: Array, b: Array) -> bool:

@@ -13,20 +13,9 @@ from mpicomp.comm import primitives
 from mpicomp.comm.agreement import agree, refuse
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.primitives import allgather, allreduce, barrier, broadcast, exchange
-from mpicomp.comm.watch import Traffic
 from mpicomp.errors import ConfigMismatchError
 
 pytestmark = pytest.mark.mpi
-
-
-@pytest.fixture
-def comm() -> Comm:
-    """Return the library's duplicate of the world, its counters at zero."""
-    from mpi4py import MPI
-
-    comm = Comm.of(MPI.COMM_WORLD)
-    comm.traffic = Traffic()
-    return comm
 
 
 def message(source: int, destination: int, nbytes: int) -> Array:

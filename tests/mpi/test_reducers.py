@@ -24,20 +24,9 @@ from mpicomp.arrays import Array
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.comm.transport import MPITransport
-from mpicomp.comm.watch import Traffic
 from mpicomp.reducers import Layout, Reducer
 
 pytestmark = pytest.mark.mpi
-
-
-@pytest.fixture
-def comm() -> Comm:
-    """Return the library's duplicate of the world, its counters at zero."""
-    from mpi4py import MPI
-
-    comm = Comm.of(MPI.COMM_WORLD)
-    comm.traffic = Traffic()
-    return comm
 
 
 def gathered(x: Array) -> Array:

@@ -140,21 +140,27 @@ def _emit(x: Any, new: Any, marks: Any, found: Any, exact: Any, ties: int, value
             new[indices[i]] = 0
 
 
-_kept = threading.local()
+class _Kept(threading.local):
+    """Arrays of the calling thread, by name."""
+
+    def __init__(self) -> None:
+        self.arrays: dict[str, Array] = {}
+
+
+_kept = _Kept()
 
 
 def _scratch(name: str, size: int, dtype: Any) -> Array:
     """Return memory that this thread uses again and again: fresh pages cost more than the work on them."""
-    known: Array | None = getattr(_kept, name, None)
+    known = _kept.arrays.get(name)
     if known is None or known.size < size or known.dtype != dtype:
-        known = np.empty(size, dtype)
-        setattr(_kept, name, known)
+        known = _kept.arrays[name] = np.empty(size, dtype)
     return known[:size]
 
 
 @dataclass(frozen=True)
 class Selection:
-    """See `mpicomp.kernels.Selection`: `count` of the marked elements."""
+    """See `mpicomp.kernels.contract.Selection`: `count` of the marked elements."""
 
     source: Array
     marks: Array
@@ -164,7 +170,7 @@ class Selection:
     count: int
 
     def write(self, values: Array, indices: Array, zero: bool = False) -> None:
-        """See `mpicomp.kernels.Selection`."""
+        """See `mpicomp.kernels.contract.Selection`."""
         if self.count:
             new = self.source if zero else self.source[:0].copy()
             _emit(self.source, new, self.marks, self.found, np.uint64(self.threshold), self.ties, values, indices)

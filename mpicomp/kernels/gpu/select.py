@@ -39,7 +39,7 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Selection:
-    """See `mpicomp.kernels.Selection`; valid as long as the source is."""
+    """See `mpicomp.kernels.contract.Selection`; valid as long as the source is."""
 
     source: Array
     candidates: Candidates
@@ -48,7 +48,7 @@ class Selection:
     count: int
 
     def write(self, values: Array, indices: Array, zero: bool = False) -> None:
-        """See `mpicomp.kernels.Selection`."""
+        """See `mpicomp.kernels.contract.Selection`."""
         if self.count:
             x, listed = self.source, self.candidates
             number = tiles(x)
