@@ -114,7 +114,7 @@ def test_poison_on_the_last_rank_shows_on_all_and_leaves_no_trace(comm: Comm, sp
 
 @pytest.mark.parametrize("spec", ["dense", "dense(algorithm=two_shot)", "dense(algorithm=ring)", *COMPRESSING[::5]])
 def test_large_arrays_have_the_same_bits_on_all_ranks(comm: Comm, spec: str) -> None:
-    """DESIGN section 4.1: `dense` rests on MPI's promise; here it is checked, where MPI changes its algorithm too."""
+    """`dense` rests on MPI's promise; here it is checked, where MPI changes its algorithm too."""
     for n in (100, 10_000, 300_007):
         layout = Layout.single((n // 10, 10)) if n % 10 == 0 else Layout.single((n,))
         check_law(run_here(comm, member(spec), layout, inputs(comm.size, 2, n, "float32")))
