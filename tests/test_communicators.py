@@ -17,6 +17,7 @@ import mpicomp
 from mpicomp.api.call import Call, blocking, nonblocking
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.primitives import receive, send
+from mpicomp.comm.transport import prepare
 from mpicomp.errors import CommunicatorError, ConfigMismatchError
 
 X = np.ones(300, np.float32)
@@ -243,3 +244,12 @@ def test_nothing_keeps_a_communicator_alive_that_was_closed() -> None:
     del team
     gc.collect()
     assert [ref() for ref in kept] == [None, None]
+
+
+def test_mpi_is_prepared_for_pmi2_of_srun_only() -> None:
+    started = {"SLURM_STEP_ID": "0", "PMI_RANK": "0"}
+    by_mpirun, by_srun = dict(started), {**started, "PMI_JOBID": "7.0", "FI_PROVIDER": "verbs"}
+    for environ in (by_mpirun, by_srun):
+        prepare(environ)
+    assert by_mpirun == started
+    assert (by_srun["MPIR_CVAR_CH4_NETMOD"], by_srun["FI_PROVIDER"]) == ("ofi", "verbs")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -89,7 +90,8 @@ class Transport(Protocol):
 
 def world() -> Any:
     """Return MPI's world communicator; raises RuntimeError where MPI was initialised for calls from one thread."""
-    from mpi4py import MPI
+    prepare(os.environ)
+    from mpi4py import MPI  # initialises MPI, unless the program has
 
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         raise RuntimeError(
@@ -97,6 +99,18 @@ def world() -> Any:
             'mpi4py.MPI before anything else initialises MPI, with mpi4py.rc.thread_level left at "multiple"'
         )
     return MPI.COMM_WORLD
+
+
+def prepare(environ: MutableMapping[str, str]) -> None:
+    """Set what MPI needs in the environment to start at all, unless the user has.
+
+    MPICH over UCX publishes 4 KiB of its heap, where its address is a small part. `srun --mpi=pmi2` reads lines of 1024
+    bytes: whether MPI_Init returns, fails or hangs then depends on what the heap holds (seen with MPICH 5.0.2 and SLURM
+    22.05). Addresses of libfabric are short; its provider "sockets", which MPICH prefers to "tcp", loses messages.
+    """
+    if "PMI_JOBID" in environ and "SLURM_STEP_ID" in environ:  # srun's pmi2; mpirun in a job of SLURM has no PMI_JOBID
+        environ.setdefault("MPIR_CVAR_CH4_NETMOD", "ofi")
+        environ.setdefault("FI_PROVIDER", "^sockets")
 
 
 def last_tag() -> int:
