@@ -49,10 +49,14 @@ class Parser(argparse.ArgumentParser):
 
     def specs(self, option: str, texts: Iterable[str], parse: Callable[[str], T]) -> list[T]:
         """Return the codecs or reducers of specs; refuse a spec with an error."""
+        return self.checked(lambda: [parse(text) for text in texts], f"{option}: ")
+
+    def checked(self, read: Callable[[], T], prefix: str = "") -> T:
+        """Return what `read` returns; refuse its ValueError with its message."""
         try:
-            return [parse(text) for text in texts]
+            return read()
         except ValueError as error:
-            self.error(f"{option}: {error}")
+            self.error(f"{prefix}{error}")
 
 
 def count_of(text: str) -> int:

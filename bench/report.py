@@ -20,7 +20,7 @@ MOST_ROWS = 10  # names in a picture
 WIDTH = 200  # columns of a table at most, where the output is no terminal or a narrow one
 IDENTITY = (
     *("mode", "task", "system", "codec", "reducer", "op", "size", "nbytes", "data", "seed", "steps"),
-    *("ranks", "hosts", "rate", "device"),
+    *("ranks", "hosts", "rate", "device", "row"),
 )
 """The keys that identify a measurement; the others are figures."""
 
@@ -209,6 +209,26 @@ def draw_lines(
             axis.set_xscale("log", base=base)
             if places:
                 axis.set_xticks(places, labels=[f"{place:g}" for place in places])
+            axis.grid(which="both", alpha=0.25)
+        axes[0][0].set_ylabel(ylabel)
+        written.append(_save(figure, name))
+    return written
+
+
+def draw_points(file: str, panels: Mapping[str, Lines], xlabel: str, ylabel: str) -> list[str]:
+    """Draw single points by name, a panel per title, the x axis logarithmic; return the files."""
+    pyplot = _pyplot()
+    written = []
+    for name, shown in _parts(file, panels):
+        figure, axes = _panels(pyplot, len(panels), (2 + 5 * len(panels), 6))
+        for axis, (title, points) in zip(axes[0], panels.items(), strict=True):
+            axis.axhline(0, color="grey", linewidth=0.8)
+            for colour, label in enumerate(shown):
+                found = points.get(label, ())
+                axis.scatter(
+                    [point.x for point in found], [point.y for point in found], color=f"C{colour}", label=label
+                )
+            axis.set(xscale="log", title=title, xlabel=xlabel)
             axis.grid(which="both", alpha=0.25)
         axes[0][0].set_ylabel(ylabel)
         written.append(_save(figure, name))

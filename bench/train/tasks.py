@@ -1,7 +1,7 @@
-"""The two training tasks: small enough for two cores, real enough that a broken reducer shows.
+"""The training tasks: small enough for two cores, real enough that a broken reducer shows.
 
-Both need no download: scikit-learn brings the digits, and the text is Python's own standard library. Rank 0 loads the
-data and broadcasts it, so all ranks hold the same bytes; each trains on its own share of every batch.
+Two need no download: scikit-learn brings the digits, and the text is Python's own standard library; `mnist` needs a
+file. Rank 0 loads the data and broadcasts it, so all ranks hold the same bytes; each trains on its share of a batch.
 """
 
 import hashlib
@@ -38,31 +38,46 @@ class Task(Protocol):
     def evaluate(self, model: nn.Module) -> float: ...
 
 
-class Digits:
-    """1397 + 400 handwritten digits of 8 x 8 pixels, an MLP 64-300-100-10, accuracy in percent."""
+class Images:
+    """Labelled images that rank 0 loads, dealt out to the ranks; accuracy in percent."""
 
-    name, metric_name = "digits", "accuracy_percent"
+    name: str
+    metric_name = "accuracy_percent"
     unigram_bits: float | None = None
-    steps, lr, batch, train = 840, 0.05, 16, 1397
+    steps: int
+    lr: float
+    batch: int
+    """Images per rank and step."""
+    train: int
+    """Training images, which stand in front of the test images."""
+    sizes: tuple[int, ...]
+    """Units per layer of the MLP, from the pixels to the classes."""
 
-    def __init__(self) -> None:
-        pixels, labels = torch.zeros(1797, 64), torch.zeros(1797, dtype=torch.int64)
+    def __init__(self, load: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        """Take the inputs (images, pixels) and labels (images,) that `load` returns on rank 0."""
+        counts = torch.zeros(2, dtype=torch.int64)
         if dist.get_rank() == 0:
-            pixels, labels = load_digits()
+            pixels, labels = load()
+            counts = torch.tensor(pixels.shape)
+        dist.broadcast(counts, 0)
+        if dist.get_rank() != 0:
+            pixels, labels = torch.zeros(*counts.tolist()), torch.zeros(int(counts[0]), dtype=torch.int64)
         dist.broadcast(pixels, 0)
         dist.broadcast(labels, 0)
-        pixels = pixels / 16 - (pixels[: self.train] / 16).mean(0)
-        self.inputs, self.targets = pixels, labels
+        self.inputs, self.targets = pixels - pixels[: self.train].mean(0), labels
         ranks = dist.get_world_size()
         if ranks > self.train:
-            raise ValueError(f"digits has {self.train} training images: too few for {ranks} ranks")
+            raise ValueError(f"{self.name} has {self.train} training images: too few for {ranks} ranks")
         self.batch = min(self.batch, self.train // ranks)
         self.about = (
             f"{self.train} training images, {len(labels) - self.train} test images, batch {self.batch} per rank"
         )
 
     def model(self) -> nn.Module:
-        return nn.Sequential(nn.Linear(64, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10))
+        layers: list[nn.Module] = []
+        for wide, narrow in zip(self.sizes, self.sizes[1:], strict=False):
+            layers += [nn.Linear(wide, narrow), nn.ReLU()]
+        return nn.Sequential(*layers[:-1])
 
     def optimizer(self, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, lr, momentum=0.9)
@@ -88,6 +103,53 @@ class Digits:
         return 100 * int((model(test).argmax(1) == truth).sum()) / len(truth)
 
 
+class Digits(Images):
+    """1397 + 400 handwritten digits of 8 x 8 pixels, an MLP 64-300-100-10."""
+
+    name, steps, lr, batch, train, sizes = "digits", 840, 0.05, 16, 1397, (64, 300, 100, 10)
+
+    def __init__(self) -> None:
+        super().__init__(load_digits)
+
+
+class Mnist(Images):
+    """MNIST from a file in the layout of Keras' `mnist.npz`, by LeNet-300-100."""
+
+    name, steps, lr, batch, train, sizes = "mnist", 1600, 0.05, 25, 0, (784, 300, 100, 10)
+
+    def __init__(self, file: str) -> None:
+        with np.load(file) as arrays:  # every rank reads its shape, rank 0 sends the content
+            self.train = len(arrays["y_train"])
+        super().__init__(lambda: load_mnist(file))
+
+
+MNIST_KEYS = ("x_train", "y_train", "x_test", "y_test")
+
+
+def check_mnist(file: str | None) -> str:
+    """Return the file; ValueError, which says how to get one, unless it holds MNIST."""
+    how = "give Keras' mnist.npz, from https://storage.googleapis.com/tensorflow/tf-keras-datasets/, as --data FILE"
+    if file is None:
+        raise ValueError(f"mnist needs a file: {how}")
+    try:
+        with np.load(file) as arrays:
+            shapes = [arrays[key].shape for key in MNIST_KEYS]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{file} is no mnist.npz ({error}): {how}") from error
+    (train, *pixels), labels, (test, *more), truth = shapes
+    if pixels != [28, 28] or more != [28, 28] or labels != (train,) or truth != (test,):
+        raise ValueError(f"{file} holds arrays of shapes {shapes} instead of MNIST: {how}")
+    return file
+
+
+def load_mnist(file: str) -> tuple[Tensor, Tensor]:
+    """Return the images of a checked file, the training images first, as floats in [0, 1]."""
+    with np.load(file) as arrays:
+        pixels = np.concatenate([arrays["x_train"], arrays["x_test"]]).reshape(-1, 784)
+        labels = np.concatenate([arrays["y_train"], arrays["y_test"]])
+    return torch.from_numpy(pixels.astype(np.float32) / 255), torch.from_numpy(labels.astype(np.int64))
+
+
 def load_digits() -> tuple[Tensor, Tensor]:
     """Return scikit-learn's digits in one fixed shuffled order."""
     try:
@@ -96,7 +158,7 @@ def load_digits() -> tuple[Tensor, Tensor]:
         raise ImportError("--task digits needs scikit-learn: pip install 'mpicomp[bench]'") from error
     pixels, labels = datasets.load_digits(return_X_y=True)
     order = np.random.RandomState(0).permutation(len(labels))
-    return torch.from_numpy(pixels[order].astype(np.float32)), torch.from_numpy(labels[order].astype(np.int64))
+    return torch.from_numpy(pixels[order].astype(np.float32)) / 16, torch.from_numpy(labels[order].astype(np.int64))
 
 
 class Charlm:
@@ -219,4 +281,11 @@ def entropy_bits(text: Tensor) -> float:
     return -(share * share.clamp_min(1e-300).log2()).sum().item()
 
 
-TASKS: dict[str, Callable[[], Task]] = {"digits": Digits, "charlm": Charlm}
+TASKS = ("digits", "mnist", "charlm")
+
+
+def task_of(name: str, data: str | None = None) -> Task:
+    """Make a task; `data` is the file that mnist needs. Collective."""
+    if name == "mnist":
+        return Mnist(check_mnist(data))
+    return Digits() if name == "digits" else Charlm()

@@ -21,7 +21,7 @@ import mpicomp.torch
 from bench import report
 from bench.command import Parser
 from bench.train.meter import Meter, Progress, Row, peak_rss_bytes, replicas_identical
-from bench.train.tasks import TASKS, Task
+from bench.train.tasks import TASKS, Task, check_mnist, task_of
 from mpicomp.registry import parse
 
 REDUCERS = (
@@ -84,6 +84,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
     """Read and check the command line, before anything is trained."""
     parser = Parser(__doc__)
     parser.add_argument("--task", choices=TASKS, default="digits")
+    parser.add_argument("--data", metavar="FILE", help="MNIST in the layout of Keras' mnist.npz, for --task mnist")
     parser.add_argument("--reducer", action="append", metavar="SPEC", help="may be repeated; default: four of them")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="optimizer steps (default: the task's)")
@@ -94,6 +95,8 @@ def arguments(words: list[str]) -> argparse.Namespace:
     args = parser.parse_args(words)
     parser.positive(args, "steps", "epochs", "lr")
     parser.files(args, "json")
+    if args.task == "mnist":
+        parser.checked(lambda: check_mnist(args.data))
     args.reducer = args.reducer or REDUCERS
     parser.specs("--reducer", args.reducer, parse)
     return args
@@ -118,7 +121,7 @@ def main() -> None:
         torch.set_num_threads(1)  # the ranks share the cores
     dist.init_process_group("mpicomp")
     leader = dist.get_rank() == 0
-    rows = report.collect(runs(TASKS[args.task](), args, quiet=not leader), args.json, leader)
+    rows = report.collect(runs(task_of(args.task, args.data), args, quiet=not leader), args.json, leader)
     if leader:
         report.print_tables(rows)
     dist.destroy_process_group()

@@ -8,13 +8,13 @@
 Importing this under a launcher initialises MPI and tells torch of its ranks.
 """
 
-from mpicomp.torch.backend import reset
+from mpicomp.torch.backend import reset, traffic
 from mpicomp.torch.calls import allreduce, memory
 from mpicomp.torch.creation import register
 from mpicomp.torch.hook import Hook, compress
 from mpicomp.torch.launch import device, fill_environment
 
-__all__ = ["compress", "allreduce", "memory", "reset", "device", "Hook"]
+__all__ = ["compress", "allreduce", "memory", "reset", "traffic", "device", "Hook"]
 
 fill_environment()
 register()

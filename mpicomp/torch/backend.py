@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from mpicomp.comm.communicator import Comm
+from mpicomp.comm.watch import Traffic
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.torch import exact
 from mpicomp.torch.collective import Collective, collective, confirm_routes, forms, size, sizes
@@ -290,6 +291,14 @@ def tensor_group(group: Any) -> MPIProcessGroup:
         kind = dist.get_backend(group) if isinstance(group, torch.distributed.ProcessGroup) else type(group).__name__
         raise TypeError(f'the process group must be of backend "mpicomp", got {kind}; init_process_group("mpicomp")')
     return group
+
+
+def traffic(group: Any = None) -> Traffic:
+    """Return the counters of a process group, by default of all ranks: `bytes` sent to other ranks and `seconds` spent.
+
+    They count from the creation of the group on, everything that travels in it.
+    """
+    return tensor_group(dist.group.WORLD if group is None else group).comm.traffic
 
 
 def reset(group: Any = None) -> None:

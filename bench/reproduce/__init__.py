@@ -1,0 +1,1 @@
+"""The nine works of the page, each run through this library and held beside its paper."""
