@@ -38,11 +38,13 @@ class Level(IntEnum):
     """The order in which policies wrap each other: a reducer holds reducers of higher levels only."""
 
     OUTER = 0
-    """after and partition, which may also hold each other."""
-    FEEDBACK = 1
-    CHOICE = 2
-    NODES = 3
-    METHOD = 4
+    """after, warmup and partition, which may also hold each other."""
+    MOMENTUM = 1
+    DECAY = 2
+    FEEDBACK = 3
+    CHOICE = 4
+    NODES = 5
+    METHOD = 6
     """A reducer that sends by itself."""
 
 
