@@ -257,7 +257,7 @@ class HostKernels(Kernels, Protocol):
     # ---- Momentum before compression: the policy momentum_correction
 
     def correct(self, x: Array, u: Array, new: Array, ahead: Array | None, momentum: float) -> None:
-        """Set new = momentum * u + x; with `ahead` (Nesterov) new = momentum * (u + x) and ahead = new + x. One pass."""
+        """Set new = momentum * u + x; with `ahead` new = momentum * (u + x) and ahead = new + x (Nesterov)."""
 
     # ---- Sums of integers: the reducer integer
 

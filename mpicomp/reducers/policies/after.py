@@ -47,4 +47,6 @@ class After(Wrapper):
             return self.reducer.reduce(comm, x, state, out, work.inner("reducer"))
         unfed = replace(state, residual=None, spare=None)
         reduction, after = exact_form(self.reducer).reduce(comm, x, unfed, out, work.inner("dense"))
+        if reduction.poisoned:
+            return reduction, state
         return reduction, replace(state, step=state.step + 1, momentum=after.momentum)

@@ -1,8 +1,8 @@
 """momentum_correction: momentum adds up on every rank before its gradient is compressed (Lin et al. 2018).
 
-Momentum that an optimizer applies after a sparse exchange sees a gradient late and in one piece. DGC adds it up first: a
-rank's gradient g becomes u = m u + g, and u, in place of g, goes into the exchange and into the residual v behind it. So
-a delayed element arrives with the momentum that it would have had. With v the residual of `error_feedback`:
+Momentum that an optimizer applies after a sparse exchange sees a gradient late and in one piece. DGC adds it up first:
+a rank's gradient g becomes u = m u + g, and u, in place of g, goes into the exchange and into the residual v behind it.
+So a delayed element arrives with the momentum that it would have had. With v the residual of `error_feedback`:
 
     v_new + sent == v_old + u        the law, to rounding
 
@@ -87,7 +87,8 @@ class MomentumCorrection(Wrapper):
             where = unit.where
             target = None if ahead is None else ahead[where]
             kernels.correct(x[where], old[where], new[where], target, self.momentum)
-        corrected = new if ahead is None else ahead
+        corrected = (new if ahead is None else ahead).view()
+        corrected.flags.writeable = False  # the next state's u, which whoever sends it must leave alone
         inner = work.inner("reducer")
         inner.asks = self.masking
         reduction, after = self.reducer.reduce(comm, corrected, state, out, inner)
@@ -97,6 +98,12 @@ class MomentumCorrection(Wrapper):
             return reduction, state
         _mask(new, reduction.sent or ())
         return reduction._replace(sent=None), replace(after, momentum=(new, old))
+
+    def rehearse(self, x: Array, total: Array) -> list[Array]:
+        new, ahead = np.empty_like(x), np.empty_like(x)
+        host_kernels(x).correct(x, x, new, None, self.momentum)
+        host_kernels(x).correct(new, x, total, ahead, self.momentum)
+        return [new, total, ahead]
 
     def export(self, state: State) -> Units:
         units = self.reducer.export(state)

@@ -41,10 +41,8 @@ class Warmup(Wrapper):
         # 1 and 1.0 are equal, and ranks that print them differently would not agree
         object.__setattr__(self, "densities", tuple(float(density) for density in self.densities))
         if any(later >= earlier for earlier, later in pairwise(self.densities)):
-            raise ValueError(
-                f"densities must descend, got {self.densities}; write them from the largest to the smallest"
-            )
-        found = [codec for each in walk(self.reducer) for codec in each.codecs for codec in _with_density(codec)]
+            raise ValueError(f"densities must descend, got {self.densities}; write the largest first")
+        found = codecs_with_density(self.reducer)
         if not found:
             raise ValueError(
                 f"warmup changes the density of a codec, and {self.reducer} has none; write it around a codec such as "
@@ -74,6 +72,11 @@ class Warmup(Wrapper):
         name = f"stage {number}"
         work.forget({name})  # messages of another density have another size
         return reducer.reduce(comm, x, state, out, work.inner(name))
+
+
+def codecs_with_density(reducer: Reducer) -> list[Codec]:
+    """Return the codecs inside a reducer that have a density."""
+    return [found for each in walk(reducer) for codec in each.codecs for found in _with_density(codec)]
 
 
 def _with_density(codec: Codec) -> Iterator[Codec]:
