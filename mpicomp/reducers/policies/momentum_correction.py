@@ -1,4 +1,4 @@
-"""momentum_correction: momentum adds up on every rank before its gradient is compressed (Lin et al. 2018).
+"""momentum_correction: momentum adds up on every rank before its gradient is compressed.
 
 Momentum that an optimizer applies after a sparse exchange sees a gradient late and in one piece. DGC adds it up first:
 a rank's gradient g becomes u = m u + g, and u, in place of g, goes into the exchange and into the residual v behind it.

@@ -1,4 +1,4 @@
-"""warmup: many elements at first, fewer from stage to stage (Lin et al. 2018)."""
+"""warmup: many elements at first, fewer from stage to stage."""
 
 from __future__ import annotations
 

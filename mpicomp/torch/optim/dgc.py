@@ -1,4 +1,4 @@
-"""DGCSGD: momentum SGD whose momentum adds up before a gradient is compressed (Lin et al. 2018)."""
+"""DGCSGD: momentum SGD whose momentum adds up before a gradient is compressed."""
 
 from __future__ import annotations
 
