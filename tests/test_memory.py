@@ -98,7 +98,7 @@ def test_a_copy_goes_on_as_the_original(spec: str, ranks: int, how: str) -> None
     assert all(each == results[0] for each in results)
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if "momentum" not in spec])  # whose law is about more than x
 def test_the_law_holds_over_a_copy(spec: str) -> None:
     def f(comm: Comm) -> tuple[Array, Array, Array]:
         x = arrays(comm.rank, 2, "float32")

@@ -31,7 +31,7 @@ from mpicomp.cost import Cost, Work
 from mpicomp.kernels import host_kernels
 from mpicomp.reducers.base import Level, Reducer
 from mpicomp.reducers.parts.layout import Layout
-from mpicomp.reducers.parts.state import Reduction, Sent, State, Units, nonfinite
+from mpicomp.reducers.parts.state import End, Reduction, Sent, State, Units, nonfinite
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.reducers.policies.base import Wrapper
 
@@ -79,6 +79,9 @@ class MomentumCorrection(Wrapper):
         return replace(fresh, momentum=(np.zeros(layout.extent, dtype), np.zeros(layout.extent, dtype)))
 
     def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
+        return self.begin(comm, x, state, out, work)()
+
+    def begin(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> End:
         assert state.momentum is not None
         old, new = state.momentum
         ahead = work.buffer("ahead", x.size, state.dtype) if self.nesterov else None
@@ -91,13 +94,19 @@ class MomentumCorrection(Wrapper):
         corrected.flags.writeable = False  # the next state's u, which whoever sends it must leave alone
         inner = work.inner("reducer")
         inner.asks = self.masking
-        reduction, after = self.reducer.reduce(comm, corrected, state, out, inner)
-        if not (reduction.poisoned or reduction.finite) and self.reducer.exact and nonfinite(out, None, state.layout):
-            reduction = reduction._replace(poisoned=True)  # an exact sum does not say so by itself
-        if reduction.poisoned:
-            return reduction, state
-        _mask(new, reduction.sent or ())
-        return reduction._replace(sent=None), replace(after, momentum=(new, old))
+        end = self.reducer.begin(comm, corrected, state, out, inner)
+
+        def ended() -> tuple[Reduction, State]:
+            reduction, after = end()
+            silent = self.reducer.exact and not (reduction.poisoned or reduction.finite)
+            if silent and nonfinite(out, None, state.layout):
+                reduction = reduction._replace(poisoned=True)  # an exact sum does not say so by itself
+            if reduction.poisoned:
+                return reduction, state
+            _mask(new, reduction.sent or ())
+            return reduction._replace(sent=None), replace(after, momentum=(new, old))
+
+        return ended
 
     def rehearse(self, x: Array, total: Array) -> list[Array]:
         new, ahead = np.empty_like(x), np.empty_like(x)

@@ -20,7 +20,7 @@ from mpicomp.reducers.policies.base import Wrapper
 
 @dataclass(frozen=True)
 class Warmup(Wrapper):
-    """Reduce with each of `densities` for `steps` steps, then as `reducer` is written (DGC, Lin et al. 2018).
+    """Reduce with each of `densities` for `steps` steps, then as `reducer` is written (Lin et al. 2018).
 
     A density takes the place of that of every codec inside that has one. Densities descend, the last one to the codecs'
     own. One state serves all stages: what is not sent in one is sent in the next. `cost` is that of the later steps.
