@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,7 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from mpicomp.api.call import Call, blocking
 from mpicomp.arrays import Array
+from mpicomp.comm.communicator import Comm
+from mpicomp.reducers.parts.masks import digest_of_masks
 
 
 class Masks(Mapping[str, Tensor]):
@@ -79,11 +81,11 @@ class Masks(Mapping[str, Tensor]):
 
     def digest(self) -> str:
         """Return a hash, 32 hexadecimal digits: equal exactly where names, shapes and masks are."""
-        found = hashlib.blake2b(digest_size=16)
-        for name, mask in self._masks.items():
-            found.update(f"{name} {tuple(mask.shape)};".encode())
-            found.update(np.packbits(mask.cpu().numpy()).tobytes())
-        return found.hexdigest()
+        return digest_of_masks({name: mask.cpu().numpy() for name, mask in self._masks.items()})
+
+    def check(self, comm: Any) -> None:
+        """Raise ConfigMismatchError on all ranks of an mpi4py communicator unless all have these masks. Collective."""
+        _check(comm, self)
 
     @property
     def size(self) -> int:
@@ -119,7 +121,14 @@ class Masks(Mapping[str, Tensor]):
     __hash__ = None  # type: ignore[assignment]  # it holds tensors
 
     def __repr__(self) -> str:
-        return f"Masks({self.kept} of {self.size} weights in {len(self)} tensors, {self.digest()[:8]})"
+        return f"Masks({self.kept} of {self.size} weights in {len(self)} tensors, hash {self.digest()})"
+
+
+def _alike(comm: Comm, masks: Masks) -> Call[None]:
+    return Call(lambda _: f"check of {masks!r}", lambda: None)
+
+
+_check = blocking(_alike)
 
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
