@@ -1,9 +1,10 @@
 """joined: all units as one array, so that a codec chooses among the elements of all tensors: one threshold for all.
 
 **Scales.** One threshold starves tensors with small gradients. With `normalised` every unit is multiplied by a power of
-two, the same on all ranks, that brings the mean magnitude of its elements and residuals, on the rank where it is
-largest, into [1/2, 1); the total is multiplied back. Powers of two change no digit, so only the choice depends on them.
-Residuals are kept in the scale of x.
+two, the same on all ranks, that brings the mean magnitude of this step's elements, on the rank where it is largest,
+into [1/2, 1); the total is multiplied back. Powers of two change no digit, so only the choice depends on them. The
+scale is that of what a step brings, and not of the residuals: so a tensor of which nothing is sent for long comes to
+its turn. Residuals are kept in the scale of x.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.reducers.relaid import Relaid
 
 NAME = "joined"  # of the one unit
+OWED = 2.0**-60  # share of a residual's mean that a scale is at least: its elements then stay far from overflow
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Joined(Relaid):
         inner, layout = state.nested(), state.layout
         flat, total = (work.buffer(name, layout.size, state.dtype) for name in ("joined", "joined total"))
         layout.collect(x, flat)
-        powers = _powers(comm, (flat, inner.residual), layout)
+        powers = _powers(comm, flat, inner.residual, layout)
         _scale(flat, layout, -powers)
         if inner.residual is not None:
             owed = work.buffer("residual", layout.size, state.dtype)
@@ -126,17 +128,22 @@ def _parts(flat: Array, layout: Layout) -> list[Array]:
     return np.split(flat, ends[:-1]) if layout.units else []
 
 
-def _powers(comm: Comm, arrays: tuple[Array | None, ...], layout: Layout) -> Array:
-    """Return the exponent of each unit's scale, (units,), from the mean magnitudes that all ranks have. Collective."""
-    mine, most = np.zeros(len(layout.units)), np.empty(len(layout.units))
+def _powers(comm: Comm, x: Array, old: Array | None, layout: Layout) -> Array:
+    """Return the exponent of each unit's scale, (units,), from all ranks' x and residuals, (size,). Collective."""
+    most = np.empty(len(layout.units))
     with np.errstate(over="ignore", invalid="ignore"):  # the reducer finds what is not finite
-        for array in arrays:
-            if array is not None:
-                means = [np.abs(part).mean(dtype=np.float64) if part.size else 0.0 for part in _parts(array, layout)]
-                mine += means
+        mine = _means(x, layout)
+        if old is not None:
+            mine = np.maximum(mine, OWED * _means(old, layout))
     mine[~np.isfinite(mine)] = np.inf  # MPI's maximum with NaN may be anything
     allreduce(comm, mine, most, "max")
     return np.where(np.isfinite(most), np.frexp(most)[1], 0)
+
+
+def _means(flat: Array, layout: Layout) -> Array:
+    """Return the mean magnitude of each unit, (units,) float64; 0 of an empty one."""
+    parts = _parts(flat, layout)
+    return np.array([np.abs(part).mean(dtype=np.float64) if part.size else 0.0 for part in parts])
 
 
 def _scale(flat: Array, layout: Layout, powers: Array) -> None:
