@@ -60,8 +60,8 @@ class PruningSchedule:
     def sparsity(self, step: int) -> float:
         """Return the sparsity after a step: that of the last one that is due, `initial` before the first one."""
         past = min(max(step, self.start), self.end) - self.start
-        left = 1 - (past - past % self.every) / (self.end - self.start)
-        return self.final + (self.initial - self.final) * left**3
+        left = (1 - (past - past % self.every) / (self.end - self.start)) ** 3
+        return self.final * (1 - left) + self.initial * left
 
 
 class Pruning:
