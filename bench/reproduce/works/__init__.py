@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from bench.reproduce.entry import Entry
 from bench.reproduce.session import Session
-from bench.reproduce.works import gradual_pruning
+from bench.reproduce.works import gradient_dropping, gradual_pruning
 
 
 class Work(NamedTuple):
@@ -18,4 +18,6 @@ class Work(NamedTuple):
     entries: Callable[[Session, str], Iterator[Entry]]
 
 
-WORKS: tuple[Work, ...] = (Work(gradual_pruning.NAME, gradual_pruning.TASKS, gradual_pruning.entries),)
+WORKS: tuple[Work, ...] = tuple(
+    Work(each.NAME, each.TASKS, each.entries) for each in (gradual_pruning, gradient_dropping)
+)
