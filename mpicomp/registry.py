@@ -58,6 +58,8 @@ REDUCERS: dict[str, type[Reducer]] = {
         reducers.LowRank,
         Auto,
         reducers.Hierarchical,
+        reducers.Masked,
+        reducers.Joined,
         reducers.ErrorFeedback,
         reducers.MomentumCorrection,
         reducers.Warmup,

@@ -5,7 +5,9 @@ from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.gather import Gather
 from mpicomp.reducers.hierarchical import Hierarchical
 from mpicomp.reducers.integer import Integer
+from mpicomp.reducers.joined import Joined
 from mpicomp.reducers.low_rank import LowRank
+from mpicomp.reducers.masked import Masked
 from mpicomp.reducers.parts.apply import apply
 from mpicomp.reducers.parts.layout import Layout, Unit
 from mpicomp.reducers.parts.state import Reduction, State, Units, rescale
@@ -23,9 +25,11 @@ __all__ = [
     "Gather",
     "Hierarchical",
     "Integer",
+    "Joined",
     "Layout",
     "LowRank",
     "MomentumCorrection",
+    "Masked",
     "Partition",
     "Reducer",
     "Reduction",
