@@ -1,5 +1,8 @@
-"""Small models: pruning, and what else makes a model smaller before it travels."""
+"""Small models: pruning, weight sharing, files, and what else makes a model smaller before it travels."""
 
+from mpicomp.models.broadcast import bcast
+from mpicomp.models.files import compress_model, decompress_model
 from mpicomp.models.pruning import Masks
+from mpicomp.models.sharing import Codebooks
 
-__all__ = ["Masks"]
+__all__ = ["Masks", "Codebooks", "compress_model", "decompress_model", "bcast"]
