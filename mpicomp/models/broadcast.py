@@ -93,7 +93,7 @@ def _file(comm: Comm, state: State, file: bytes, root: int) -> None:
     message = np.frombuffer(file, np.uint8) if comm.rank == root else np.empty(int(length[0]), np.uint8)
     broadcast(comm, message, root)
     if comm.rank != root:
-        decompress_model(memoryview(message), state)
+        decompress_model(message.data, state)
 
 
 def _coded(comm: Comm, tensors: list[Tensor], codec: Codec, dtype: str, root: int) -> None:

@@ -38,7 +38,7 @@ Places in a codebook of K values are symbols of ceil(log2 K) bits.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np

@@ -38,7 +38,8 @@ def to_places(symbols: Array, gap_bits: int, size: int) -> Array:
     ends = np.cumsum(steps) - 1
     if symbols.size and ends[-1] >= size:
         raise WireFormatError(f"a weight is at place {ends[-1]} of a tensor of {size}")
-    return ends[symbols != filler]
+    places: Array = ends[symbols != filler]
+    return places
 
 
 def best_gap_bits(places: Array) -> tuple[int, float]:

@@ -33,9 +33,11 @@ def probability(counts: Any, node: Any) -> Any:
 
 @kernel("const u2[], i8, u8[], u1[]")
 def encode_symbols(symbols: Any, bits: int, counts: Any, out: Any) -> Any:
-    low, high, at = np.uint64(0), ALL, 0
+    low, high = np.uint64(0), ALL
+    at: Any = np.int64(0)
     for i in range(symbols.size):
-        symbol, node = np.int64(symbols[i]), 1
+        symbol: Any = np.int64(symbols[i])
+        node: Any = np.int64(1)
         for place in range(bits - 1, -1, -1):
             bit = symbol >> place & 1
             middle = low + (((high - low) * probability(counts, node)) >> P_BITS)
@@ -72,7 +74,7 @@ def decode_symbols(data: Any, bits: int, counts: Any, out: Any) -> None:
         code = code << BYTE | (np.uint64(data[at]) if at < data.size else np.uint64(0))
         at += 1
     for i in range(out.size):
-        node = 1
+        node: Any = np.int64(1)
         for _ in range(bits):
             middle = low + (((high - low) * probability(counts, node)) >> P_BITS)
             bit = 1 if code <= middle else 0
