@@ -70,6 +70,7 @@ def entries(session: Session, task: str) -> Iterator[Entry]:
 
     def entry(variant: str, setting: str, name: str, values: list[float], met: bool, **more: Any) -> Entry:
         figures: dict[str, Any] = {
+            **mean_and_spread(values),
             "dense_mean": dense,
             "bytes": mean("file"),
             "dense_bytes": mean("plain"),
@@ -85,7 +86,6 @@ def entries(session: Session, task: str) -> Iterator[Entry]:
             metric_name=name,
             paper=PAPER,
             met=None if session.quick else met,
-            **mean_and_spread(values),
             **figures,
         )
 
