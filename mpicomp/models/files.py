@@ -37,6 +37,7 @@ Places in a codebook of K values are symbols of ceil(log2 K) bits.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -281,7 +282,7 @@ def _entries(directory: memoryview, count: int) -> Iterator[Entry]:
         entry = Entry(name, Form(DTYPES[dtype], shape), kind, gap_bits, *numbers)
         if name in names:
             raise WireFormatError(f"the file has two tensors {name}")
-        if max(shape, default=0) >= 1 << 62 or not _possible(entry, known):
+        if math.prod(max(axis, 1) for axis in shape) >= 1 << 62 or not _possible(entry, known):
             raise WireFormatError(f"the numbers of {name} in the directory contradict each other")
         names.add(name)
         known.append(entry)

@@ -297,6 +297,15 @@ def test_a_size_is_refused_before_memory_is_allocated():
         decompress_model(bomb, into={"w": torch.zeros(5)})
 
 
+@pytest.mark.parametrize("axes", [(1 << 40, 1 << 40, 0), (1 << 63, 0, 1), (0, 1 << 61, 2)])
+def test_an_empty_tensor_of_a_shape_that_torch_has_not(axes):
+    file = bytearray(compress_model({"w": torch.empty(0, 1, 1)}))
+    for axis, length in enumerate(axes):
+        file[64 + 8 * axis : 72 + 8 * axis] = length.to_bytes(8, "little")
+    with pytest.raises(WireFormatError, match="numbers of w in the directory contradict each other"):
+        decompress_model(sealed(file))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("density", [0.08, 1.0])
 def test_ten_million_weights_take_seconds(density):
