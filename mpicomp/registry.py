@@ -56,6 +56,7 @@ REDUCERS: dict[str, type[Reducer]] = {
         reducers.Tree,
         reducers.Integer,
         reducers.LowRank,
+        reducers.Vote,
         Auto,
         reducers.Hierarchical,
         reducers.ErrorFeedback,
@@ -87,6 +88,7 @@ OTHER_NAMES = {
         "natural": "naturalcompression",
         "split": "oktopk sparcml",
         "tree": "gtopk",
+        "vote": "majority majorityvote signum",
     }.items()
     for other in others.split()
 }

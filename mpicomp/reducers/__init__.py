@@ -15,6 +15,7 @@ from mpicomp.reducers.shared_support import SharedSupport
 from mpicomp.reducers.split import Split
 from mpicomp.reducers.tree import Tree
 from mpicomp.reducers.two_stage import TwoStage
+from mpicomp.reducers.vote import Vote
 
 __all__ = [
     "After",
@@ -35,6 +36,7 @@ __all__ = [
     "TwoStage",
     "Unit",
     "Units",
+    "Vote",
     "Workspace",
     "apply",
     "rescale",

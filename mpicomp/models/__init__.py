@@ -1,0 +1,1 @@
+"""Small models: layers of few bits, and what else makes a model smaller before it travels."""
