@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -129,23 +130,29 @@ class PackedNetwork:
 
     def __call__(self, x: Any) -> Array:
         """Return the results of inputs x, (batch, n) or (batch, channels, height, width): (batch, classes)."""
+        *_, sums = self._run(x)
+        last = self.layers[-1]
+        assert last.factors is not None
+        assert last.offsets is not None
+        return sums.astype(np.float32) * last.factors + last.offsets
+
+    def sums_of(self, x: Any) -> list[Array]:
+        """Return the sums of every layer, (batch, units, ...) int32, of a convolution the largest of each square."""
+        return list(self._run(x))
+
+    def _run(self, x: Any) -> Iterator[Array]:
+        """Yield the sums of one layer after the other."""
         x = np.ascontiguousarray(x, np.float32)
-        sums = self._first(x)
-        for number, layer in enumerate(self.layers):
-            if layer.limits is None:
-                assert layer.factors is not None
-                assert layer.offsets is not None
-                return sums.astype(np.float32) * layer.factors + layer.offsets
-            following = self.layers[number + 1]
-            if sums.ndim == 2 and following.window is None:
-                sums = following.product(layer.decide(sums))
+        yield (sums := self._first(x))
+        for layer, following in itertools.pairwise(self.layers):
+            if layer.window is None and following.window is None:
+                yield (sums := following.product(layer.decide(sums)))
                 continue
-            shape = sums.shape[2:]
             rows = np.moveaxis(sums, 1, -1).reshape(-1, layer.units)
-            negative = unpack(layer.decide(rows), layer.units).reshape(len(x), *shape, layer.units)
-            negative = np.moveaxis(negative, -1, 1)
+            decided = unpack(layer.decide(rows), layer.units).reshape(len(x), *sums.shape[2:], layer.units)
+            negative = np.moveaxis(decided, -1, 1)
             sums = _convolved(following, [negative]) if following.window else following.product(_rows(negative))
-        raise AssertionError("the last layer has thresholds")
+            yield sums
 
     def _first(self, x: Array) -> Array:
         """Return the sums of the first layer."""

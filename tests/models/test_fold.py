@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -79,11 +80,8 @@ def test_a_folded_network_decides_as_its_model(first: nn.Module, bias: bool, shi
     expected = model(x).numpy()
     np.testing.assert_allclose(network(x), expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max())
     signs = hidden_signs(model, x)
-    sums = network._first(x.numpy())
-    for layer, following, sign in zip(network.layers, network.layers[1:], signs, strict=False):
-        decided = layer.decide(sums)
-        assert np.array_equal(unpack(decided, layer.units), (sign < 0).numpy())
-        sums = following.product(decided)
+    for layer, sums, sign in zip(network.layers, network.sums_of(x), signs, strict=False):
+        assert np.array_equal(unpack(layer.decide(sums), layer.units), (sign < 0).numpy())
 
 
 @pytest.mark.parametrize("first", [FixedPoint(), BinaryActivation()], ids=str)
@@ -101,7 +99,7 @@ def test_convolutions_fold_too(first: nn.Module) -> None:
 @given(sizes=st.lists(st.integers(1, 200), min_size=2, max_size=5), seed=st.integers(0, 1000), batch=st.integers(1, 9))
 def test_any_sizes(sizes: list[int], seed: int, batch: int) -> None:
     layers: list[nn.Module] = [BinaryActivation()]
-    for inputs, units in zip(sizes, sizes[1:], strict=False):
+    for inputs, units in itertools.pairwise(sizes):
         layers += [BinaryLinear(inputs, units), nn.BatchNorm1d(units), BinaryActivation()]
     model = stirred(nn.Sequential(*layers, BinaryLinear(sizes[-1], 3)), seed)
     x = torch.randn(batch, sizes[0])
