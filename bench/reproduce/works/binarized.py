@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,9 +34,8 @@ from mpicomp.models.shift import ShiftAdaMax, shift_based
 NAME = "Binarized networks"
 TASKS = ("digits", "mnist")
 PAPER = "Hubara et al. 2016"
-HIDDEN = (1024, 1024, 1024)
 VOTE = "partition(small=dense(algorithm=two_shot), large=vote)"
-FEEDBACK = "topk(density=0.01)"
+FEEDBACK = "sign"
 SIDE = 4096  # of the matrix that is timed
 
 
@@ -43,6 +43,7 @@ SIDE = 4096  # of the matrix that is timed
 class Schedule:
     """How a task is trained, both kinds of network alike."""
 
+    hidden: tuple[int, ...]  # units of the hidden layers
     batch: int  # images per step of all ranks
     epochs: int
     lr: float  # of the binary network, by Adam
@@ -57,23 +58,28 @@ class Schedule:
 
 
 SCHEDULES = {
-    "digits": Schedule(batch=64, epochs=40, lr=1e-3, float_lr=1e-3, points=3.5),
-    "mnist": Schedule(batch=200, epochs=10, lr=1e-3, float_lr=1e-3, points=2.0),
+    "digits": Schedule((512, 512), batch=128, epochs=40, lr=1e-2, float_lr=1e-3, points=3.5),
+    "mnist": Schedule((1024, 1024, 1024), batch=200, epochs=10, lr=1e-2, float_lr=1e-3, points=2.0),
 }
 
 
 def binary_model(sizes: Sequence[int]) -> nn.Sequential:
     """Return a network of signs with 8-bit inputs; a BatchNorm stands behind every layer."""
     layers: list[nn.Module] = [FixedPoint(8, -1, 1)]
-    for wide, narrow in zip(sizes, sizes[1:], strict=False):
+    for wide, narrow in itertools.pairwise(sizes):
         layers += [BinaryLinear(wide, narrow), nn.BatchNorm1d(narrow, eps=1e-4), BinaryActivation()]
     return nn.Sequential(*layers[:-1])
+
+
+def shifted_model(sizes: Sequence[int]) -> nn.Module:
+    """Return that network with shift-based normalisation."""
+    return shift_based(binary_model(sizes))
 
 
 def float_model(sizes: Sequence[int]) -> nn.Sequential:
     """Return the same network in float32: ReLU in place of signs."""
     layers: list[nn.Module] = []
-    for wide, narrow in zip(sizes, sizes[1:], strict=False):
+    for wide, narrow in itertools.pairwise(sizes):
         layers += [nn.Linear(wide, narrow, bias=False), nn.BatchNorm1d(narrow, eps=1e-4), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -96,7 +102,7 @@ def run_of(
     session: Session,
     task: str,
     seed: int,
-    make: Callable[[Sequence[int]], nn.Sequential],
+    make: Callable[[Sequence[int]], nn.Module],
     method: str = "dense",
     lr: float | None = None,
     optimizer: Callable[[DistributedDataParallel, float], torch.optim.Optimizer] = latent_adam,
@@ -105,14 +111,17 @@ def run_of(
     schedule, images = SCHEDULES[task], session.task(task)
     assert isinstance(images, Images)
     other, steps = schedule.of(images, session.quick)
-    sizes = (images.sizes[0], *HIDDEN, images.sizes[-1])
+    sizes = (images.sizes[0], *schedule.hidden, images.sizes[-1])
     return train(other, seed, method, steps=steps, lr=lr or schedule.lr, model=lambda: make(sizes), optimizer=optimizer)
 
 
 def entries(session: Session, task: str) -> Iterator[Entry]:
     """Yield the bars of the work on a task. Collective."""
     schedule = SCHEDULES[task]
-    trained = f"784/64-{'-'.join(map(str, HIDDEN))}-10, {schedule.epochs} epochs of {schedule.batch} images, Adam"
+    trained = (
+        f"hidden layers of {', '.join(map(str, schedule.hidden))} units, {schedule.epochs} epochs in batches of "
+        f"{schedule.batch}, Adam"
+    )
 
     def adam(ddp: DistributedDataParallel, lr: float) -> torch.optim.Optimizer:
         return torch.optim.Adam(ddp.parameters(), lr)
@@ -150,10 +159,7 @@ def entries(session: Session, task: str) -> Iterator[Entry]:
         yield gradients(f"gradients by {'vote' if method == VOTE else 'error feedback'}", method, others)
     if task == "digits":
         shifts = [
-            run_of(
-                session, task, seed, lambda sizes: shift_based(binary_model(sizes)), lr=2**-6, optimizer=latent_adamax
-            )
-            for seed in session.seeds
+            run_of(session, task, seed, shifted_model, lr=2**-6, optimizer=latent_adamax) for seed in session.seeds
         ]
         yield gradients("shift-based BatchNorm and AdaMax", "ShiftBatchNorm, ShiftAdaMax(lr=2^-6), dense", shifts)
         yield from faster_products(session, task)
@@ -243,8 +249,8 @@ def faster_products(session: Session, task: str) -> Iterator[Entry]:
         least, median = float_least / ours_least, float_median / ours_median
         setting = (
             f"{SIDE} x {SIDE}, batch {batch}, one thread, packing of activations included, {pairs} pairs; minima "
-            f"{1e3 * ours_least:.3f} and {1e3 * float_least:.2f} ms ({least:.1f}x), medians {1e3 * ours_median:.3f} and "
-            f"{1e3 * float_median:.2f} ms; {processor()}"
+            f"{1e3 * ours_least:.3f} and {1e3 * float_least:.2f} ms ({least:.1f}x), medians {1e3 * ours_median:.3f} "
+            f"and {1e3 * float_median:.2f} ms; {processor()}"
         )
         yield _entry(
             session,
