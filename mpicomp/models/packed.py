@@ -49,8 +49,10 @@ class Window(NamedTuple):
     def rows(self, planes: Array) -> tuple[Array, tuple[int, int]]:
         """Return what each place sees of planes (batch, channels, height, width), a row each, and the places' shape.
 
-        Beyond the edge there are zeros: +1, or the integer 0.
+        Beyond the edge there are zeros: +1, or the integer 0. ValueError for planes of another shape.
         """
+        if planes.ndim != 4 or planes.shape[1] != self.channels:
+            raise ValueError(f"expected (batch, {self.channels}, height, width), got {planes.shape}")
         high, wide = self.padding
         planes = np.pad(planes, ((0, 0), (0, 0), (high, high), (wide, wide)))
         seen = np.lib.stride_tricks.sliding_window_view(planes, self.kernel, (2, 3))
@@ -89,6 +91,22 @@ class PackedLayer:
     def units(self) -> int:
         """Number of results, of channels in a convolution."""
         return len(self.signs)
+
+    def pack(self, x: Array) -> Array:
+        """Return the packed signs of inputs x, (rows, ...) float, flattened; ValueError for another size."""
+        packed = np.empty((len(x), words(self.size)), np.uint64)
+        host_kernels(x).pack_signs(self._flat(x), packed)
+        return packed
+
+    def rows(self, negative: Array) -> Array:
+        """Return the same of planes, (rows, ...) uint8 or bool, where 1 is -1."""
+        return pack(self._flat(negative))
+
+    def _flat(self, x: Array) -> Array:
+        flat = x.reshape(len(x), -1)
+        if flat.shape[1] != self.size:
+            raise ValueError(f"a layer of {self.size} inputs was given {flat.shape[1]}: {x.shape}")
+        return flat
 
     def product(self, packed: Array) -> Array:
         """Return the products of signs, packed (rows, words) uint64, with those of every unit: (rows, units) int32."""
@@ -143,6 +161,8 @@ class PackedNetwork:
     def _run(self, x: Any) -> Iterator[Array]:
         """Yield the sums of one layer after the other."""
         x = np.ascontiguousarray(x, np.float32)
+        if np.isnan(x).any():
+            raise ValueError("x has NaN, which has no sign")
         yield (sums := self._first(x))
         for layer, following in itertools.pairwise(self.layers):
             if layer.window is None and following.window is None:
@@ -151,27 +171,21 @@ class PackedNetwork:
             rows = np.moveaxis(sums, 1, -1).reshape(-1, layer.units)
             decided = unpack(layer.decide(rows), layer.units).reshape(len(x), *sums.shape[2:], layer.units)
             negative = np.moveaxis(decided, -1, 1)
-            sums = _convolved(following, [negative]) if following.window else following.product(_rows(negative))
+            sums = (
+                _convolved(following, [negative]) if following.window else following.product(following.rows(negative))
+            )
             yield sums
 
     def _first(self, x: Array) -> Array:
         """Return the sums of the first layer."""
         first = self.layers[0]
         if not self.bits:
-            if first.window:
-                return _convolved(first, [x < 0])
-            packed = np.empty((len(x), words(first.size)), np.uint64)
-            host_kernels(x).pack_signs(x.reshape(len(x), -1), packed)
-            return first.product(packed)
+            return _convolved(first, [x < 0]) if first.window else first.product(first.pack(x))
         top = (1 << self.bits) - 1
         scaled = np.clip((x - np.float32(self.low)) * np.float32(top / (self.high - self.low)), 0, top)
         integers = np.rint(scaled).astype(np.uint8)
         planes = [(integers >> bit) & 1 for bit in range(self.bits)]
-        return _convolved(first, planes, True) if first.window else first.sums([_rows(plane) for plane in planes])
-
-
-def _rows(planes: Array) -> Array:
-    return pack(planes.reshape(len(planes), -1))
+        return _convolved(first, planes, True) if first.window else first.sums([first.rows(plane) for plane in planes])
 
 
 def _convolved(layer: PackedLayer, planes: list[Array], integers: bool = False) -> Array:

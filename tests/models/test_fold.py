@@ -145,6 +145,20 @@ def test_what_cannot_be_folded_is_refused() -> None:
         fold(bad)
 
 
+def test_inputs_of_another_shape_are_refused() -> None:
+    network = network_of()
+    for x in (np.zeros((2, 71)), np.zeros((2, 64)), np.zeros((2, 7000))):
+        with pytest.raises(ValueError, match="a layer of 70 inputs"):
+            network(x)
+    with pytest.raises(ValueError, match="NaN"):
+        network(np.full((1, 70), np.nan))
+    images = fold(stirred(convolutional(BinaryActivation())))
+    with pytest.raises(ValueError, match=r"expected \(batch, 2, height, width\)"):
+        images(np.zeros((1, 3, 8, 8)))
+    with pytest.raises(ValueError, match="a layer of 54 inputs was given 144"):
+        images(np.zeros((1, 2, 12, 12)))
+
+
 def test_folding_leaves_the_model_alone() -> None:
     model = stirred(mlp()).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
