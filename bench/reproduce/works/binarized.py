@@ -192,13 +192,13 @@ def exact_products(session: Session, task: str, runs: list[Run], networks: list[
 
 @torch.no_grad()
 def integer_sums(model: nn.Module, x: Tensor) -> list[np.ndarray[Any, Any]]:
-    """Return what every binary layer of a model sums up, in int64, (images, units)."""
+    """Return what every binary layer of a model sums up, (images, units): integers, which float64 adds exactly."""
     found: list[np.ndarray[Any, Any]] = []
     for module in model.children():
         if isinstance(module, BinaryLinear):
-            signs = np.where(module.weight.numpy() < 0, -1, 1).astype(np.int64)
-            found.append(x.numpy().astype(np.int64) @ signs.T)
-            x = torch.from_numpy(found[-1].astype(np.float32))
+            sums = x.double() @ torch.where(module.weight < 0, -1.0, 1.0).double().T
+            found.append(sums.numpy())
+            x = sums.float()
         else:
             x = module(x)
     return found
