@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
@@ -78,5 +79,7 @@ def train(
         sent += traffic.bytes - before
     if not replicas_identical(ddp):
         raise RuntimeError(f"the ranks' parameters differ after training {task.name} by {method}, seed {seed}")
-    metric = task.evaluate(ddp.module) if evaluated else math.nan
+    for buffer in ddp.buffers():  # statistics of BatchNorm: those of rank 0, as in DDP's forward passes
+        dist.broadcast(buffer, 0)
+    metric = task.evaluate(ddp.eval().module) if evaluated else math.nan
     return Run(metric, gathered(torch.tensor([sent])).mean().item(), steps, ddp.module)

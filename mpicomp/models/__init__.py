@@ -1,4 +1,4 @@
-"""Small models: pruning, weight sharing, files, and what else makes a model smaller before it travels."""
+"""Small models: pruning, weight sharing, low-bit layers, distillation, files."""
 
 from mpicomp.models.broadcast import bcast
 from mpicomp.models.files import compress_model, decompress_model
@@ -6,4 +6,4 @@ from mpicomp.models.pruning import Masks
 from mpicomp.models.schedule import Pruning, PruningSchedule
 from mpicomp.models.sharing import Codebooks
 
-__all__ = ["Masks", "Pruning", "PruningSchedule", "Codebooks", "compress_model", "decompress_model", "bcast"]
+__all__ = ["bcast", "compress_model", "decompress_model", "Masks", "Pruning", "PruningSchedule", "Codebooks"]

@@ -17,6 +17,7 @@ from mpicomp.reducers.shared_support import SharedSupport
 from mpicomp.reducers.split import Split
 from mpicomp.reducers.tree import Tree
 from mpicomp.reducers.two_stage import TwoStage
+from mpicomp.reducers.vote import Vote
 
 __all__ = [
     "After",
@@ -41,6 +42,7 @@ __all__ = [
     "Unit",
     "Units",
     "Warmup",
+    "Vote",
     "Workspace",
     "apply",
     "rescale",

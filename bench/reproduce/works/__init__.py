@@ -7,7 +7,13 @@ from typing import NamedTuple
 
 from bench.reproduce.entry import Entry
 from bench.reproduce.session import Session
-from bench.reproduce.works import deep_compression, dgc, gradient_dropping, gradual_pruning
+from bench.reproduce.works import (
+    binarized,
+    deep_compression,
+    dgc,
+    gradient_dropping,
+    gradual_pruning,
+)
 
 
 class Work(NamedTuple):
@@ -23,6 +29,7 @@ WORKS: tuple[Work, ...] = tuple(
     for each in (
         deep_compression,
         dgc,
+        binarized,
         gradual_pruning,
         gradient_dropping,
     )
