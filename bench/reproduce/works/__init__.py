@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from bench.reproduce.entry import Entry
 from bench.reproduce.session import Session
+from bench.reproduce.works import federated_dropout
 
 
 class Work(NamedTuple):
@@ -17,4 +18,4 @@ class Work(NamedTuple):
     entries: Callable[[Session, str], Iterator[Entry]]
 
 
-WORKS: tuple[Work, ...] = ()
+WORKS: tuple[Work, ...] = (Work(federated_dropout.NAME, federated_dropout.TASKS, federated_dropout.entries),)
