@@ -13,10 +13,10 @@ __all__ = ["allreduce", "reduce_scatter", "allgather", "bcast", "gather", "scatt
 __all__ += ["iallreduce", "ireduce_scatter", "iallgather", "ibcast", "igather", "iscatter", "ialltoall"]
 __all__ += ["plan", "memory", "methods", "register", "reset", "Arrays", "Memory", "Method", "Plan", "Request"]
 __all__ += ["CommunicatorError", "ConfigMismatchError", "MPICompError", "SpecError", "WireFormatError"]
-__all__ += ["codecs", "errors", "federated", "frames", "reducers"]
+__all__ += ["codecs", "errors", "frames", "reducers"]
 
 if TYPE_CHECKING:
-    from mpicomp import codecs, errors, federated, frames, reducers
+    from mpicomp import codecs, errors, frames, reducers
     from mpicomp.api.arguments import Arrays
     from mpicomp.api.call import reset
     from mpicomp.api.catalogue import methods
