@@ -159,9 +159,12 @@ class Federation:
             message: bytes | None = self._trained(client, letter.content, train)
             if channel is not None and message is not None:
                 message = channel(client, message)
+            answer = (
+                Letter(client, b"its message was lost", True) if message is None else Letter(client, bytes(message))
+            )
         except Exception as error:
             return Letter(client, f"{type(error).__name__}: {error}"[:REASON].encode(errors="replace"), True)
-        return Letter(client, b"its message was lost", True) if message is None else Letter(client, bytes(message))
+        return answer
 
     def _trained(self, client: int, message: bytes, train: Train) -> bytes:
         """Decode a sub-model, train it, and encode what has changed."""
@@ -263,6 +266,7 @@ def _federation(
     check_bool(differences=differences, server_trains=server_trains)
     check_integer("seed", seed, 0, (1 << 63) - 1)
     network.counts(keep)
+    keep = dict(keep) if isinstance(keep, Mapping) else keep
     own = {name: np.array(weights[name], order="C") for name in network.shapes}
     how = Settings(examples, Link.of(down), Link.of(up), keep, divisor, differences, server_trains, seed)
     made = Federation(comm, network, own, how)

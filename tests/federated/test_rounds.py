@@ -15,6 +15,7 @@ from mpicomp.arrays import Array
 from mpicomp.comm.communicator import Comm
 from mpicomp.errors import ConfigMismatchError
 from mpicomp.federated import Federation, Network, Report, federation, linear, lossy
+from mpicomp.federated.mail import Letter
 from mpicomp.frames import CHECKSUM, checksum
 
 LAYERS = [linear("0"), linear("2"), linear("4")]
@@ -276,14 +277,49 @@ def test_a_message_of_an_earlier_round_is_refused() -> None:
     assert reports[1].averaged == ()
 
 
+def test_a_message_that_is_damaged_on_its_way_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client does not train on it."""
+    honest = Federation.letters_down
+
+    def damaged(self: Federation, participants: int | None) -> list[tuple[int, Letter]]:
+        return [
+            (rank, letter._replace(content=letter.content[:-1] + b"?") if letter.client == 3 else letter)
+            for rank, letter in honest(self, participants)
+        ]
+
+    def look(client: int, number: int, given: dict[str, Array]) -> dict[str, Array]:
+        assert client != 3
+        return given
+
+    monkeypatch.setattr(Federation, "letters_down", damaged)
+    _, (report,) = course(2, 1, None, train=look, **HARD)
+    assert report.left_out == {3: "WireFormatError: the checksum is wrong: the frame was cut or changed"}
+
+
 def test_an_update_beyond_the_largest_number_is_left_out() -> None:
     def huge(client: int, number: int, given: dict[str, Array]) -> dict[str, Array]:
         return {name: np.full_like(each, 3.4e38 if client == 1 else 0.5) for name, each in given.items()}
 
     start = {name: np.full(shape, 3e38, np.float32) for name, shape in SHAPES.items()}
-    new, (report,) = course(2, 1, 11, train=lambda client, number, given: huge(client, number, given), weights=start)
+    new, (report,) = course(2, 1, 11, train=huge, weights=start)
     assert np.isfinite(new["0.weight"]).all()
-    assert report.averaged
+    assert len(report.averaged) == 11  # 3.4e38 is a float32, and its mean with others too
+
+    def beyond(client: int, message: bytes) -> bytes:
+        """Send the update of client 1 as if it had been from weights near zero."""
+        if client != 1:
+            return message
+        bundle, key = made[0].bundle(made[0].choice(1), 1), made[0].key(1, 1)
+        return bundle.encode({name: np.full(shape, 3e38, np.float32) for name, shape in SHAPES.items()}, key)
+
+    made: list[Federation] = []
+
+    def run(comm: Comm) -> Report:
+        made[:] = [begun(comm, weights=start)]
+        return made[0].round(lambda client, number, given: given, channel=beyond)
+
+    report = Team(1).run(run)[0]
+    assert report.left_out == {1: "its update of 0.weight exceeds what float32 holds"}
 
 
 def test_a_round_that_all_clients_leave_changes_nothing() -> None:
