@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from bench.reproduce.entry import Entry
 from bench.reproduce.session import Session
-from bench.reproduce.works import federated_dropout
+from bench.reproduce.works import dgc, federated_dropout
 
 
 class Work(NamedTuple):
@@ -18,4 +18,7 @@ class Work(NamedTuple):
     entries: Callable[[Session, str], Iterator[Entry]]
 
 
-WORKS: tuple[Work, ...] = (Work(federated_dropout.NAME, federated_dropout.TASKS, federated_dropout.entries),)
+WORKS: tuple[Work, ...] = (
+    Work(dgc.NAME, dgc.TASKS, dgc.entries),
+    Work(federated_dropout.NAME, federated_dropout.TASKS, federated_dropout.entries),
+)
