@@ -47,7 +47,7 @@ class Course:
 
     def per_client(self, way: str) -> float:
         """Bytes of a client and round."""
-        total = sum(getattr(report, f"{way}_bytes") for report in self.reports)
+        total: float = sum(getattr(report, f"{way}_bytes") for report in self.reports)
         return total / sum(len(report.invited) if way == "down" else report.arrived for report in self.reports)
 
 
@@ -245,7 +245,7 @@ def mnist(session: Session) -> Iterator[Entry]:
     task: Any = session.task("mnist")
     rounds = 2 if session.quick else 20
     seed = session.seeds[0]
-    settings = {"rounds": rounds, "clients": 100, "chosen": 10, "lr": 0.15, "judged": rounds}
+    settings: dict[str, Any] = {"rounds": rounds, "clients": 100, "chosen": 10, "lr": 0.15, "judged": rounds}
 
     def run(**how: Any) -> Course:
         torch.manual_seed(seed)
