@@ -59,6 +59,7 @@ REDUCERS: dict[str, type[Reducer]] = {
         Auto,
         reducers.Hierarchical,
         reducers.ErrorFeedback,
+        reducers.Decay,
         reducers.After,
         reducers.Partition,
     )

@@ -10,7 +10,7 @@ from mpicomp.reducers.parts.apply import apply
 from mpicomp.reducers.parts.layout import Layout, Unit
 from mpicomp.reducers.parts.state import Reduction, State, Units, rescale
 from mpicomp.reducers.parts.workspace import Workspace
-from mpicomp.reducers.policies import After, ErrorFeedback, Partition
+from mpicomp.reducers.policies import After, Decay, ErrorFeedback, Partition
 from mpicomp.reducers.shared_support import SharedSupport
 from mpicomp.reducers.split import Split
 from mpicomp.reducers.tree import Tree
@@ -18,6 +18,7 @@ from mpicomp.reducers.two_stage import TwoStage
 
 __all__ = [
     "After",
+    "Decay",
     "Dense",
     "ErrorFeedback",
     "Gather",

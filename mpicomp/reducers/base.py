@@ -5,7 +5,8 @@
     total + sum of new residuals == sum of (x + old residual)
 
 up to rounding, and `total` has the same bits on every rank. So error feedback is exact book-keeping for every method:
-what a step does not send stays in the residual of some rank.
+what a step does not send stays in the residual of some rank. Under the policy `decay` the law has a leak, which
+`Reducer.keeps` states: the old residual counts times a factor.
 
 **Sums and means.** Reducers compute sums, and one place divides: `complete`. A reducer may fold the division into a
 pass that it makes anyway. Its `Reduction` then says so, and `complete` does not divide.
@@ -126,6 +127,10 @@ class Reducer(Spec, ABC):
         """Return the reducers that have a part of this state, each with that part."""
         return [(reducer, state.nested(number)) for number, reducer in enumerate(self.inner)]
 
+    def keeps(self, unit: Unit) -> float:
+        """Return the share of this unit's old residual that counts in a step: 1, unless a `decay` lets the law leak."""
+        return 1.0
+
     def owned(self, layout: Layout, ranks: int, me: int) -> list[Piece]:
         """Return the pieces whose final rounding rank `me` remembers: rank 0 all, unless shards have owners."""
         return [] if me else layout.whole()
@@ -232,7 +237,7 @@ def check_device(reducer: Reducer, device: bool) -> None:
     if device and not reducer.on_gpu:
         raise TypeError(
             f"{reducer} sums NumPy arrays and CPU tensors only; on a GPU there are dense, gather, two_stage, "
-            f"shared_support and low_rank, in error_feedback, partition and after"
+            f"shared_support and low_rank, in decay, error_feedback, partition and after"
         )
 
 

@@ -65,6 +65,9 @@ class Wrapper(Policy):
     def running(self, state: State) -> Reducer:
         return self.reducer.running(state)
 
+    def keeps(self, unit: Unit) -> float:
+        return self.reducer.keeps(unit)
+
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
         return self.reducer.cost(layout, dtype, topology, me, feedback)
 
