@@ -19,6 +19,7 @@ from reducers.members import (
     as_predicted,
     check_law,
     inputs,
+    kept_of,
     member,
     steps,
 )
@@ -40,7 +41,7 @@ def gathered(x: Array) -> Array:
 
 def run(comm: Comm, reducer: Reducer, x: Array) -> History:
     totals, residuals, poisoned, units = steps(comm, reducer, x[comm.rank], reducer.init(FEW, "float32"))
-    return History(x, gathered(totals), gathered(residuals), gathered(poisoned), [units])
+    return History(x, gathered(totals), gathered(residuals), gathered(poisoned), [units], kept_of(reducer, FEW, x.shape[2]))
 
 
 def main() -> None:

@@ -45,7 +45,7 @@ class TwoStage(Reducer):
         check_codec(self, self.codec)
         if self.second is None:
             return
-        kinds = [(codec.grain, codec.grainwise, codec.fixed) for codec in (self.codec, check_codec(self, self.second))]
+        kinds = [(codec.grain, codec.blockwise, codec.fixed) for codec in (self.codec, check_codec(self, self.second))]
         if kinds[0] != kinds[1] or self.codec.linear:
             raise ValueError(
                 f"second must be a codec of the first one's family, and the first not a linear one: it gets the same "

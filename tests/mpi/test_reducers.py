@@ -14,6 +14,7 @@ from reducers.members import (
     as_predicted,
     check_law,
     inputs,
+    kept_of,
     member,
     run,
     steps,
@@ -42,7 +43,7 @@ def run_here(comm: Comm, reducer: Reducer, layout: Layout, x: Array) -> History:
     """Reduce x[rank, step] at all steps, over MPI."""
     state = reducer.init(layout, x.dtype.name)
     totals, residuals, poisoned, units = steps(comm, reducer, x[comm.rank], state)
-    return History(x, gathered(totals), gathered(residuals), gathered(poisoned), [units])
+    return History(x, gathered(totals), gathered(residuals), gathered(poisoned), [units], kept_of(reducer, layout, x.shape[2]))
 
 
 def is_ours(spec: str) -> bool:

@@ -48,7 +48,7 @@ def shard_groups(layout: Layout, codec: Codec, ranks: int) -> list[list[list[Pie
 
 def _cut(piece: Piece, codec: Codec) -> list[Piece]:
     """Cut a piece where that changes no code."""
-    if not codec.grainwise or piece.size <= GROUP:
+    if not codec.blockwise or piece.size <= GROUP:
         return [piece]
     step = max(codec.grain, GROUP // codec.grain * codec.grain)
     starts = range(piece.start, piece.stop, step)
