@@ -41,7 +41,9 @@ def gathered(x: Array) -> Array:
 
 def run(comm: Comm, reducer: Reducer, x: Array) -> History:
     totals, residuals, poisoned, units = steps(comm, reducer, x[comm.rank], reducer.init(FEW, "float32"))
-    return History(x, gathered(totals), gathered(residuals), gathered(poisoned), [units], kept_of(reducer, FEW, x.shape[2]))
+    return History(
+        x, gathered(totals), gathered(residuals), gathered(poisoned), [units], kept_of(reducer, FEW, x.shape[2])
+    )
 
 
 def main() -> None:

@@ -49,7 +49,10 @@ def files():
     found = {"messages-0.2": list(first())}
     for name, configs in lowbit.ADDED.items():
         found[f"messages-0.6-{name}"] = [
-            (name, config, sample(size, dtype)) for dtype in ("float32", "float64") for config in configs for size in SIZES
+            (name, config, sample(size, dtype))
+            for dtype in ("float32", "float64")
+            for config in configs
+            for size in SIZES
         ]
     return found
 

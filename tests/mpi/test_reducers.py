@@ -43,7 +43,9 @@ def run_here(comm: Comm, reducer: Reducer, layout: Layout, x: Array) -> History:
     """Reduce x[rank, step] at all steps, over MPI."""
     state = reducer.init(layout, x.dtype.name)
     totals, residuals, poisoned, units = steps(comm, reducer, x[comm.rank], state)
-    return History(x, gathered(totals), gathered(residuals), gathered(poisoned), [units], kept_of(reducer, layout, x.shape[2]))
+    return History(
+        x, gathered(totals), gathered(residuals), gathered(poisoned), [units], kept_of(reducer, layout, x.shape[2])
+    )
 
 
 def is_ours(spec: str) -> bool:

@@ -1,0 +1,1 @@
+"""Small models: what makes a model smaller before it travels."""
