@@ -88,6 +88,7 @@ OTHER_NAMES = {
         "natural": "naturalcompression",
         "split": "oktopk sparcml",
         "tree": "gtopk",
+        "decay": "loco sparseloco",
     }.items()
     for other in others.split()
 }

@@ -48,6 +48,7 @@ EVERY = (
     "hierarchical(two_stage(uniform(bits=4)))",
     AUTO,
     "after(error_feedback(gather(topk(density=0.01))), steps=100)",
+    "decay(error_feedback(gather(topk(density=0.01))), factor=0.95)",
     "partition(small=dense, large=error_feedback(low_rank(rank=4)))",
 )
 """At least a spec per registered reducer and policy."""

@@ -1,4 +1,4 @@
-"""Layers of few bits (DoReFa-Net, Zhou et al. 2016): weights, activations and the gradients of layer outputs.
+"""Layers of few bits, in weights, activations and the gradients of outputs (DoReFa-Net, Zhou and others 2016).
 
     model = dorefa_layers(model, bits=(1, 2, 6), seed=seed)     # all Linear and Conv2d but the first and the last
     ddp = DistributedDataParallel(model)

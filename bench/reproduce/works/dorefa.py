@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ def trained(session: Session, task: str, seed: int, bits: Bits) -> Any:
 def judged(session: Session, within: float | None, entry: Entry) -> Entry:
     """Hold an accuracy beside the bar: points below dense."""
     if within is not None and not session.quick and entry.dense_mean is not None:
-        entry.met = entry.metric_mean >= entry.dense_mean - within
+        return replace(entry, met=entry.metric_mean >= entry.dense_mean - within)
     return entry
 
 

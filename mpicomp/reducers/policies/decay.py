@@ -24,12 +24,13 @@ P = TypeVar("P", bound=StatePart)
 
 @dataclass(frozen=True)
 class Decay(Wrapper):
-    """Multiply residuals by `factor` before each step adds them (SparseLoCo, Sarfi et al. 2025: 0.95; LoCo, Xie 2024).
+    """Fade residuals by `factor` before each step adds them: the law then leaks (Sarfi et al. 2025; Xie et al. 2024).
 
-    The law then has a leak: total + sum of new residuals == sum of (x + factor * old residual), and what has faded is
-    lost to all ranks. In return old gradients count less the longer they have waited. It stands around
-    `error_feedback`, and never by itself. One pass over the residual, into a buffer: the old residual stays as it is,
-    so a step that is poisoned or skipped fades nothing.
+    The law has a leak: total + sum of new residuals == sum of (x + factor * old residual), and what has faded is lost
+    to all ranks. In return old gradients count less the longer they have waited: SparseLoCo takes 0.95, for few steps
+    of large pseudo-gradients; LoCo a moving average. It stands around `error_feedback`, and never by itself. One pass
+    over the residual, into a buffer: the old residual stays as it is, so a step that is poisoned or skipped fades
+    nothing.
     """
 
     spec_name: ClassVar[str] = "decay"
