@@ -312,8 +312,9 @@ class _Parser:
 def _meaning(alias: str) -> tuple[str, list[ast.keyword]]:
     """Return the member that an alias stands for, a name or a call, and the arguments that it gives by keyword."""
     with _one_at_a_time:
-        meaning: Any = ast.parse(alias, mode="eval").body
-    return (meaning.func.id, meaning.keywords) if isinstance(meaning, ast.Call) else (meaning.id, [])
+        body: Any = ast.parse(alias, mode="eval").body
+    called = hasattr(body, "func")
+    return (body.func.id, body.keywords) if called else (body.id, [])
 
 
 def _guess(name: str, known: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 from bench.reproduce.entry import Entry
@@ -55,5 +56,5 @@ COMPANIONS = (
 def entries(session: Session, task: str) -> Iterator[Entry]:
     """Yield a row per companion; there are no bars."""
     for name, spec, paper, claim in COMPANIONS:
-        runs = session.over_seeds(lambda seed, spec=spec: session.train(task, seed, spec))
+        runs = session.over_seeds(partial(session.train, task, method=spec))
         yield session.entry(f"{NAME}: {name}", task, spec, runs, paper, claim)

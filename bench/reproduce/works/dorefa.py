@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from bench.reproduce.entry import Entry
 from bench.reproduce.session import Session
+from bench.reproduce.training import Run
 from mpicomp.codecs import DoReFa, Key
 from mpicomp.models.dorefa import Bits, Noise, dorefa_layers, quantize_gradient
 
@@ -34,20 +36,20 @@ def entries(session: Session, task: str) -> Iterator[Entry]:
     """Yield a row per setting, and on digits those of the quantiser itself."""
     for bits, within, claim in EXCHANGED:
         spec = f"gather(dorefa(bits={bits}))"
-        runs = session.over_seeds(lambda seed, spec=spec: session.train(task, seed, spec))
+        runs = session.over_seeds(partial(session.train, task, method=spec))
         row = f"{NAME}: {bits}-bit exchanged gradients"
         bar = "" if within is None else f", within {within} points"
         yield judged(session, within, session.entry(row + bar, task, spec, runs, PAPER, claim))
-    for bits, within, claim in LAYERS:
-        runs = session.over_seeds(lambda seed, bits=bits: trained(session, task, seed, bits))
-        row = f"{NAME}: layers {bits}, within {within:g} points"
-        setting = f"dorefa_layers(model, {bits}), gradients exchanged in fp32"
-        yield judged(session, within, session.entry(row, task, setting, runs, PAPER, claim))
+    for widths, most, claim in LAYERS:
+        runs = session.over_seeds(partial(trained, session, task, widths))
+        row = f"{NAME}: layers {widths}, within {most:g} points"
+        setting = f"dorefa_layers(model, {widths}), gradients exchanged in fp32"
+        yield judged(session, most, session.entry(row, task, setting, runs, PAPER, claim))
     if task == "digits":
         yield from quantiser(session)
 
 
-def trained(session: Session, task: str, seed: int, bits: Bits) -> Any:
+def trained(session: Session, task: str, bits: Bits, seed: int) -> Run:
     """Train a task with quantised inner layers; every rank draws its own noise. Collective."""
     model = session.task(task).model
     return session.train(task, seed, model=lambda: dorefa_layers(model(), bits, seed=seed))
