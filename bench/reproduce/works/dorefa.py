@@ -24,22 +24,24 @@ LAYERS: tuple[tuple[Bits, float, str], ...] = (
     ((1, 32, 2), 4.0, "1-bit weights with 2-bit gradients (quoted by DGC)"),
 )
 """Bits of weights, activations and gradients; points below dense that are allowed; the paper's claim."""
-EXCHANGED: tuple[tuple[int, float | None, str], ...] = (
-    (2, 0.5, "gradients of 2 bits train (between ranks: not in the paper)"),
-    (1, None, "none; 1 bit diverges on some seeds, since no value is zero"),
+BETWEEN = "not in the paper, which quantises inside a rank"
+EXCHANGED: tuple[tuple[str, str, float | None], ...] = (
+    ("2-bit exchanged gradients", "gather(dorefa(bits=2))", 0.5),
+    ("1-bit exchanged gradients", "gather(dorefa(bits=1))", None),
+    ("1-bit exchanged gradients, a scale per tensor", "gather(dorefa(bits=1, block=65536))", None),
 )
+"""What it is, the spec, and points below dense that are allowed."""
 DRAWS, POINTS = 100_000, 64
 STEPS_AWAY = 1 + 1e-6  # an error stays below a step, to rounding
 
 
 def entries(session: Session, task: str) -> Iterator[Entry]:
     """Yield a row per setting, and on digits those of the quantiser itself."""
-    for bits, within, claim in EXCHANGED:
-        spec = f"gather(dorefa(bits={bits}))"
+    for name, spec, within in EXCHANGED:
         runs = session.over_seeds(partial(session.train, task, method=spec))
-        row = f"{NAME}: {bits}-bit exchanged gradients"
+        row = f"{NAME}: {name}"
         bar = "" if within is None else f", within {within} points"
-        yield judged(session, within, session.entry(row + bar, task, spec, runs, PAPER, claim))
+        yield judged(session, within, session.entry(row + bar, task, spec, runs, PAPER, BETWEEN))
     for widths, most, claim in LAYERS:
         runs = session.over_seeds(partial(trained, session, task, widths))
         row = f"{NAME}: layers {widths}, within {most:g} points"
