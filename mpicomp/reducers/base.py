@@ -5,8 +5,9 @@
     total + sum of new residuals == sum of (x + old residual)
 
 up to rounding, and `total` has the same bits on every rank. So error feedback is exact book-keeping for every method:
-what a step does not send stays in the residual of some rank. Under the policy `decay` the law has a leak, which
-`Reducer.keeps` states: the old residual counts times a factor.
+what a step does not send stays in the residual of some rank. A reducer that cannot keep it declares `conserves = False`
+and says what holds instead. Under the policy
+`decay` the law has a leak, which `Reducer.keeps` states: the old residual counts times a factor.
 
 **Sums and means.** Reducers compute sums, and one place divides: `complete`. A reducer may fold the division into a
 pass that it makes anyway. Its `Reduction` then says so, and `complete` does not divide.
@@ -44,8 +45,10 @@ class Level(IntEnum):
     DECAY = 2
     FEEDBACK = 3
     CHOICE = 4
-    NODES = 5
-    METHOD = 6
+    LAYOUT = 5
+    """masked and joined: the reducer inside sees the elements in another layout."""
+    NODES = 6
+    METHOD = 7
     """A reducer that sends by itself."""
 
 
@@ -60,8 +63,12 @@ class Reducer(Spec, ABC):
     """Whether it sums complex arrays as twice as many real numbers."""
     takes_integers: ClassVar[bool] = False
     """Whether it moves and sums arrays of integers, too."""
+    conserves: ClassVar[bool] = True
+    """Whether the law holds."""
     by_unit: ClassVar[bool] = False
     """Whether it takes different reducers for different units."""
+    joins_units: ClassVar[bool] = False
+    """Whether what becomes of a unit depends on the other units of the layout."""
 
     @property
     def on_gpu(self) -> bool:
@@ -77,6 +84,11 @@ class Reducer(Spec, ABC):
     def contractive(self) -> bool:
         """Whether residuals stay bounded under error feedback."""
         return all(codec.contractive for codec in self.codecs) and all(each.contractive for each in self.inner)
+
+    @property
+    def reports(self) -> bool:
+        """Whether it can say which elements a rank sends, where a policy asks: see `Reduction.sent`."""
+        return False
 
     @property
     def remembers(self) -> bool:
@@ -130,6 +142,10 @@ class Reducer(Spec, ABC):
     def keeps(self, unit: Unit) -> float:
         """Return the share of this unit's old residual that counts in a step: 1, unless a `decay` lets the law leak."""
         return 1.0
+
+    def agreed(self, state: State) -> str:
+        """Describe what all ranks must have alike in a state, beside seed and step; empty where there is nothing."""
+        return "".join(reducer.agreed(inner) for reducer, inner in self.parts(state))
 
     def owned(self, layout: Layout, ranks: int, me: int) -> list[Piece]:
         """Return the pieces whose final rounding rank `me` remembers: rank 0 all, unless shards have owners."""

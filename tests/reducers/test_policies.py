@@ -155,7 +155,7 @@ def test_decay_leaks_by_its_factor_whatever_stands_in_it(inner: str, ranks: int)
     x = inputs(ranks, 8, LAYOUT.size, "float32")
     history = run(Team(ranks), member(f"decay(error_feedback({inner}), factor=0.75)"), LAYOUT, x)
     check_law(history)
-    assert (history.kept == 0.75).all()
+    assert (history.shares == 0.75).all()
     whole = run(Team(ranks), member(f"decay(error_feedback({inner}), factor=1.0)"), LAYOUT, x)
     plain = run(Team(ranks), member(f"error_feedback({inner})"), LAYOUT, x)
     assert whole.totals.tobytes() == plain.totals.tobytes()
@@ -255,6 +255,24 @@ WRONG_ORDERS = [
     ),
     (f"decay(decay({EF}, factor=0.5), factor=0.5)", f"decay({EF}, factor=0.5)"),
     ("decay(gather(topk(density=0.1)), factor=0.5)", f"decay({EF}, factor=0.5)"),
+    (
+        "error_feedback(momentum_correction(gather(topk(density=0.1)), momentum=0.5))",
+        f"momentum_correction({EF}, momentum=0.5)",
+    ),
+    (f"momentum_correction(momentum_correction({EF}))", f"momentum_correction({EF})"),
+    (f"momentum_correction(after({EF}, steps=3))", f"after(momentum_correction({EF}), steps=3)"),
+    (
+        f"momentum_correction(warmup({EF}, densities=(0.5,), steps=3), nesterov=True)",
+        f"warmup(momentum_correction({EF}, nesterov=True), densities=(0.5,), steps=3)",
+    ),
+    (
+        f"momentum_correction(partition(small=dense, large={EF}))",
+        f"partition(small=momentum_correction(dense, masking=False), large=momentum_correction({EF}))",
+    ),
+    (
+        "error_feedback(warmup(gather(topk(density=0.1)), densities=(0.5,), steps=3))",
+        f"warmup({EF}, densities=(0.5,), steps=3)",
+    ),
 ]
 
 
@@ -341,6 +359,23 @@ def test_codecs_and_reducers_are_not_mixed_up(spec: str) -> None:
         ("partition(small=dense, large=dense, min_size=-1)", "min_size must be"),
         ("partition(small=dense, large=dense, min_ndim=-2)", "min_ndim must be"),
         ("dense(algorithm=tree)", "algorithm must be one of best, mpi, two_shot, ring"),
+        (f"momentum_correction({EF}, momentum=1.0)", r"momentum must be in \[0, 1\)"),
+        (f"momentum_correction({EF}, momentum=-0.1)", "momentum must be in"),
+        (f"momentum_correction({EF}, masking=1)", "masking must be"),
+        ("momentum_correction(dense)", r"sums exactly.*write momentum_correction\(dense, masking=False\)"),
+        ("momentum_correction(error_feedback(gather(sign)))", "cannot say .*write .*masking=False"),
+        ("momentum_correction(error_feedback(low_rank))", "cannot say .*write .*masking=False"),
+        ("momentum_correction(error_feedback(two_stage(rotated(sign))))", "cannot say"),
+        (f"warmup({EF}, steps=0)", "steps must be"),
+        (f"warmup({EF}, densities=(), steps=2)", "densities must be a tuple"),
+        (f"warmup({EF}, densities=(0.5, 0.5), steps=2)", "densities must descend"),
+        (f"warmup({EF}, densities=(0.2, 0.5), steps=2)", "densities must descend"),
+        (f"warmup({EF}, densities=(1.5, 0.5), steps=2)", "density must be in"),
+        (f"warmup({EF}, steps=2)", r"descend to that of topk\(density=0.1\).*write densities=\(0.25,\)"),
+        (f"warmup({EF}, densities=(0.1,), steps=2)", "too many elements"),
+        ("warmup(error_feedback(gather(sign)), steps=2)", "has none; write it around"),
+        ("warmup(dense, steps=2)", "has none; write it around"),
+        ("warmup(error_feedback(gather(threshold(at=0.1))), steps=2)", "has none"),
     ],
 )
 def test_bad_settings_are_refused(spec: str, words: str) -> None:

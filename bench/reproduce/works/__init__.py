@@ -7,7 +7,15 @@ from typing import NamedTuple
 
 from bench.reproduce.entry import Entry
 from bench.reproduce.session import Session
-from bench.reproduce.works import companions, dorefa
+from bench.reproduce.works import (
+    binarized,
+    companions,
+    deep_compression,
+    dgc,
+    dorefa,
+    gradient_dropping,
+    gradual_pruning,
+)
 
 
 class Work(NamedTuple):
@@ -18,7 +26,15 @@ class Work(NamedTuple):
     entries: Callable[[Session, str], Iterator[Entry]]
 
 
-WORKS: tuple[Work, ...] = (
-    Work(dorefa.NAME, dorefa.TASKS, dorefa.entries),
-    Work(companions.NAME, companions.TASKS, companions.entries),
+WORKS: tuple[Work, ...] = tuple(
+    Work(each.NAME, each.TASKS, each.entries)
+    for each in (
+        deep_compression,
+        dgc,
+        binarized,
+        dorefa,
+        gradual_pruning,
+        gradient_dropping,
+        companions,
+    )
 )
