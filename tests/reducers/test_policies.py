@@ -414,3 +414,10 @@ def test_a_run_of_nothing_but_policies() -> None:
         return bool((reduction.total == 1).all())
 
     assert Team(1).run(f) == [True]
+
+
+def test_decay_stands_inside_momentum_correction() -> None:
+    reducer = member("momentum_correction(decay(error_feedback(gather(topk(density=0.1))), factor=0.75))")
+    history = run(Team(3), reducer, LAYOUT, inputs(3, 6, LAYOUT.size, "float32"))
+    check_law(history)
+    assert (history.shares == 0.75).all()
