@@ -57,6 +57,7 @@ SPECS = (
     "dorefa",
     "sign",
     "sign(two_means=True)",
+    "sign(block=64)",
     "ternary",
     "ternary(clip=2.5, scaled=False)",
     "natural",
@@ -69,6 +70,7 @@ SPECS = (
     "rotated(sign)",
     "rotated(uniform(bits=2), kashin=True)",
     "cast(dtype=bf16)",
+    "cast(dtype=bf16, stochastic=True)",
     "cast(dtype=fp16)",
 )
 """The specs that run by default."""

@@ -12,7 +12,7 @@ from mpicomp.reducers.parts.apply import apply
 from mpicomp.reducers.parts.layout import Layout, Unit
 from mpicomp.reducers.parts.state import Reduction, State, Units, rescale
 from mpicomp.reducers.parts.workspace import Workspace
-from mpicomp.reducers.policies import After, ErrorFeedback, MomentumCorrection, Partition, Warmup
+from mpicomp.reducers.policies import After, Decay, ErrorFeedback, MomentumCorrection, Partition, Warmup
 from mpicomp.reducers.shared_support import SharedSupport
 from mpicomp.reducers.split import Split
 from mpicomp.reducers.tree import Tree
@@ -21,6 +21,7 @@ from mpicomp.reducers.vote import Vote
 
 __all__ = [
     "After",
+    "Decay",
     "Dense",
     "ErrorFeedback",
     "Gather",

@@ -9,8 +9,10 @@ from bench.reproduce.entry import Entry
 from bench.reproduce.session import Session
 from bench.reproduce.works import (
     binarized,
+    companions,
     deep_compression,
     dgc,
+    dorefa,
     federated_dropout,
     gradient_dropping,
     gradual_pruning,
@@ -31,8 +33,10 @@ WORKS: tuple[Work, ...] = tuple(
         deep_compression,
         dgc,
         binarized,
+        dorefa,
         gradual_pruning,
         gradient_dropping,
         federated_dropout,
+        companions,
     )
 )
