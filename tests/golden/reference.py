@@ -6,7 +6,7 @@ import functools
 import hashlib
 
 import numpy as np
-from golden import bounded, lowbit, rotation, sparse
+from golden import atomo, bounded, lowbit, rotation, sparse
 from golden.primitives import base_of, draw, support, total
 
 __all__ = ["KEY", "base_of", "cases", "digest", "draw", "encode", "support", "total"]
@@ -16,6 +16,7 @@ KEY = {"seed": 3, "step": 17, "stream": 0x123456789ABCDEF, "stage": 1, "rank": 2
 FAMILIES = {
     **dict.fromkeys([name for name, _ in lowbit.CONFIGS], lowbit),
     **dict.fromkeys([name for name, _ in sparse.CONFIGS], sparse),
+    "atomo": atomo,
     "bounded": bounded,
     "rotated": rotation,
 }
@@ -52,4 +53,9 @@ def cases():
                 yield name, config, bounded.sample(size, dtype)
         for name, config in rotation.CONFIGS:
             for size in rotation.SIZES:
+                yield name, config, sample(size, dtype)
+    # Later cases follow, so that earlier ones keep their numbers.
+    for dtype in ("float32", "float64"):
+        for name, config in atomo.CONFIGS:
+            for size in SIZES:
                 yield name, config, sample(size, dtype)

@@ -3,6 +3,7 @@
 Importing this package compiles nothing.
 """
 
+from mpicomp.kernels.cpu.atoms import draw_atoms, water_level
 from mpicomp.kernels.cpu.bounded import bounded_valid, decode_bounded, encode_bounded
 from mpicomp.kernels.cpu.convert import narrow, widen
 from mpicomp.kernels.cpu.floats import decode_floats, decode_powers, encode_floats, encode_powers
