@@ -57,6 +57,7 @@ REDUCERS: dict[str, type[Reducer]] = {
         reducers.Tree,
         reducers.Integer,
         reducers.LowRank,
+        reducers.Spectral,
         Auto,
         reducers.Hierarchical,
         reducers.ErrorFeedback,

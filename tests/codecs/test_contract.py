@@ -31,7 +31,10 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 def fits_rescaled(codec, x):
     """Tell whether what a codec multiplies by, one over the density, leaves x in the range of its dtype."""
-    return not (isinstance(codec, RandomK | Atomo) and codec.scaled) or np.abs(x).max(initial=0) < np.finfo(x.dtype).max / 1000
+    return (
+        not (isinstance(codec, RandomK | Atomo) and codec.scaled)
+        or np.abs(x).max(initial=0) < np.finfo(x.dtype).max / 1000
+    )
 
 
 @every_codec

@@ -1,7 +1,7 @@
 """Atoms: probabilities that fill a budget like water, and the elements that are drawn with them.
 
-For magnitudes y_i = |x_i| / top, top the largest, the level is the number w with sum of min(1, y_i / w) == budget. It is
-found from below: no element is heavy at first, and then, as long as more of them reach it,
+For magnitudes y_i = |x_i| / top, top the largest, the level is the number w with sum of min(1, y_i / w) == budget. It
+is found from above: no element is heavy at first, and then, as long as more of them reach it,
 
     w = (sum of y over light elements) / (budget - number of heavy elements),    heavy: y >= w
 
@@ -33,7 +33,7 @@ def light(x: Any, top: float, level: float, partial: Any, tree: Any) -> Any:
         for i in range(part.size):
             y = abs(np.float64(part[i])) / top
             reached = y >= level
-            heavy += reached
+            heavy += 1 if reached else 0
             tree[i] = 0.0 if reached else y
         partial[block] = fold(tree, part.size)
     return total(partial, blocks, tree), heavy
