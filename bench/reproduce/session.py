@@ -66,7 +66,7 @@ class Session:
 
         Bytes are those that a rank sends in a step, unless `more` says otherwise.
         """
-        seeds = self.chosen(len(runs) - len(self.seeds))
+        seeds = self.chosen(max(0, len(runs) - len(self.seeds)))[: len(runs)]
         dense = [self.dense(task, seed) for seed in seeds]
         sent, plain = (statistics.fmean(run.bytes / run.steps for run in each) for each in (runs, dense))
         figures: dict[str, Any] = {

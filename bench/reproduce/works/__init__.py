@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from bench.reproduce.entry import Entry
 from bench.reproduce.session import Session
+from bench.reproduce.works import atomo, survey
 
 
 class Work(NamedTuple):
@@ -17,4 +18,7 @@ class Work(NamedTuple):
     entries: Callable[[Session, str], Iterator[Entry]]
 
 
-WORKS: tuple[Work, ...] = ()
+WORKS: tuple[Work, ...] = (
+    Work(survey.NAME, survey.TASKS, survey.entries),
+    Work(atomo.NAME, atomo.TASKS, atomo.entries),
+)
