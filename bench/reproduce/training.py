@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -42,12 +43,13 @@ def train(
     after_backward: Callable[[int, nn.Module], None] | None = None,
     after_step: Callable[[int, nn.Module], None] | None = None,
     compress: Callable[[DistributedDataParallel], mpicomp.torch.Hook] | None = None,
+    evaluated: bool = True,
 ) -> Run:
     """Train a task from the seed's initial weights on its own data; returns the run. Collective.
 
     Gradients are summed by `method`, or as `compress(ddp)` arranges; with `method=None` and no `compress` the
     optimizer does so itself. `scale(step, steps)` scales the learning rate at steps from 0 on. `after_backward` and
-    `after_step` get the step, from 1 on, and the model.
+    `after_step` get the step, from 1 on, and the model. Unless `evaluated` the metric is NaN.
     """
     steps = steps or task.steps
     torch.manual_seed(seed)
@@ -75,5 +77,5 @@ def train(
         sent += traffic.bytes - before
     if not replicas_identical(ddp):
         raise RuntimeError(f"the ranks' parameters differ after training {task.name} by {method}, seed {seed}")
-    metric = task.evaluate(ddp.module)
+    metric = task.evaluate(ddp.module) if evaluated else math.nan
     return Run(metric, gathered(torch.tensor([sent])).mean().item(), steps, ddp.module)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import numpy as np
+
 from mpicomp.arrays import Array
 from mpicomp.codecs import indices
 from mpicomp.codecs.base import Key
@@ -40,6 +42,14 @@ class Varying(Sparse):
         head = message[:HEAD].view("<u8")
         head[0], head[1] = used, 2 * k + (x.dtype.name == "float64")
         return coded, data, used
+
+    def pairs(self, payload: Payload, like: Array, key: Key) -> tuple[Array, Array]:
+        (message,) = payload
+        k, dtype = _read_head(message, like.size)
+        coded, data, _ = self._views(message, like.size, k, dtype)
+        places = np.empty(k, np.uint32)
+        indices.decode(data, like.size, places)
+        return Values(self.values).decode(coded, k, like, key), places
 
     def _decode_add(self, payload: Payload, out: Array, key: Key, scale: float, fresh: bool) -> None:
         (message,) = payload

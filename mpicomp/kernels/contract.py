@@ -269,6 +269,11 @@ class HostKernels(Kernels, Protocol):
         Element i is drawn if it is certain, or if draw32(base, start + i) is below its probability times 2^32.
         """
 
+    # ---- Momentum before compression: the policy momentum_correction
+
+    def correct(self, x: Array, u: Array, new: Array, ahead: Array | None, momentum: float) -> None:
+        """Set new = momentum * u + x; with `ahead` new = momentum * (u + x) and ahead = new + x (Nesterov)."""
+
     # ---- Sums of integers: the reducer integer
 
     def block_tops(self, x: Array, old: Array | None, tops: Array, block: int) -> None:

@@ -10,7 +10,7 @@ from mpicomp.reducers.parts.apply import apply
 from mpicomp.reducers.parts.layout import Layout, Unit
 from mpicomp.reducers.parts.state import Reduction, State, Units, rescale
 from mpicomp.reducers.parts.workspace import Workspace
-from mpicomp.reducers.policies import After, ErrorFeedback, Partition
+from mpicomp.reducers.policies import After, ErrorFeedback, MomentumCorrection, Partition, Warmup
 from mpicomp.reducers.shared_support import SharedSupport
 from mpicomp.reducers.spectral import Spectral
 from mpicomp.reducers.split import Split
@@ -26,6 +26,7 @@ __all__ = [
     "Integer",
     "Layout",
     "LowRank",
+    "MomentumCorrection",
     "Partition",
     "Reducer",
     "Reduction",
@@ -37,6 +38,7 @@ __all__ = [
     "TwoStage",
     "Unit",
     "Units",
+    "Warmup",
     "Workspace",
     "apply",
     "rescale",

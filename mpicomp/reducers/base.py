@@ -78,6 +78,11 @@ class Reducer(Spec, ABC):
         return all(codec.contractive for codec in self.codecs) and all(each.contractive for each in self.inner)
 
     @property
+    def reports(self) -> bool:
+        """Whether it can say which elements a rank sends, where a policy asks: see `Reduction.sent`."""
+        return False
+
+    @property
     def remembers(self) -> bool:
         """Whether it has error feedback by itself, or a reducer inside it has."""
         return any(each.remembers for each in self.inner)

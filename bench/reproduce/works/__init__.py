@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from bench.reproduce.entry import Entry
 from bench.reproduce.session import Session
-from bench.reproduce.works import atomo, survey
+from bench.reproduce.works import atomo, dgc, survey
 
 
 class Work(NamedTuple):
@@ -20,5 +20,6 @@ class Work(NamedTuple):
 
 WORKS: tuple[Work, ...] = (
     Work(survey.NAME, survey.TASKS, survey.entries),
+    Work(dgc.NAME, dgc.TASKS, dgc.entries),
     Work(atomo.NAME, atomo.TASKS, atomo.entries),
 )
