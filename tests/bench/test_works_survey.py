@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-for needed in ("torch", "sklearn", "rich", "matplotlib"):
-    pytest.importorskip(needed, reason=f"bench/reproduce needs {needed}")
+pytest.importorskip("torch")
+pytest.importorskip("sklearn")
+pytest.importorskip("rich")
 
 import numpy as np
 
@@ -30,7 +31,7 @@ def test_every_codec_trains_with_or_without_feedback(spec: str) -> None:
     else:
         assert codec.contraction()
     nbytes, error = survey.message(codec, np.sin(np.arange(3000)).astype(np.float32))
-    assert 0 < nbytes
+    assert nbytes > 0
     assert 0 <= error < 30
 
 
