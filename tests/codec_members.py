@@ -90,6 +90,7 @@ CODECS_TESTED = [
     Rotated(Uniform(bits=4, stochastic=True)),
     Rotated(Uniform(bits=2, block=64, stochastic=True), kashin=True),
 ]
+ON_GPU = [codec for codec in CODECS_TESTED if codec.on_gpu]
 KEY = Key(seed=1, step=2, stream=3, stage=0, rank=1, start=8)
 
 

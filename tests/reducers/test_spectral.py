@@ -12,8 +12,9 @@ from mpicomp.codecs import Atomo, Key
 from mpicomp.codecs.atomo import probabilities
 from mpicomp.comm.communicator import Comm
 from mpicomp.errors import SpecError
-from mpicomp.reducers import Layout, Spectral, Workspace
+from mpicomp.reducers import Layout, Reducer, Spectral, Workspace
 from mpicomp.reducers import spectral as module
+from mpicomp.reducers.base import check_device
 from mpicomp.reducers.spectral import atoms, draw, drawn, luck
 from mpicomp.registry import parse, resolve, resolve_partitioned
 
@@ -206,3 +207,14 @@ def test_the_codec_beside_it_has_the_same_probabilities() -> None:
     found = np.array([np.abs(np.diag(product(draw(np.diag(values), 2, Key(seed=s))))) > 0 for s in range(3000)])
     assert (np.abs(found.mean(0) - p) <= 5 * np.sqrt(p * (1 - p) / 3000) + 1e-12).all()
     assert Atomo(2 / 6).omega == pytest.approx(2)
+
+
+@pytest.mark.parametrize(
+    "spec", ["spectral", "gather(atomo(density=0.1))", "error_feedback(two_stage(atomo(density=0.1, scaled=False)))"]
+)
+def test_arrays_on_a_gpu_are_refused_in_a_sentence(spec: str) -> None:
+    reducer = parse(spec)
+    assert isinstance(reducer, Reducer)
+    check_device(reducer, False)
+    with pytest.raises(TypeError, match=r"NumPy arrays and CPU tensors only; on a GPU"):
+        check_device(reducer, True)
