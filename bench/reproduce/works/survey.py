@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,18 +89,25 @@ def distillation(session: Session, task: str) -> Iterator[Entry]:
     plain = statistics.fmean(run.bytes for run in dense)
 
     def entry(variant: str, setting: str, values: list[float], met: Callable[[], bool] | None, **more: object) -> Entry:
-        figures = {"bytes": sent, "dense_bytes": plain, "ratio": plain / sent if sent else None, **more}
+        figures: dict[str, Any] = {
+            "metric_name": "accuracy_percent",
+            "dense_mean": statistics.fmean(run.metric for run in dense),
+            "bytes": sent,
+            "dense_bytes": plain,
+            "ratio": plain / sent if sent else None,
+            **mean_and_spread(values),
+            **more,
+        }
         return Entry(
             row=f"{NAME}: distillation, {variant}",
             task=task,
             setting=setting,
             ranks=session.ranks,
             seeds=seeds,
-            dense_mean=statistics.fmean(run.metric for run in dense),
             paper=PAPER,
             paper_claim="a taxonomy; none for exchanged predictions",
             met=None if session.quick or met is None else met(),
-            **{"metric_name": "accuracy_percent", **mean_and_spread(values), **figures},  # type: ignore[arg-type]
+            **figures,
         )
 
     mean = {kind: [statistics.fmean(run.accuracies) for run in runs] for kind, runs in kinds.items()}
