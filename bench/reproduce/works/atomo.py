@@ -93,7 +93,7 @@ def identity(
         ratio=ratio,
         paper=PAPER,
         paper_claim=claim,
-        met=None if session.quick else met,
+        met=None if session.quick else bool(met),  # NumPy has a bool of its own, which JSON does not
         **mean_and_spread(values),
         **figures,
     )
