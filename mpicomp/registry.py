@@ -58,8 +58,11 @@ REDUCERS: dict[str, type[Reducer]] = {
         reducers.Integer,
         reducers.LowRank,
         reducers.Spectral,
+        reducers.Vote,
         Auto,
         reducers.Hierarchical,
+        reducers.Masked,
+        reducers.Joined,
         reducers.ErrorFeedback,
         reducers.MomentumCorrection,
         reducers.Warmup,
@@ -84,6 +87,7 @@ OTHER_NAMES = {
         "sign": "1bit onebit 1bitsgd onebitsgd signsgd efsignsgd",
         "rotated(sign, rescale=True)": "eden drive",
         "rotated": "hadamard",
+        "rotated(uniform(bits=2), kashin=True)": "kashin",
         "threshold": "strom",
         "bounded": "sz zfp",
         "uniform(bits=4)": "4bit int4",
@@ -92,6 +96,7 @@ OTHER_NAMES = {
         "natural": "naturalcompression",
         "split": "oktopk sparcml",
         "tree": "gtopk",
+        "vote": "majority majorityvote signum",
     }.items()
     for other in others.split()
 }

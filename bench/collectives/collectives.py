@@ -43,6 +43,7 @@ EVERY = (
     "gather(topk(density=0.01))",
     "spectral(rank=3)",
     "integer",
+    "vote",
     "split(topk(density=0.01))",
     "tree(topk(density=0.01))",
     "shared_support(randomk(density=0.01))",

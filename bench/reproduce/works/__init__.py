@@ -7,7 +7,16 @@ from typing import NamedTuple
 
 from bench.reproduce.entry import Entry
 from bench.reproduce.session import Session
-from bench.reproduce.works import atomo, dgc, survey
+from bench.reproduce.works import (
+    atomo,
+    binarized,
+    deep_compression,
+    dgc,
+    federated_dropout,
+    gradient_dropping,
+    gradual_pruning,
+    survey,
+)
 
 
 class Work(NamedTuple):
@@ -18,8 +27,16 @@ class Work(NamedTuple):
     entries: Callable[[Session, str], Iterator[Entry]]
 
 
-WORKS: tuple[Work, ...] = (
-    Work(survey.NAME, survey.TASKS, survey.entries),
-    Work(dgc.NAME, dgc.TASKS, dgc.entries),
-    Work(atomo.NAME, atomo.TASKS, atomo.entries),
+WORKS: tuple[Work, ...] = tuple(
+    Work(each.NAME, each.TASKS, each.entries)
+    for each in (
+        deep_compression,
+        survey,
+        dgc,
+        binarized,
+        gradual_pruning,
+        gradient_dropping,
+        federated_dropout,
+        atomo,
+    )
 )
