@@ -126,6 +126,11 @@ class Reducer(Spec, ABC):
         """Return this reducer with a bound on the result of `op` divided among its own encodings; see `allowance`."""
         return self
 
+    def check_layout(self, layout: Layout) -> None:
+        """Raise ValueError where the layout of a call or of a whole model, not only of a bucket, cannot be reduced."""
+        for each in self.inner:
+            each.check_layout(layout)
+
     def candidates(self, feedback: bool = False) -> tuple[Reducer, ...]:
         """Return the reducers among which this one chooses when it runs: itself, if there is no choice."""
         return (self,)

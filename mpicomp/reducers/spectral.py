@@ -47,8 +47,8 @@ from mpicomp.wire import Field, MessageLayout
 class Spectral(Reducer):
     """An unbiased sum of matrices, of which every rank sends `rank` singular triples drawn at random (ATOMO).
 
-    A unit of fewer than two dimensions, or no larger than its triples, travels as it is. ValueError for a layout with
-    matrices of which none has as many atoms as `rank`; a matrix with a single row or column counts as a vector. A step
+    A unit of fewer than two dimensions, or no larger than its triples, travels as it is. ValueError for a call or model
+    with matrices of which none has as many atoms as `rank`; one with a single row or column counts as a vector. A step
     takes a product of each matrix with its transpose and an eigendecomposition of its shorter side. Costs grow with the
     number of ranks: `low_rank` sends less to many. Unbiased, so no contraction: error feedback refuses it.
     """
@@ -67,8 +67,8 @@ class Spectral(Reducer):
             f"or error_feedback(low_rank(rank={self.rank}))"
         )
 
-    def init(self, layout: Layout, dtype: str, feedback: bool = False, seed: int = 0, step: int = 0) -> State:
-        """See Reducer. ValueError where no matrix has as many atoms as the budget."""
+    def check_layout(self, layout: Layout) -> None:
+        """See Reducer: some matrix must have as many atoms as the budget; others then travel as they are."""
         sides = {min(unit.shape[0], unit.size // unit.shape[0]): unit for unit in layout.units if is_matrix(unit)}
         if sides and max(sides) < self.rank:
             unit = sides[max(sides)]
@@ -76,7 +76,6 @@ class Spectral(Reducer):
                 f"rank must be at most the number of atoms, {max(sides)} for {unit.name!r} of shape "
                 f"{list(unit.shape)}, got {self.rank}"
             )
-        return super().init(layout, dtype, feedback, seed, step)
 
     def fields(self, unit: Unit, dtype: str) -> tuple[Field, ...]:
         """Return what a message has of a unit: (rows, rank) u and (columns, rank) w / p, or the unit as it is."""

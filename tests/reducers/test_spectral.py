@@ -7,6 +7,7 @@ import pytest
 from reducers.members import FEW, LAYOUT, TINY, check_bytes, inputs, layout_of, run
 from team import Team
 
+from mpicomp.api.reductions import allreduce
 from mpicomp.arrays import Array
 from mpicomp.codecs import Atomo, Key
 from mpicomp.codecs.atomo import probabilities
@@ -195,9 +196,13 @@ def test_bad_ranks_are_refused(rank: object) -> None:
 
 def test_a_budget_above_the_number_of_atoms_is_refused() -> None:
     with pytest.raises(ValueError, match=r"rank must be at most the number of atoms, 4 for 'x' of shape \[4, 100\]"):
-        Spectral(5).init(Layout.single((4, 100)), "float32")
+        resolve("spectral(rank=5)", Layout.single((4, 100)), "float32", 2)
     for layout in (Layout.single((1, 600)), Layout.single((600,)), layout_of({"a": (4, 100), "b": (9, 90)})):
-        Spectral(5).init(layout, "float32")
+        assert resolve("spectral(rank=5)", layout, "float32", 2) == Spectral(5)
+    sieve = "partition(small=dense, large=spectral(rank=5), min_size={})"
+    resolve(sieve.format(401), Layout.single((4, 100)), "float32", 2)
+    with pytest.raises(ValueError, match="rank must be at most the number of atoms"):
+        resolve(sieve.format(400), Layout.single((4, 100)), "float32", 2)
 
 
 def test_the_codec_beside_it_has_the_same_probabilities() -> None:
@@ -218,3 +223,15 @@ def test_arrays_on_a_gpu_are_refused_in_a_sentence(spec: str) -> None:
     check_device(reducer, False)
     with pytest.raises(TypeError, match=r"NumPy arrays and CPU tensors only; on a GPU"):
         check_device(reducer, True)
+
+
+def test_a_budget_above_the_number_of_atoms_is_refused_on_all_ranks_and_the_next_call_works() -> None:
+    def f(comm: Comm) -> Array:
+        x = np.ones((4, 100), np.float32)
+        with pytest.raises(ValueError, match="rank must be at most the number of atoms, 4"):
+            allreduce(comm, x, "spectral(rank=5)")
+        total: Array = allreduce(comm, x, "spectral(rank=2)")
+        return total
+
+    for total in Team(3).run(f):
+        np.testing.assert_allclose(total, 3, rtol=1e-5)
