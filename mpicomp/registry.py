@@ -32,6 +32,7 @@ CODECS: dict[str, type[Codec]] = {
         codecs.SampledTopK,
         codecs.Threshold,
         codecs.RandomK,
+        codecs.Atomo,
         codecs.Uniform,
         codecs.QSGD,
         codecs.DoReFa,
@@ -56,6 +57,7 @@ REDUCERS: dict[str, type[Reducer]] = {
         reducers.Tree,
         reducers.Integer,
         reducers.LowRank,
+        reducers.Spectral,
         reducers.Vote,
         Auto,
         reducers.Hierarchical,
@@ -81,6 +83,7 @@ OTHER_NAMES = {
         "topk": "dgc",
         "sampled_topk": "gaussiank",
         "randomk": "random",
+        "spectral": "atomospectral spectralatomo",
         "ternary": "terngrad",
         "sign": "1bit onebit 1bitsgd onebitsgd signsgd efsignsgd",
         "rotated(sign, rescale=True)": "eden drive",
@@ -142,10 +145,12 @@ def resolve(method: Method, layout: Layout, dtype: str, ranks: int, memory: bool
 
     A reducer is taken literally. A bare codec gets `shared_support` if it is linear, `gather` for two ranks or where
     its messages to all others have at most 16 KiB, else `two_stage`. With `memory` it gets error feedback too, an
-    unbiased one in its contracting form, and so does an `auto` that may compress.
+    unbiased one in its contracting form, and so does an `auto` that may compress. ValueError where the reducer cannot
+    reduce this layout.
     """
     member = parsed(method)
     if isinstance(member, Reducer):
+        member.check_layout(layout)
         compresses = member.level is Level.CHOICE and not member.exact
         return reducers.ErrorFeedback(member) if memory and compresses else member
     codec = member.contraction() if memory else member

@@ -11,6 +11,7 @@ from mpicomp.codecs import (
     FP8,
     MXFP4,
     MXFP8,
+    Atomo,
     BlockTopK,
     Bounded,
     Cast,
@@ -78,6 +79,10 @@ def bound(codec, x):
         return np.maximum(np.maximum(wide * size * np.longdouble(2) ** -digits, wide * least), size - largest)
     if isinstance(codec, TopK | BlockTopK | RandomK | Threshold | SampledTopK):
         return sparse_bound(codec, x)
+    if isinstance(codec, Atomo):  # what is sent is at most the mean magnitude over the density, or the element itself
+        most = np.maximum(size, size.mean() / codec.density * (1 + 8 * eps) if codec.scaled and x.size else 0)
+        inner = 0 if codec.values is None else bound(codec.values, np.full(x.size, most.max(initial=0), x.dtype))
+        return most + inner
     if isinstance(codec, Rotated):
         return rotated_bound(codec, x)
     if isinstance(codec, Bounded):

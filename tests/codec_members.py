@@ -9,6 +9,7 @@ from mpicomp.codecs import (
     MXFP4,
     MXFP8,
     QSGD,
+    Atomo,
     BlockTopK,
     Bounded,
     Cast,
@@ -43,6 +44,10 @@ CODECS_TESTED = [
     RandomK(0.1, scaled=False),
     RandomK(0.2, scaled=False, values=Uniform(bits=4)),
     RandomK(0.1, values=Uniform(bits=4, stochastic=True)),
+    Atomo(0.05),
+    Atomo(0.3, scaled=False),
+    Atomo(0.2, values=Cast("bf16")),
+    Atomo(0.1, scaled=False, values=Uniform(bits=8)),
     Threshold(0.5),
     Threshold(0.25, values=Uniform(bits=8)),
     SampledTopK(0.05),
@@ -88,6 +93,7 @@ CODECS_TESTED = [
     Rotated(Uniform(bits=4, stochastic=True)),
     Rotated(Uniform(bits=2, block=64, stochastic=True), kashin=True),
 ]
+ON_GPU = [codec for codec in CODECS_TESTED if codec.on_gpu]
 KEY = Key(seed=1, step=2, stream=3, stage=0, rank=1, start=8)
 
 
@@ -125,7 +131,7 @@ def decoded(codec, payload, size, dtype, key=KEY):
 
 def rounds_at_random(codec):
     """Tell whether a codec draws numbers of each rank's own."""
-    own = isinstance(codec, Natural | Ternary) or (isinstance(codec, Blockwise) and codec.random)
+    own = isinstance(codec, Natural | Ternary | Atomo) or (isinstance(codec, Blockwise) and codec.random)
     own = own or (isinstance(codec, Cast) and codec.stochastic)
     return own or any(map(rounds_at_random, codec.inner))
 

@@ -15,9 +15,13 @@ from mpicomp.registry import ALIASES, CODECS, REDUCERS
 
 ROOT = Path(__file__).parents[1]
 
-ELSEWHERE = {"auto": "tests/reducers/test_auto.py", "vote": "tests/reducers/test_vote.py"}
-"""What cannot be in the contract of reducers, and the tests that it has: what `auto` runs depends on times, and `vote`
-declares that it holds no law."""
+ELSEWHERE = {
+    "auto": "tests/reducers/test_auto.py",
+    "vote": "tests/reducers/test_vote.py",
+    "spectral": "tests/reducers/test_spectral.py",
+}
+"""What cannot be in the contract of reducers, and the tests that it has: what `auto` runs depends on times, `vote`
+declares that it holds no law, and `spectral` is unbiased instead of keeping what it does not send."""
 
 every_codec = pytest.mark.parametrize("name", CODECS)
 every_reducer = pytest.mark.parametrize("name", REDUCERS)

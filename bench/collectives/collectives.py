@@ -41,6 +41,7 @@ AUTO = "error_feedback(auto(allow=(topk(density=0.01), two_stage(uniform(bits=4)
 EVERY = (
     *REDUCERS,
     "gather(topk(density=0.01))",
+    "spectral(rank=3)",
     "integer",
     "vote",
     "split(topk(density=0.01))",

@@ -49,6 +49,7 @@ SPECS = (
     "sampled_topk(density=0.001)",
     "blocktopk(density=0.01)",
     "randomk(density=0.01)",
+    "atomo(density=0.01)",
     *(f"uniform(bits={bits})" for bits in range(1, 9)),
     *(f"uniform(bits={bits}, stochastic=True)" for bits in range(1, 9)),
     "uniform(bits=4, minmax=True)",

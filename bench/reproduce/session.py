@@ -76,7 +76,7 @@ class Session:
         Where that takes too long, `dense` are other dense runs to stand beside. Bytes are those that a rank sends in a
         step, unless `more` says otherwise.
         """
-        seeds = self.chosen(len(runs) - len(self.seeds))
+        seeds = self.chosen(max(0, len(runs) - len(self.seeds)))[: len(runs)]
         dense = dense or [self.dense(task, seed) for seed in seeds]
         sent, plain = (statistics.fmean(run.bytes / run.steps for run in each) for each in (runs, dense))
         figures: dict[str, Any] = {

@@ -16,7 +16,7 @@ from mpicomp.api.carriers import Flats, carrier, rows
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
 from mpicomp.comm.communicator import Comm
-from mpicomp.reducers.base import Reducer
+from mpicomp.reducers.base import Reducer, check_codec_device
 from mpicomp.reducers.gather import Gather
 from mpicomp.registry import Method, arithmetic
 
@@ -167,6 +167,8 @@ def sources(name: str, x: Any, method: Method, what: str = "x") -> tuple[Codec |
     xs, form = checked_arrays(x, codec is None, what), Form.of(x)
     if codec is not None:
         form.require_one_dtype()
+        if form.device:
+            check_codec_device(codec)
     return codec, xs, form
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mpicomp.codecs.atomo import Atomo
 from mpicomp.codecs.base import Codec, Key, Scope, stream_of
 from mpicomp.codecs.bounded import Bounded
 from mpicomp.codecs.cast import Cast
@@ -14,6 +15,7 @@ from mpicomp.codecs.threshold import SampledTopK, Threshold
 from mpicomp.codecs.topk import BlockTopK, TopK
 
 __all__ = [
+    "Atomo",
     "BlockTopK",
     "Bounded",
     "Cast",

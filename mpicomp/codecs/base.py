@@ -74,6 +74,8 @@ class Codec(Spec, ABC):
     A member that has it as a required field declares `density: float = field()`: dataclasses take a plain annotation
     for one with this default.
     """
+    on_gpu: ClassVar[bool] = True
+    """Has kernels for arrays on a GPU; see `reducers.base.check_device`."""
     bounded: ClassVar[bool] = False
     """The error of every element is bounded, by `bound` or relative to the element."""
     fixed: ClassVar[bool] = True

@@ -270,6 +270,21 @@ class HostKernels(Kernels, Protocol):
         The first is places and values, the second others and theirs. merged and sums have room for both together.
         """
 
+    # ---- Atoms: `mpicomp.kernels.cpu.atoms`
+
+    def water_level(self, x: Array, budget: float) -> tuple[float, float, float]:
+        """Return the largest magnitude `top`, and `level` and `rate`: the probabilities of elements sum to the budget.
+
+        With y = |x| / top an element has probability 1 where y >= level, else y * rate. No probability is positive if
+        x is zero or holds infinity.
+        """
+
+    def draw_atoms(self, x: Array, top: float, level: float, rate: float, base: int, start: int) -> Array:
+        """Return the places of elements drawn with these probabilities, (k,) uint32, ascending.
+
+        Element i is drawn if it is certain, or if draw32(base, start + i) is below its probability times 2^32.
+        """
+
     # ---- Momentum before compression: the policy momentum_correction
 
     def correct(self, x: Array, u: Array, new: Array, ahead: Array | None, momentum: float) -> None:

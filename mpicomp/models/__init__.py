@@ -1,6 +1,7 @@
 """Small models: pruning, weight sharing, low-bit layers, distillation, files."""
 
 from mpicomp.models.broadcast import bcast
+from mpicomp.models.distillation import Codistillation, Shard, shard
 from mpicomp.models.dorefa import DoReFaConv2d, DoReFaLinear, dorefa_layers
 from mpicomp.models.files import compress_model, decompress_model
 from mpicomp.models.pruning import Masks
@@ -18,4 +19,7 @@ __all__ = [
     "Pruning",
     "PruningSchedule",
     "Codebooks",
+    "Codistillation",
+    "Shard",
+    "shard",
 ]

@@ -14,6 +14,7 @@ from mpicomp.reducers.parts.state import Reduction, State, Units, rescale
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.reducers.policies import After, Decay, ErrorFeedback, MomentumCorrection, Partition, Warmup
 from mpicomp.reducers.shared_support import SharedSupport
+from mpicomp.reducers.spectral import Spectral
 from mpicomp.reducers.split import Split
 from mpicomp.reducers.tree import Tree
 from mpicomp.reducers.two_stage import TwoStage
@@ -36,6 +37,7 @@ __all__ = [
     "Reducer",
     "Reduction",
     "SharedSupport",
+    "Spectral",
     "Split",
     "State",
     "Tree",

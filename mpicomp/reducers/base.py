@@ -127,6 +127,11 @@ class Reducer(Spec, ABC):
         """Return this reducer with a bound on the result of `op` divided among its own encodings; see `allowance`."""
         return self
 
+    def check_layout(self, layout: Layout) -> None:
+        """Raise ValueError where the layout of a call or of a whole model, not only of a bucket, cannot be reduced."""
+        for each in self.inner:
+            each.check_layout(layout)
+
     def candidates(self, feedback: bool = False) -> tuple[Reducer, ...]:
         """Return the reducers among which this one chooses when it runs: itself, if there is no choice."""
         return (self,)
@@ -249,12 +254,22 @@ def rebuild(reducer: Reducer, change: Callable[[Reducer], Reducer]) -> Reducer:
 
 
 def check_device(reducer: Reducer, device: bool) -> None:
-    """Raise TypeError where arrays are on a GPU, and the reducer sums arrays on the host only."""
+    """Raise TypeError where arrays are on a GPU, and the reducer or a codec in it takes arrays on the host only."""
+    for codec in (codec for each in walk(reducer) for codec in each.codecs) if device else ():
+        check_codec_device(codec)
     if device and not reducer.on_gpu:
         raise TypeError(
             f"{reducer} sums NumPy arrays and CPU tensors only; on a GPU there are dense, gather, two_stage, "
             f"shared_support and low_rank, in decay, error_feedback, partition and after"
         )
+
+
+def check_codec_device(codec: Codec) -> None:
+    """Raise TypeError for a codec that takes no arrays on a GPU, or one that has such a codec inside."""
+    if not codec.on_gpu:
+        raise TypeError(f"{codec} codes NumPy arrays and CPU tensors only; on a GPU use topk, randomk or uniform")
+    for inner in codec.inner:
+        check_codec_device(inner)
 
 
 def check_codec(reducer: Reducer, codec: object) -> Codec:

@@ -10,6 +10,7 @@ from codec_contract import DTYPES
 from codec_members import CODECS_TESTED, KEY, draws, encoded, normal, rounds_at_random
 
 from mpicomp.codecs import (
+    Atomo,
     BlockTopK,
     Cast,
     RandomK,
@@ -30,7 +31,10 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 def fits_rescaled(codec, x):
     """Tell whether what a codec multiplies by, one over the density, leaves x in the range of its dtype."""
-    return not (isinstance(codec, RandomK) and codec.scaled) or np.abs(x).max(initial=0) < np.finfo(x.dtype).max / 1000
+    return (
+        not (isinstance(codec, RandomK | Atomo) and codec.scaled)
+        or np.abs(x).max(initial=0) < np.finfo(x.dtype).max / 1000
+    )
 
 
 @every_codec
@@ -66,7 +70,7 @@ def works_in_blocks(codec):
         return codec.values is None or isinstance(codec.values, Cast)
     if isinstance(codec, Sign):
         return codec.block < 2**32
-    return not isinstance(codec, Ternary | TopK | RandomK | SampledTopK)
+    return not isinstance(codec, Ternary | TopK | RandomK | SampledTopK | Atomo)
 
 
 @pytest.mark.parametrize("codec", [c for c in CODECS_TESTED if works_in_blocks(c)], ids=str)

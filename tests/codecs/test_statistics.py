@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from codec_members import CODECS_TESTED, KEY, decoded, draws, encoded, message, normal
 
-from mpicomp.codecs import QSGD, Cast, Key, Natural, RandomK, Ternary, TopK, Uniform
+from mpicomp.codecs import QSGD, Atomo, Cast, Key, Natural, RandomK, Ternary, TopK, Uniform
+from mpicomp.codecs.atomo import probabilities
 
 KEYS = 1000
 UNBIASED = [c for c in CODECS_TESTED if c.unbiased]
@@ -22,6 +23,9 @@ def grid(codec, x):
     if isinstance(codec, Natural):
         step = 2.0 ** np.floor(np.log2(np.abs(x)))
         return step, np.abs(x) / step - 1
+    if isinstance(codec, Atomo):
+        chance = probabilities(x, codec.density * x.size)
+        return np.abs(x) / chance, np.where(chance == 1, 0, chance)
     step, origin = np.empty(x.size), np.empty(x.size)
     for start in range(0, x.size, codec.block):
         part = slice(start, start + codec.block)
@@ -136,6 +140,6 @@ def test_residual_stays_bounded_over_1000_steps_of_feedback(codec):
     if isinstance(codec, Uniform):
         contraction = 1.0 / (1.0 + codec.omega) if codec.stochastic else 0.3
     else:
-        contraction = codec.density if isinstance(codec, TopK | RandomK) else 0.3
+        contraction = codec.density if isinstance(codec, TopK | RandomK | Atomo) else 0.3
     assert max(norms) <= 2 * np.sqrt(size) * 2 / contraction
     assert np.mean(norms[800:]) <= 1.3 * np.mean(norms[500:800]) + 1e-3

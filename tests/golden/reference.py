@@ -6,7 +6,7 @@ import functools
 import hashlib
 
 import numpy as np
-from golden import bounded, lowbit, rotation, sparse
+from golden import atomo, bounded, lowbit, rotation, sparse
 from golden.primitives import base_of, draw, support, total
 
 __all__ = ["KEY", "base_of", "cases", "digest", "draw", "encode", "files", "support", "total"]
@@ -16,6 +16,7 @@ KEY = {"seed": 3, "step": 17, "stream": 0x123456789ABCDEF, "stage": 1, "rank": 2
 FAMILIES = {
     **dict.fromkeys([name for name, _ in lowbit.CONFIGS], lowbit),
     **dict.fromkeys([name for name, _ in sparse.CONFIGS], sparse),
+    "atomo": atomo,
     "bounded": bounded,
     "rotated": rotation,
 }
@@ -47,7 +48,7 @@ def cases():
 def files():
     """The cases of every file of messages; what is added gets a file of its own, one a codec."""
     found = {"messages-0.2": list(first())}
-    for name, configs in lowbit.ADDED.items():
+    for name, configs in {**lowbit.ADDED, "atomo": [config for _, config in atomo.CONFIGS]}.items():
         found[f"messages-0.6-{name}"] = [
             (name, config, sample(size, dtype))
             for dtype in ("float32", "float64")

@@ -16,7 +16,7 @@ import numpy as np
 from codec_bounds import bound
 
 from mpicomp.codecs import Bounded, Threshold
-from mpicomp.reducers import Dense, Gather, TwoStage
+from mpicomp.reducers import Dense, Gather, Spectral, TwoStage
 from mpicomp.reducers.base import Reducer, walk
 from mpicomp.registry import CODECS
 
@@ -43,6 +43,8 @@ def unit_error(member: Any, tops: list[float], size: int, ranks: int, divisor: i
     codec = member if type(member) in CODECS.values() else getattr(member, "codec", None)
     if hasattr(member, "quantizer"):  # rounds to integers, with one scale for all ranks
         return 1.01 * ranks * max(tops) / member.quantizer.levels
+    if isinstance(member, Spectral):  # a triple drawn is as large as the sum of all singular values
+        return SPARE * sum(tops) * size
     if codec is None:  # a projection, or something new
         return SPARE * sum(tops) * math.sqrt(size)
     whole = isinstance(member, (Gather, TwoStage)) and getattr(member, "second", None) is None

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from bench.reproduce.entry import Entry
 from bench.reproduce.session import Session
 from bench.reproduce.works import (
+    atomo,
     binarized,
     companions,
     deep_compression,
@@ -16,6 +17,7 @@ from bench.reproduce.works import (
     federated_dropout,
     gradient_dropping,
     gradual_pruning,
+    survey,
 )
 
 
@@ -31,12 +33,14 @@ WORKS: tuple[Work, ...] = tuple(
     Work(each.NAME, each.TASKS, each.entries)
     for each in (
         deep_compression,
+        survey,
         dgc,
         binarized,
         dorefa,
         gradual_pruning,
         gradient_dropping,
         federated_dropout,
+        atomo,
         companions,
     )
 )

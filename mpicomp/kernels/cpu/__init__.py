@@ -3,6 +3,7 @@
 Importing this package compiles nothing.
 """
 
+from mpicomp.kernels.cpu.atoms import draw_atoms, water_level
 from mpicomp.kernels.cpu.binary import (
     add_votes,
     binary_product,

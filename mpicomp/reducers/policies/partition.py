@@ -47,6 +47,10 @@ class Partition(Policy):
         yield self.small, layout.select(lambda unit: not self.is_large(unit))
         yield self.large, layout.select(self.is_large)
 
+    def check_layout(self, layout: Layout) -> None:
+        for reducer, part in self._branches(layout):
+            reducer.check_layout(part)
+
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
         costs = (r.cost(part, dtype, topology, me, feedback) for r, part in self._branches(layout) if part.units)
         return sum(costs, Cost())
