@@ -83,7 +83,7 @@ def accuracy(session: Session, task: str) -> Iterator[Entry]:
         ("masking", dgc(stage, masking=False), words(SPARSE, stage, masking=False)),
         ("warm-up", dgc(0), words(SPARSE, 0)),
     ):
-        without = runs(session, task, made)
+        without = runs(session, task, made, 0)
         gain, spread = difference(full, without)
         yield entry(f"without {name}; with it {gain:+.2f} ± {spread:.2f} points", setting, without)
     one = "hierarchical(gather(sampled_topk(density=0.001)))"
@@ -97,8 +97,8 @@ def runs(session: Session, task: str, made: Made, more: int = MORE) -> list[Run]
 
 
 def difference(one: list[Run], other: list[Run]) -> tuple[float, float]:
-    """Return the mean and the spread of the metric's differences, seed by seed."""
-    gains = [mine.metric - theirs.metric for mine, theirs in zip(one, other, strict=True)]
+    """Return the mean and the spread of the metric's differences, seed by seed, as far as both have them."""
+    gains = [mine.metric - theirs.metric for mine, theirs in zip(one, other, strict=False)]
     return statistics.fmean(gains), statistics.stdev(gains) if len(gains) > 1 else 0.0
 
 
