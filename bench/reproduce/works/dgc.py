@@ -81,6 +81,13 @@ def accuracy(session: Session, task: str) -> Iterator[Entry]:
         plain,
         gain > 0,
     )
+    dropped = session.over_seeds(lambda seed: session.train(task, seed, f"error_feedback({SPARSE})"))
+    gain, spread = difference(full, dropped)
+    yield entry(
+        f"none of its parts (gradient dropping); with all {gain:+.2f} ± {spread:.2f} points",
+        f"error_feedback({SPARSE}), SGD with momentum",
+        dropped,
+    )
     for name, made, setting in (
         ("masking", dgc(stage, masking=False), words(SPARSE, stage, masking=False)),
         ("warm-up", dgc(0), words(SPARSE, 0)),
