@@ -56,8 +56,11 @@ REDUCERS: dict[str, type[Reducer]] = {
         reducers.Tree,
         reducers.Integer,
         reducers.LowRank,
+        reducers.Vote,
         Auto,
         reducers.Hierarchical,
+        reducers.Masked,
+        reducers.Joined,
         reducers.ErrorFeedback,
         reducers.MomentumCorrection,
         reducers.Warmup,
@@ -89,6 +92,7 @@ OTHER_NAMES = {
         "natural": "naturalcompression",
         "split": "oktopk sparcml",
         "tree": "gtopk",
+        "vote": "majority majorityvote signum",
     }.items()
     for other in others.split()
 }

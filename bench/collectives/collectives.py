@@ -42,6 +42,7 @@ EVERY = (
     *REDUCERS,
     "gather(topk(density=0.01))",
     "integer",
+    "vote",
     "split(topk(density=0.01))",
     "tree(topk(density=0.01))",
     "shared_support(randomk(density=0.01))",

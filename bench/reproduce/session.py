@@ -67,6 +67,7 @@ class Session:
         runs: Sequence[Run],
         paper: str,
         claim: str,
+        *,
         dense: Sequence[Run] | None = None,
         **more: Any,
     ) -> Entry:

@@ -55,6 +55,11 @@ class PersistentReduction:
         state = reducer.init(layout, work_dtype(dtype), seed=seed, step=step)
         return cls(reducer, dtype, state, work=Workspace(device, arena=arena))
 
+    @property
+    def agreed(self) -> str:
+        """What all ranks must have alike in the state; see `Reducer.agreed`."""
+        return self.reducer.agreed(self.state)
+
     def begin_step(self, step: int) -> None:
         """Begin a step: one that was not committed is forgotten, and random numbers are those of this step."""
         self.discard()
@@ -96,6 +101,15 @@ class PersistentReduction:
         """Put what was exported into a new reduction; a unit that is not there begins with nothing."""
         self.state = self.reducer.restore(self.state, units)
         self.before = self.pending = None
+
+    def change(self, units: Units) -> None:
+        """Replace a part of what would be exported, by unit name, and go on with all else at the same step."""
+        state, kept = self.state, self.export()
+        for name, changes in units.items():
+            kept[name] = {**kept[name], **changes}
+        self.state = self.reducer.init(state.layout, state.dtype, seed=state.seed, step=state.step)
+        self.work = self.work.renewed()
+        self.restore(kept)
 
 
 class BucketReductions:
@@ -169,6 +183,18 @@ class BucketReductions:
             else:
                 reduction.commit()
         self.step += not skipped
+
+    def change(self, units: Units) -> None:
+        """Replace a part of what would be exported, by unit name; buckets that are made later take it over."""
+        known = {unit.name: bucket for bucket, each in self.buckets.items() for unit in each.state.layout.units}
+        for bucket, reduction in self.buckets.items():
+            reduction.change({name: kept for name, kept in units.items() if known.get(name) == bucket})
+        for name in units.keys() - known.keys():
+            self._saved[name] = {**self._saved.get(name, {}), **units[name]}
+
+    def agreed(self, bucket: Hashable) -> str:
+        """What all ranks must have alike in the state of a bucket; see `Reducer.agreed`."""
+        return self.buckets[bucket].agreed
 
     def export(self) -> dict[str, Any]:
         """Return what this rank must keep to go on: {"step": int, "scale": float or None, "units": arrays by name}."""

@@ -5,7 +5,9 @@ from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.gather import Gather
 from mpicomp.reducers.hierarchical import Hierarchical
 from mpicomp.reducers.integer import Integer
+from mpicomp.reducers.joined import Joined
 from mpicomp.reducers.low_rank import LowRank
+from mpicomp.reducers.masked import Masked
 from mpicomp.reducers.parts.apply import apply
 from mpicomp.reducers.parts.layout import Layout, Unit
 from mpicomp.reducers.parts.state import Reduction, State, Units, rescale
@@ -15,6 +17,7 @@ from mpicomp.reducers.shared_support import SharedSupport
 from mpicomp.reducers.split import Split
 from mpicomp.reducers.tree import Tree
 from mpicomp.reducers.two_stage import TwoStage
+from mpicomp.reducers.vote import Vote
 
 __all__ = [
     "After",
@@ -23,9 +26,11 @@ __all__ = [
     "Gather",
     "Hierarchical",
     "Integer",
+    "Joined",
     "Layout",
     "LowRank",
     "MomentumCorrection",
+    "Masked",
     "Partition",
     "Reducer",
     "Reduction",
@@ -37,6 +42,7 @@ __all__ = [
     "Unit",
     "Units",
     "Warmup",
+    "Vote",
     "Workspace",
     "apply",
     "rescale",

@@ -5,7 +5,8 @@
     total + sum of new residuals == sum of (x + old residual)
 
 up to rounding, and `total` has the same bits on every rank. So error feedback is exact book-keeping for every method:
-what a step does not send stays in the residual of some rank.
+what a step does not send stays in the residual of some rank. A reducer that cannot keep it declares `conserves = False`
+and says what holds instead.
 
 **Sums and means.** Reducers compute sums, and one place divides: `complete`. A reducer may fold the division into a
 pass that it makes anyway. Its `Reduction` then says so, and `complete` does not divide.
@@ -43,8 +44,10 @@ class Level(IntEnum):
     DECAY = 2
     FEEDBACK = 3
     CHOICE = 4
-    NODES = 5
-    METHOD = 6
+    LAYOUT = 5
+    """masked and joined: the reducer inside sees the elements in another layout."""
+    NODES = 6
+    METHOD = 7
     """A reducer that sends by itself."""
 
 
@@ -59,8 +62,12 @@ class Reducer(Spec, ABC):
     """Whether it sums complex arrays as twice as many real numbers."""
     takes_integers: ClassVar[bool] = False
     """Whether it moves and sums arrays of integers, too."""
+    conserves: ClassVar[bool] = True
+    """Whether the law holds."""
     by_unit: ClassVar[bool] = False
     """Whether it takes different reducers for different units."""
+    joins_units: ClassVar[bool] = False
+    """Whether what becomes of a unit depends on the other units of the layout."""
 
     @property
     def on_gpu(self) -> bool:
@@ -130,6 +137,10 @@ class Reducer(Spec, ABC):
     def parts(self, state: State) -> list[tuple[Reducer, State]]:
         """Return the reducers that have a part of this state, each with that part."""
         return [(reducer, state.nested(number)) for number, reducer in enumerate(self.inner)]
+
+    def agreed(self, state: State) -> str:
+        """Describe what all ranks must have alike in a state, beside seed and step; empty where there is nothing."""
+        return "".join(reducer.agreed(inner) for reducer, inner in self.parts(state))
 
     def owned(self, layout: Layout, ranks: int, me: int) -> list[Piece]:
         """Return the pieces whose final rounding rank `me` remembers: rank 0 all, unless shards have owners."""

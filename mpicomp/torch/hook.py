@@ -10,7 +10,7 @@ backward, a bucket that holds NaN or infinity, and with `scaler` a whole step th
 # No `from __future__ import annotations` here: DDP compares the annotations of the hook with types.
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,13 +19,16 @@ from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from mpicomp.api.lifecycle import BucketReductions
+from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
-from mpicomp.comm.agreement import agree, confirm, digest_of, mixed, refuse
+from mpicomp.comm.agreement import agree, confirm, digest_of, mixed, noted, refuse
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.watch import Traffic
 from mpicomp.planner.allowance import divided
 from mpicomp.reducers import Layout, Reducer, Unit
-from mpicomp.reducers.base import check_device
+from mpicomp.reducers.base import check_device, walk
+from mpicomp.reducers.masked import describe_masks, exported_masks, given_masks, masks_in
+from mpicomp.reducers.parts.masks import shared_masks
 from mpicomp.registry import describe, resolve_partitioned
 from mpicomp.torch.backend import MPIProcessGroup, tensor_group
 from mpicomp.torch.collective import breaking
@@ -119,6 +122,38 @@ class Hook:
         self._buckets.clear()
         self._reductions.restore(state)
 
+    def set_masks(self, masks: Mapping[str, torch.Tensor] | None, root: int | None = None) -> dict[str, torch.Tensor]:
+        """Replace the masks of `masked` from the next step on; return them, as bool tensors by name. Collective.
+
+        `masks` has bool tensors of the parameters' shapes, True where an element survives; parameters without one
+        travel whole. Every rank gives the same ones, and a hash of them is compared; with `root` that rank alone gives
+        them, and the difference from the old masks is sent. What residuals hold of elements that stay is kept.
+
+        ConfigMismatchError on all ranks where masks differ, ValueError for masks that fit no parameter or a method
+        without `masked`; the other ranks then raise ConfigMismatchError. Nothing is changed then.
+        """
+        shapes = {name: tuple(parameter.shape) for parameter, name in self._names.items()}
+        arrays = None if masks is None else {name: mask.detach().cpu().numpy() for name, mask in masks.items()}
+        comm, reductions = self.comm, self._reductions
+        try:
+            layout = Layout.of(shapes)
+            found = given_masks(comm, self.reducer, layout, arrays, root)
+        except (TypeError, ValueError) as error:
+            self._group.worker.submit(partial(refuse, comm, error)).wait()
+            raise
+
+        def run() -> dict[str, Array]:
+            self._commit()
+            old = masks_in(reductions.export()["units"], layout)
+            agree(comm, f"{describe_masks(old, found, root)}, at step {reductions.step} of DDP")
+            with breaking(comm, "set_masks"):
+                new = shared_masks(comm, old, found, root)
+                reductions.change(exported_masks(new))
+            return new
+
+        new = self._group.worker.submit(run).result()
+        return {name: torch.from_numpy(mask.copy()).reshape(shapes[name]) for name, mask in new.items()}
+
     def reduce(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Begin to replace a bucket by its mean over ranks, in place; DDP waits for the future."""
         buffer = bucket.buffer()
@@ -182,6 +217,11 @@ class Hook:
         what = describe(self.reducer, layout, dtype, "mean", reductions.seed, reductions.step)
         description = f"bucket {index} of DDP, {what}"
         agree(self.comm, description)
+        if index and any(each.joins_units for each in walk(self.reducer)):
+            raise ValueError(
+                f"{self.reducer} chooses among all tensors together, and DDP sends them in several buckets; give "
+                f"DistributedDataParallel a bucket_cap_mb of more than the model's size"
+            )
         with breaking(self.comm, description):
             reductions.add(index, layout, dtype)
             self._buckets[index] = Bucket(tuple(unit.name for unit in layout.units), digest_of(description))
@@ -189,7 +229,8 @@ class Hook:
     def _reduce(self, index: int, buffer: torch.Tensor, last: bool) -> None:
         comm, bits, bucket = self.comm, bits_of(buffer), self._buckets[index]
         comm.context = f"the bucket of {bucket.names[0]}"
-        confirm(comm, mixed(bucket.digest, self._reductions.step), lambda: self._described(index))
+        digest = noted(mixed(bucket.digest, self._reductions.step), self._reductions.agreed(index))
+        confirm(comm, digest, lambda: self._described(index))
         with breaking(comm, f"bucket {index} of DDP"):
             self._reductions.reduce(comm, index, "mean", bits, bits, last)
         comm.context = ""
@@ -199,7 +240,8 @@ class Hook:
         reduction = self._reductions.buckets[index]
         units = ", ".join(f"{unit.name} {unit.shape}" for unit in reduction.state.layout.units)
         step = self._reductions.step
-        return f"bucket {index} of DDP at step {step}, {reduction.dtype} by {self.reducer}, of {units}"
+        agreed = reduction.agreed
+        return f"{agreed}bucket {index} of DDP at step {step}, {reduction.dtype} by {self.reducer}, of {units}"
 
 
 def _units(names: Sequence[str], gradients: Sequence[torch.Tensor], buffer: torch.Tensor) -> tuple[Unit, ...]:

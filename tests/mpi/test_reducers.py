@@ -160,3 +160,15 @@ def test_hierarchical_among_nodes_that_are_not_there(
         assert history.residuals.tobytes() == team.residuals.tobytes()
     else:
         np.testing.assert_allclose(history.totals, team.totals, rtol=0, atol=1e-3 * np.abs(team.totals).max())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_votes_over_mpi_are_those_of_a_team(comm: Comm, dtype: str) -> None:
+    """vote holds no law: its bytes, its bits, and majorities where there are any."""
+    reducer, x = member("vote"), inputs(comm.size, 4, LAYOUT.size, dtype)
+    history = run_here(comm, reducer, LAYOUT, x)
+    assert comm.traffic.counted == 4 * reducer.cost(LAYOUT, dtype, comm.topology, comm.rank).nbytes
+    assert history.totals.tobytes() == run(Team(comm.size), reducer, LAYOUT, x).totals.tobytes()
+    against = (x < 0).sum(0)
+    decided = 2 * against != comm.size
+    assert np.array_equal(history.totals[0][decided], np.where(2 * against > comm.size, -comm.size, comm.size)[decided])

@@ -17,6 +17,7 @@ from codec_bounds import bound
 
 from mpicomp.codecs import Bounded, Threshold
 from mpicomp.reducers import Dense, Gather, TwoStage
+from mpicomp.reducers.base import Reducer, walk
 from mpicomp.registry import CODECS
 
 SPARE = 2.0
@@ -28,7 +29,11 @@ def unit_error(member: Any, tops: list[float], size: int, ranks: int, divisor: i
 
     `tops`: the largest magnitude of input and residual on each rank; `dtype`: the work dtype.
     """
-    if not size or not max(tops):
+    if not size:
+        return 0.0
+    if not conserving(member):
+        return math.inf
+    if not max(tops):
         return 0.0
     found = [unit_error(each, tops, size, ranks, divisor, dtype) for each in _inside(member)]
     if found:
@@ -51,6 +56,11 @@ def unit_error(member: Any, tops: list[float], size: int, ranks: int, divisor: i
     others = [other for other in (again, getattr(member, "dense", None)) if other is not None]
     later = max(worst(other, (sum(tops) + first) / scale, size, dtype) * scale for other in others)
     return first + rounds * later
+
+
+def conserving(member: Any) -> bool:
+    """Whether the law of reducers holds for a reducer and all inside it; a codec alone declares nothing."""
+    return not isinstance(member, Reducer) or all(each.conserves for each in walk(member))
 
 
 def _inside(member: Any) -> list[Any]:

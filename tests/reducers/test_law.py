@@ -20,6 +20,7 @@ from reducers.members import (
     UNBIASED,
     History,
     alike,
+    begun,
     check_bytes,
     check_law,
     inputs,
@@ -176,7 +177,7 @@ def test_a_layout_with_gaps_leaves_them_alone(spec: str) -> None:
     x.setflags(write=False)
 
     def f(comm: Comm) -> list[bytes]:
-        state = reducer.init(gapped, "float32")
+        state = begun(reducer, gapped, "float32")
         totals = []
         for row in x[comm.rank]:
             out = np.full(gapped.extent + 4, 77, np.float32)
@@ -198,7 +199,7 @@ def test_the_total_may_be_written_over_the_input(spec: str) -> None:
     reducer, x = member(spec), inputs(3, 5, LAYOUT.size, "float32")
 
     def f(comm: Comm) -> list[bytes]:
-        state = reducer.init(LAYOUT, "float32")
+        state = begun(reducer, LAYOUT, "float32")
         totals = []
         for row in x[comm.rank]:
             own = row.copy()
@@ -217,7 +218,7 @@ def test_a_total_belongs_to_the_caller(spec: str) -> None:
     reducer, x = member(spec), inputs(3, 5, LAYOUT.size, "float32")
 
     def f(comm: Comm) -> list[bytes]:
-        state, kept = reducer.init(LAYOUT, "float32"), []
+        state, kept = begun(reducer, LAYOUT, "float32"), []
         for row in x[comm.rank]:
             reduction, state = reducer.reduce(comm, row, state)
             kept.append(reduction.total.tobytes())

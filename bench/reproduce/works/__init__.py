@@ -7,7 +7,13 @@ from typing import NamedTuple
 
 from bench.reproduce.entry import Entry
 from bench.reproduce.session import Session
-from bench.reproduce.works import dgc
+from bench.reproduce.works import (
+    binarized,
+    deep_compression,
+    dgc,
+    gradient_dropping,
+    gradual_pruning,
+)
 
 
 class Work(NamedTuple):
@@ -18,4 +24,13 @@ class Work(NamedTuple):
     entries: Callable[[Session, str], Iterator[Entry]]
 
 
-WORKS: tuple[Work, ...] = (Work(dgc.NAME, dgc.TASKS, dgc.entries),)
+WORKS: tuple[Work, ...] = tuple(
+    Work(each.NAME, each.TASKS, each.entries)
+    for each in (
+        deep_compression,
+        dgc,
+        binarized,
+        gradual_pruning,
+        gradient_dropping,
+    )
+)

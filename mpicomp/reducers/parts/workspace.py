@@ -88,6 +88,10 @@ class Workspace:
         found.divisor, found.terms, found.asks = self.divisor, self.terms * terms, self.asks
         return found
 
+    def renewed(self) -> Workspace:
+        """Return an empty workspace in the same memory, for another state: this one must not be used any more."""
+        return Workspace(self.device, arena=self._arena)
+
     def forget(self, kept: set[str]) -> None:
         """Drop all inner workspaces but those of the given names."""
         self._inner = {name: inner for name, inner in self._inner.items() if name in kept}

@@ -69,6 +69,9 @@ class Wrapper(Policy):
     def running(self, state: State) -> Reducer:
         return self.reducer.running(state)
 
+    def agreed(self, state: State) -> str:
+        return self.reducer.agreed(state)
+
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
         return self.reducer.cost(layout, dtype, topology, me, feedback)
 
