@@ -298,7 +298,7 @@ def hooked(
 ) -> Hook:
     """Do what `compress` does, by the reducer that `resolve` returns, or with the error that it raises. Collective."""
     if not isinstance(ddp, DistributedDataParallel):
-        raise TypeError(f"a DistributedDataParallel model is needed, got {type(ddp).__name__}")
+        raise TypeError(f"this takes a DistributedDataParallel model, got {type(ddp).__name__}")
     group = tensor_group(ddp.process_group)
     ranks = group.comm.size
     try:
