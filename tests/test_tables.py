@@ -15,8 +15,9 @@ from mpicomp.registry import ALIASES, CODECS, REDUCERS
 
 ROOT = Path(__file__).parents[1]
 
-ELSEWHERE = {"auto": "tests/reducers/test_auto.py"}
-"""What cannot be in the contract of reducers, and the tests that it has: what `auto` runs depends on times."""
+ELSEWHERE = {"auto": "tests/reducers/test_auto.py", "vote": "tests/reducers/test_vote.py"}
+"""What cannot be in the contract of reducers, and the tests that it has: what `auto` runs depends on times, and `vote`
+declares that it holds no law."""
 
 every_codec = pytest.mark.parametrize("name", CODECS)
 every_reducer = pytest.mark.parametrize("name", REDUCERS)

@@ -42,6 +42,7 @@ EVERY = (
     *REDUCERS,
     "gather(topk(density=0.01))",
     "integer",
+    "vote",
     "split(topk(density=0.01))",
     "tree(topk(density=0.01))",
     "shared_support(randomk(density=0.01))",
@@ -50,6 +51,7 @@ EVERY = (
     "error_feedback(joined(gather(sampled_topk(density=0.01))))",
     AUTO,
     "after(error_feedback(gather(topk(density=0.01))), steps=100)",
+    "warmup(momentum_correction(error_feedback(gather(topk(density=0.001)))), steps=100)",
     "partition(small=dense, large=error_feedback(low_rank(rank=4)))",
 )
 """At least a spec per registered reducer and policy."""

@@ -18,7 +18,7 @@ from mpicomp.comm.communicator import Comm
 from mpicomp.reducers.base import Reducer
 from mpicomp.reducers.parts.apply import apply
 from mpicomp.reducers.parts.layout import Layout
-from mpicomp.reducers.parts.state import State, Units, rescale
+from mpicomp.reducers.parts.state import MEASURED, State, Units, rescale
 from mpicomp.reducers.parts.workspace import Arena, Workspace
 
 
@@ -89,7 +89,7 @@ class PersistentReduction:
         self.state, self.before, self.pending = self.before, None, None
 
     def rescale(self, factor: float) -> None:
-        """Multiply residuals in place: from now on inputs are measured in another unit, say another loss scale."""
+        """Multiply residuals and momenta in place: from now on inputs have another unit, say another loss scale."""
         rescale(self.state, factor)
         self.before = None
 
@@ -159,8 +159,9 @@ class BucketReductions:
         for reduction in self.buckets.values():
             reduction.rescale(factor)
         for kept in self._saved.values():
-            if "residual" in kept:
-                kept["residual"] = kept["residual"] * factor
+            for name in MEASURED:
+                if name in kept:
+                    kept[name] = kept[name] * factor
 
     def reduce(self, comm: Comm, bucket: Hashable, op: str, x: Array, out: Array, last: bool = False) -> None:
         """Reduce one bucket, as `PersistentReduction.reduce` does; `last` says that it ends the step. Collective."""

@@ -20,7 +20,7 @@ from mpicomp.planner.allowance import divided
 from mpicomp.reducers.base import Reducer, check_device
 from mpicomp.reducers.masked import describe_masks, exported_masks, given_masks, masks_in
 from mpicomp.reducers.parts.masks import shared_masks
-from mpicomp.reducers.parts.state import State
+from mpicomp.reducers.parts.state import MEASURED, State
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.registry import Method, describe, parse, resolve
 
@@ -236,7 +236,9 @@ class Memory:
         wrong = sorted(sizes.keys() ^ units.keys()) or [
             name
             for name, kept in units.items()
-            if "residual" in kept and (kept["residual"].size, kept["residual"].dtype.name) != (sizes[name], dtype)
+            if any(
+                kept[each].size != sizes[name] or kept[each].dtype.name != dtype for each in MEASURED if each in kept
+            )
         ]
         if wrong:
             raise ValueError(f"this memory is of {self.form}, and what was exported differs in {', '.join(wrong)}")

@@ -234,6 +234,17 @@ class HostKernels(Kernels, Protocol):
     def decode_elias_fano(self, data: Array, width: int, out: Array) -> None:
         """Set out, (k,) uint32, to the k indices of an Elias-Fano code; WireFormatError for more or fewer."""
 
+    # ---- Symbols of few bits in the file of a model
+
+    def encode_symbols(self, symbols: Array, bits: int, counts: Array, out: Array) -> int:
+        """Write symbols, (n,) uint16 below 2^bits, to `out`, uint8; return the bytes used, -1 if `out` is too short.
+
+        counts, (2^(bits + 1),) uint64, is zero before and holds what was counted afterwards.
+        """
+
+    def decode_symbols(self, data: Array, bits: int, counts: Array, out: Array) -> None:
+        """Set `out`, (n,) uint16, to the symbols of a message, uint8; any bytes give symbols below 2^bits."""
+
     # ---- Sums of sparse vectors: the reducers split and tree
 
     def add_marked(self, places: Array, values: Array, sums: Array, marks: Array) -> None:
@@ -253,6 +264,11 @@ class HostKernels(Kernels, Protocol):
 
         The first is places and values, the second others and theirs. merged and sums have room for both together.
         """
+
+    # ---- Momentum before compression: the policy momentum_correction
+
+    def correct(self, x: Array, u: Array, new: Array, ahead: Array | None, momentum: float) -> None:
+        """Set new = momentum * u + x; with `ahead` new = momentum * (u + x) and ahead = new + x (Nesterov)."""
 
     # ---- Sums of integers: the reducer integer
 
@@ -289,4 +305,33 @@ class HostKernels(Kernels, Protocol):
         """Add scale * p @ q.T to `out`, (m, n), for p (m, r) and q (n, r).
 
         Element (i, j) is out + sum over t, in this order from zero, of (scale * p[i, t]) * q[j, t].
+        """
+
+    # ---- Signs, one bit each: `mpicomp.kernels.cpu.binary` defines the words; a row of n has ceil(n / 64) of them
+
+    def pack_signs(self, x: Array, packed: Array) -> None:
+        """Write the signs of the rows of x, (rows, n) float, to packed, (rows, words) uint64."""
+
+    def unpack_signs(self, packed: Array, out: Array, value: float) -> None:
+        """Set `out`, (n,) float, to `value` where the bit of `packed`, (words,) uint64, is clear, else to -value."""
+
+    def binary_product(self, a: Array, b: Array, size: int, out: Array) -> None:
+        """Set `out`, (m, n) int32, to the products of rows of signs, a (m, words) and b (n, words), of `size` elements.
+
+        Bits behind the last element must be clear in both, as `pack_signs` leaves them.
+        """
+
+    def pack_thresholds(self, sums: Array, limits: Array, flips: Array, packed: Array) -> None:
+        """Set bit j of row i of packed, (rows, words) uint64, to (sums[i, j] < limits[j]) ^ flips[j].
+
+        sums: (rows, n) int32; limits: (n,) int32; flips: (n,) uint8, 0 or 1.
+        """
+
+    def add_votes(self, votes: Array, planes: Array) -> None:
+        """Count the bits of votes, (words,) uint64, in planes, (levels, words) uint64, which must not overflow."""
+
+    def majority(self, planes: Array, ranks: int, base: int, start: int, packed: Array) -> None:
+        """Set the bits of packed, (words,) uint64, that more than half of the ranks have set.
+
+        Where exactly half have, the bit is that of draw(base, word): word counts from start / 64 on, a whole number.
         """

@@ -12,11 +12,12 @@ from mpicomp.reducers.parts.apply import apply
 from mpicomp.reducers.parts.layout import Layout, Unit
 from mpicomp.reducers.parts.state import Reduction, State, Units, rescale
 from mpicomp.reducers.parts.workspace import Workspace
-from mpicomp.reducers.policies import After, ErrorFeedback, Partition
+from mpicomp.reducers.policies import After, ErrorFeedback, MomentumCorrection, Partition, Warmup
 from mpicomp.reducers.shared_support import SharedSupport
 from mpicomp.reducers.split import Split
 from mpicomp.reducers.tree import Tree
 from mpicomp.reducers.two_stage import TwoStage
+from mpicomp.reducers.vote import Vote
 
 __all__ = [
     "After",
@@ -28,6 +29,7 @@ __all__ = [
     "Joined",
     "Layout",
     "LowRank",
+    "MomentumCorrection",
     "Masked",
     "Partition",
     "Reducer",
@@ -39,6 +41,8 @@ __all__ = [
     "TwoStage",
     "Unit",
     "Units",
+    "Warmup",
+    "Vote",
     "Workspace",
     "apply",
     "rescale",

@@ -5,7 +5,8 @@
     total + sum of new residuals == sum of (x + old residual)
 
 up to rounding, and `total` has the same bits on every rank. So error feedback is exact book-keeping for every method:
-what a step does not send stays in the residual of some rank.
+what a step does not send stays in the residual of some rank. A reducer that cannot keep it declares `conserves = False`
+and says what holds instead.
 
 **Sums and means.** Reducers compute sums, and one place divides: `complete`. A reducer may fold the division into a
 pass that it makes anyway. Its `Reduction` then says so, and `complete` does not divide.
@@ -61,6 +62,8 @@ class Reducer(Spec, ABC):
     """Whether it sums complex arrays as twice as many real numbers."""
     takes_integers: ClassVar[bool] = False
     """Whether it moves and sums arrays of integers, too."""
+    conserves: ClassVar[bool] = True
+    """Whether the law holds."""
     by_unit: ClassVar[bool] = False
     """Whether it takes different reducers for different units."""
     joins_units: ClassVar[bool] = False
@@ -80,6 +83,11 @@ class Reducer(Spec, ABC):
     def contractive(self) -> bool:
         """Whether residuals stay bounded under error feedback."""
         return all(codec.contractive for codec in self.codecs) and all(each.contractive for each in self.inner)
+
+    @property
+    def reports(self) -> bool:
+        """Whether it can say which elements a rank sends, where a policy asks: see `Reduction.sent`."""
+        return False
 
     @property
     def remembers(self) -> bool:

@@ -17,6 +17,7 @@ from codec_bounds import bound
 
 from mpicomp.codecs import Bounded, Threshold
 from mpicomp.reducers import Dense, Gather, TwoStage
+from mpicomp.reducers.base import Reducer, walk
 from mpicomp.registry import CODECS
 
 SPARE = 2.0
@@ -28,7 +29,11 @@ def unit_error(member: Any, tops: list[float], size: int, ranks: int, divisor: i
 
     `tops`: the largest magnitude of input and residual on each rank; `dtype`: the work dtype.
     """
-    if not size or not max(tops):
+    if not size:
+        return 0.0
+    if not conserving(member):
+        return math.inf
+    if not max(tops):
         return 0.0
     if getattr(member, "normalised", False):  # a scale is at most twice a mean, and an element at most `size` means
         return SPARE * 2 * sum(tops) * size
@@ -55,12 +60,17 @@ def unit_error(member: Any, tops: list[float], size: int, ranks: int, divisor: i
     return first + rounds * later
 
 
+def conserving(member: Any) -> bool:
+    """Whether the law of reducers holds for a reducer and all inside it; a codec alone declares nothing."""
+    return not isinstance(member, Reducer) or all(each.conserves for each in walk(member))
+
+
 def _inside(member: Any) -> list[Any]:
     """The reducers in a policy, and what `auto` may use."""
     if type(member) in CODECS.values():
         return []
     values = [getattr(member, field.name) for field in dataclasses.fields(member)]
-    several = [each for value in values if isinstance(value, tuple) for each in value]
+    several = [each for value in values if isinstance(value, tuple) for each in value if dataclasses.is_dataclass(each)]
     return [each for each in (*values, *several) if hasattr(each, "reduce") or each in several]
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from product.bounds import unit_error
+from product.bounds import conserving, unit_error
 
 from mpicomp.errors import ConfigMismatchError
 from mpicomp.reducers import Layout
@@ -221,6 +221,7 @@ class Unit:
         self.total = given.sum(0)
         self.debt = 0 if debts is None else self.old.astype(WIDE).sum(0)
         self.finite = np.isfinite(result)
+        self.conserves = conserving(member)
         work, info = np.finfo(case.work), ml_dtypes.finfo(case.real)
         tops = [float(top) for top in np.abs(given).max(1, initial=0)]
         sizes = np.abs(np.where(np.isfinite(xs), xs, 0)).max(initial=0)
@@ -232,7 +233,7 @@ class Unit:
             self.rounding = np.abs(self.total) * WIDE(float(info.eps)) + self.divisor * least
         reached = xs if whole is None else whole
         tops = tops if whole is None else [float(top) for top in np.abs(whole).max(1, initial=0)]
-        loss = unit_error(member, tops, reached.shape[1], size, self.divisor, case.work) if max(tops) else 0.0
+        loss = unit_error(member, tops, reached.shape[1], size, self.divisor, case.work)
         self.bound = WIDE(loss) + self.law
         reach = np.abs(given).sum(0).max(initial=0) / self.divisor + self.bound / self.divisor
         self.excused = bool(self.bad.any()) or bool(reach >= WIDE(float(info.max)) * (1 - WIDE(float(info.eps))))
@@ -252,7 +253,7 @@ class Unit:
         ]  # `after` waits with debts
         error = np.where(self.finite & ~self._saturated(), np.minimum(*errors), 0)
         self._raise_beyond("the bound", error, self.bound + self.rounding)
-        if self.new is None:
+        if self.new is None or not self.conserves:
             return
         kept = (self.new == self.old).all(0)
         if not kept[~self.finite].all():

@@ -313,3 +313,24 @@ def test_half_precision_loses_nothing_of_what_survives(ranks: int, op: str) -> N
     for number, wanted in enumerate(kept(chosen, given)):
         found = results[0][0][number] + sum(residual[number].astype(np.float64) for _, residual in results)
         np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+def test_momentum_of_a_masked_sum_survives_new_masks() -> None:
+    """It is kept whole outside `masked`; what a mask drops has no effect on the rest."""
+    spec = "momentum_correction(error_feedback(masked(gather(topk(density=0.2)))), masking=False)"
+
+    def f(comm: Comm) -> None:
+        memory = mpicomp.memory(spec, arrays(0))
+        for step in range(3):
+            mpicomp.allreduce(comm, arrays(comm.rank, step), spec, memory=memory)
+        before = memory.export()["units"]["0"]["momentum"]
+        memory.set_masks(comm, masks(0))
+        assert memory.export()["units"]["0"]["momentum"].tobytes() == before.tobytes()
+        total, *_ = mpicomp.allreduce(comm, arrays(comm.rank, 3), spec, memory=memory)
+        assert not total[~masks(0)[0]].any()
+        assert total.any()
+
+    Team(2).run(f)
+    for inside in ("masked(gather(topk(density=0.2)))", "joined(gather(topk(density=0.2)))"):
+        with pytest.raises(ValueError, match="masking needs a reducer"):
+            member(f"momentum_correction(error_feedback({inside}))")

@@ -50,6 +50,7 @@ SCALARS: dict[str, Any] = {
     "u2": types.uint16,
     "u4": types.uint32,
     "u8": types.uint64,
+    "i4": types.int32,
     "i8": types.int64,
     "f4": types.float32,
     "f8": types.float64,

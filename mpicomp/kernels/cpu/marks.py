@@ -17,7 +17,7 @@ cgutils: Any = untyped
 ZERO = np.uint64(0)
 
 
-def _joined(builder: Any, hits: list[Any]) -> Any:
+def joined(builder: Any, hits: list[Any]) -> Any:
     """Return the bits of several comparisons as one integer of 64."""
     while len(hits) > 1:
         size = hits[0].type.count
@@ -26,7 +26,7 @@ def _joined(builder: Any, hits: list[Any]) -> Any:
     return builder.bitcast(hits[0], ir.IntType(64))
 
 
-class _Vectors:
+class Vectors:
     """Access to 64 elements of arrays as vectors of the processor's size."""
 
     def __init__(self, builder: Any, element: Any) -> None:
@@ -37,17 +37,21 @@ class _Vectors:
         self.mask = ir.Constant(self.words, [(1 << (self.width - 1)) - 1] * self.lanes)
 
     def address(self, data: Any, start: Any, part: int) -> Any:
+        """Return the place of a vector: the `part`-th from the element `start` on."""
         place = self.builder.add(start, ir.Constant(ir.IntType(64), part * self.lanes))
         return pointer(self.builder, data, place, self.floats)
 
     def load(self, data: Any, start: Any, part: int) -> Any:
+        """Return that vector."""
         return self.builder.load(self.address(data, start, part), align=self.width // 8)
 
     def limit(self, threshold: Any) -> Any:
+        """Return a vector of the bits of a magnitude, uint64."""
         scalar = threshold if self.width == 64 else self.builder.trunc(threshold, ir.IntType(self.width))
         return splat(self.builder, scalar, self.lanes)
 
     def reaches(self, value: Any, limit: Any) -> Any:
+        """Return the comparison of the magnitudes of a vector with a limit."""
         size = self.builder.and_(self.builder.bitcast(value, self.words), self.mask)
         return self.builder.icmp_unsigned(">=", size, limit)
 
@@ -58,9 +62,9 @@ def above64(builder: Any, x: Any, start: Any, threshold: Any) -> Any:
 
     x: (n,) float, threshold: bits of a magnitude as uint64; nothing checks start + 64 <= n.
     """
-    vectors = _Vectors(builder, x.type.pointee)
+    vectors = Vectors(builder, x.type.pointee)
     limit, parts = vectors.limit(threshold), range(64 // vectors.lanes)
-    return _joined(builder, [vectors.reaches(vectors.load(x, start, part), limit) for part in parts])
+    return joined(builder, [vectors.reaches(vectors.load(x, start, part), limit) for part in parts])
 
 
 def _two_marks(x: Any, old: Any, new: Any, start: Any, low: Any, high: Any) -> Any:
@@ -71,7 +75,7 @@ def _two_marks(x: Any, old: Any, new: Any, start: Any, low: Any, high: Any) -> A
 @instructions(_two_marks)
 def sum_above64(builder: Any, x: Any, old: Any, new: Any, start: Any, low: Any, high: Any) -> Any:
     """Set new = x + old for 64 elements from `start` on; return the marks of it at two thresholds."""
-    vectors = _Vectors(builder, x.type.pointee)
+    vectors = Vectors(builder, x.type.pointee)
     limits = [vectors.limit(low), vectors.limit(high)]
     hits: tuple[list[Any], list[Any]] = ([], [])
     for part in range(64 // vectors.lanes):
@@ -79,7 +83,7 @@ def sum_above64(builder: Any, x: Any, old: Any, new: Any, start: Any, low: Any, 
         builder.store(value, vectors.address(new, start, part), align=vectors.width // 8)
         for each, limit in zip(hits, limits, strict=True):
             each.append(vectors.reaches(value, limit))
-    return cgutils.pack_array(builder, [_joined(builder, each) for each in hits])
+    return cgutils.pack_array(builder, [joined(builder, each) for each in hits])
 
 
 @inline

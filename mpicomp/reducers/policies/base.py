@@ -59,6 +59,10 @@ class Wrapper(Policy):
     def __post_init__(self) -> None:
         self.check(self.reducer)
 
+    @property
+    def reports(self) -> bool:
+        return self.reducer.reports
+
     def candidates(self, feedback: bool = False) -> tuple[Reducer, ...]:
         return self.reducer.candidates(feedback)
 
