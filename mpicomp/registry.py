@@ -84,6 +84,7 @@ OTHER_NAMES = {
         "sign": "1bit onebit 1bitsgd onebitsgd signsgd efsignsgd",
         "rotated(sign, rescale=True)": "eden drive",
         "rotated": "hadamard",
+        "rotated(uniform(bits=2), kashin=True)": "kashin",
         "threshold": "strom",
         "bounded": "sz zfp",
         "uniform(bits=4)": "4bit int4",

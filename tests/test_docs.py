@@ -12,7 +12,7 @@ from types import FunctionType, ModuleType
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "mpicomp"
-PARTS = ["api", "codecs", "comm", "planner", "reducers", "torch", "models"]
+PARTS = ["api", "codecs", "comm", "federated", "models", "planner", "reducers", "torch"]
 EXEMPT = {
     "torch/identity.py",  # the methods are torch's, documented there
     "reducers/parts/batches.py",  # needs CuPy; its public methods are those of PerUnit

@@ -11,6 +11,7 @@ from bench.reproduce.works import (
     binarized,
     deep_compression,
     dgc,
+    federated_dropout,
     gradient_dropping,
     gradual_pruning,
 )
@@ -32,5 +33,6 @@ WORKS: tuple[Work, ...] = tuple(
         binarized,
         gradual_pruning,
         gradient_dropping,
+        federated_dropout,
     )
 )
