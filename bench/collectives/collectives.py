@@ -48,6 +48,8 @@ EVERY = (
     "tree(topk(density=0.01))",
     "shared_support(randomk(density=0.01))",
     "hierarchical(two_stage(uniform(bits=4)))",
+    "masked",
+    "error_feedback(joined(gather(sampled_topk(density=0.01))))",
     AUTO,
     "after(error_feedback(gather(topk(density=0.01))), steps=100)",
     "decay(error_feedback(gather(topk(density=0.01))), factor=0.95)",

@@ -22,6 +22,7 @@ class Relaid(Wrapper):
 
     level: ClassVar[Level] = Level.LAYOUT
     on_gpu: ClassVar[bool] = False
+    reports: ClassVar[bool] = False  # what the reducer inside says has the places of its own layout
 
     def __post_init__(self) -> None:
         if isinstance(self.reducer, Reducer) and self.reducer.level is Level.CHOICE:

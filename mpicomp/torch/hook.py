@@ -133,10 +133,11 @@ class Hook:
         without `masked`; the other ranks then raise ConfigMismatchError. Nothing is changed then.
         """
         shapes = {name: tuple(parameter.shape) for parameter, name in self._names.items()}
-        arrays = None if masks is None else {name: mask.detach().cpu().numpy() for name, mask in masks.items()}
-        comm, reductions = self.comm, self._reductions
+        comm, reductions, layout = self.comm, self._reductions, Layout.of(shapes)
         try:
-            layout = Layout.of(shapes)
+            if not isinstance(masks, Mapping | None):
+                raise TypeError(f"masks are a dict of bool tensors by parameter name, got {type(masks).__name__}")
+            arrays = None if masks is None else {name: _mask(mask) for name, mask in masks.items()}
             found = given_masks(comm, self.reducer, layout, arrays, root)
         except (TypeError, ValueError) as error:
             self._group.worker.submit(partial(refuse, comm, error)).wait()
@@ -242,6 +243,12 @@ class Hook:
         step = self._reductions.step
         agreed = reduction.agreed
         return f"{agreed}bucket {index} of DDP at step {step}, {reduction.dtype} by {self.reducer}, of {units}"
+
+
+def _mask(mask: torch.Tensor) -> Array:
+    """Return a mask as an array on the host; TypeError for what is no tensor of a type that NumPy has."""
+    array: Array = torch.as_tensor(mask).detach().cpu().numpy()
+    return array
 
 
 def _units(names: Sequence[str], gradients: Sequence[torch.Tensor], buffer: torch.Tensor) -> tuple[Unit, ...]:

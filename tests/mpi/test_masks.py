@@ -146,7 +146,7 @@ def test_masks_that_differ_are_an_error_on_all_ranks_and_change_nothing() -> Non
             backward(ddp, 1)
 
 
-@pytest.mark.parametrize("what", ["name", "shape", "dtype", "nothing", "root"])
+@pytest.mark.parametrize("what", ["name", "shape", "dtype", "nothing", "list", "root"])
 def test_what_is_no_mask_is_refused_on_all_ranks(what: str) -> None:
     ddp = DDP(model())
     hook = mpicomp.torch.compress(ddp, "masked")
@@ -156,11 +156,12 @@ def test_what_is_no_mask_is_refused_on_all_ranks(what: str) -> None:
         "shape": {**good, "0.weight": good["2.weight"]},
         "dtype": {**good, "0.weight": good["0.weight"].float()},
         "nothing": None,
+        "list": list(good.values()),
         "root": good,
     }[what]
     wrong = me() == size() - 1
     root = size() if what == "root" else None
-    with pytest.raises(ValueError if wrong else (ValueError, ConfigMismatchError)):
+    with pytest.raises((TypeError, ValueError) if wrong else (ValueError, ConfigMismatchError)):
         hook.set_masks(bad if wrong else good, root)
     backward(ddp, 0)
     assert hook.step == 1

@@ -35,6 +35,8 @@ def unit_error(member: Any, tops: list[float], size: int, ranks: int, divisor: i
         return math.inf
     if not max(tops):
         return 0.0
+    if getattr(member, "normalised", False):  # a scale is at most twice a mean, and an element at most `size` means
+        return SPARE * 2 * sum(tops) * size
     found = [unit_error(each, tops, size, ranks, divisor, dtype) for each in _inside(member)]
     if found:
         return max(found)

@@ -24,6 +24,7 @@ from product.bounds import conserving, unit_error
 
 from mpicomp.errors import ConfigMismatchError
 from mpicomp.reducers import Layout
+from mpicomp.reducers.base import walk
 from mpicomp.registry import resolve
 
 Arrays = Any  # one array or a list
@@ -202,13 +203,18 @@ class Case:
             )
         layout = Layout.single(self.shapes[unit])
         member = resolve(self.spec, layout, self.real.name, size, memory=self.memory)
-        return Unit(self, member, xs, result, debts, size, member.keeps(layout.units[0]))
+        joined = any(each.joins_units for each in walk(member))
+        whole = _joined(ranks) if joined else None
+        return Unit(self, member, xs, result, debts, size, member.keeps(layout.units[0]), whole)
 
 
 class Unit:
     """One array of a step, on all ranks."""
 
-    def __init__(self, case: Case, member: Any, xs: Any, result: Any, debts: Any, size: int, keeps: float) -> None:
+    def __init__(
+        self, case: Case, member: Any, xs: Any, result: Any, debts: Any, size: int, keeps: float, whole: Any = None
+    ) -> None:
+        """`whole`, (ranks, n): what all units hold, where they are encoded as one."""
         self.case, self.xs, self.result, self.size = case, xs, result, size
         self.divisor = size if case.op == "mean" else 1
         self.old, self.new = (None, None) if debts is None else (np.stack([d[k] for d in debts]) for k in (0, 1))
@@ -229,7 +235,9 @@ class Unit:
         if case.real.itemsize < 4:
             least = WIDE(float(info.smallest_subnormal))
             self.rounding = np.abs(self.total) * WIDE(float(info.eps)) + self.divisor * least
-        loss = unit_error(member, tops, xs.shape[1], size, self.divisor, case.work)
+        reached = xs if whole is None else whole
+        tops = tops if whole is None else [float(top) for top in np.abs(whole).max(1, initial=0)]
+        loss = unit_error(member, tops, reached.shape[1], size, self.divisor, case.work)
         self.bound = WIDE(loss) + self.law
         reach = np.abs(given).sum(0).max(initial=0) / self.divisor + self.bound / self.divisor
         self.excused = bool(self.bad.any()) or bool(reach >= WIDE(float(info.max)) * (1 - WIDE(float(info.eps))))
@@ -275,6 +283,15 @@ class Unit:
                 f"{what}: element {place} of {error.size}: the {self.case.op} is {wanted:.7g}, the result {found:.7g}; "
                 f"off by {float(error[place]):.3g} of the sum, allowed {limit:.3g}"
             )
+
+
+def _joined(ranks: list[Said]) -> Any:
+    """What the ranks hold in all units, residuals included and what is not finite left out, (ranks, n)."""
+    given = [np.concatenate(said.x).astype(WIDE) for said in ranks]
+    for x, said in zip(given, ranks, strict=True):
+        if said.old is not None:
+            x += np.concatenate(said.old)
+    return np.stack([np.where(np.isfinite(x), x, 0) for x in given])
 
 
 def _first(where: Any) -> int:

@@ -287,3 +287,50 @@ def test_a_method_without_masked_is_refused() -> None:
             memory.set_masks(comm, masks(0))
 
     Team(2).run(f)
+
+
+@pytest.mark.parametrize("op", ["sum", "mean"])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_half_precision_loses_nothing_of_what_survives(ranks: int, op: str) -> None:
+    """What the final rounding drops goes to the residual of its owner, element by element."""
+    spec, chosen = "error_feedback(masked(two_stage(uniform(bits=4, block=32))))", masks(0)
+
+    def f(comm: Comm) -> tuple[list[Array], list[Array]]:
+        memory = mpicomp.memory(spec, [x.astype(np.float16) for x in arrays(0)])
+        memory.set_masks(comm, chosen)
+        totals = [np.zeros(shape) for shape in SHAPES]
+        for step in range(10):
+            xs = [x.astype(np.float16) for x in arrays(comm.rank, step)]
+            for total, result in zip(totals, mpicomp.allreduce(comm, xs, spec, op, memory=memory), strict=True):
+                total += result.astype(np.float64) * (ranks if op == "mean" else 1)
+        return totals, list(memory.residual or [])
+
+    results = Team(ranks).run(f)
+    given = [np.zeros(shape) for shape in SHAPES]
+    for rank, step in np.ndindex(ranks, 10):
+        for total, x in zip(given, arrays(rank, step), strict=True):
+            total += x.astype(np.float16)
+    for number, wanted in enumerate(kept(chosen, given)):
+        found = results[0][0][number] + sum(residual[number].astype(np.float64) for _, residual in results)
+        np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+def test_momentum_of_a_masked_sum_survives_new_masks() -> None:
+    """It is kept whole outside `masked`; what a mask drops has no effect on the rest."""
+    spec = "momentum_correction(error_feedback(masked(gather(topk(density=0.2)))), masking=False)"
+
+    def f(comm: Comm) -> None:
+        memory = mpicomp.memory(spec, arrays(0))
+        for step in range(3):
+            mpicomp.allreduce(comm, arrays(comm.rank, step), spec, memory=memory)
+        before = memory.export()["units"]["0"]["momentum"]
+        memory.set_masks(comm, masks(0))
+        assert memory.export()["units"]["0"]["momentum"].tobytes() == before.tobytes()
+        total, *_ = mpicomp.allreduce(comm, arrays(comm.rank, 3), spec, memory=memory)
+        assert not total[~masks(0)[0]].any()
+        assert total.any()
+
+    Team(2).run(f)
+    for inside in ("masked(gather(topk(density=0.2)))", "joined(gather(topk(density=0.2)))"):
+        with pytest.raises(ValueError, match="masking needs a reducer"):
+            member(f"momentum_correction(error_feedback({inside}))")
