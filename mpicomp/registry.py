@@ -59,7 +59,11 @@ REDUCERS: dict[str, type[Reducer]] = {
         reducers.Vote,
         Auto,
         reducers.Hierarchical,
+        reducers.Masked,
+        reducers.Joined,
         reducers.ErrorFeedback,
+        reducers.MomentumCorrection,
+        reducers.Warmup,
         reducers.After,
         reducers.Partition,
     )
@@ -157,16 +161,28 @@ def resolve_partitioned(
 ) -> Reducer:
     """Return the reducer for the tensors of a model: small ones dense, in rank order, unless the method says otherwise.
 
-    An exact sum by itself, and any method that holds a partition, is taken literally.
+    Small ones have the momentum of the large ones, if any. An exact sum by itself, and any method that holds a
+    partition, is taken literally.
     """
     member = parsed(method)
     if isinstance(member, Reducer):
         alone = member.exact and not member.inner
         if alone or any(each.by_unit for each in walk(member)):
             return member
-    small, large = reducers.Dense("two_shot"), reducers.Dense()
+    small, large = _small(member), reducers.Dense()
     sieve = reducers.Partition(small=small, large=large, min_size=min_size, min_ndim=min_ndim)
     return replace(sieve, large=resolve(member, layout.select(sieve.is_large), dtype, ranks))
+
+
+def _small(member: Codec | Reducer) -> Reducer:
+    """Return the reducer of small tensors: dense, with momentum where large ones have it."""
+    dense = reducers.Dense("two_shot")
+    momentum = (
+        [each for each in walk(member) if isinstance(each, reducers.MomentumCorrection)]
+        if isinstance(member, Reducer)
+        else []
+    )
+    return momentum[0].around(dense) if momentum else dense
 
 
 def arithmetic(member: Codec | Reducer) -> str:

@@ -34,6 +34,8 @@ SPECS = [
     "error_feedback(hierarchical(two_stage(sign)))",
     "error_feedback(auto(allow=(low_rank(rank=2), uniform(bits=4))))",
     "after(error_feedback(low_rank(rank=2)), steps=3)",
+    "warmup(momentum_correction(error_feedback(two_stage(topk(density=0.05)))), densities=(0.5, 0.2), steps=2)",
+    "momentum_correction(error_feedback(auto(allow=(topk(density=0.05),))), masking=False, nesterov=True)",
     "after(partition(small=dense, "
     "large=error_feedback(two_stage(uniform(bits=4, stochastic=True, scaled=False)))), steps=3)",
     "partition(small=error_feedback(gather(sign)), "
@@ -96,7 +98,7 @@ def test_a_copy_goes_on_as_the_original(spec: str, ranks: int, how: str) -> None
     assert all(each == results[0] for each in results)
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if "momentum" not in spec])  # whose law is about more than x
 def test_the_law_holds_over_a_copy(spec: str) -> None:
     def f(comm: Comm) -> tuple[Array, Array, Array]:
         x = arrays(comm.rank, 2, "float32")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from bench import report
 
@@ -52,7 +53,7 @@ class Entry(report.Row):
         }
 
 
-def mean_and_spread(values: Sequence[float]) -> dict[str, float]:
+def mean_and_spread(values: Sequence[float]) -> dict[str, Any]:
     """Return the mean and the spread over seeds under the names that an entry gives them."""
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
     return {"metric_mean": statistics.fmean(values), "metric_std": spread}

@@ -39,7 +39,7 @@ class Session:
         """Return the steps of a training: the task's, or a quarter of them."""
         return self.task(task).steps // (4 if self.quick else 1)
 
-    def train(self, task: str, seed: int, method: str = "dense", **options: Any) -> Run:
+    def train(self, task: str, seed: int, method: str | None = "dense", **options: Any) -> Run:
         """Train a task; see `training.train`. Collective."""
         options.setdefault("steps", self.steps(task))
         return train(self.task(task), seed, method, **options)
@@ -60,14 +60,24 @@ class Session:
         return [*self.seeds, *range(max(self.seeds) + 1, max(self.seeds) + 1 + extra)]
 
     def entry(
-        self, row: str, task: str, setting: str, runs: Sequence[Run], paper: str, claim: str, **more: Any
+        self,
+        row: str,
+        task: str,
+        setting: str,
+        runs: Sequence[Run],
+        paper: str,
+        claim: str,
+        *,
+        dense: Sequence[Run] | None = None,
+        **more: Any,
     ) -> Entry:
         """Return the entry of runs over the first seeds beside dense training on the same seeds. Collective.
 
-        Bytes are those that a rank sends in a step, unless `more` says otherwise.
+        Where that takes too long, `dense` are other dense runs to stand beside. Bytes are those that a rank sends in a
+        step, unless `more` says otherwise.
         """
         seeds = self.chosen(len(runs) - len(self.seeds))
-        dense = [self.dense(task, seed) for seed in seeds]
+        dense = dense or [self.dense(task, seed) for seed in seeds]
         sent, plain = (statistics.fmean(run.bytes / run.steps for run in each) for each in (runs, dense))
         figures: dict[str, Any] = {
             **mean_and_spread([run.metric for run in runs]),

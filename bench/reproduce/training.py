@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -43,16 +44,18 @@ def train(
     after_backward: Callable[[int, nn.Module], None] | None = None,
     after_step: Callable[[int, nn.Module], None] | None = None,
     compress: Callable[[DistributedDataParallel], mpicomp.torch.Hook] | None = None,
+    evaluated: bool = True,
+    bucket_cap_mb: float | None = None,
 ) -> Run:
     """Train a task from the seed's initial weights on its own data; returns the run. Collective.
 
     Gradients are summed by `method`, or as `compress(ddp)` arranges; with `method=None` and no `compress` the
     optimizer does so itself. `scale(step, steps)` scales the learning rate at steps from 0 on. `after_backward` and
-    `after_step` get the step, from 1 on, and the model.
+    `after_step` get the step, from 1 on, and the model. Unless `evaluated` the metric is NaN. `bucket_cap_mb` is DDP's.
     """
     steps = steps or task.steps
     torch.manual_seed(seed)
-    ddp = DistributedDataParallel(model() if model else task.model())
+    ddp = DistributedDataParallel(model() if model else task.model(), bucket_cap_mb=bucket_cap_mb)
     if compress is not None:
         compress(ddp)
     elif method is not None:
@@ -78,5 +81,5 @@ def train(
         raise RuntimeError(f"the ranks' parameters differ after training {task.name} by {method}, seed {seed}")
     for buffer in ddp.buffers():  # statistics of BatchNorm: those of rank 0, as in DDP's forward passes
         dist.broadcast(buffer, 0)
-    metric = task.evaluate(ddp.eval().module)
+    metric = task.evaluate(ddp.eval().module) if evaluated else math.nan
     return Run(metric, gathered(torch.tensor([sent])).mean().item(), steps, ddp.module)

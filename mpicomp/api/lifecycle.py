@@ -18,7 +18,7 @@ from mpicomp.comm.communicator import Comm
 from mpicomp.reducers.base import Reducer
 from mpicomp.reducers.parts.apply import apply
 from mpicomp.reducers.parts.layout import Layout
-from mpicomp.reducers.parts.state import State, Units, rescale
+from mpicomp.reducers.parts.state import MEASURED, State, Units, rescale
 from mpicomp.reducers.parts.workspace import Arena, Workspace
 
 
@@ -55,6 +55,11 @@ class PersistentReduction:
         state = reducer.init(layout, work_dtype(dtype), seed=seed, step=step)
         return cls(reducer, dtype, state, work=Workspace(device, arena=arena))
 
+    @property
+    def agreed(self) -> str:
+        """What all ranks must have alike in the state; see `Reducer.agreed`."""
+        return self.reducer.agreed(self.state)
+
     def begin_step(self, step: int) -> None:
         """Begin a step: one that was not committed is forgotten, and random numbers are those of this step."""
         self.discard()
@@ -84,7 +89,7 @@ class PersistentReduction:
         self.state, self.before, self.pending = self.before, None, None
 
     def rescale(self, factor: float) -> None:
-        """Multiply residuals in place: from now on inputs are measured in another unit, say another loss scale."""
+        """Multiply residuals and momenta in place: from now on inputs have another unit, say another loss scale."""
         rescale(self.state, factor)
         self.before = None
 
@@ -96,6 +101,15 @@ class PersistentReduction:
         """Put what was exported into a new reduction; a unit that is not there begins with nothing."""
         self.state = self.reducer.restore(self.state, units)
         self.before = self.pending = None
+
+    def change(self, units: Units) -> None:
+        """Replace a part of what would be exported, by unit name, and go on with all else at the same step."""
+        state, kept = self.state, self.export()
+        for name, changes in units.items():
+            kept[name] = {**kept[name], **changes}
+        self.state = self.reducer.init(state.layout, state.dtype, seed=state.seed, step=state.step)
+        self.work = self.work.renewed()
+        self.restore(kept)
 
 
 class BucketReductions:
@@ -145,8 +159,9 @@ class BucketReductions:
         for reduction in self.buckets.values():
             reduction.rescale(factor)
         for kept in self._saved.values():
-            if "residual" in kept:
-                kept["residual"] = kept["residual"] * factor
+            for name in MEASURED:
+                if name in kept:
+                    kept[name] = kept[name] * factor
 
     def reduce(self, comm: Comm, bucket: Hashable, op: str, x: Array, out: Array, last: bool = False) -> None:
         """Reduce one bucket, as `PersistentReduction.reduce` does; `last` says that it ends the step. Collective."""
@@ -168,6 +183,18 @@ class BucketReductions:
             else:
                 reduction.commit()
         self.step += not skipped
+
+    def change(self, units: Units) -> None:
+        """Replace a part of what would be exported, by unit name; buckets that are made later take it over."""
+        known = {unit.name: bucket for bucket, each in self.buckets.items() for unit in each.state.layout.units}
+        for bucket, reduction in self.buckets.items():
+            reduction.change({name: kept for name, kept in units.items() if known.get(name) == bucket})
+        for name in units.keys() - known.keys():
+            self._saved[name] = {**self._saved.get(name, {}), **units[name]}
+
+    def agreed(self, bucket: Hashable) -> str:
+        """What all ranks must have alike in the state of a bucket; see `Reducer.agreed`."""
+        return self.buckets[bucket].agreed
 
     def export(self) -> dict[str, Any]:
         """Return what this rank must keep to go on: {"step": int, "scale": float or None, "units": arrays by name}."""

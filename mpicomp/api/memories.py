@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from mpicomp.api.arguments import Arrays, Form, check_elementwise, checked_arrays, member_of, number
+from mpicomp.api.call import Call, blocking
 from mpicomp.api.lifecycle import PersistentReduction
 from mpicomp.arrays import Array, work_dtype
 from mpicomp.codecs.base import Codec
@@ -17,7 +18,9 @@ from mpicomp.comm.agreement import digest_of, float_mode, mixed
 from mpicomp.comm.communicator import Comm
 from mpicomp.planner.allowance import divided
 from mpicomp.reducers.base import Reducer, check_device
-from mpicomp.reducers.parts.state import State
+from mpicomp.reducers.masked import describe_masks, exported_masks, given_masks, masks_in
+from mpicomp.reducers.parts.masks import shared_masks
+from mpicomp.reducers.parts.state import MEASURED, State
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.registry import Method, describe, parse, resolve
 
@@ -169,6 +172,24 @@ class Memory:
         if self.reduction is not reduction:
             self.place, self.reducer, self.reduction = RankOf(comm.rank, comm.size), found.reducer, reduction
 
+    @property
+    def agreed(self) -> str:
+        """What all ranks must have alike in the state; see `Reducer.agreed`."""
+        return "" if self.reduction is None else self.reduction.agreed
+
+    def set_masks(self, comm: Any, masks: Any, root: int | None = None) -> None:
+        """Replace the masks of `masked` from the next step on. Collective over an mpi4py communicator.
+
+        `masks` is bool and has the form of the arrays, True where an element survives; in a list None stands for an
+        array that travels whole. Every rank gives the same ones, and a hash of them is compared; with `root` that rank
+        alone gives them, and the difference from the old masks is sent. What residuals hold of elements that stay is
+        kept. A change cannot be undone by `undo`.
+
+        ConfigMismatchError on all ranks where masks differ, ValueError for masks that do not fit or a method without
+        `masked`; the other ranks then raise ConfigMismatchError. Nothing is changed then.
+        """
+        _replace_masks(comm, self, masks, root)
+
     def undo(self) -> None:
         """Forget the last step, once: for a rank that ended a call in which another one failed.
 
@@ -215,7 +236,9 @@ class Memory:
         wrong = sorted(sizes.keys() ^ units.keys()) or [
             name
             for name, kept in units.items()
-            if "residual" in kept and (kept["residual"].size, kept["residual"].dtype.name) != (sizes[name], dtype)
+            if any(
+                kept[each].size != sizes[name] or kept[each].dtype.name != dtype for each in MEASURED if each in kept
+            )
         ]
         if wrong:
             raise ValueError(f"this memory is of {self.form}, and what was exported differs in {', '.join(wrong)}")
@@ -228,6 +251,27 @@ class Memory:
 
     def __str__(self) -> str:
         return str(self.method if self.reducer is None else self.reducer)
+
+
+def _new_masks(comm: Comm, memory: Memory, masks: Any, root: int | None) -> Call[None]:
+    layout, found = memory.form.layout, memory.prepare(comm, "sum")
+    listed = masks if memory.form.listed else [masks]
+    listed = [None] * len(layout.units) if masks is None else listed
+    if len(listed) != len(layout.units):
+        raise ValueError(f"masks must be a list of {len(layout.units)}, as for {memory.form}")
+    named = {unit.name: mask for unit, mask in zip(layout.units, listed, strict=True) if mask is not None}
+    given = given_masks(comm, found.running, layout, None if masks is None else named, root)
+    reduction = memory.reduction or found.begun(*memory.at())
+    old = masks_in(reduction.export(), layout)
+
+    def run() -> None:
+        memory.keep(comm, found, reduction)
+        reduction.change(exported_masks(shared_masks(comm, old, given, root)))
+
+    return Call(lambda _: f"{describe_masks(old, given, root)}, {found.describe(*memory.at())}", run)
+
+
+_replace_masks = blocking(_new_masks)
 
 
 def memory(method: Method, x: Arrays, seed: int = 0) -> Memory:

@@ -13,7 +13,7 @@ from mpicomp.api.call import Call, blocking, nonblocking
 from mpicomp.api.memories import Memory, Resolution
 from mpicomp.api.reductions import check_integers, has_integers, packed, reduce_and_keep, reduce_arrays, sum_integers
 from mpicomp.arrays import DTYPES, Array, bound, on_device, work_dtype
-from mpicomp.comm.agreement import digest_of, mixed
+from mpicomp.comm.agreement import digest_of, mixed, noted
 from mpicomp.comm.background import Request
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.watch import Traffic
@@ -74,10 +74,10 @@ class Plan(Generic[Arrays]):
 
     def _describe(self, _: int) -> str:
         seed, step = self.memory.at()
-        return f"step {step}, seed {seed}, of the {self.description}"
+        return f"{self.memory.agreed}step {step}, seed {seed}, of the {self.description}"
 
     def _digest(self, _: int) -> int:
-        return mixed(self.digest, *self.memory.at())
+        return noted(mixed(self.digest, *self.memory.at()), self.memory.agreed)
 
     def _fitting(self, x: Any) -> list[Array]:
         """Return the arrays given; ValueError where they are not like those planned for. In the path of small sums."""

@@ -28,6 +28,7 @@ from mpicomp.api.lifecycle import PersistentReduction
 from mpicomp.api.memories import Memory, Resolution, resolution
 from mpicomp.arrays import Array, bound, empty, work_dtype
 from mpicomp.codecs.base import Codec
+from mpicomp.comm.agreement import noted
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.primitives import allreduce as allreduce_exact
 from mpicomp.kernels import kernels_for
@@ -95,7 +96,13 @@ def reducing(
             return reduce(found.begun(0, comm.calls))
         return reduce_and_keep(comm, found, memory, reduce)
 
-    return Call(lambda number: found.describe(*at(number)), run, lambda number: found.digest(*at(number)))
+    if memory is None:
+        return Call(lambda number: found.describe(*at(number)), run, lambda number: found.digest(*at(number)))
+    return Call(
+        lambda number: memory.agreed + found.describe(*at(number)),
+        run,
+        lambda number: noted(found.digest(*at(number)), memory.agreed),
+    )
 
 
 def reduce_and_keep(

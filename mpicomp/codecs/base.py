@@ -84,6 +84,8 @@ class Codec(Spec, ABC):
     """Rotates an array before it encodes it: a second rotation has no use."""
     selects: ClassVar[bool] = False
     """Sends index-value pairs, which `pick` returns: this is a `mpicomp.codecs.sparse.Selecting`."""
+    sparse: ClassVar[bool] = False
+    """Sends some elements, which `sent` names, and leaves the others: this is a `mpicomp.codecs.sparse.Sparse`."""
     takes_integers: ClassVar[bool] = False
     """Moves and sums arrays of integers, too: no codec does."""
     sets_fresh: ClassVar[bool] = False
@@ -193,6 +195,13 @@ class Codec(Spec, ABC):
     @abstractmethod
     def _decode_add(self, payload: Payload, out: Array, key: Key, scale: float, fresh: bool) -> None:
         """Add scale * decode(payload) to `out`; where `fresh` and `sets_fresh`, set `out` to it."""
+
+    def sent(self, payload: Payload, like: Array, key: Key) -> Array:
+        """Return the places of the elements that a payload of an array like `like` changes, (k,) uint32, ascending.
+
+        TypeError for a codec that is not `sparse`: its payloads change all.
+        """
+        raise TypeError(f"{self} sends something of every element")
 
     def check(self, payload: Payload, size: int) -> None:
         """Raise WireFormatError unless `encode` could have written `payload` from `size` finite elements.

@@ -99,6 +99,10 @@ class RandomK(Sparse):
             kernels.put_at(places, total - how.decode(payload, places.size, x, key), new)
         return nbytes_of(payload)
 
+    def pairs(self, payload: Payload, like: Array, key: Key) -> tuple[Array, Array]:
+        places = self.support(like, key)
+        return Values(self.values).decode(payload, places.size, like, key), places
+
     def _decode_add(self, payload: Payload, out: Array, key: Key, scale: float, fresh: bool) -> None:
         places = self.support(out, key)
         values = Values(self.values).decode(payload, places.size, out, key)

@@ -79,7 +79,19 @@ class Values:
 class Sparse(Codec):
     """What codecs share that send k values: a share `density` of the elements, coded by `values`."""
 
+    sparse: ClassVar[bool] = True
     values: Codec | None
+
+    @abstractmethod
+    def pairs(self, payload: Payload, like: Array, key: Key) -> tuple[Array, Array]:
+        """Return the values that a payload of an array like `like` holds, (k,), and their places, uint32, ascending."""
+
+    def sent(self, payload: Payload, like: Array, key: Key) -> Array:
+        """See Codec: an element whose value `values` rounds to zero is not sent."""
+        values, places = self.pairs(payload, like, key)
+        changed = values != 0
+        found: Array = places if changed.all() else places[changed]
+        return found
 
     @property
     def inner(self) -> tuple[Codec, ...]:

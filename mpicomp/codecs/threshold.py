@@ -63,6 +63,14 @@ class Above(Selecting):
         how.encode(values, coded, new, places, key)
         return used
 
+    def pairs(self, payload: Payload, like: Array, key: Key) -> tuple[Array, Array]:
+        (message,) = payload
+        k, dtype = _read_head(message, like.size)
+        coded, data, _ = self._views(message, like.size, k, dtype)
+        places = np.empty(k, np.uint32)
+        indices.decode(data, like.size, places)
+        return Values(self.values).decode(coded, k, like, key), places
+
     def _decode_add(self, payload: Payload, out: Array, key: Key, scale: float, fresh: bool) -> None:
         (message,) = payload
         k, dtype = _read_head(message, out.size)

@@ -55,6 +55,12 @@ class Largest(Selecting):
         how.encode(values, tuple(coded), new, places, key)
         return nbytes_of(payload)
 
+    def pairs(self, payload: Payload, like: Array, key: Key) -> tuple[Array, Array]:
+        *coded, data = payload
+        places = np.empty(self.kept(like.size), np.uint32)
+        indices.decode(data, like.size, places)
+        return Values(self.values).decode(tuple(coded), places.size, like, key), places
+
     def _decode_add(self, payload: Payload, out: Array, key: Key, scale: float, fresh: bool) -> None:
         *coded, data = payload
         values = Values(self.values).decode(tuple(coded), self.kept(out.size), out, key)

@@ -44,6 +44,11 @@ def mixed(digest: int, *numbers: int) -> int:
     return digest % REFUSAL
 
 
+def noted(digest: int, text: str) -> int:
+    """A digest that depends on a text, too; the same one without a text."""
+    return mixed(digest, digest_of(text)) if text else digest
+
+
 def float_mode() -> bytes:
     """Return the results of four operations that depend on this thread's floating-point mode; takes less than 1 us.
 

@@ -254,6 +254,11 @@ class HostKernels(Kernels, Protocol):
         The first is places and values, the second others and theirs. merged and sums have room for both together.
         """
 
+    # ---- Momentum before compression: the policy momentum_correction
+
+    def correct(self, x: Array, u: Array, new: Array, ahead: Array | None, momentum: float) -> None:
+        """Set new = momentum * u + x; with `ahead` new = momentum * (u + x) and ahead = new + x (Nesterov)."""
+
     # ---- Sums of integers: the reducer integer
 
     def block_tops(self, x: Array, old: Array | None, tops: Array, block: int) -> None:

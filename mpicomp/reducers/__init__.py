@@ -5,12 +5,14 @@ from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.gather import Gather
 from mpicomp.reducers.hierarchical import Hierarchical
 from mpicomp.reducers.integer import Integer
+from mpicomp.reducers.joined import Joined
 from mpicomp.reducers.low_rank import LowRank
+from mpicomp.reducers.masked import Masked
 from mpicomp.reducers.parts.apply import apply
 from mpicomp.reducers.parts.layout import Layout, Unit
 from mpicomp.reducers.parts.state import Reduction, State, Units, rescale
 from mpicomp.reducers.parts.workspace import Workspace
-from mpicomp.reducers.policies import After, ErrorFeedback, Partition
+from mpicomp.reducers.policies import After, ErrorFeedback, MomentumCorrection, Partition, Warmup
 from mpicomp.reducers.shared_support import SharedSupport
 from mpicomp.reducers.split import Split
 from mpicomp.reducers.tree import Tree
@@ -24,8 +26,11 @@ __all__ = [
     "Gather",
     "Hierarchical",
     "Integer",
+    "Joined",
     "Layout",
     "LowRank",
+    "MomentumCorrection",
+    "Masked",
     "Partition",
     "Reducer",
     "Reduction",
@@ -37,6 +42,7 @@ __all__ = [
     "Unit",
     "Units",
     "Vote",
+    "Warmup",
     "Workspace",
     "apply",
     "rescale",

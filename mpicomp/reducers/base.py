@@ -44,8 +44,10 @@ class Level(IntEnum):
     DECAY = 2
     FEEDBACK = 3
     CHOICE = 4
-    NODES = 5
-    METHOD = 6
+    LAYOUT = 5
+    """masked and joined: the reducer inside sees the elements in another layout."""
+    NODES = 6
+    METHOD = 7
     """A reducer that sends by itself."""
 
 
@@ -64,6 +66,8 @@ class Reducer(Spec, ABC):
     """Whether the law holds."""
     by_unit: ClassVar[bool] = False
     """Whether it takes different reducers for different units."""
+    joins_units: ClassVar[bool] = False
+    """Whether what becomes of a unit depends on the other units of the layout."""
 
     @property
     def on_gpu(self) -> bool:
@@ -79,6 +83,11 @@ class Reducer(Spec, ABC):
     def contractive(self) -> bool:
         """Whether residuals stay bounded under error feedback."""
         return all(codec.contractive for codec in self.codecs) and all(each.contractive for each in self.inner)
+
+    @property
+    def reports(self) -> bool:
+        """Whether it can say which elements a rank sends, where a policy asks: see `Reduction.sent`."""
+        return False
 
     @property
     def remembers(self) -> bool:
@@ -128,6 +137,10 @@ class Reducer(Spec, ABC):
     def parts(self, state: State) -> list[tuple[Reducer, State]]:
         """Return the reducers that have a part of this state, each with that part."""
         return [(reducer, state.nested(number)) for number, reducer in enumerate(self.inner)]
+
+    def agreed(self, state: State) -> str:
+        """Describe what all ranks must have alike in a state, beside seed and step; empty where there is nothing."""
+        return "".join(reducer.agreed(inner) for reducer, inner in self.parts(state))
 
     def owned(self, layout: Layout, ranks: int, me: int) -> list[Piece]:
         """Return the pieces whose final rounding rank `me` remembers: rank 0 all, unless shards have owners."""

@@ -14,9 +14,9 @@ from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
 from mpicomp.reducers.base import Reducer, check_codec
 from mpicomp.reducers.parts.layout import Layout
-from mpicomp.reducers.parts.messages import Message, coding, encode_all, message_nbytes
+from mpicomp.reducers.parts.messages import Message, coding, encode_all, message_nbytes, sent_by
 from mpicomp.reducers.parts.pipeline import MessageExchange, groups, round_robin
-from mpicomp.reducers.parts.state import Reduction, State, poisoned_total
+from mpicomp.reducers.parts.state import Reduction, Sent, State, poisoned_total
 from mpicomp.reducers.parts.workspace import Workspace
 
 
@@ -33,6 +33,10 @@ class Gather(Reducer):
 
     def __post_init__(self) -> None:
         check_codec(self, self.codec)
+
+    @property
+    def reports(self) -> bool:
+        return self.codec.sparse
 
     def with_bound(self, ranks: int, op: str) -> Reducer:
         """See Reducer: an element is encoded by every rank."""
@@ -60,6 +64,7 @@ class Gather(Reducer):
         shrink = work.shrink(self.codec, 1)
         messages = work.made(("messages", shrink), lambda: self._messages(state, comm.size, shrink, work))
         mine, sequence, poisoned, finite = messages[comm.rank], comm.next_call(), False, True
+        sent: list[Sent] | None = [] if work.asks else None
         exchange = MessageExchange(comm, [mine] * comm.size, messages, sequence, state, str(self))
         with exchange:
             codes = encode_all(mine, x, state, 0, comm.rank)
@@ -72,11 +77,13 @@ class Gather(Reducer):
                 poisoned |= exchange.poisoned(rank, group)
                 if not poisoned:
                     message = messages[rank][group]
+                    if sent is not None and rank == comm.rank:
+                        sent += sent_by(message, x, state, 0, rank)
                     finite = finite and message.cannot_overflow
                     message.decode_add(out, state, 0, rank, work.factor, fresh=rank == 0)
         if poisoned:
             return poisoned_total(out, state.layout), state
-        return Reduction(out, divided=work.exact, finite=finite), state.advanced()
+        return Reduction(out, divided=work.exact, finite=finite, sent=sent), state.advanced()
 
     def _messages(self, state: State, ranks: int, shrink: float, work: Workspace) -> list[list[Message]]:
         """The messages of all ranks, by group; this rank decodes its own where it has encoded them."""

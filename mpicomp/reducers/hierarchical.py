@@ -22,6 +22,7 @@ last read it: so there is no third meeting, and calls of different layouts may f
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -38,7 +39,7 @@ from mpicomp.reducers.base import Level, Reducer
 from mpicomp.reducers.parts.layout import Layout, Unit
 from mpicomp.reducers.parts.messages import check_header
 from mpicomp.reducers.parts.node_shards import NodeShards
-from mpicomp.reducers.parts.state import Reduction, State, Units, complete, nonfinite, poisoned_total
+from mpicomp.reducers.parts.state import Reduction, Sent, State, Units, complete, nonfinite, poisoned_total
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.reducers.policies.base import Wrapper
 from mpicomp.wire import POISON, Header, read_header, write_header
@@ -106,7 +107,7 @@ class Hierarchical(Wrapper):
             step.alone(x, rest, out)
         if step.poisoned:
             return poisoned_total(out, state.layout), state
-        return Reduction(out, divided=True), sharded.advanced(inner=(step.after.part,))
+        return Reduction(out, divided=True, sent=step.sent), sharded.advanced(inner=(step.after.part,))
 
     def _sharded(self, comm: Comm, whole: State) -> tuple[State, Array | None]:
         """Return the state of this rank's shard, and its residual of other shards: (extent,), None if that is zero."""
@@ -173,6 +174,8 @@ class _Step:
         self.shards: NodeShards = state.extra
         self.after = state.nested()
         self.poisoned = False
+        self.sent: Sequence[Sent] | None = None
+        """What was sent to other nodes: of this rank's shard, then of all shards of the node; None on a single node."""
         self.failure: ConfigMismatchError | None = None
 
     def alone(self, x: Array, rest: Array | None, out: Array) -> None:
@@ -189,13 +192,17 @@ class _Step:
             raise self.failure
         if not self.poisoned:
             self.shards.copy_out(0, total, out)
+            if self.sent is not None:
+                self.sent = self.shards.marked(0, self._marks(-(-layout.size // 8)))
 
     def through_memory(self, x: Array, rest: Array | None, out: Array) -> None:
         """Reduce together with the other ranks of the node."""
         shards, itemsize = self.shards, x.itemsize
         node = self.comm.group(shards.node)
         inputs = node.window("inputs", HEAD + shards.layout.size * itemsize)
-        results = node.window("results", HEAD + shards.largest * itemsize)
+        values = shards.largest * itemsize
+        marks = -(-shards.largest // 8) if self.work.asks else 0  # bytes: a bit per element
+        results = node.window("results", HEAD + values + marks)
 
         shards.copy_in(x, rest, self._values(inputs, shards.local, shards.layout.size))
         self._meet(node, inputs, 0)
@@ -203,6 +210,8 @@ class _Step:
             check_header(part, rank, self.sequence, self.state)  # raises for another operation
         if shards.inner.size:
             self._own(inputs, self._values(results, shards.local, shards.inner.size))
+            if marks and self.sent is not None:
+                results.parts[shards.local][HEAD + values : HEAD + values + marks] = self._marks(marks)
         self._meet(node, results, POISON * self.poisoned | FAILED * (self.failure is not None))
         flags = [read_header(part).flags for part in results.parts]
         if self.failure is not None:
@@ -214,7 +223,18 @@ class _Step:
         if not self.poisoned:
             for number, where in enumerate(shards.ranges):
                 shards.copy_out(number, self._values(results, number, int(where.stop - where.start)), out)
+            if marks and len(shards.topology.nodes) > 1:
+                parts = [part[HEAD + values : HEAD + values + marks] for part in results.parts[: shards.count]]
+                self.sent = [each for number, part in enumerate(parts) for each in shards.marked(number, part)]
         self.comm.traffic.shared += (2 * shards.layout.size + (len(shards.node) + 1) * shards.inner.size) * itemsize
+        self.comm.traffic.shared += (1 + shards.count) * marks
+
+    def _marks(self, nbytes: int) -> Array:
+        """Return a bit per element of this rank's shard that was sent to other nodes, (nbytes,) uint8."""
+        sent = np.zeros(8 * nbytes, np.uint8)
+        for where, places in self.sent or ():
+            sent[where][places] = 1
+        return np.packbits(sent, bitorder="little")
 
     def _own(self, inputs: Window, total: Array) -> None:
         """Add up this rank's shard on the node, and reduce it between nodes into `total`."""
@@ -241,7 +261,7 @@ class _Step:
                 # Inputs are sums over the ranks of a node.
                 work = self.work.inner("between", max(map(len, self.comm.topology.nodes)))
                 reduction, self.after = self.reducer.reduce(_between(self.comm, shards), sums, inner, total, work)
-                self.poisoned = reduction.poisoned
+                self.poisoned, self.sent = reduction.poisoned, reduction.sent
                 return reduction
             except ConfigMismatchError as error:
                 self.failure = error

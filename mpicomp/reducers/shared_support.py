@@ -15,7 +15,7 @@ from mpicomp.cost import Cost
 from mpicomp.reducers.base import Reducer, check_codec
 from mpicomp.reducers.dense import two_shot_cost, two_shot_rows, two_shot_sum
 from mpicomp.reducers.parts.layout import Layout
-from mpicomp.reducers.parts.messages import Message, coding, message_nbytes
+from mpicomp.reducers.parts.messages import Message, coding, message_nbytes, sent_by
 from mpicomp.reducers.parts.state import Reduction, State, poisoned_total
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.wire import ALIGN, HEADER, Field
@@ -36,6 +36,10 @@ class SharedSupport(Reducer):
         if not check_codec(self, self.codec).linear:
             raise ValueError(f"shared_support needs a linear codec such as randomk, got {self.codec}; use two_stage")
 
+    @property
+    def reports(self) -> bool:
+        return self.codec.sparse
+
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
         values = message_nbytes(self.codec, layout.whole(), dtype)
         if not values:
@@ -51,6 +55,7 @@ class SharedSupport(Reducer):
         values, sums = (message.host[HEADER:].view(state.dtype) for message in (mine, total))
 
         finite = mine.encode(x, state, 0, comm.rank)
+        sent = sent_by(mine, x, state, 0, comm.rank) if work.asks and finite else None
         mine.host_payloads[-1][0][0] = 0.0 if finite else np.nan
         total.wait_idle()
         rows = work.buffer("rows", two_shot_rows(values.nbytes, values.itemsize, comm.size), state.dtype, host=True)
@@ -60,7 +65,7 @@ class SharedSupport(Reducer):
 
         state.layout.fill(out, 0)
         total.decode_add(out, state, 0, 0)
-        return Reduction(out), state.advanced()
+        return Reduction(out, sent=sent), state.advanced()
 
     def _messages(self, state: State) -> list[Message]:
         """Return the messages for this rank's payloads and for their sum, each with one more number."""

@@ -40,7 +40,7 @@ from mpicomp.reducers.parts.layout import Layout
 from mpicomp.reducers.parts.messages import coding, encode, residuals
 from mpicomp.reducers.parts.parcels import WHOLE, Parcel, Parcels
 from mpicomp.reducers.parts.regions import Division, Region, divide, histogram_nbytes, owned_regions
-from mpicomp.reducers.parts.state import Reduction, State, poisoned_total
+from mpicomp.reducers.parts.state import Reduction, Sent, State, poisoned_total
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.wire import ALIGN, HEADER, Payload
 
@@ -91,6 +91,10 @@ class Split(Reducer):
     def divisions(self, layout: Layout, ranks: int) -> list[Division]:
         """The regions of every unit."""
         return divide(layout, [self.codec.kept(unit.size) for unit in layout.units], ranks)
+
+    @property
+    def reports(self) -> bool:
+        return True
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
         """See Reducer; bytes are an upper bound, for ranks that select different places."""
@@ -144,7 +148,9 @@ class Split(Reducer):
         step = _Step(self, comm, state, work)
         step.select(x)
         step.share(step.scatter(), out)
-        return (poisoned_total(out, state.layout), state) if step.poisoned else (Reduction(out), state.advanced())
+        if step.poisoned:
+            return poisoned_total(out, state.layout), state
+        return Reduction(out, sent=step.sent), state.advanced()
 
     def rehearse(self, x: Array, total: Array) -> list[Array]:
         kernels, size = host_kernels(x), x.size
@@ -172,6 +178,8 @@ class _Step:
         self.divisions = work.made("divisions", lambda: reducer.divisions(state.layout, comm.size))
         self.selected: dict[int, Entries] = {}  # by number of unit
         self.owned: list[list[Region]] = []  # by rank
+        self.sent: list[Sent] | None = [] if work.asks else None
+        self.own: list[Array] = []  # places that this rank selected in its own regions, if somebody asks
 
     def select(self, x: Array) -> None:
         """Select from all units, and agree on the owner of each region."""
@@ -192,6 +200,12 @@ class _Step:
             for region, part, payload in zip(regions, entries, parcel.payloads, strict=False):
                 key, new = self.state.key(region.piece, 0, me), residuals(self.state, region.piece.where)[1]
                 self.coding.write(part, payload, region.piece.size, key, new, self.first)
+                if self.sent is not None:
+                    places = self.coding.sent(payload, region.piece.size, part.places.size, key, self.first)
+                    if regions is self.owned[me]:
+                        self.own.append(places)
+                    else:
+                        self.sent.append(Sent(region.piece.where, places))
         mine = self.owned[me]
         exchange = self.parcels.exchange_counted([parcel.data for parcel in outgoing], [mine] * ranks, "entries")
         with exchange:
@@ -258,15 +272,20 @@ class _Step:
         """Write the sums of this rank's regions; the loss goes to its residual."""
         if self.poisoned:
             return
-        for region, (sums, count), payload in zip(regions, found, parcel.payloads, strict=True):
+        for number, (region, (sums, count), payload) in enumerate(zip(regions, found, parcel.payloads, strict=True)):
             piece, key = region.piece, self.state.key(region.piece, 1, self.comm.rank)
             new = residuals(self.state, piece.where)[1]
             if count == WHOLE:
                 self._encode_whole(sums.values, payload, new, key)
+                if self.sent is not None:
+                    self.sent.append(Sent(piece.where, self.own[number]))
                 continue
             kept = sums
             if self.reducer.cut and sums.values.size != region.quota:
                 kept = sums.largest(region.quota, new)
+            if self.sent is not None:
+                shared = np.intersect1d(self.own[number], kept.places, assume_unique=True)
+                self.sent.append(Sent(piece.where, shared))
             self.coding.write(kept, payload, piece.size, key, new, self.second)
 
     def _encode_whole(self, values: Array, payload: Payload, new: Array | None, key: Key) -> None:

@@ -24,8 +24,8 @@ from mpicomp.kernels import host_kernels
 from mpicomp.reducers.base import Reducer, check_codec
 from mpicomp.reducers.parts.entries import Entries, EntryCodec, check_selecting, select_units
 from mpicomp.reducers.parts.layout import Layout
-from mpicomp.reducers.parts.messages import Message, check_header, coding, message_nbytes, residuals
-from mpicomp.reducers.parts.state import Reduction, State, poisoned_total
+from mpicomp.reducers.parts.messages import Message, check_header, coding, message_nbytes, residuals, sent_by
+from mpicomp.reducers.parts.state import Reduction, Sent, State, poisoned_total
 from mpicomp.reducers.parts.workspace import Workspace
 
 
@@ -60,6 +60,10 @@ class Tree(Reducer):
         if not self.codec.fixed:
             raise ValueError(f"tree needs a codec that keeps a fixed number of entries, such as topk, got {self.codec}")
 
+    @property
+    def reports(self) -> bool:
+        return True
+
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
         nbytes, depth = message_nbytes(self.codec, layout.whole(), dtype), (topology.size - 1).bit_length()
         messages = (me > 0) + len(children(me, topology.size)) if nbytes else 0
@@ -86,6 +90,7 @@ class Tree(Reducer):
         arrivals = [begin_receive(comm, m.buffer, child) for m, child in zip(received, below, strict=True)]
 
         entries = select_units(self.codec, x, state)
+        chosen = [each.places for each in entries or ()] if work.asks else None
         for child, message, requests in zip(below, received, arrivals, strict=True):
             wait(comm, requests, f"{self}, from rank {child}")
             if check_header(message.buffer, child, sequence, state):
@@ -93,6 +98,7 @@ class Tree(Reducer):
             if entries is not None:
                 entries = self._merged(entries, message, state, child)
         poisoned = entries is None or not self._write(entries, mine, state, comm.rank)
+        sent = None if chosen is None or poisoned else _sent(mine, chosen, x, state, comm.rank)
         mine.seal(sequence, state, poisoned)
         if comm.rank:
             send(comm, mine.buffer, parent(comm.rank))
@@ -104,7 +110,7 @@ class Tree(Reducer):
         if not poisoned:
             total.decode(out, state, 0, 0)
         wait(comm, sends, f"{self}, to ranks {below}")
-        return (poisoned_total(out, state.layout), state) if poisoned else (Reduction(out), state.advanced())
+        return (poisoned_total(out, state.layout), state) if poisoned else (Reduction(out, sent=sent), state.advanced())
 
     def rehearse(self, x: Array, total: Array) -> list[Array]:
         kernels, k = host_kernels(x), x.size // 4
@@ -136,3 +142,12 @@ class Tree(Reducer):
             new = residuals(state, piece.where)[1]
             coding.write(found, payload, piece.size, state.key(piece, 0, me), new, message.shrink)
         return True
+
+
+def _sent(message: Message, chosen: list[Array], x: Array, state: State, me: int) -> list[Sent]:
+    """Return what this rank sent of what it had chosen: a merge may return a part to its residual."""
+    found = sent_by(message, x, state, 0, me)
+    return [
+        Sent(where, np.intersect1d(mine, places, assume_unique=True))
+        for (where, places), mine in zip(found, chosen, strict=True)
+    ]

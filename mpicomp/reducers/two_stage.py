@@ -22,9 +22,9 @@ from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
 from mpicomp.reducers.base import Reducer, check_codec
 from mpicomp.reducers.parts.layout import Layout, Piece, shards
-from mpicomp.reducers.parts.messages import Message, coding, encode_all, message_nbytes
+from mpicomp.reducers.parts.messages import Message, coding, encode_all, message_nbytes, sent_by
 from mpicomp.reducers.parts.pipeline import Steps, TwoStages, shard_groups
-from mpicomp.reducers.parts.state import Reduction, State, poisoned_total
+from mpicomp.reducers.parts.state import Reduction, Sent, State, poisoned_total
 from mpicomp.reducers.parts.workspace import Workspace
 
 
@@ -56,6 +56,10 @@ class TwoStage(Reducer):
     def recodec(self) -> Codec:
         """What encodes the sums."""
         return self.second or self.codec
+
+    @property
+    def reports(self) -> bool:
+        return self.codec.sparse and self.recodec.sparse
 
     def with_bound(self, ranks: int, op: str) -> Reducer:
         """See Reducer: an element is encoded by every rank but its owner, and by the owner as a sum."""
@@ -91,11 +95,11 @@ class TwoStage(Reducer):
     def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
         shrinks = work.shrink(self.codec, 1), work.shrink(self.recodec, comm.size)
         messages, total = work.made(("messages", shrinks), lambda: self._messages(comm, state, shrinks, work))
-        steps = _Steps(x, state, out, comm.rank, self.codec, total, work.factor)
+        steps = _Steps(x, state, out, comm.rank, self.codec, total, work.factor, [] if work.asks else None)
         poisoned, finite = messages.run(comm, steps, comm.next_call(), str(self))
         if poisoned:
             return poisoned_total(out, state.layout), state
-        return Reduction(out, divided=work.exact, finite=finite), state.advanced()
+        return Reduction(out, divided=work.exact, finite=finite, sent=steps.sent), state.advanced()
 
     def _messages(
         self, comm: Comm, state: State, shrinks: tuple[float, float], work: Workspace
@@ -121,11 +125,26 @@ class _Steps(Steps[Message]):
     codec: Codec
     total: Array
     factor: float
+    sent: list[Sent] | None
+    """What this rank sent to the owners, and of its own shard what it shares as part of a sum; None: nobody asks."""
 
     def encode(self, messages: Sequence[Message]) -> Iterable[bool]:
-        return encode_all(messages, self.x, self.state, 0, self.me)
+        for message, sound in zip(messages, encode_all(messages, self.x, self.state, 0, self.me), strict=True):
+            if sound:
+                self._note(message, 0)
+            yield sound
+
+    def _note(self, message: Message, stage: int) -> None:
+        if self.sent is not None:
+            self.sent.extend(sent_by(message, self.x, self.state, stage, self.me))
 
     def add(self, share: Message, received: dict[int, Message]) -> bool:
+        sound = self._add(share, received)
+        if sound:
+            self._note(share, 1)
+        return sound
+
+    def _add(self, share: Message, received: dict[int, Message]) -> bool:
         if self.codec.linear:
             return _sum_payloads(list(received.values()), share)
         total, state = self.total[: share.packed[-1].stop], self.state

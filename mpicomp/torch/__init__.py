@@ -13,8 +13,9 @@ from mpicomp.torch.calls import allreduce, memory
 from mpicomp.torch.creation import register
 from mpicomp.torch.hook import Hook, compress
 from mpicomp.torch.launch import device, fill_environment
+from mpicomp.torch.optim import DGCSGD
 
-__all__ = ["compress", "allreduce", "memory", "reset", "traffic", "device", "Hook"]
+__all__ = ["compress", "allreduce", "memory", "reset", "traffic", "device", "Hook", "DGCSGD"]
 
 fill_environment()
 register()

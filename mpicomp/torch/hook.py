@@ -9,7 +9,8 @@ backward, a bucket that holds NaN or infinity, and with `scaler` a whole step th
 
 # No `from __future__ import annotations` here: DDP compares the annotations of the hook with types.
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,18 +19,22 @@ from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from mpicomp.api.lifecycle import BucketReductions
+from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
-from mpicomp.comm.agreement import agree, confirm, digest_of, mixed, refuse
+from mpicomp.comm.agreement import agree, confirm, digest_of, mixed, noted, refuse
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.watch import Traffic
 from mpicomp.planner.allowance import divided
 from mpicomp.reducers import Layout, Reducer, Unit
-from mpicomp.reducers.base import check_device
+from mpicomp.reducers.base import check_device, walk
+from mpicomp.reducers.masked import describe_masks, exported_masks, given_masks, masks_in
+from mpicomp.reducers.parts.masks import shared_masks
 from mpicomp.registry import describe, resolve_partitioned
 from mpicomp.torch.backend import MPIProcessGroup, tensor_group
 from mpicomp.torch.collective import breaking
 from mpicomp.torch.streams import device_of
 from mpicomp.torch.tensors import NAMES, bits_of, check_local
+from mpicomp.torch.worker import Worker
 
 
 class Bucket(NamedTuple):
@@ -37,6 +42,25 @@ class Bucket(NamedTuple):
 
     names: tuple[str, ...]
     digest: int
+
+
+class Held:
+    """A bucket that waits until all of its step are there: how it is reduced, and what DDP waits for."""
+
+    def __init__(self, run: Callable[[], torch.Tensor], buffer: torch.Tensor) -> None:
+        self.run, self.buffer = run, buffer
+        self._begun: torch.futures.Future[torch.Tensor]
+        self._end: torch.futures.Future[None] = torch.futures.Future()
+        self.future: torch.futures.Future[torch.Tensor] = self._end.then(lambda _: self._begun.value())
+
+    def begin(self, worker: Worker) -> None:
+        """Reduce it; `future` ends with its result or error."""
+        self._begun = worker.submit(self.run, [self.buffer]).get_future()
+        self._begun.add_done_callback(lambda _: self._end.set_result(None))
+
+
+Resolver = Callable[[Layout, str, int], Reducer]
+"""Returns the reducer for a layout, the dtype of most of its elements, and a number of ranks."""
 
 
 class Hook:
@@ -49,15 +73,19 @@ class Hook:
         reducer: Reducer,
         seed: int,
         scaler: torch.amp.GradScaler | None,
+        max_norm: float | None = None,
     ) -> None:
-        self._group = group
+        """See `compress`. With `max_norm` this rank's gradient is clipped first, which takes all buckets of a step."""
+        self._group, self._max_norm = group, max_norm
+        self._held: list[Held] = []
         self._names: dict[torch.Tensor, str] = {parameter: name for name, parameter in parameters.items()}
         self._scaler = scaler
         self._reductions = BucketReductions(reducer, seed)
         self._buckets: dict[int, Bucket] = {}
 
     @property
-    def _comm(self) -> Comm:
+    def comm(self) -> Comm:
+        """The process group's communicator."""
         return self._group.comm  # another one after a reset
 
     @property
@@ -73,7 +101,7 @@ class Hook:
     @property
     def traffic(self) -> Traffic:
         """Bytes sent and time spent on the process group's communicator, since its creation."""
-        return self._comm.traffic
+        return self.comm.traffic
 
     @property
     def step(self) -> int:
@@ -93,6 +121,38 @@ class Hook:
             raise ValueError(f"the model has no parameters {', '.join(unknown)}")
         self._buckets.clear()
         self._reductions.restore(state)
+
+    def set_masks(self, masks: Mapping[str, torch.Tensor] | None, root: int | None = None) -> dict[str, torch.Tensor]:
+        """Replace the masks of `masked` from the next step on; return them, as bool tensors by name. Collective.
+
+        `masks` has bool tensors of the parameters' shapes, True where an element survives; parameters without one
+        travel whole. Every rank gives the same ones, and a hash of them is compared; with `root` that rank alone gives
+        them, and the difference from the old masks is sent. What residuals hold of elements that stay is kept.
+
+        ConfigMismatchError on all ranks where masks differ, ValueError for masks that fit no parameter or a method
+        without `masked`; the other ranks then raise ConfigMismatchError. Nothing is changed then.
+        """
+        shapes = {name: tuple(parameter.shape) for parameter, name in self._names.items()}
+        arrays = None if masks is None else {name: mask.detach().cpu().numpy() for name, mask in masks.items()}
+        comm, reductions = self.comm, self._reductions
+        try:
+            layout = Layout.of(shapes)
+            found = given_masks(comm, self.reducer, layout, arrays, root)
+        except (TypeError, ValueError) as error:
+            self._group.worker.submit(partial(refuse, comm, error)).wait()
+            raise
+
+        def run() -> dict[str, Array]:
+            self._commit()
+            old = masks_in(reductions.export()["units"], layout)
+            agree(comm, f"{describe_masks(old, found, root)}, at step {reductions.step} of DDP")
+            with breaking(comm, "set_masks"):
+                new = shared_masks(comm, old, found, root)
+                reductions.change(exported_masks(new))
+            return new
+
+        new = self._group.worker.submit(run).result()
+        return {name: torch.from_numpy(mask.copy()).reshape(shapes[name]) for name, mask in new.items()}
 
     def reduce(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Begin to replace a bucket by its mean over ranks, in place; DDP waits for the future."""
@@ -114,7 +174,32 @@ class Hook:
             self._reduce(index, buffer, last)
             return buffer
 
-        return self._group.worker.submit(run, [buffer]).get_future()
+        if self._max_norm is None:
+            return self._group.worker.submit(run, [buffer]).get_future()
+        if index == 0:
+            self._held = []  # of a backward that was aborted
+        held = Held(run, buffer)
+        self._held.append(held)
+        if last:
+            self._release(self._max_norm)
+        return held.future
+
+    def _release(self, max_norm: float) -> None:
+        """Clip this rank's gradient, all buckets of which are there, and reduce them in their order.
+
+        Its share of the mean, the gradient over the number of ranks N, is clipped to max_norm N^-1/2 (DGC, Lin et al.
+        2018), in units of the loss scale: N independent shares of that norm have a sum of norm max_norm.
+        """
+        held, self._held = self._held, []
+        buffers = [each.buffer for each in held]
+        ranks = self._group.comm.size
+        scale = float(self._scaler.get_scale()) if self._scaler is not None else 1.0
+        norm = math.sqrt(sum(float(buffer.double().square().sum()) for buffer in buffers)) / ranks
+        most = max_norm * scale / math.sqrt(ranks)
+        for each in held:
+            if most < norm < math.inf:  # what is not finite stays so, on all ranks
+                each.buffer.mul_(most / norm)
+            each.begin(self._group.worker)
 
     # ------------------------------------------------------------------------- on the communication thread
 
@@ -131,15 +216,21 @@ class Hook:
         reductions = self._reductions
         what = describe(self.reducer, layout, dtype, "mean", reductions.seed, reductions.step)
         description = f"bucket {index} of DDP, {what}"
-        agree(self._comm, description)
-        with breaking(self._comm, description):
+        agree(self.comm, description)
+        if index and any(each.joins_units for each in walk(self.reducer)):
+            raise ValueError(
+                f"{self.reducer} chooses among all tensors together, and DDP sends them in several buckets; give "
+                f"DistributedDataParallel a bucket_cap_mb of more than the model's size"
+            )
+        with breaking(self.comm, description):
             reductions.add(index, layout, dtype)
             self._buckets[index] = Bucket(tuple(unit.name for unit in layout.units), digest_of(description))
 
     def _reduce(self, index: int, buffer: torch.Tensor, last: bool) -> None:
-        comm, bits, bucket = self._comm, bits_of(buffer), self._buckets[index]
+        comm, bits, bucket = self.comm, bits_of(buffer), self._buckets[index]
         comm.context = f"the bucket of {bucket.names[0]}"
-        confirm(comm, mixed(bucket.digest, self._reductions.step), lambda: self._described(index))
+        digest = noted(mixed(bucket.digest, self._reductions.step), self._reductions.agreed(index))
+        confirm(comm, digest, lambda: self._described(index))
         with breaking(comm, f"bucket {index} of DDP"):
             self._reductions.reduce(comm, index, "mean", bits, bits, last)
         comm.context = ""
@@ -149,7 +240,8 @@ class Hook:
         reduction = self._reductions.buckets[index]
         units = ", ".join(f"{unit.name} {unit.shape}" for unit in reduction.state.layout.units)
         step = self._reductions.step
-        return f"bucket {index} of DDP at step {step}, {reduction.dtype} by {self.reducer}, of {units}"
+        agreed = reduction.agreed
+        return f"{agreed}bucket {index} of DDP at step {step}, {reduction.dtype} by {self.reducer}, of {units}"
 
 
 def _units(names: Sequence[str], gradients: Sequence[torch.Tensor], buffer: torch.Tensor) -> tuple[Unit, ...]:
@@ -187,23 +279,42 @@ def compress(
     Raises ConfigMismatchError on all ranks where they disagree, and TypeError, ValueError or RuntimeError for arguments
     that cannot be used; the other ranks then raise ConfigMismatchError.
     """
+    resolve = partial(_resolve, method, min_size, min_ndim)
+    return hooked(ddp, resolve, seed, scaler)
+
+
+def _resolve(
+    method: str | Codec | Reducer, min_size: int, min_ndim: int, layout: Layout, dtype: str, ranks: int
+) -> Reducer:
+    return resolve_partitioned(method, layout, dtype, ranks, min_size, min_ndim)
+
+
+def hooked(
+    ddp: DistributedDataParallel,
+    resolve: Resolver,
+    seed: int = 0,
+    scaler: torch.amp.GradScaler | None = None,
+    max_norm: float | None = None,
+) -> Hook:
+    """Do what `compress` does, by the reducer that `resolve` returns, or with the error that it raises. Collective."""
     if not isinstance(ddp, DistributedDataParallel):
-        raise TypeError(f"compress takes a DistributedDataParallel model, got {type(ddp).__name__}")
+        raise TypeError(f"a DistributedDataParallel model is needed, got {type(ddp).__name__}")
     group = tensor_group(ddp.process_group)
     ranks = group.comm.size
     try:
         parameters = _parameters(ddp)
         layout, sizes = _layout(parameters)
         common = max(sizes, key=sizes.__getitem__)
-        reducer = divided(resolve_partitioned(method, layout, common, ranks, min_size, min_ndim), ranks, "mean")
+        reducer = divided(resolve(layout, common, ranks), ranks, "mean")
         what = describe(reducer, layout, ", ".join(sizes), "mean", seed, 0)
         check_device(reducer, device_of(parameters.values()) is not None)
     except (TypeError, ValueError, RuntimeError) as error:
         group.worker.submit(partial(refuse, group.comm, error)).wait()
         raise
     scaled = "with a scaler" if scaler is not None and scaler.is_enabled() else "without scaler"
-    group.worker.submit(lambda: agree(group.comm, f"compress, {scaled}, {what}")).wait()
-    hook = Hook(group, parameters, reducer, seed, scaler)
+    clipped = "" if max_norm is None else f", clipped to {max_norm!r}"
+    group.worker.submit(lambda: agree(group.comm, f"compress, {scaled}{clipped}, {what}")).wait()
+    hook = Hook(group, parameters, reducer, seed, scaler, max_norm)
     ddp.register_comm_hook(hook, reduce_bucket)
     return hook
 

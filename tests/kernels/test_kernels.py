@@ -65,6 +65,18 @@ def test_the_kernels_of_the_gpu_load_no_compiler_of_the_cpu():
     assert done.stdout.strip() == ""
 
 
+@pytest.mark.parametrize("size", [0, 1, 7, 1000])
+@every_dtype
+def test_momentum_adds_up(size, dtype):
+    x, u = normal(size, dtype), normal(size, dtype, 1)
+    m, new, ahead = x.dtype.type(0.9), np.empty_like(x), np.empty_like(x)
+    KERNELS.correct(x, u, new, None, 0.9)
+    assert np.array_equal(new, m * u + x)
+    KERNELS.correct(x, u, new, ahead, 0.9)
+    assert np.array_equal(new, m * (u + x))
+    assert np.array_equal(ahead, new + x)
+
+
 # ------------------------------------------------------------------------------------------------- half precision
 
 

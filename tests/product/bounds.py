@@ -68,7 +68,7 @@ def _inside(member: Any) -> list[Any]:
     if type(member) in CODECS.values():
         return []
     values = [getattr(member, field.name) for field in dataclasses.fields(member)]
-    several = [each for value in values if isinstance(value, tuple) for each in value]
+    several = [each for value in values if isinstance(value, tuple) for each in value if dataclasses.is_dataclass(each)]
     return [each for each in (*values, *several) if hasattr(each, "reduce") or each in several]
 
 

@@ -174,6 +174,24 @@ WRONG_ORDERS = [
         "error_feedback(partition(small=gather(sign), large=after(gather(topk(density=0.1)), steps=3)))",
         f"partition(small=error_feedback(gather(sign)), large=after({EF}, steps=3))",
     ),
+    (
+        "error_feedback(momentum_correction(gather(topk(density=0.1)), momentum=0.5))",
+        f"momentum_correction({EF}, momentum=0.5)",
+    ),
+    (f"momentum_correction(momentum_correction({EF}))", f"momentum_correction({EF})"),
+    (f"momentum_correction(after({EF}, steps=3))", f"after(momentum_correction({EF}), steps=3)"),
+    (
+        f"momentum_correction(warmup({EF}, densities=(0.5,), steps=3), nesterov=True)",
+        f"warmup(momentum_correction({EF}, nesterov=True), densities=(0.5,), steps=3)",
+    ),
+    (
+        f"momentum_correction(partition(small=dense, large={EF}))",
+        f"partition(small=momentum_correction(dense, masking=False), large=momentum_correction({EF}))",
+    ),
+    (
+        "error_feedback(warmup(gather(topk(density=0.1)), densities=(0.5,), steps=3))",
+        f"warmup({EF}, densities=(0.5,), steps=3)",
+    ),
 ]
 
 
@@ -257,6 +275,23 @@ def test_codecs_and_reducers_are_not_mixed_up(spec: str) -> None:
         ("partition(small=dense, large=dense, min_size=-1)", "min_size must be"),
         ("partition(small=dense, large=dense, min_ndim=-2)", "min_ndim must be"),
         ("dense(algorithm=tree)", "algorithm must be one of best, mpi, two_shot, ring"),
+        (f"momentum_correction({EF}, momentum=1.0)", r"momentum must be in \[0, 1\)"),
+        (f"momentum_correction({EF}, momentum=-0.1)", "momentum must be in"),
+        (f"momentum_correction({EF}, masking=1)", "masking must be"),
+        ("momentum_correction(dense)", r"sums exactly.*write momentum_correction\(dense, masking=False\)"),
+        ("momentum_correction(error_feedback(gather(sign)))", "cannot say .*write .*masking=False"),
+        ("momentum_correction(error_feedback(low_rank))", "cannot say .*write .*masking=False"),
+        ("momentum_correction(error_feedback(two_stage(rotated(sign))))", "cannot say"),
+        (f"warmup({EF}, steps=0)", "steps must be"),
+        (f"warmup({EF}, densities=(), steps=2)", "densities must be a tuple"),
+        (f"warmup({EF}, densities=(0.5, 0.5), steps=2)", "densities must descend"),
+        (f"warmup({EF}, densities=(0.2, 0.5), steps=2)", "densities must descend"),
+        (f"warmup({EF}, densities=(1.5, 0.5), steps=2)", "density must be in"),
+        (f"warmup({EF}, steps=2)", r"descend to that of topk\(density=0.1\).*write densities=\(0.25,\)"),
+        (f"warmup({EF}, densities=(0.1,), steps=2)", "too many elements"),
+        ("warmup(error_feedback(gather(sign)), steps=2)", "has none; write it around"),
+        ("warmup(dense, steps=2)", "has none; write it around"),
+        ("warmup(error_feedback(gather(threshold(at=0.1))), steps=2)", "has none"),
     ],
 )
 def test_bad_settings_are_refused(spec: str, words: str) -> None:

@@ -146,6 +146,8 @@ def test_the_agreement_covers_the_kernels_of_every_reducer(name: str, monkeypatc
         "error_feedback": "error_feedback(integer)",
         "after": "after(low_rank, steps=3)",
         "partition": "partition(small=dense, large=integer)",
+        "momentum_correction": "momentum_correction(integer, masking=False)",
+        "warmup": "warmup(tree(topk(density=0.1)), densities=(0.5,), steps=3)",
     }
     reducer = cast(Any, parse(specs.get(name, name)))
     right = _arithmetic.__wrapped__(reducer, float_mode())
@@ -154,6 +156,8 @@ def test_the_agreement_covers_the_kernels_of_every_reducer(name: str, monkeypatc
         "tree": ["merge", "select_top"],
         "integer": ["block_tops", "encode_blocks", "add_codes", "pack_sums", "decode_sums"],
         "partition": ["block_tops", "add_codes"],
+        "momentum_correction": ["correct", "add_codes"],
+        "warmup": ["merge"],
         "auto": ["add_codes", "merge", "add_marked"],
         "low_rank": ["orthogonalise", "outer_add"],
         "after": ["orthogonalise", "outer_add"],

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from bench.reproduce.entry import Entry
 from bench.reproduce.session import Session
-from bench.reproduce.works import binarized
+from bench.reproduce.works import binarized, dgc, gradient_dropping, gradual_pruning
 
 
 class Work(NamedTuple):
@@ -18,4 +18,12 @@ class Work(NamedTuple):
     entries: Callable[[Session, str], Iterator[Entry]]
 
 
-WORKS: tuple[Work, ...] = (Work(binarized.NAME, binarized.TASKS, binarized.entries),)
+WORKS: tuple[Work, ...] = tuple(
+    Work(each.NAME, each.TASKS, each.entries)
+    for each in (
+        dgc,
+        binarized,
+        gradual_pruning,
+        gradient_dropping,
+    )
+)

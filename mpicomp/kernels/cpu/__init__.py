@@ -28,6 +28,7 @@ from mpicomp.kernels.cpu.indices import (
 from mpicomp.kernels.cpu.integer import add_codes, block_tops, decode_sums, pack_sums
 from mpicomp.kernels.cpu.linalg import back_project, orthogonalise, outer, outer_add
 from mpicomp.kernels.cpu.merge import add_marked, collect, count_marks, mark_first, merge
+from mpicomp.kernels.cpu.momentum import correct
 from mpicomp.kernels.cpu.quantize import codes_valid, decode_blocks, encode_blocks
 from mpicomp.kernels.cpu.random import fill_uniform, random_support
 from mpicomp.kernels.cpu.scatter import gather, put_at, scatter_add

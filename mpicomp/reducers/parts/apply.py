@@ -91,9 +91,11 @@ def _once_more(
 
 
 def _scaled(state: Any, factor: float) -> Any:
-    """Return a copy of a state with its residuals multiplied."""
+    """Return a copy of a state with its residuals and momenta multiplied."""
     residual = None if state.residual is None else state.residual * state.residual.dtype.type(factor)
-    return replace(state, residual=residual, inner=tuple(_scaled(inner, factor) for inner in state.inner))
+    momentum = state.momentum and (state.momentum[0] * state.momentum[0].dtype.type(factor), state.momentum[1])
+    inner = tuple(_scaled(each, factor) for each in state.inner)
+    return replace(state, residual=residual, momentum=momentum, inner=inner)
 
 
 def _round(total: Array, out: Array, dtype: str, layout: Layout, kept: tuple[Unit, ...]) -> None:

@@ -90,6 +90,12 @@ class EntryCodec:
         indices.decode(data, size, places)
         return Entries(self._values(tuple(coded), count, key, shrink), places)
 
+    def sent(self, payload: Payload, size: int, count: int, key: Key, shrink: float = 1.0) -> Array:
+        """Return the places of entries that the code does not round to zero, ascending, uint32."""
+        entries = self.read(payload, size, count, key, shrink)
+        found: Array = entries.places[entries.values != 0]
+        return found
+
     def add(self, payload: Payload, count: int, out: Array, key: Key, shrink: float = 1.0) -> None:
         """Add `count` entries to `out`, a region."""
         *coded, data = payload

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -71,6 +71,15 @@ class Layout:
     def single(cls, shape: tuple[int, ...], name: str = "x") -> Layout:
         """The layout of a plain array: one unit with its shape."""
         return cls((Unit(name, shape, 0),))
+
+    @classmethod
+    def of(cls, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
+        """The layout of named arrays side by side."""
+        units, end = [], 0
+        for name, shape in shapes.items():
+            units.append(Unit(name, shape, end))
+            end += units[-1].size
+        return cls(tuple(units))
 
     @cached_property
     def size(self) -> int:

@@ -17,7 +17,7 @@ from mpicomp.cost import Work
 from mpicomp.errors import ConfigMismatchError
 from mpicomp.kernels import kernels_for
 from mpicomp.reducers.parts.layout import Piece
-from mpicomp.reducers.parts.state import State
+from mpicomp.reducers.parts.state import Sent, State
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.wire import ALIGN, HEADER, POISON, Field, Header, MessageLayout, Payload, read_header, write_header
 
@@ -188,6 +188,14 @@ class Message(Envelope):
             self.codec.decode_add(payload, out[place], state.key(piece, stage, rank), scale / self.shrink, fresh)
         if self.direct:
             self._copied = Copied()
+
+
+def sent_by(message: Message, x: Array, state: State, stage: int, rank: int) -> list[Sent]:
+    """Return which elements of x a message holds that this rank has encoded, and that is not sent yet."""
+    return [
+        Sent(place, message.codec.sent(payload, x[place], state.key(piece, stage, rank)))
+        for piece, place, payload in zip(message.pieces, message.places, message.received(), strict=False)
+    ]
 
 
 def residuals(state: State, place: slice) -> tuple[Array | None, Array | None]:

@@ -13,6 +13,7 @@ from mpicomp.arrays import Array
 from mpicomp.codecs.base import stream_of
 from mpicomp.comm.topology import Topology
 from mpicomp.reducers.parts.layout import Layout, Piece, Unit
+from mpicomp.reducers.parts.state import Sent
 
 GRAIN = 1 << 12  # elements; the smallest part of a unit that is cut
 
@@ -94,6 +95,13 @@ class NodeShards:
                     target[unit.where] = x[home.where]
                 else:
                     np.add(x[home.where], old[home.where], out=target[unit.where])
+
+    def marked(self, number: int, bits: Array) -> list[Sent]:
+        """Return the elements of a shard whose bits are set, by the part of a unit."""
+        marks = np.unpackbits(bits, bitorder="little")
+        return [
+            Sent(home.where, np.flatnonzero(marks[unit.where]).astype(np.uint32)) for unit, home in self.shards[number]
+        ]
 
     def copy_out(self, number: int, total: Array, out: Array) -> None:
         """Copy the total of a shard to its position in `out`, (extent,)."""

@@ -8,7 +8,7 @@ stays valid until the next step. A caller who discards a step goes on with that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Units = dict[str, dict[str, Array]]
 """The part of a state that is worth storing, by unit name: {"layer.weight": {"residual": (size,) array}}."""
+MEASURED = ("residual", "momentum")
+"""The names of exported arrays, (size,), that are measured in the unit of the inputs: see `rescale`."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class StatePart:
     residual: Array | None = None
     spare: Array | None = None
     memory: Mapping[str, Array] = field(default_factory=dict)
+    momentum: tuple[Array, Array] | None = None
+    """What `momentum_correction` has added up, (extent,), in the unit of the inputs, and room for the next; or None."""
     inner: tuple[StatePart, ...] = ()
     extra: Any = None
     """Further values of a reducer, in a type of its own."""
@@ -52,8 +56,10 @@ class StatePart:
             return self
         residual, spare = (None if array is None else to_device(array) for array in (self.residual, self.spare))
         memory = {name: to_device(array) for name, array in self.memory.items()}
+        momentum = self.momentum and (to_device(self.momentum[0]), to_device(self.momentum[1]))
         inner = tuple(part.placed(device) for part in self.inner)
-        return replace(self, device=True, residual=residual, spare=spare, memory=memory, inner=inner)
+        arrays: dict[str, Any] = {"residual": residual, "spare": spare, "memory": memory, "momentum": momentum}
+        return replace(self, device=True, inner=inner, **arrays)
 
 
 @dataclass(frozen=True)
@@ -98,11 +104,21 @@ def _made(kind: type[P], part: StatePart, changes: dict[str, Any]) -> P:
 
 
 def rescale(state: StatePart, factor: float) -> None:
-    """Multiply all residuals in place, for example when the loss scale changes."""
-    if state.residual is not None:
-        np.multiply(state.residual, factor, out=state.residual)
+    """Multiply all residuals and momenta in place, for example when the loss scale changes."""
+    for array in (state.residual, state.momentum and state.momentum[0]):
+        if array is not None:
+            np.multiply(array, factor, out=array)
     for inner in state.inner:
         rescale(inner, factor)
+
+
+class Sent(NamedTuple):
+    """Elements of a unit, or of a part of one, that this rank sent."""
+
+    where: slice
+    """The part in the flat array."""
+    places: Array
+    """(k,) uint32, counted from its beginning."""
 
 
 class Reduction(NamedTuple):
@@ -116,6 +132,11 @@ class Reduction(NamedTuple):
     """The reducer has divided `total` by the workspace's divisor."""
     finite: bool = False
     """`total` is known to be finite without a scan."""
+    sent: Sequence[Sent] | None = None
+    """Where `Workspace.asks`: the elements of which this rank sent something, the rest of which is in its residual.
+
+    None where nothing was left out anywhere: the sum was exact.
+    """
 
 
 End = Callable[[], tuple[Reduction, State]]

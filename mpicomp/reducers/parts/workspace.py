@@ -60,6 +60,8 @@ class Workspace:
         """Whether buffers are CuPy's."""
         self.divisor = divisor
         self.terms = 1
+        self.asks = False
+        """Whether the caller asks what this rank sent: see `Reduction.sent`."""
         self._made: dict[Hashable, Any] = {}
         self._inner: dict[str, Workspace] = {}
         self._comm: weakref.ref[Comm] | None = None
@@ -83,8 +85,12 @@ class Workspace:
         if found is None:
             found = self._inner[name] = Workspace(self.device, arena=self._arena)
             found._end = self._end
-        found.divisor, found.terms = self.divisor, self.terms * terms
+        found.divisor, found.terms, found.asks = self.divisor, self.terms * terms, self.asks
         return found
+
+    def renewed(self) -> Workspace:
+        """Return an empty workspace in the same memory, for another state: this one must not be used any more."""
+        return Workspace(self.device, arena=self._arena)
 
     def forget(self, kept: set[str]) -> None:
         """Drop all inner workspaces but those of the given names."""

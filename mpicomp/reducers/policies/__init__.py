@@ -3,6 +3,8 @@
 from mpicomp.reducers.policies.after import After
 from mpicomp.reducers.policies.base import Policy, Wrapper
 from mpicomp.reducers.policies.error_feedback import ErrorFeedback
+from mpicomp.reducers.policies.momentum_correction import MomentumCorrection
 from mpicomp.reducers.policies.partition import Partition
+from mpicomp.reducers.policies.warmup import Warmup
 
-__all__ = ["After", "ErrorFeedback", "Partition", "Policy", "Wrapper"]
+__all__ = ["After", "ErrorFeedback", "MomentumCorrection", "Partition", "Policy", "Warmup", "Wrapper"]

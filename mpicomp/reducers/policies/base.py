@@ -59,11 +59,18 @@ class Wrapper(Policy):
     def __post_init__(self) -> None:
         self.check(self.reducer)
 
+    @property
+    def reports(self) -> bool:
+        return self.reducer.reports
+
     def candidates(self, feedback: bool = False) -> tuple[Reducer, ...]:
         return self.reducer.candidates(feedback)
 
     def running(self, state: State) -> Reducer:
         return self.reducer.running(state)
+
+    def agreed(self, state: State) -> str:
+        return self.reducer.agreed(state)
 
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
         return self.reducer.cost(layout, dtype, topology, me, feedback)

@@ -1,0 +1,153 @@
+"""joined: all units as one array, so that a codec chooses among the elements of all tensors: one threshold for all.
+
+**Scales.** One threshold starves tensors with small gradients. With `normalised` every unit is multiplied by a power of
+two, the same on all ranks, that brings the mean magnitude of this step's elements, on the rank where it is largest,
+into [1/2, 1); the total is multiplied back. Powers of two change no digit, so only the choice depends on them. The
+scale is that of what a step brings, and not of the residuals: so a tensor of which nothing is sent for long comes to
+its turn. Residuals are kept in the scale of x.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import numpy as np
+
+from mpicomp.arrays import Array
+from mpicomp.codecs.checks import check_bool
+from mpicomp.comm.communicator import Comm
+from mpicomp.comm.primitives import allreduce
+from mpicomp.comm.topology import Topology
+from mpicomp.cost import Cost, Work
+from mpicomp.reducers.base import Level
+from mpicomp.reducers.parts.layout import Layout, Unit
+from mpicomp.reducers.parts.state import Reduction, State, Units, poisoned_total
+from mpicomp.reducers.parts.workspace import Workspace
+from mpicomp.reducers.relaid import Relaid
+
+NAME = "joined"  # of the one unit
+OWED = 2.0**-60  # share of a residual's mean that a scale is at least: its elements then stay far from overflow
+
+
+@dataclass(frozen=True)
+class Joined(Relaid):
+    """Reduce all units as one array: a sparse codec then has one threshold for all tensors (Aji and Heafield 2017).
+
+    With `normalised` the tensors' scales are made equal first, for the choice alone: a tensor with small gradients
+    sends as many elements as another. That takes a method which sends by itself, and 8 more bytes per unit.
+
+    All units of a layout take part: the arrays of a list, or the tensors of a DDP model in one bucket.
+    """
+
+    spec_name: ClassVar[str] = "joined"
+    joins_units: ClassVar[bool] = True
+    normalised: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_bool(normalised=self.normalised)
+        super().__post_init__()
+        if self.normalised and self.reducer.level is not Level.METHOD:
+            raise ValueError(f"normalised takes a method that sends by itself, such as gather, got {self.reducer}")
+
+    def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
+        cost = self.reducer.cost(_one(layout), dtype, topology, me, feedback)
+        if not self.normalised or not layout.size:
+            return cost
+        nbytes = 8 * len(layout.units)
+        passes = Work("add", layout.size * (4 if feedback else 3))
+        return cost + Cost(-(-2 * nbytes * (topology.size - 1) // topology.size), mpi=(nbytes,), work=(passes,))
+
+    def init(self, layout: Layout, dtype: str, feedback: bool = False, seed: int = 0, step: int = 0) -> State:
+        inner = self.reducer.init(_one(layout), dtype, feedback, seed, step).part
+        return State(layout, dtype, 0, inner=(inner,), seed=seed, step=step)
+
+    def agreed(self, state: State) -> str:
+        return self.reducer.agreed(state.nested())
+
+    def collect(self, x: Array, state: State, flat: Array) -> None:
+        state.layout.collect(x, flat)
+
+    def spread(self, flat: Array, state: State, out: Array) -> None:
+        state.layout.spread(flat, out)
+
+    def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
+        if not self.normalised:
+            return super()._reduce(comm, x, state, out, work)
+        inner, layout = state.nested(), state.layout
+        flat, total = (work.buffer(name, layout.size, state.dtype) for name in ("joined", "joined total"))
+        layout.collect(x, flat)
+        powers = _powers(comm, flat, inner.residual, layout)
+        _scale(flat, layout, -powers)
+        if inner.residual is not None:
+            owed = work.buffer("residual", layout.size, state.dtype)
+            owed[...] = inner.residual
+            _scale(owed, layout, -powers)
+            inner = replace(inner, residual=owed)
+        reduction, after = self.reducer.reduce(comm, flat, inner, total, work.inner("reducer"))
+        if reduction.poisoned:
+            return poisoned_total(out, layout), state
+        _scale(total, layout, powers)
+        layout.spread(total, out)
+        if after.residual is not None:
+            _scale(after.residual, layout, powers)
+            after = replace(after, spare=state.inner[0].residual)
+        return Reduction(out, divided=reduction.divided), state.advanced(inner=(after.part,))
+
+    def absorbing(self, state: State) -> tuple[Unit, ...]:
+        return state.layout.units if self.reducer.absorbing(state.nested()) else ()
+
+    def export(self, state: State) -> Units:
+        """See Reducer: what the reducer inside remembers of each element, unit by unit."""
+        kept, whole = self.reducer.export(state.nested())[NAME], (state.layout.size,)
+        parts = {what: _parts(array, state.layout) for what, array in kept.items() if array.shape == whole}
+        return {
+            unit.name: {what: each[number] for what, each in parts.items()}
+            for number, unit in enumerate(state.layout.units)
+        }
+
+    def restore(self, state: State, units: Units) -> State:
+        layout = state.layout
+        whole: dict[str, Array] = {}
+        for unit, part in zip(layout.units, _parts(np.arange(layout.size), layout), strict=True):
+            for what, array in units.get(unit.name, {}).items():
+                if array.shape == (unit.size,):
+                    whole.setdefault(what, np.zeros(layout.size, array.dtype))[part] = array
+        inner = self.reducer.restore(state.nested(), {NAME: whole})
+        return replace(state, inner=(inner.part,))
+
+
+def _one(layout: Layout) -> Layout:
+    """Return the layout of all elements as one unit."""
+    return Layout.single((layout.size,), NAME)
+
+
+def _parts(flat: Array, layout: Layout) -> list[Array]:
+    """Return views of the units in an array of all elements, (size,)."""
+    ends = np.cumsum([unit.size for unit in layout.units])
+    return np.split(flat, ends[:-1]) if layout.units else []
+
+
+def _powers(comm: Comm, x: Array, old: Array | None, layout: Layout) -> Array:
+    """Return the exponent of each unit's scale, (units,), from all ranks' x and residuals, (size,). Collective."""
+    most = np.empty(len(layout.units))
+    with np.errstate(over="ignore", invalid="ignore"):  # the reducer finds what is not finite
+        mine = _means(x, layout)
+        if old is not None:
+            mine = np.maximum(mine, OWED * _means(old, layout))
+    mine[~np.isfinite(mine)] = np.inf  # MPI's maximum with NaN may be anything
+    allreduce(comm, mine, most, "max")
+    return np.where(np.isfinite(most), np.frexp(most)[1], 0)
+
+
+def _means(flat: Array, layout: Layout) -> Array:
+    """Return the mean magnitude of each unit, (units,) float64; 0 of an empty one."""
+    parts = _parts(flat, layout)
+    return np.array([np.abs(part).mean(dtype=np.float64) if part.size else 0.0 for part in parts])
+
+
+def _scale(flat: Array, layout: Layout, powers: Array) -> None:
+    """Multiply each unit of an array of all elements, (size,), by a power of two."""
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        for part, power in zip(_parts(flat, layout), powers.tolist(), strict=True):
+            np.ldexp(part, power, out=part)
