@@ -8,7 +8,7 @@ from mpicomp.models.binary import (
     binary_groups,
     clip_after_step,
 )
-from mpicomp.models.fold import fold
+from mpicomp.models.folding import fold
 from mpicomp.models.packed import PackedNetwork
 from mpicomp.models.pruning import Masks
 from mpicomp.models.schedule import Pruning, PruningSchedule
