@@ -234,6 +234,17 @@ class HostKernels(Kernels, Protocol):
     def decode_elias_fano(self, data: Array, width: int, out: Array) -> None:
         """Set out, (k,) uint32, to the k indices of an Elias-Fano code; WireFormatError for more or fewer."""
 
+    # ---- Symbols of few bits in the file of a model
+
+    def encode_symbols(self, symbols: Array, bits: int, counts: Array, out: Array) -> int:
+        """Write symbols, (n,) uint16 below 2^bits, to `out`, uint8; return the bytes used, -1 if `out` is too short.
+
+        counts, (2^(bits + 1),) uint64, is zero before and holds what was counted afterwards.
+        """
+
+    def decode_symbols(self, data: Array, bits: int, counts: Array, out: Array) -> None:
+        """Set `out`, (n,) uint16, to the symbols of a message, uint8; any bytes give symbols below 2^bits."""
+
     # ---- Sums of sparse vectors: the reducers split and tree
 
     def add_marked(self, places: Array, values: Array, sums: Array, marks: Array) -> None:

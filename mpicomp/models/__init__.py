@@ -1,4 +1,4 @@
-"""Small models: pruning, layers of few bits, and what else makes a model smaller before it travels."""
+"""Small models: pruning, weight sharing, low-bit layers, distillation, files."""
 
 from mpicomp.models.binary import (
     BinaryActivation,
@@ -8,11 +8,15 @@ from mpicomp.models.binary import (
     binary_groups,
     clip_after_step,
 )
+from mpicomp.models.broadcast import bcast
+from mpicomp.models.files import compress_model, decompress_model
 from mpicomp.models.folding import fold
 from mpicomp.models.packed import PackedNetwork
 from mpicomp.models.pruning import Masks
 from mpicomp.models.schedule import Pruning, PruningSchedule
+from mpicomp.models.sharing import Codebooks
 from mpicomp.models.shift import ShiftAdaMax, ShiftBatchNorm
 
-__all__ = ["BinaryActivation", "BinaryConv2d", "BinaryLinear", "FixedPoint", "binary_groups", "clip_after_step"]
-__all__ += ["Masks", "PackedNetwork", "Pruning", "PruningSchedule", "ShiftAdaMax", "ShiftBatchNorm", "fold"]
+__all__ = ["bcast", "compress_model", "decompress_model", "Masks", "Pruning", "PruningSchedule", "Codebooks"]
+__all__ += ["BinaryActivation", "BinaryConv2d", "BinaryLinear", "FixedPoint", "binary_groups", "clip_after_step"]
+__all__ += ["PackedNetwork", "ShiftAdaMax", "ShiftBatchNorm", "fold"]

@@ -7,7 +7,13 @@ from typing import NamedTuple
 
 from bench.reproduce.entry import Entry
 from bench.reproduce.session import Session
-from bench.reproduce.works import binarized, dgc, gradient_dropping, gradual_pruning
+from bench.reproduce.works import (
+    binarized,
+    deep_compression,
+    dgc,
+    gradient_dropping,
+    gradual_pruning,
+)
 
 
 class Work(NamedTuple):
@@ -21,6 +27,7 @@ class Work(NamedTuple):
 WORKS: tuple[Work, ...] = tuple(
     Work(each.NAME, each.TASKS, each.entries)
     for each in (
+        deep_compression,
         dgc,
         binarized,
         gradual_pruning,

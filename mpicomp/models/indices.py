@@ -1,0 +1,55 @@
+"""Where the surviving weights of a tensor are: distances to the one before, and fillers for long ones.
+
+With k bits a distance of 1..2^k is the symbol distance - 1. While a distance is larger, a filler stands for 2^k places
+(Han et al., ICLR '16, section 2). The filler is the symbol 2^k, which no distance has: so it carries no weight, and
+meets neither an index of the codebook nor a weight of value zero.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mpicomp.arrays import Array
+from mpicomp.errors import WireFormatError
+from mpicomp.models import entropy
+
+MAX_GAP_BITS = 12
+
+
+def to_gaps(places: Array, gap_bits: int) -> Array:
+    """Return ascending places, (k,) int64, as symbols of gap_bits + 1 bits, (k + fillers,) uint16."""
+    beyond = np.diff(places, prepend=-1) - 1  # (k,) distance - 1
+    fillers = beyond >> gap_bits
+    symbols = np.full(places.size + int(fillers.sum()), 1 << gap_bits, np.uint16)
+    symbols[np.arange(places.size) + np.cumsum(fillers)] = beyond & (1 << gap_bits) - 1
+    return symbols
+
+
+def to_places(symbols: Array, gap_bits: int, size: int) -> Array:
+    """Return the places, (k,) int64, of `to_gaps`; WireFormatError for symbols that it does not make of `size` places.
+
+    Takes 16 bytes of memory per symbol.
+    """
+    filler = 1 << gap_bits
+    if symbols.size and (symbols.max() > filler or symbols[-1] == filler):
+        raise WireFormatError(f"distances of {gap_bits} bits end with a filler or hold a symbol above {filler}")
+    steps = symbols.astype(np.int64)
+    steps += symbols != filler
+    ends = np.cumsum(steps) - 1
+    if symbols.size and ends[-1] >= size:
+        raise WireFormatError(f"a weight is at place {ends[-1]} of a tensor of {size}")
+    places: Array = ends[symbols != filler]
+    return places
+
+
+def best_gap_bits(places: Array) -> tuple[int, float]:
+    """Return how many bits of a distance make the shortest code for ascending places, (k,) int64, and its bits."""
+    beyond, often = np.unique(np.diff(places, prepend=-1) - 1, return_counts=True)
+    costs = {}
+    for gap_bits in range(1, MAX_GAP_BITS + 1):
+        histogram = np.zeros(2 << gap_bits, np.int64)
+        np.add.at(histogram, beyond & (1 << gap_bits) - 1, often)
+        histogram[1 << gap_bits] = ((beyond >> gap_bits) * often).sum()
+        costs[gap_bits] = entropy.cost(histogram)
+    best = min(costs, key=lambda bits: (costs[bits], bits))
+    return best, costs[best]
