@@ -7,7 +7,8 @@ as any other gradient; averages of signs mean nothing.
     model = nn.Sequential(FixedPoint(), BinaryLinear(784, 1024), nn.BatchNorm1d(1024), BinaryActivation(), ...)
     optimizer = torch.optim.Adam(binary_groups(model, lr=3e-3))
     clip_after_step(optimizer, model)
-    network = mpicomp.models.packed.fold(model.eval())                      # one bit per weight
+    ...
+    network = mpicomp.models.fold(model)                                    # one bit per weight
 
 BatchNorm statistics stay each rank's own, as DDP leaves them: `nn.SyncBatchNorm`, or a broadcast of the buffers before
 an evaluation, makes them one.

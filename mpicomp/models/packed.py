@@ -1,8 +1,8 @@
 """Inference of binary networks on one bit per weight and activation; NumPy only, exact in integers.
 
 A product of signs is n - 2 popcount(a XOR b), n without padding. What follows it up to the next signs (bias, BatchNorm)
-is monotone in each unit, so all of it is one threshold per unit and a direction: see `mpicomp.models.fold`. Inputs are
-signs, or integers of a few bits that are summed bit plane by bit plane.
+is monotone in each unit, so all of it is one threshold per unit and a direction: see `mpicomp.models.folding`. Inputs
+are signs, or integers of a few bits that are summed bit plane by bit plane.
 """
 
 from __future__ import annotations

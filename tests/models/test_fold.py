@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mpicomp.comm.communicator import Comm
 from mpicomp.errors import WireFormatError
 from mpicomp.models.binary import BinaryActivation, BinaryConv2d, BinaryLinear, FixedPoint
-from mpicomp.models.fold import fold, thresholds
+from mpicomp.models.folding import fold, thresholds
 from mpicomp.models.packed import PackedNetwork, unpack
 from mpicomp.models.packed_file import broadcast, from_bytes, nbytes_of, to_bytes, weight_nbytes
 from mpicomp.models.shift import shift_based

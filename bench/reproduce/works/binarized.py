@@ -27,7 +27,7 @@ from mpicomp.comm.transport import world
 from mpicomp.kernels import host_kernels
 from mpicomp.models import packed_file
 from mpicomp.models.binary import BinaryActivation, BinaryLinear, FixedPoint, binary_groups, clip_after_step
-from mpicomp.models.fold import fold
+from mpicomp.models.folding import fold
 from mpicomp.models.packed import PackedNetwork, words
 from mpicomp.models.shift import ShiftAdaMax, shift_based
 
