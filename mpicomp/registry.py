@@ -64,6 +64,7 @@ REDUCERS: dict[str, type[Reducer]] = {
         reducers.Masked,
         reducers.Joined,
         reducers.ErrorFeedback,
+        reducers.Decay,
         reducers.MomentumCorrection,
         reducers.Warmup,
         reducers.After,
@@ -96,6 +97,7 @@ OTHER_NAMES = {
         "natural": "naturalcompression",
         "split": "oktopk sparcml",
         "tree": "gtopk",
+        "decay": "loco sparseloco",
         "vote": "majority majorityvote signum",
     }.items()
     for other in others.split()

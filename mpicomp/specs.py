@@ -12,7 +12,8 @@ member, `after(two_stage(uniform), steps=100)`, and everything else by keyword: 
 `partition(small=dense, large=low_rank(rank=4), min_size=1024)`.
 
 **What else is read.** Any field by position or keyword, tuples and lists (both become tuples), an int for a float,
-`inf` and `nan` for a float, and a bare name where the field is annotated `str`: `cast(dtype=bf16)`.
+`inf` and `nan` for a float, and a bare name where the field is annotated `str`: `cast(dtype=bf16)`. An alias takes the
+other arguments of what it stands for: `bf16(stochastic=True)`.
 """
 
 from __future__ import annotations
@@ -223,10 +224,11 @@ class _Parser:
 
     def member(self, name: str, node: ast.expr, args: list[ast.expr], keywords: list[ast.keyword], depth: int) -> Any:
         """Build the member `name` from its arguments."""
+        fixed: list[ast.keyword] = []
         if name in self.aliases and name not in self.registry:
-            if isinstance(node, ast.Call):
-                self.fail(f"{name} stands for {self.aliases[name]} and takes no arguments", node)
-            return parse(self.aliases[name], self.registry, self.aliases)
+            if args:
+                self.fail(f"{name} stands for {self.aliases[name]} and takes no arguments by position", node)
+            name, fixed = _meaning(self.aliases[name])
         if name not in self.registry:
             guess = self.meant(name) or _guess(name, self.names())
             self.fail(f"unknown name {name!r}{guess}", node, self.known())
@@ -241,6 +243,7 @@ class _Parser:
             count = f"{len(by_position)} argument{'s' if len(by_position) != 1 else ''} by position"
             self.fail(f"{name} takes {count}, got {len(args)}", args[len(by_position)], takes)
         given: list[tuple[str, ast.expr | ast.keyword, ast.expr]] = [
+            *((kw.arg or "", node, kw.value) for kw in fixed),
             *((field, arg, arg) for field, arg in zip(by_position, args, strict=False)),
             *((kw.arg or "**", kw, kw.value) for kw in keywords),
         ]
@@ -304,6 +307,14 @@ class _Parser:
         shown = "".join(c if c.isprintable() else "?" for c in line[start : start + 120])
         message = f"{what}\n    {shown}\n    {' ' * (column - start)}^"
         raise SpecError(f"{message}\n{hint}" if hint else message) from cause
+
+
+def _meaning(alias: str) -> tuple[str, list[ast.keyword]]:
+    """Return the member that an alias stands for, a name or a call, and the arguments that it gives by keyword."""
+    with _one_at_a_time:
+        body: Any = ast.parse(alias, mode="eval").body
+    called = hasattr(body, "func")
+    return (body.func.id, body.keywords) if called else (body.id, [])
 
 
 def _guess(name: str, known: Iterable[str]) -> str:

@@ -75,7 +75,8 @@ def bound(codec, x):
         least, digits, largest = (
             (2.0**-25, 11, 65504.0) if codec.dtype == "fp16" else (2.0**-134, 8, 3.3895313892515355e38)
         )
-        return np.maximum(np.maximum(size * np.longdouble(2) ** -digits, least), size - largest)
+        wide = 2 if codec.stochastic else 1
+        return np.maximum(np.maximum(wide * size * np.longdouble(2) ** -digits, wide * least), size - largest)
     if isinstance(codec, TopK | BlockTopK | RandomK | Threshold | SampledTopK):
         return sparse_bound(codec, x)
     if isinstance(codec, Atomo):  # what is sent is at most the mean magnitude over the density, or the element itself

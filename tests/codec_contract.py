@@ -51,6 +51,7 @@ def check_value(codec: Codec) -> None:
     assert hash(codec) == hash(same)
     assert all(type(getattr(codec, name)) is bool for name in ATTRIBUTES)
     assert codec.block >= 1
+    assert 1 <= codec.grain <= codec.block
     assert codec.density is None or 0 < codec.density <= 1
     assert not (codec.contractive and codec.unbiased)
     assert not codec.linear or codec.fixed

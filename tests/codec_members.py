@@ -30,6 +30,7 @@ from mpicomp.codecs.blockwise import Blockwise
 CODECS_TESTED = [
     Cast("fp16"),
     Cast("bf16"),
+    Cast("bf16", stochastic=True),
     TopK(0.01),
     TopK(0.3),
     TopK(1.0),
@@ -74,6 +75,8 @@ CODECS_TESTED = [
     DoReFa(bits=3, scaled=False),
     Sign(),
     Sign(two_means=True),
+    Sign(block=64),
+    Sign(block=1032),
     Ternary(),
     Ternary(scaled=False),
     Ternary(clip=2.5),
@@ -129,6 +132,7 @@ def decoded(codec, payload, size, dtype, key=KEY):
 def rounds_at_random(codec):
     """Tell whether a codec draws numbers of each rank's own."""
     own = isinstance(codec, Natural | Ternary | Atomo) or (isinstance(codec, Blockwise) and codec.random)
+    own = own or (isinstance(codec, Cast) and codec.stochastic)
     return own or any(map(rounds_at_random, codec.inner))
 
 

@@ -21,6 +21,7 @@ from reducers.members import (
     check_law,
     inputs,
     member,
+    shares_of,
     steps,
 )
 
@@ -41,7 +42,8 @@ def gathered(x: Array) -> Array:
 
 def run(comm: Comm, reducer: Reducer, x: Array) -> History:
     entered, totals, residuals, poisoned, units = steps(comm, reducer, x[comm.rank], reducer.init(FEW, "float32"))
-    return History(gathered(entered), gathered(totals), gathered(residuals), gathered(poisoned), [units])
+    found = (gathered(each) for each in (entered, totals, residuals, poisoned))
+    return History(*found, [units], shares=shares_of(reducer, FEW, x.shape[2]))
 
 
 def main() -> None:

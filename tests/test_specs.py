@@ -313,9 +313,16 @@ KNOWN = (
         (
             "fp16(2)",
             """
-            fp16 stands for cast(dtype=fp16) and takes no arguments
+            fp16 stands for cast(dtype=fp16) and takes no arguments by position
                 fp16(2)
                 ^""",
+        ),
+        (
+            "fp16(dtype=bf16)",
+            """
+            argument 'dtype' of cast is given twice
+                fp16(dtype=bf16)
+                     ^""",
         ),
         (
             "gather(sign",

@@ -50,6 +50,7 @@ EVERY = (
     "hierarchical(two_stage(uniform(bits=4)))",
     AUTO,
     "after(error_feedback(gather(topk(density=0.01))), steps=100)",
+    "decay(error_feedback(gather(topk(density=0.01))), factor=0.95)",
     "warmup(momentum_correction(error_feedback(gather(topk(density=0.001)))), steps=100)",
     "partition(small=dense, large=error_feedback(low_rank(rank=4)))",
 )

@@ -58,6 +58,7 @@ SPECS = (
     "dorefa",
     "sign",
     "sign(two_means=True)",
+    "sign(block=64)",
     "ternary",
     "ternary(clip=2.5, scaled=False)",
     "natural",
@@ -70,6 +71,7 @@ SPECS = (
     "rotated(sign)",
     "rotated(uniform(bits=2), kashin=True)",
     "cast(dtype=bf16)",
+    "cast(dtype=bf16, stochastic=True)",
     "cast(dtype=fp16)",
 )
 """The specs that run by default."""

@@ -203,7 +203,7 @@ def bytes_moved(codec: Any, op: str, size: int, subject: Subject) -> int:
     """
     if isinstance(codec, EliasFano):  # the code, and the indices or, to add at them, values and elements
         return (4 if op == "encode" else 12) * subject.touched + subject.nbytes
-    twice = isinstance(codec, Ternary) or (isinstance(codec, Sign) and op == "encode_residual")
+    twice = isinstance(codec, Ternary) or (isinstance(codec, Sign) and not codec.blockwise and op == "encode_residual")
     if op == "encode":
         read = 4 * (subject.touched if isinstance(codec, RandomK) else size)
         return read * (1 + twice) + subject.nbytes

@@ -141,8 +141,13 @@ class Codec(Spec, ABC):
 
     @property
     def block(self) -> int:
-        """Shards of a tensor are cut at multiples of this number of elements; a smaller tensor has one owner."""
+        """How many elements are coded together."""
         return 256
+
+    @property
+    def grain(self) -> int:
+        """Shards of a tensor are cut at multiples of this number of elements; a smaller tensor has one owner."""
+        return self.block
 
     @property
     def inner(self) -> tuple[Codec, ...]:

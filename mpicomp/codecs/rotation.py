@@ -92,7 +92,7 @@ class Rotated(Codec):
     @property
     def block(self) -> int:
         """See Codec: whole chunks of at least one block of the codec inside."""
-        chunks = -(-self.codec.block // CHUNK)
+        chunks = -(-self.codec.grain // CHUNK)
         return chunks * (ROOM if self.kashin else CHUNK)
 
     def relative_error(self, size: int) -> float:

@@ -1,4 +1,4 @@
-"""One or two bits per element and the scale of the whole array: `sign` and `ternary`."""
+"""One or two bits per element and the scale of the whole array, or one per block: `sign` and `ternary`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,23 @@ from typing import ClassVar
 from mpicomp.arrays import Array
 from mpicomp.codecs.accuracy import of_mean, of_variance
 from mpicomp.codecs.base import Codec, Key, nbytes_of
-from mpicomp.codecs.checks import check_bool, check_finite, check_scales, is_number, little, packed_bytes
+from mpicomp.codecs.checks import (
+    MAX_SIZE,
+    check_block,
+    check_bool,
+    check_finite,
+    check_scales,
+    is_number,
+    little,
+    packed_bytes,
+)
 from mpicomp.errors import WireFormatError
 from mpicomp.kernels import host_kernels, kernels_for
 from mpicomp.kernels.shared import Code
 from mpicomp.wire import Field, Payload
 
 BLOCK = 1024  # elements whose codes lie together
+WHOLE = MAX_SIZE  # elements of a block that is any array
 
 
 @dataclass(frozen=True)
@@ -23,45 +33,71 @@ class Sign(Codec):
     """One bit per element and the mean magnitude of the array (EF-signSGD, Karimireddy et al. 2019); zero counts as +.
 
     With `two_means` (1-bit SGD, Seide et al. 2014, but per array, not per column of a matrix) the elements of zero and
-    above become their mean, those below zero theirs. Payload: scale (1,), or means (2,), above first, in the work
-    dtype, then bits, u1, as `uniform(bits=1, block=1024)` packs them; nothing for size 0. Sums are taken by the tree of
-    `mpicomp.kernels.cpu.sums`. `encode` reads x once; `encode_residual` reads x and old once, writes new and updates it
-    in a second pass, since the scale is known only at the end of the first.
+    above become their mean, those below zero theirs. With `block` every block has a mean magnitude of its own, so that
+    a block of zeros stays zeros: rows of an embedding without a gradient do not move. Such a block is as wide as a row,
+    or divides it; by default a block is longer than any array.
+
+    Payload: scale (1,), or means (2,), above first, in the work dtype, then bits, u1, as `uniform(bits=1, block=1024)`
+    packs them; nothing for size 0. With `block` the payload is that of `uniform(bits=1, block=block)`. Sums are taken
+    by the tree of `mpicomp.kernels.cpu.sums`. `encode` reads x once; `encode_residual` reads x and old once, and writes
+    new, which without `block` takes a second pass, since the scale is known only at the end of the first.
     """
 
     two_means: bool = False
+    block: int = WHOLE
 
     spec_name: ClassVar[str] = "sign"
     contractive: ClassVar[bool] = True
     sets_fresh: ClassVar[bool] = True
-    block: ClassVar[int] = BLOCK
 
     def __post_init__(self) -> None:
         check_bool(two_means=self.two_means)
+        if self.block != WHOLE:
+            check_block(self.block)
+            if self.two_means:
+                raise ValueError("two_means are those of a whole array: leave out block, or two_means")
+
+    @property
+    def blockwise(self) -> bool:
+        return self.block != WHOLE
+
+    @property
+    def marks_nonfinite(self) -> bool:
+        return self.blockwise
+
+    @property
+    def grain(self) -> int:
+        return self.block if self.blockwise else BLOCK
 
     def relative_error(self, size: int) -> float:
-        """sqrt(1 - 1 / size): worst where one element is all."""
-        return of_mean(size)
+        """sqrt(1 - 1 / size), of a block: worst where one element is all."""
+        return of_mean(min(size, self.block))
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
-        scales = 2 if self.two_means else 1
-        return Field((scales if size else 0,), little(dtype)), Field((packed_bytes(size, 1, BLOCK),), "|u1")
+        scales = 2 if self.two_means and size else -(-size // self.block)
+        return Field((scales,), little(dtype)), Field((packed_bytes(size, 1, self.grain),), "|u1")
 
     def _encode(self, x: Array, old: Array | None, payload: Payload, new: Array | None, key: Key) -> int:
-        kernels_for(x).encode_sign(x, old, new, *payload)
+        scales, packed = payload
+        if self.blockwise:
+            how = Code("sign", 1, self.block, "mean", 1)
+            kernels_for(x).encode_blocks(x, old, new, scales, None, packed, how)
+        else:
+            kernels_for(x).encode_sign(x, old, new, scales, packed)
         return nbytes_of(payload)
 
     def _decode_add(self, payload: Payload, out: Array, key: Key, scale: float, fresh: bool) -> None:
         scales, packed = payload
-        how = Code("pair" if self.two_means else "sign", 1, BLOCK)
+        how = Code("pair" if self.two_means else "sign", 1, self.grain)
         kernels_for(out).decode_blocks(scales, None, packed, out, how, scale, fresh)
 
     def _check(self, payload: Payload, size: int) -> None:
         scales, packed = payload
         check_finite(scales, "scales")
-        if (scales[:1] < 0).any() or (scales[1:] > 0).any():
+        above, below = (scales[:1], scales[1:]) if self.two_means else (scales, scales[:0])
+        if (above < 0).any() or (below > 0).any():
             raise WireFormatError("the mean above zero must not be negative, the mean below zero not positive")
-        if not host_kernels(packed).codes_valid(packed, size, 1, BLOCK, 0, 1):
+        if not host_kernels(packed).codes_valid(packed, size, 1, self.grain, 0, 1):
             raise WireFormatError("the padding must be zero")
 
 

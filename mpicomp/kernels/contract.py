@@ -61,6 +61,11 @@ class Kernels(Protocol):
     ) -> None:
         """Set `out`, uint16, to the bits of x + old in `dtype`: "float16" or "bfloat16"; one pass."""
 
+    def narrow_at_random(
+        self, x: Array, old: Array | None, new: Array | None, out: Array, base: int, start: int
+    ) -> None:
+        """Set `out`, uint16, to the bits of x + old in bfloat16, rounded up or down at random; one pass."""
+
     def widen(self, bits: Array, out: Array, dtype: str, scale: float | None = None) -> None:
         """Set `out`, float, to the numbers with these bits in `dtype`, uint16; with a `scale` add scale times them."""
 

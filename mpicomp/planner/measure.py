@@ -121,8 +121,8 @@ def _exchanges(comm: Comm, within: bool) -> list[Sample]:
     memory = np.ones(room, np.uint8), np.ones(room, np.uint8)
     samples = []
     for count in BURSTS:
-        seconds = timed(comm, _Burst(comm, targets, memory, 8, count), SHORT)
-        samples.append(Sample(most * count, 8.0 * load * count, seconds))
+        burst = _Burst(comm, targets, memory, 8, count)
+        samples.append(Sample(most * count, 8.0 * load * count, timed(comm, burst, SHORT)))
     began = time.perf_counter()
     for size in SIZES:
         if samples[-1].seconds * 4 > LONGEST or _since(comm, began) > ENOUGH:

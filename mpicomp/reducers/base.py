@@ -6,7 +6,8 @@
 
 up to rounding, and `total` has the same bits on every rank. So error feedback is exact book-keeping for every method:
 what a step does not send stays in the residual of some rank. A reducer that cannot keep it declares `conserves = False`
-and says what holds instead.
+and says what holds instead. Under the policy
+`decay` the law has a leak, which `Reducer.keeps` states: the old residual counts times a factor.
 
 **Sums and means.** Reducers compute sums, and one place divides: `complete`. A reducer may fold the division into a
 pass that it makes anyway. Its `Reduction` then says so, and `complete` does not divide.
@@ -143,6 +144,10 @@ class Reducer(Spec, ABC):
         """Return the reducers that have a part of this state, each with that part."""
         return [(reducer, state.nested(number)) for number, reducer in enumerate(self.inner)]
 
+    def keeps(self, unit: Unit) -> float:
+        """Return the share of this unit's old residual that counts in a step: 1, unless a `decay` lets the law leak."""
+        return 1.0
+
     def agreed(self, state: State) -> str:
         """Describe what all ranks must have alike in a state, beside seed and step; empty where there is nothing."""
         return "".join(reducer.agreed(inner) for reducer, inner in self.parts(state))
@@ -255,7 +260,7 @@ def check_device(reducer: Reducer, device: bool) -> None:
     if device and not reducer.on_gpu:
         raise TypeError(
             f"{reducer} sums NumPy arrays and CPU tensors only; on a GPU there are dense, gather, two_stage, "
-            f"shared_support and low_rank, in error_feedback, partition and after"
+            f"shared_support and low_rank, in decay, error_feedback, partition and after"
         )
 
 

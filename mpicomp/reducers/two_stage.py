@@ -45,7 +45,7 @@ class TwoStage(Reducer):
         check_codec(self, self.codec)
         if self.second is None:
             return
-        kinds = [(codec.block, codec.blockwise, codec.fixed) for codec in (self.codec, check_codec(self, self.second))]
+        kinds = [(codec.grain, codec.blockwise, codec.fixed) for codec in (self.codec, check_codec(self, self.second))]
         if kinds[0] != kinds[1] or self.codec.linear:
             raise ValueError(
                 f"second must be a codec of the first one's family, and the first not a linear one: it gets the same "
@@ -115,7 +115,7 @@ class TwoStage(Reducer):
 
     def owned(self, layout: Layout, ranks: int, me: int) -> list[Piece]:
         """See Reducer: the owners of the shards."""
-        return shards(layout, self.codec.block, ranks)[me]
+        return shards(layout, self.codec.grain, ranks)[me]
 
 
 @dataclass(frozen=True)

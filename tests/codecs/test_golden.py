@@ -11,14 +11,19 @@ from golden import reference
 from mpicomp.codecs import Key
 from mpicomp.registry import CODECS, parse
 
-MESSAGES = Path(__file__).parents[1] / "golden" / "messages-0.2.npz"
-CASES = list(reference.cases())
+FOLDER = Path(__file__).parents[1] / "golden"
+FILES = reference.files()
+CASES = [(file, number) for file, cases in FILES.items() for number in range(len(cases))]
 
 
 @pytest.fixture(scope="module")
 def messages():
-    with np.load(MESSAGES) as stored:
-        return dict(stored)
+    """The arrays of every file."""
+    found = {}
+    for file in FILES:
+        with np.load(FOLDER / f"{file}.npz") as stored:
+            found[file] = dict(stored)
+    return found
 
 
 def codec_of(name, config):
@@ -30,12 +35,12 @@ def codec_of(name, config):
     return CODECS[name](**inside)
 
 
-@pytest.mark.parametrize("number", range(len(CASES)))
-def test_codec_writes_and_reads_the_stored_message(number, messages):
-    name, config, x = CASES[number]
+@pytest.mark.parametrize(("file", "number"), CASES)
+def test_codec_writes_and_reads_the_stored_message(file, number, messages):
+    name, config, x = FILES[file][number]
     codec, key = codec_of(name, config), Key(**reference.KEY)
     fields = codec.fields(x.size, x.dtype.name)
-    stored = tuple(messages[f"{number}-{place}"] for place in range(len(fields)))
+    stored = tuple(messages[file][f"{number}-{place}"] for place in range(len(fields)))
     payload = tuple(np.full(field.nbytes, 255, np.uint8).view(field.dtype).reshape(field.shape) for field in fields)
     used = codec.encode(x, payload, key)
     for written, expected in zip(payload, stored, strict=True):
@@ -45,13 +50,13 @@ def test_codec_writes_and_reads_the_stored_message(number, messages):
     codec.check(stored, x.size)
     out = np.zeros_like(x)
     codec.decode_add(stored, out, key)
-    assert np.array_equal(reference.digest(out), messages[f"{number}-decoded"])
+    assert np.array_equal(reference.digest(out), messages[file][f"{number}-decoded"])
 
 
 def test_reference_makes_the_stored_messages(messages):
-    for number in range(0, len(CASES), 13):
-        name, config, x = CASES[number]
+    for file, number in CASES[::13]:
+        name, config, x = FILES[file][number]
         payload, decoded = reference.encode(name, config, x, reference.KEY)
-        assert np.array_equal(reference.digest(decoded), messages[f"{number}-decoded"])
+        assert np.array_equal(reference.digest(decoded), messages[file][f"{number}-decoded"])
         for place, field in enumerate(payload):
-            assert field.tobytes() == messages[f"{number}-{place}"].tobytes()
+            assert field.tobytes() == messages[file][f"{number}-{place}"].tobytes()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from codec_members import CODECS_TESTED, KEY, decoded, draws, encoded, message, normal
 
-from mpicomp.codecs import QSGD, Atomo, Key, Natural, RandomK, Ternary, TopK, Uniform
+from mpicomp.codecs import QSGD, Atomo, Cast, Key, Natural, RandomK, Ternary, TopK, Uniform
 from mpicomp.codecs.atomo import probabilities
 
 KEYS = 1000
@@ -17,6 +17,9 @@ def grid(codec, x):
     """The distance between the two values that each element may become, and the chance of the upper one."""
     if isinstance(codec, Ternary):
         return np.full(x.size, np.abs(x).max()), np.abs(x) / np.abs(x).max()
+    if isinstance(codec, Cast):
+        step = 2.0 ** (np.floor(np.log2(np.abs(x))) - 7)
+        return step, np.abs(x) / step % 1
     if isinstance(codec, Natural):
         step = 2.0 ** np.floor(np.log2(np.abs(x)))
         return step, np.abs(x) / step - 1

@@ -6,7 +6,7 @@ import math
 
 import ml_dtypes
 import numpy as np
-from golden.primitives import base_of, cast_bits, cast_value, chance, draw32, pack, total
+from golden.primitives import base_of, bfloat_at_random, cast_bits, cast_value, chance, draw32, pack, total
 
 CONFIGS = [
     ("cast", {"dtype": "fp16"}),
@@ -34,6 +34,8 @@ CONFIGS = [
     ("fp8", {}),
     ("fp8", {"format": "e5m2"}),
 ]
+ADDED = {"cast": [{"dtype": "bf16", "stochastic": True}], "sign": [{"block": 64}]}
+"""Settings since 0.6, by codec."""
 
 SMALL = {
     "e2m1": (ml_dtypes.float4_e2m1fn, 2, 4),
@@ -166,8 +168,14 @@ def encode(name, config, x, key):
     """Return the payload of x and what it decodes to."""
     kind, base, start = x.dtype.type, base_of(**key), key["start"]
     if name == "cast":
-        bits = [cast_bits(v, config["dtype"]) for v in x]
+        if config.get("stochastic"):
+            bits = [bfloat_at_random(v, draw32(base, start + i)) for i, v in enumerate(x)]
+        else:
+            bits = [cast_bits(v, config["dtype"]) for v in x]
         return [np.array(bits, np.uint16)], np.array([cast_value(b, config["dtype"]) for b in bits], x.dtype)
+    if name == "sign" and "block" in config:
+        scales, _, codes, values = blockwise(x, 1, config["block"], 1, "sign", "mean", False, 1.0, base, start)
+        return [scales, packed(codes, 1, config["block"])], values
     if name == "sign":
         codes = [int(v < 0) for v in x]
         every = total(np.abs(x.astype(np.float64)))

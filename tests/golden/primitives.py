@@ -97,6 +97,19 @@ def cast_bits(value, name):
     return found | (0x8000 if math.copysign(1.0, value) < 0 else 0)
 
 
+def bfloat_at_random(value, word):
+    """The bfloat16 at or below a magnitude, or the next one, by how far the magnitude is on the way to it."""
+    exact, low, high = abs(Fraction(float(value))), 0, 0x7F7F
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if bfloat_value(middle) <= exact else (low, middle)
+    step = bfloat_value(high) - bfloat_value(low)
+    way = (exact - bfloat_value(low)) / step
+    bits = 16 if value.itemsize == 4 else 32  # of the draw
+    found = high if way * 2**bits + (word >> (32 - bits)) >= 2**bits else low
+    return found | (0x8000 if math.copysign(1.0, value) < 0 else 0)
+
+
 def cast_value(bits, name):
     return float((half_value if name == "fp16" else bfloat_value)(bits))
 

@@ -9,7 +9,7 @@ import numpy as np
 from golden import atomo, bounded, lowbit, rotation, sparse
 from golden.primitives import base_of, draw, support, total
 
-__all__ = ["KEY", "base_of", "cases", "digest", "draw", "encode", "support", "total"]
+__all__ = ["KEY", "base_of", "cases", "digest", "draw", "encode", "files", "support", "total"]
 
 SIZES = (1, 9, 100, 1500)
 KEY = {"seed": 3, "step": 17, "stream": 0x123456789ABCDEF, "stage": 1, "rank": 2, "start": 4096}
@@ -42,6 +42,24 @@ def digest(decoded):
 
 def cases():
     """Every configuration, size and dtype: name, config, x."""
+    return (case for each in files().values() for case in each)
+
+
+def files():
+    """The cases of every file of messages; what is added gets a file of its own, one a codec."""
+    found = {"messages-0.2": list(first())}
+    for name, configs in {**lowbit.ADDED, "atomo": [config for _, config in atomo.CONFIGS]}.items():
+        found[f"messages-0.6-{name}"] = [
+            (name, config, sample(size, dtype))
+            for dtype in ("float32", "float64")
+            for config in configs
+            for size in SIZES
+        ]
+    return found
+
+
+def first():
+    """The cases of 0.2."""
     for dtype in ("float32", "float64"):
         for name, config in (*lowbit.CONFIGS, *sparse.CONFIGS):
             for size in SIZES:
@@ -53,9 +71,4 @@ def cases():
                 yield name, config, bounded.sample(size, dtype)
         for name, config in rotation.CONFIGS:
             for size in rotation.SIZES:
-                yield name, config, sample(size, dtype)
-    # Later cases follow, so that earlier ones keep their numbers.
-    for dtype in ("float32", "float64"):
-        for name, config in atomo.CONFIGS:
-            for size in SIZES:
                 yield name, config, sample(size, dtype)

@@ -39,6 +39,18 @@ def test_narrow(device, dtype, half, size):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("size", SIZES)
+def test_narrow_at_random(device, dtype, size):
+    for shift, key in ((0, (17, 0)), (1, (2**64 - 3, 2**32 - 5))):
+        x, old = numbers(size, dtype), numbers(size, dtype, 1)[::-1].copy()
+        same(device, "narrow_at_random", x, None, None, poisoned(size, "u2"), *key, shift=shift)
+        finite = np.isfinite(x) & np.isfinite(old)
+        x[~finite], old[~finite] = 0, -0.0
+        for given in (None, old):
+            same(device, "narrow_at_random", x, given, poisoned(size, dtype), poisoned(size, "u2"), *key, shift=shift)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("half", HALVES)
 def test_nan(device, dtype, half):
     """Sign and, in bfloat16, payload stay."""

@@ -34,6 +34,8 @@ SPECS = [
     "min_size=3)",
     "after(error_feedback(gather(topk(density=0.1))), steps=2)",
     "error_feedback(low_rank(rank=2))",
+    "decay(error_feedback(two_stage(sign(block=32))), factor=0.9)",
+    "gather(cast(dtype=bf16, stochastic=True))",
 ]
 ADDING_ON_THE_HOST = [
     "dense(algorithm=two_shot)",

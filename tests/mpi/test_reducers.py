@@ -17,6 +17,7 @@ from reducers.members import (
     inputs,
     member,
     run,
+    shares_of,
     steps,
 )
 from team import Team
@@ -43,7 +44,8 @@ def run_here(comm: Comm, reducer: Reducer, layout: Layout, x: Array) -> History:
     """Reduce x[rank, step] at all steps, over MPI."""
     state = reducer.init(layout, x.dtype.name)
     entered, totals, residuals, poisoned, units = steps(comm, reducer, x[comm.rank], state)
-    return History(gathered(entered), gathered(totals), gathered(residuals), gathered(poisoned), [units])
+    found = (gathered(each) for each in (entered, totals, residuals, poisoned))
+    return History(*found, [units], shares=shares_of(reducer, layout, x.shape[2]))
 
 
 def is_ours(spec: str) -> bool:

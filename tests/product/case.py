@@ -3,7 +3,8 @@
 Inputs are gathered by mpi4py on the user's communicator and summed in long double. A step is right if
 
 - all ranks have the same bits;
-- `total + sum of new residuals == sum of (input + old residual)`, where there is a residual, to rounding;
+- `total + sum of new residuals == sum of (input + old residual)`, where there is a residual, to rounding; under `decay`
+  the old residual counts times its factor;
 - the error of a sum is within the bound of its codec, and that of a mean within a P-th of it;
 - what is not finite on some rank is not finite on any, and leaves the residual finite and as it was;
 - a mean or a sum that the dtype holds is finite, one that it does not hold is not a number that looks right;
@@ -201,22 +202,22 @@ class Case:
             )
         layout = Layout.single(self.shapes[unit])
         member = resolve(self.spec, layout, self.real.name, size, memory=self.memory)
-        return Unit(self, member, xs, result, debts, size)
+        return Unit(self, member, xs, result, debts, size, member.keeps(layout.units[0]))
 
 
 class Unit:
     """One array of a step, on all ranks."""
 
-    def __init__(self, case: Case, member: Any, xs: Any, result: Any, debts: Any, size: int) -> None:
+    def __init__(self, case: Case, member: Any, xs: Any, result: Any, debts: Any, size: int, keeps: float) -> None:
         self.case, self.xs, self.result, self.size = case, xs, result, size
         self.divisor = size if case.op == "mean" else 1
         self.old, self.new = (None, None) if debts is None else (np.stack([d[k] for d in debts]) for k in (0, 1))
         self.feedback = debts is not None and bool(self.old.any() or self.new.any())
-        given = xs if debts is None else xs + self.old.astype(WIDE)
+        given = xs if debts is None else xs + keeps * self.old.astype(WIDE)
         self.bad = ~np.isfinite(given).all(0)
         given = np.where(np.isfinite(given), given, 0)
         self.total = given.sum(0)
-        self.debt = 0 if debts is None else self.old.astype(WIDE).sum(0)
+        self.debt = 0 if debts is None else keeps * self.old.astype(WIDE).sum(0)
         self.finite = np.isfinite(result)
         self.conserves = conserving(member)
         work, info = np.finfo(case.work), ml_dtypes.finfo(case.real)

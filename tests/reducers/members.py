@@ -39,6 +39,7 @@ MORE_CONTRACTIONS = [
     "dorefa(bits=3, block=32, scaled=False)",
     "ternary(scaled=False)",
     "sign(two_means=True)",
+    "sign(block=32)",
     "uniform(bits=8, block=32, minmax=True)",
     "topk(density=0.1, values=bf16)",
     "blocktopk(density=0.1, block=64)",
@@ -49,7 +50,7 @@ MORE_CONTRACTIONS = [
     "bounded(abs=0.05)",
 ]
 """The other families: reducers meet them at few ranks, since they differ from those above by their kernels."""
-UNBIASED = ["randomk(density=0.25)", "uniform(bits=2, block=16, stochastic=True)"]
+UNBIASED = ["randomk(density=0.25)", "uniform(bits=2, block=16, stochastic=True)", "cast(dtype=bf16, stochastic=True)"]
 
 ONE_STAGE = [f"error_feedback(gather({codec}))" for codec in CONTRACTIONS]
 TWO_STAGE = [f"error_feedback(two_stage({codec}))" for codec in CONTRACTIONS]
@@ -79,6 +80,7 @@ DENSE = [
 ]
 COMPOSED = [
     "after(error_feedback(two_stage(topk(density=0.1))), steps=3)",
+    "decay(error_feedback(two_stage(sign(block=32))), factor=0.9)",
     "partition(small=dense(algorithm=two_shot), large=error_feedback(two_stage(uniform(bits=4, block=32))), "
     "min_size=30)",
     "partition(small=error_feedback(gather(sign)), "
@@ -193,7 +195,8 @@ class History(NamedTuple):
     residuals: Array  # (ranks, steps + 1, n); before the first step, after the first, ...
     poisoned: Array  # (ranks, steps)
     units: list[Units]  # by rank, exported at the end
-    kept: Array  # (n,) bool, the elements that take part: what masks leave
+    kept: Array | bool = True  # (n,) bool, the elements that take part: what masks leave
+    shares: Array | float = 1.0  # (n,): how much of an old residual counts, see `Reducer.keeps`
 
 
 def run(team: Team, reducer: Reducer, layout: Layout, x: Array, poison: Sequence[int] = (), **settings: Any) -> History:
@@ -207,7 +210,16 @@ def run(team: Team, reducer: Reducer, layout: Layout, x: Array, poison: Sequence
 
     results = team.run(f)
     entered, totals, residuals, poisoned = (np.stack([result[part] for result in results]) for part in range(4))
-    return History(entered, totals, residuals, poisoned, [result[4] for result in results], kept)
+    units = [result[4] for result in results]
+    return History(entered, totals, residuals, poisoned, units, kept, shares_of(reducer, layout, x.shape[2]))
+
+
+def shares_of(reducer: Reducer, layout: Layout, size: int) -> Array:
+    """Return the share of each element's old residual that counts in a step, (size,)."""
+    shares = np.ones(size)
+    for unit in layout.units:
+        shares[unit.where] = reducer.keeps(unit)
+    return shares
 
 
 def steps(comm: Comm, reducer: Reducer, x: Array, state: State) -> tuple[Array, Array, Array, Array, Units]:
@@ -228,7 +240,8 @@ def steps(comm: Comm, reducer: Reducer, x: Array, state: State) -> tuple[Array, 
 def check_law(history: History) -> None:
     """Check total + sum of new residuals == sum of (x + old residual) at every step, and equal totals.
 
-    Elements that are masked are dropped: their totals and residuals are zero.
+    Elements that are masked are dropped: their totals and residuals are zero. A reducer that leaks says by how much: an
+    old residual counts times `Reducer.keeps`.
 
     The error of a step may be 16 P eps (max|x| + max|residual|), and as many units of the smallest number there is.
     """
@@ -243,7 +256,7 @@ def check_law(history: History) -> None:
         return
     wide = np.longdouble
     received = totals[0].astype(wide) + residuals[:, 1:].astype(wide).sum(0)
-    given = x.astype(wide).sum(0) * history.kept + residuals[:, :-1].astype(wide).sum(0)
+    given = x.astype(wide).sum(0) * history.kept + history.shares * residuals[:, :-1].astype(wide).sum(0)
     error = np.abs(received - given).max(1)  # (steps,)
     info = np.finfo(x.dtype)
     largest = np.abs(x).max((0, 2)).astype(wide) + np.abs(residuals[:, :-1]).max((0, 2)).astype(wide)

@@ -17,7 +17,7 @@ from mpicomp.planner.allowance import allowances, divided
 from mpicomp.planner.auto import EXACT, Auto
 from mpicomp.planner.cache import know
 from mpicomp.planner.explain import explain
-from mpicomp.reducers import ErrorFeedback, Layout, Reduction, State
+from mpicomp.reducers import Decay, ErrorFeedback, Layout, Reduction, State
 from mpicomp.registry import describe, parse, resolve, resolve_partitioned
 
 SPEC = "auto(allow=(topk(density=0.1), two_stage(uniform(block=32)), low_rank(rank=2)))"
@@ -52,6 +52,14 @@ def first_choices(spec: str, link: Link, shape: tuple[int, ...], feedback: bool 
         return str(auto.candidates(feedback)[course.running])
 
     return team_on(link, auto, feedback=feedback).run(f)
+
+
+@pytest.mark.parametrize("link", [SLOW, FAST])
+def test_residuals_of_auto_fade_under_decay(link: Link) -> None:
+    """Also where one candidate goes on with what another has left."""
+    reducer = parse(f"decay(error_feedback({SPEC}), factor=0.75)")
+    assert isinstance(reducer, Decay)
+    check_law(run(team_on(link, cast(Auto, parse(SPEC))), reducer, LAYOUT, inputs(4, 40, LAYOUT.size, "float32")))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from reducers.members import COMPOSED, LAYOUT, MEMBERS, check_bytes, inputs, member, run
+from reducers.members import COMPOSED, LAYOUT, MEMBERS, check_bytes, check_law, inputs, member, run
 from team import Team
 
 from mpicomp.arrays import Array
@@ -122,6 +122,79 @@ def test_feedback_is_what_error_feedback_adds() -> None:
             debt = corrected[0, 0] - fed.totals[0, step]
 
 
+@pytest.mark.parametrize("codec", ["topk(density=0.1)", "sign", "uniform(bits=2, block=32)"])
+def test_what_decay_leaves_of_a_residual_is_added(codec: str) -> None:
+    x = inputs(1, 5, LAYOUT.size, "float64")
+    faded = run(Team(1), member(f"decay(error_feedback(gather({codec})), factor=0.75)"), LAYOUT, x)
+    debt = np.zeros(LAYOUT.size)
+    for step in range(5):
+        corrected = (x[0, step] + 0.75 * debt)[None, None]
+        corrected.setflags(write=False)
+        plain = run(Team(1), member(f"gather({codec})"), LAYOUT, corrected, step=step)
+        assert faded.totals[0, step].tobytes() == plain.totals[0, 0].tobytes()
+        debt = corrected[0, 0] - faded.totals[0, step]
+        np.testing.assert_allclose(faded.residuals[0, step + 1], debt, rtol=1e-12, atol=1e-12)
+
+
+FADING = [
+    "gather(topk(density=0.1))",
+    "two_stage(uniform(bits=4, block=32))",
+    "shared_support(randomk(density=0.1, scaled=False))",
+    "low_rank(rank=2)",
+    "integer(bits=2, block=32)",
+    "split(topk(density=0.1))",
+    "tree(topk(density=0.2))",
+    "hierarchical(two_stage(topk(density=0.1)))",
+    "dense",
+]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("inner", FADING)
+def test_decay_leaks_by_its_factor_whatever_stands_in_it(inner: str, ranks: int) -> None:
+    x = inputs(ranks, 8, LAYOUT.size, "float32")
+    history = run(Team(ranks), member(f"decay(error_feedback({inner}), factor=0.75)"), LAYOUT, x)
+    check_law(history)
+    assert (history.shares == 0.75).all()
+    whole = run(Team(ranks), member(f"decay(error_feedback({inner}), factor=1.0)"), LAYOUT, x)
+    plain = run(Team(ranks), member(f"error_feedback({inner})"), LAYOUT, x)
+    assert whole.totals.tobytes() == plain.totals.tobytes()
+    assert whole.residuals.tobytes() == plain.residuals.tobytes()
+
+
+@pytest.mark.parametrize("nodes", [((0, 1), (2, 3)), ((0, 1, 2), (3,)), ((0,), (1,), (2,), (3,))])
+def test_decay_around_nodes(nodes: tuple[tuple[int, ...], ...]) -> None:
+    reducer = member("decay(error_feedback(hierarchical(two_stage(topk(density=0.1)))), factor=0.75)")
+    check_law(run(Team(4, topology=Topology(nodes)), reducer, LAYOUT, inputs(4, 6, LAYOUT.size, "float32")))
+
+
+def test_decay_of_one_branch_of_a_partition() -> None:
+    fading = "decay(error_feedback(gather(topk(density=0.1))), factor=0.5)"
+    reducer = member(f"partition(small=error_feedback(gather(sign)), large={fading}, min_size=30)")
+    history = run(Team(3), reducer, LAYOUT, inputs(3, 6, LAYOUT.size, "float32"))
+    check_law(history)
+    assert {unit.name for unit in LAYOUT.units if reducer.keeps(unit) == 0.5} == {"matrix", "conv"}
+
+
+def test_a_step_that_does_not_count_fades_nothing() -> None:
+    """The old residual has the same bits after a step as before, and the same array holds it."""
+    reducer = member("decay(error_feedback(gather(topk(density=0.1))), factor=0.5)")
+    x = inputs(2, 3, LAYOUT.size, "float32")
+
+    def f(comm: Comm) -> None:
+        state = reducer.init(LAYOUT, "float32")
+        _, state = reducer.reduce(comm, x[comm.rank, 0], state)
+        assert state.residual is not None
+        before = state.residual.tobytes()
+        first, after = reducer.reduce(comm, x[comm.rank, 1], state)
+        assert state.residual.tobytes() == before
+        assert after.spare is state.residual
+        again, _ = reducer.reduce(comm, x[comm.rank, 1], state)
+        assert again.total.tobytes() == first.total.tobytes()
+
+    Team(2).run(f)
+
+
 @pytest.mark.parametrize("spec", MEMBERS)
 def test_members_are_specs(spec: str) -> None:
     reducer = member(spec)
@@ -174,6 +247,14 @@ WRONG_ORDERS = [
         "error_feedback(partition(small=gather(sign), large=after(gather(topk(density=0.1)), steps=3)))",
         f"partition(small=error_feedback(gather(sign)), large=after({EF}, steps=3))",
     ),
+    (f"error_feedback(decay({EF}, factor=0.5))", f"decay({EF}, factor=0.5)"),
+    (f"decay(after({EF}, steps=5), factor=0.5)", f"after(decay({EF}, factor=0.5), steps=5)"),
+    (
+        f"decay(partition(small=dense, large={EF}), factor=0.5)",
+        f"partition(small=dense, large=decay({EF}, factor=0.5))",
+    ),
+    (f"decay(decay({EF}, factor=0.5), factor=0.5)", f"decay({EF}, factor=0.5)"),
+    ("decay(gather(topk(density=0.1)), factor=0.5)", f"decay({EF}, factor=0.5)"),
     (
         "error_feedback(momentum_correction(gather(topk(density=0.1)), momentum=0.5))",
         f"momentum_correction({EF}, momentum=0.5)",
@@ -270,6 +351,9 @@ def test_codecs_and_reducers_are_not_mixed_up(spec: str) -> None:
         ("shared_support(sign)", "two_stage"),
         ("after(dense, steps=-1)", "steps must be"),
         ("after(dense, steps=True)", "steps must be"),
+        (f"decay({EF}, factor=0)", r"factor must be in \(0, 1\]"),
+        (f"decay({EF}, factor=1.5)", "factor must be"),
+        (f"decay({EF}, factor=nan)", "factor must be"),
         ("low_rank(rank=0)", "rank must be"),
         ("low_rank(rank=1.5)", "rank must be"),
         ("partition(small=dense, large=dense, min_size=-1)", "min_size must be"),
@@ -330,3 +414,10 @@ def test_a_run_of_nothing_but_policies() -> None:
         return bool((reduction.total == 1).all())
 
     assert Team(1).run(f) == [True]
+
+
+def test_decay_stands_inside_momentum_correction() -> None:
+    reducer = member("momentum_correction(decay(error_feedback(gather(topk(density=0.1))), factor=0.75))")
+    history = run(Team(3), reducer, LAYOUT, inputs(3, 6, LAYOUT.size, "float32"))
+    check_law(history)
+    assert (history.shares == 0.75).all()

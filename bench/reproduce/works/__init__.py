@@ -10,8 +10,10 @@ from bench.reproduce.session import Session
 from bench.reproduce.works import (
     atomo,
     binarized,
+    companions,
     deep_compression,
     dgc,
+    dorefa,
     federated_dropout,
     gradient_dropping,
     gradual_pruning,
@@ -34,9 +36,11 @@ WORKS: tuple[Work, ...] = tuple(
         survey,
         dgc,
         binarized,
+        dorefa,
         gradual_pruning,
         gradient_dropping,
         federated_dropout,
         atomo,
+        companions,
     )
 )

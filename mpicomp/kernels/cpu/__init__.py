@@ -13,7 +13,7 @@ from mpicomp.kernels.cpu.binary import (
     unpack_signs,
 )
 from mpicomp.kernels.cpu.bounded import bounded_valid, decode_bounded, encode_bounded
-from mpicomp.kernels.cpu.convert import narrow, widen
+from mpicomp.kernels.cpu.convert import narrow, narrow_at_random, widen
 from mpicomp.kernels.cpu.entropy import decode_symbols, encode_symbols
 from mpicomp.kernels.cpu.floats import decode_floats, decode_powers, encode_floats, encode_powers
 from mpicomp.kernels.cpu.hadamard import left_out, products, rotate, spread, unrotate, unspread

@@ -4,6 +4,11 @@ Rounding is to the nearest, ties to even; infinities and NaN are kept. A finite 
 becomes that one or, with `saturate=False`, infinity, as in IEEE 754. Subnormals of float16 are rounded by adding 0.5,
 whose last place is theirs (Giesen, "Float to half"), so no result depends on whether the processor flushes subnormals
 of float32 to zero.
+
+**At random.** A magnitude has a bfloat16 at or below it and one above; the upper one is chosen with the probability
+that makes the mean exact: draw32(base, start + i) is added to the bits that the lower one drops, as far as it reaches,
+and the rest is cut off. float32 drops 16 bits, which take the upper 16 of the draw; float64 drops 45, of which the
+upper 32 take it, and below the smallest normal float32 it is rounded to float32 first. Finite values stay finite.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import numpy as np
 from mpicomp.arrays import Array
 from mpicomp.kernels.cpu.bits import bits_of, float_of
 from mpicomp.kernels.cpu.compile import Kernel, inline, kernel
+from mpicomp.kernels.cpu.random import draws32
 from mpicomp.kernels.shared import is_half
 
 U = np.uint32
@@ -32,6 +38,10 @@ HALF_UP = U((127 - 15) << 23)
 
 BF_OVER = U(0x7F7F8000)
 BF_MAX, BF_QUIET, BF_ROUND = U(0x7F7F), U(0x40), U(0x7FFF)
+BF_NORMAL = U(0x00800000)  # 2^-126, the smallest normal float32
+ABS64, REBIAS64 = np.uint64(0x7FFFFFFFFFFFFFFF), np.uint64((1023 - 127) << 7)
+S13W, S45W = np.uint64(13), np.uint64(45)
+CHUNK = 1024  # elements whose random numbers are drawn together
 
 
 @inline
@@ -90,6 +100,22 @@ def to_bfloat(bits: Any) -> Any:
 
 
 @inline
+def to_bfloat_at_random(value: Any, word: Any, double: bool) -> Any:
+    """Return bfloat16 bits of a float32 or float64, rounded by 32 random bits."""
+    bits = single(value)
+    size = U(bits & ABS)
+    if size >= INFINITE:
+        return to_bfloat(bits)
+    if double and size >= BF_NORMAL:
+        wide = np.uint64(np.uint64(bits_of(value)) & ABS64)
+        wide = np.uint64(np.uint64(wide + np.uint64(np.uint64(word) << S13W)) >> S45W)
+        code = U(wide - REBIAS64)
+    else:
+        code = U(U(size + U(word >> S16)) >> S16)
+    return U((code if code < BF_MAX else BF_MAX) | U(U(bits & SIGN) >> S16))
+
+
+@inline
 def from_bfloat(bits: Any) -> Any:
     """Return the float32 of bfloat16 bits."""
     return float_of(U(U(bits) << S16))
@@ -115,6 +141,24 @@ def _narrower(half: bool, fed: bool, feedback: bool, saturate: bool) -> Kernel[.
 
 
 @functools.cache
+def _narrower_at_random(fed: bool, feedback: bool) -> Kernel[..., Any]:
+    @kernel("const T[], const T[], T[], u2[], u8, i8")
+    def narrow_at_random(x: Any, old: Any, new: Any, out: Any, base: Any, start: int) -> None:
+        draws = np.empty(CHUNK, np.uint32)
+        for first in range(0, x.size, CHUNK):
+            size = min(CHUNK, x.size - first)
+            draws32(base, start + first, size, draws)
+            for i in range(first, first + size):
+                value = x[i] + old[i] if fed else x[i]
+                code = to_bfloat_at_random(value, draws[i - first], x.itemsize == 8)
+                out[i] = np.uint16(code)
+                if feedback:
+                    new[i] = value - x.dtype.type(from_bfloat(code))
+
+    return narrow_at_random
+
+
+@functools.cache
 def _widener(half: bool, fresh: bool) -> Kernel[..., Any]:
     @kernel("const u2[], T[], T")
     def widen(bits: Any, out: Any, scale: Any) -> None:
@@ -132,6 +176,12 @@ def narrow(x: Array, old: Array | None, new: Array | None, out: Array, dtype: st
     rest = np.empty(0, x.dtype) if new is None else new
     narrower = _narrower(is_half(dtype), old is not None, new is not None, saturate)
     narrower(x, x if old is None else old, rest, out)
+
+
+def narrow_at_random(x: Array, old: Array | None, new: Array | None, out: Array, base: int, start: int) -> None:
+    rest = np.empty(0, x.dtype) if new is None else new
+    narrower = _narrower_at_random(old is not None, new is not None)
+    narrower(x, x if old is None else old, rest, out, np.uint64(base), start)
 
 
 def widen(bits: Array, out: Array, dtype: str, scale: float | None = None) -> None:

@@ -4,7 +4,7 @@ CUDA by CuPy's RawModule, on the current stream. Importing this package does not
 """
 
 from mpicomp.kernels.gpu.bounded import decode_bounded, encode_bounded
-from mpicomp.kernels.gpu.convert import narrow, widen
+from mpicomp.kernels.gpu.convert import narrow, narrow_at_random, widen
 from mpicomp.kernels.gpu.floats import decode_floats, decode_powers, encode_floats, encode_powers
 from mpicomp.kernels.gpu.hadamard import left_out, products, rotate, spread, unrotate, unspread
 from mpicomp.kernels.gpu.indices import add_bitmap, add_elias_fano, encode_bitmap, encode_elias_fano

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from mpicomp.arrays import Array
 from mpicomp.kernels.gpu.launch import THREADS, Source
 from mpicomp.kernels.shared import is_half
@@ -16,6 +18,10 @@ def tiles(x: Array) -> int:
 
 def narrow(x: Array, old: Array | None, new: Array | None, out: Array, dtype: str, saturate: bool = True) -> None:
     CONVERT.launch("narrow", x, tiles(x), THREADS, x, old, new, out, is_half(dtype), saturate, x.size)
+
+
+def narrow_at_random(x: Array, old: Array | None, new: Array | None, out: Array, base: int, start: int) -> None:
+    CONVERT.launch("narrow_at_random", x, tiles(x), THREADS, x, old, new, out, np.uint64(base), start, x.size)
 
 
 def widen(bits: Array, out: Array, dtype: str, scale: float | None = None) -> None:

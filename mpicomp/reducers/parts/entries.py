@@ -130,7 +130,7 @@ class EntryCodec:
 def _slope(codec: Hashable, dtype: str) -> tuple[float, float]:
     """Return the least a and b such that k values take at most a k + b bytes with padding."""
     how = Values(cast(Codec | None, codec))
-    block = 1 if how.codec is None else how.codec.block
+    block = 1 if how.codec is None else how.codec.grain
     many = 64 * max(block, 64)
     slope = sum(field.nbytes for field in how.fields(many, dtype)) / many
     sizes = [sum(padded(field.nbytes) for field in how.fields(k, dtype)) - slope * k for k in range(1, 2 * block + 8)]

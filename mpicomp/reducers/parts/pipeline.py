@@ -43,14 +43,14 @@ def groups(pieces: Sequence[Piece], codec: Codec) -> list[list[Piece]]:
 
 def shard_groups(layout: Layout, codec: Codec, ranks: int) -> list[list[list[Piece]]]:
     """The groups of every rank's shard."""
-    return [groups(pieces, codec) for pieces in shards(layout, codec.block, ranks)]
+    return [groups(pieces, codec) for pieces in shards(layout, codec.grain, ranks)]
 
 
 def _cut(piece: Piece, codec: Codec) -> list[Piece]:
     """Cut a piece where that changes no code."""
     if not codec.blockwise or piece.size <= GROUP:
         return [piece]
-    step = max(codec.block, GROUP // codec.block * codec.block)
+    step = max(codec.grain, GROUP // codec.grain * codec.grain)
     starts = range(piece.start, piece.stop, step)
     return [Piece(piece.unit, start, min(piece.stop, start + step)) for start in starts]
 

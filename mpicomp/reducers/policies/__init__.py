@@ -2,9 +2,10 @@
 
 from mpicomp.reducers.policies.after import After
 from mpicomp.reducers.policies.base import Policy, Wrapper
+from mpicomp.reducers.policies.decay import Decay
 from mpicomp.reducers.policies.error_feedback import ErrorFeedback
 from mpicomp.reducers.policies.momentum_correction import MomentumCorrection
 from mpicomp.reducers.policies.partition import Partition
 from mpicomp.reducers.policies.warmup import Warmup
 
-__all__ = ["After", "ErrorFeedback", "MomentumCorrection", "Partition", "Policy", "Warmup", "Wrapper"]
+__all__ = ["After", "Decay", "ErrorFeedback", "MomentumCorrection", "Partition", "Policy", "Warmup", "Wrapper"]

@@ -69,6 +69,9 @@ class Wrapper(Policy):
     def running(self, state: State) -> Reducer:
         return self.reducer.running(state)
 
+    def keeps(self, unit: Unit) -> float:
+        return self.reducer.keeps(unit)
+
     def agreed(self, state: State) -> str:
         return self.reducer.agreed(state)
 

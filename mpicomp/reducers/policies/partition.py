@@ -40,6 +40,9 @@ class Partition(Policy):
         """Whether `large` reduces this unit."""
         return unit.size >= self.min_size and len(unit.shape) >= self.min_ndim
 
+    def keeps(self, unit: Unit) -> float:
+        return (self.large if self.is_large(unit) else self.small).keeps(unit)
+
     def _branches(self, layout: Layout) -> Iterator[tuple[Reducer, Layout]]:
         yield self.small, layout.select(lambda unit: not self.is_large(unit))
         yield self.large, layout.select(self.is_large)
