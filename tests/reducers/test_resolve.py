@@ -57,10 +57,10 @@ def test_the_payload_of_all_units_together_decides() -> None:
 
 @pytest.mark.parametrize("codec", UNBIASED)
 def test_with_memory_an_unbiased_codec_contracts(codec: str) -> None:
-    fed = resolve(codec, SMALL, "float32", 4)
-    assert "scaled=False" in str(fed)
+    fed, alone = (resolve(codec, SMALL, "float32", 4, memory=memory) for memory in (True, False))
+    assert all(each.contractive for each in fed.inner[0].codecs)
     assert str(fed).startswith("error_feedback(")
-    assert "scaled=False" not in str(resolve(codec, SMALL, "float32", 4, memory=False))
+    assert alone.codecs == (parse(codec),)
 
 
 @pytest.mark.parametrize("codec", CONTRACTIONS + UNBIASED)
@@ -145,6 +145,8 @@ def test_the_agreement_covers_the_kernels_of_every_reducer(name: str, monkeypatc
         "hierarchical": "hierarchical(two_stage(sign))",
         "error_feedback": "error_feedback(integer)",
         "after": "after(low_rank, steps=3)",
+        "decay": "decay(error_feedback(integer), factor=0.5)",
+        "joined": "joined(tree(topk(density=0.1)))",
         "partition": "partition(small=dense, large=integer)",
         "momentum_correction": "momentum_correction(integer, masking=False)",
         "warmup": "warmup(tree(topk(density=0.1)), densities=(0.5,), steps=3)",
