@@ -5,10 +5,15 @@ two, the same on all ranks, that brings the mean magnitude of this step's elemen
 into [1/2, 1); the total is multiplied back. Powers of two change no digit, so only the choice depends on them. The
 scale is that of what a step brings, and not of the residuals: so a tensor of which nothing is sent for long comes to
 its turn. Residuals are kept in the scale of x.
+
+**Order.** Units stand in the order of their names, whatever their order in the array: DDP changes it after the first
+step, and a restart begins with the first order again.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -65,18 +70,23 @@ class Joined(Relaid):
     def agreed(self, state: State) -> str:
         return self.reducer.agreed(state.nested())
 
+    def unmoved(self, layout: Layout, inner: Layout) -> bool:
+        return super().unmoved(layout, inner) and _by_name(layout) == layout
+
     def collect(self, x: Array, state: State, flat: Array) -> None:
-        state.layout.collect(x, flat)
+        for unit, place in _moves(state.layout):
+            flat[place.where] = x[unit.where]
 
     def spread(self, flat: Array, state: State, out: Array) -> None:
-        state.layout.spread(flat, out)
+        for unit, place in _moves(state.layout):
+            out[unit.where] = flat[place.where]
 
     def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
         if not self.normalised:
             return super()._reduce(comm, x, state, out, work)
-        inner, layout = state.nested(), state.layout
+        inner, layout = state.nested(), _by_name(state.layout)
         flat, total = (work.buffer(name, layout.size, state.dtype) for name in ("joined", "joined total"))
-        layout.collect(x, flat)
+        self.collect(x, state, flat)
         powers = _powers(comm, flat, inner.residual, layout)
         _scale(flat, layout, -powers)
         if inner.residual is not None:
@@ -86,9 +96,9 @@ class Joined(Relaid):
             inner = replace(inner, residual=owed)
         reduction, after = self.reducer.reduce(comm, flat, inner, total, work.inner("reducer"))
         if reduction.poisoned:
-            return poisoned_total(out, layout), state
+            return poisoned_total(out, state.layout), state
         _scale(total, layout, powers)
-        layout.spread(total, out)
+        self.spread(total, state, out)
         if after.residual is not None:
             _scale(after.residual, layout, powers)
             after = replace(after, spare=state.inner[0].residual)
@@ -99,20 +109,17 @@ class Joined(Relaid):
 
     def export(self, state: State) -> Units:
         """See Reducer: what the reducer inside remembers of each element, unit by unit."""
-        kept, whole = self.reducer.export(state.nested())[NAME], (state.layout.size,)
-        parts = {what: _parts(array, state.layout) for what, array in kept.items() if array.shape == whole}
-        return {
-            unit.name: {what: each[number] for what, each in parts.items()}
-            for number, unit in enumerate(state.layout.units)
-        }
+        kept, layout = self.reducer.export(state.nested())[NAME], _by_name(state.layout)
+        whole = {what: array for what, array in kept.items() if array.shape == (layout.size,)}
+        return {unit.name: {what: array[unit.where] for what, array in whole.items()} for unit in layout.units}
 
     def restore(self, state: State, units: Units) -> State:
-        layout = state.layout
+        layout = _by_name(state.layout)
         whole: dict[str, Array] = {}
-        for unit, part in zip(layout.units, _parts(np.arange(layout.size), layout), strict=True):
+        for unit in layout.units:
             for what, array in units.get(unit.name, {}).items():
                 if array.shape == (unit.size,):
-                    whole.setdefault(what, np.zeros(layout.size, array.dtype))[part] = array
+                    whole.setdefault(what, np.zeros(layout.size, array.dtype))[unit.where] = array
         inner = self.reducer.restore(state.nested(), {NAME: whole})
         return replace(state, inner=(inner.part,))
 
@@ -122,10 +129,15 @@ def _one(layout: Layout) -> Layout:
     return Layout.single((layout.size,), NAME)
 
 
-def _parts(flat: Array, layout: Layout) -> list[Array]:
-    """Return views of the units in an array of all elements, (size,)."""
-    ends = np.cumsum([unit.size for unit in layout.units])
-    return np.split(flat, ends[:-1]) if layout.units else []
+@functools.lru_cache(maxsize=1024)
+def _by_name(layout: Layout) -> Layout:
+    """Return the layout of the units side by side, in the order of their names."""
+    return Layout.of({unit.name: unit.shape for unit in sorted(layout.units)})
+
+
+def _moves(layout: Layout) -> Iterator[tuple[Unit, Unit]]:
+    """Yield each unit, and the same in `_by_name`."""
+    return zip(sorted(layout.units), _by_name(layout).units, strict=True)
 
 
 def _powers(comm: Comm, x: Array, old: Array | None, layout: Layout) -> Array:
@@ -142,12 +154,12 @@ def _powers(comm: Comm, x: Array, old: Array | None, layout: Layout) -> Array:
 
 def _means(flat: Array, layout: Layout) -> Array:
     """Return the mean magnitude of each unit, (units,) float64; 0 of an empty one."""
-    parts = _parts(flat, layout)
+    parts = [flat[unit.where] for unit in layout.units]
     return np.array([np.abs(part).mean(dtype=np.float64) if part.size else 0.0 for part in parts])
 
 
 def _scale(flat: Array, layout: Layout, powers: Array) -> None:
     """Multiply each unit of an array of all elements, (size,), by a power of two."""
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        for part, power in zip(_parts(flat, layout), powers.tolist(), strict=True):
-            np.ldexp(part, power, out=part)
+        for unit, power in zip(layout.units, powers.tolist(), strict=True):
+            np.ldexp(flat[unit.where], power, out=flat[unit.where])

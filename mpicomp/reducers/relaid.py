@@ -11,6 +11,7 @@ import numpy as np
 from mpicomp.arrays import Array
 from mpicomp.comm.communicator import Comm
 from mpicomp.reducers.base import Level, Reducer
+from mpicomp.reducers.parts.layout import Layout
 from mpicomp.reducers.parts.state import Reduction, State, poisoned_total
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.reducers.policies.base import Wrapper
@@ -37,6 +38,10 @@ class Relaid(Wrapper):
     def spread(self, flat: Array, state: State, out: Array) -> None:
         """Set every element of the units in `out`, (extent,), from `flat`, (size,)."""
 
+    def unmoved(self, layout: Layout, inner: Layout) -> bool:
+        """Whether every element has the same place in the layout of the reducer inside."""
+        return layout.where == inner.where == slice(0, layout.size)
+
     def candidates(self, feedback: bool = False) -> tuple[Reducer, ...]:
         return (self,)
 
@@ -44,8 +49,8 @@ class Relaid(Wrapper):
         return self
 
     def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
-        inner, whole = state.nested(), slice(0, state.layout.size)
-        if state.layout.where == whole == inner.layout.where:
+        inner = state.nested()
+        if self.unmoved(state.layout, inner.layout):
             reduction, after = self.reducer.reduce(comm, x, inner, out, work.inner("reducer"))
             return reduction, state if reduction.poisoned else state.advanced(inner=(after.part,))
         flat, total = (work.buffer(name, inner.layout.size, state.dtype) for name in ("relaid", "relaid total"))

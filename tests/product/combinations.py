@@ -139,7 +139,7 @@ def valid(some: Mapping[str, Any]) -> bool:
     if not (codec and reducer and outer and inner):
         return True
     spec, entry, shape = method(codec, reducer, outer, inner), some.get("entry"), some.get("shape")
-    if not spec or (entry in ("plain", "i plain") and "error_feedback" in spec):
+    if not spec or (entry in ("plain", "i plain") and members.remembers(spec)):
         return False
     if not takes(spec, some.get("dtype")):
         return False

@@ -173,6 +173,12 @@ def built(codec: str, template: str, chain: tuple[str, ...]) -> tuple[str, str]:
 read = cache(parse)
 
 
+def remembers(spec: str) -> bool:
+    """Whether a method remembers something by itself, so that a call takes it with a memory only."""
+    member = read(spec)
+    return isinstance(member, Reducer) and member.remembers
+
+
 def refused(spec: str, layout: Any, dtype: str, ranks: int, memory: bool) -> str:
     """Why no state can be made of a spec, "" where one can be."""
     try:

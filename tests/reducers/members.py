@@ -201,9 +201,6 @@ class History(NamedTuple):
 
 def run(team: Team, reducer: Reducer, layout: Layout, x: Array, poison: Sequence[int] = (), **settings: Any) -> History:
     """Reduce x[rank, step] at all steps, on a team, where there are masks with those of `masks_of`."""
-    masks, kept = masks_of(reducer, layout), np.ones(layout.extent, bool)
-    for unit in layout.units:
-        kept[unit.where] = masks.get(unit.name, True)
 
     def f(comm: Comm) -> tuple[Array, Array, Array, Array, Units]:
         return steps(comm, reducer, x[comm.rank], begun(reducer, layout, x.dtype.name, **settings))
@@ -211,7 +208,15 @@ def run(team: Team, reducer: Reducer, layout: Layout, x: Array, poison: Sequence
     results = team.run(f)
     entered, totals, residuals, poisoned = (np.stack([result[part] for result in results]) for part in range(4))
     units = [result[4] for result in results]
-    return History(entered, totals, residuals, poisoned, units, kept, shares_of(reducer, layout, x.shape[2]))
+    return History(entered, totals, residuals, poisoned, units, **taking_part(reducer, layout))
+
+
+def taking_part(reducer: Reducer, layout: Layout) -> dict[str, Array]:
+    """Return `kept` and `shares` of a history that began with `begun`."""
+    masks, kept = masks_of(reducer, layout), np.ones(layout.extent, bool)
+    for unit in layout.units:
+        kept[unit.where] = masks.get(unit.name, True)
+    return {"kept": kept, "shares": shares_of(reducer, layout, layout.extent)}
 
 
 def shares_of(reducer: Reducer, layout: Layout, size: int) -> Array:

@@ -61,6 +61,26 @@ def test_it_is_the_reducer_over_all_elements_at_once() -> None:
     assert joined.residuals.tobytes() == alone.residuals.tobytes()
 
 
+@pytest.mark.parametrize("spec", [*SPECS, "error_feedback(joined(two_stage(natural(block=64, scaled=False))))"])
+def test_the_order_of_the_units_does_not_matter(spec: str) -> None:
+    """DDP turns the order of a bucket around after its first step; what was exported goes on in the other order."""
+    reducer, x = member(spec), unequal(3, 2, LAYOUT)
+    turned = Layout.of({unit.name: unit.shape for unit in reversed(LAYOUT.units)})
+    order = np.concatenate([np.arange(LAYOUT.size)[unit.where] for unit in reversed(LAYOUT.units)])
+
+    def two_steps(comm: Comm, turn: bool) -> list[Array]:
+        first, state = reducer.reduce(comm, x[comm.rank, 0], reducer.init(LAYOUT, "float32"))
+        found, last = [first.total.copy()], x[comm.rank, 1]
+        if turn:
+            state = reducer.restore(reducer.init(turned, "float32", step=1), reducer.export(state))
+            last = last[order]
+        total = reducer.reduce(comm, last, state)[0].total
+        return [*found, total[np.argsort(order)] if turn else total]
+
+    straight, back = (Team(3).run(lambda comm, turn=turn: two_steps(comm, turn))[0] for turn in (False, True))
+    assert [each.tobytes() for each in straight] == [each.tobytes() for each in back]
+
+
 def test_one_threshold_for_all_tensors_is_that_of_the_largest() -> None:
     x = unequal(1, 1, LAYOUT)
     assert counts("gather(topk(density=0.05))", x, LAYOUT) == [60, 30, 1]

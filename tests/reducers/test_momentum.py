@@ -353,6 +353,22 @@ def test_poison_and_skipped_steps_leave_u_and_v(inner: str, masking: bool, value
             assert all(array.tobytes() == their_units[name][what].tobytes() for what, array in kept.items())
 
 
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_an_exact_sum_that_auto_chooses_keeps_nothing_that_is_not_finite(ranks: int) -> None:
+    reducer = member("momentum_correction(auto(allow=(ternary,)), momentum=0.5, masking=False)")
+
+    def totals(comm: Comm) -> list[Array]:
+        state, found = reducer.init(LAYOUT, "float32"), []
+        for value in (1.0, np.nan, 1.0):
+            reduction, state = reducer.reduce(comm, np.full(LAYOUT.size, value, np.float32), state)
+            found.append(reduction.total.copy())
+        return found
+
+    for first, spoiled, last in Team(ranks).run(totals):
+        assert np.isnan(spoiled).all()
+        np.testing.assert_array_equal((first[0], last[0]), (ranks, 1.5 * ranks))
+
+
 @pytest.mark.parametrize(
     "spec", [spec_of("gather(topk(density=0.1))"), spec_of("dense(algorithm=two_shot)", True, False)]
 )

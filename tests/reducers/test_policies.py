@@ -375,6 +375,8 @@ def test_codecs_and_reducers_are_not_mixed_up(spec: str) -> None:
         (f"warmup({EF}, densities=(0.1,), steps=2)", "too many elements"),
         ("warmup(error_feedback(gather(sign)), steps=2)", "has none; write it around"),
         ("warmup(dense, steps=2)", "has none; write it around"),
+        (f"warmup(warmup({EF}, densities=(0.3,), steps=2), densities=(0.5,), steps=2)", "warmup stands in itself"),
+        (f"warmup(after(warmup({EF}, densities=(0.3,), steps=2), steps=1), densities=(0.5,), steps=2)", "in itself"),
         ("warmup(error_feedback(gather(threshold(at=0.1))), steps=2)", "has none"),
     ],
 )

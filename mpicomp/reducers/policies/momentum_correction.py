@@ -94,11 +94,12 @@ class MomentumCorrection(Wrapper):
         corrected.flags.writeable = False  # the next state's u, which whoever sends it must leave alone
         inner = work.inner("reducer")
         inner.asks = self.masking
+        exact = self.reducer.running(state).exact
         end = self.reducer.begin(comm, corrected, state, out, inner)
 
         def ended() -> tuple[Reduction, State]:
             reduction, after = end()
-            silent = self.reducer.exact and not (reduction.poisoned or reduction.finite)
+            silent = exact and not (reduction.poisoned or reduction.finite)
             if silent and nonfinite(out, None, state.layout):
                 reduction = reduction._replace(poisoned=True)  # an exact sum does not say so by itself
             if reduction.poisoned:

@@ -42,6 +42,8 @@ class Warmup(Wrapper):
         object.__setattr__(self, "densities", tuple(float(density) for density in self.densities))
         if any(later >= earlier for earlier, later in pairwise(self.densities)):
             raise ValueError(f"densities must descend, got {self.densities}; write the largest first")
+        if any(each.spec_name == self.spec_name for each in walk(self.reducer)):
+            raise ValueError(f"warmup stands in itself, in {self.reducer}; write one with all densities")
         found = codecs_with_density(self.reducer)
         if not found:
             raise ValueError(
