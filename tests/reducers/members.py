@@ -171,7 +171,8 @@ def corrected(reducer: Reducer, state: State, x: Array) -> Array:
     for unit in state.layout.units:
         if "momentum" in exported[unit.name]:
             u, g, m = exported[unit.name]["momentum"], x[unit.where], x.dtype.type(policies[0].momentum)
-            entering[unit.where] = m * (u + g) + g if policies[0].nesterov else m * u + g
+            with np.errstate(over="ignore"):
+                entering[unit.where] = m * (u + g) + g if policies[0].nesterov else m * u + g
     return entering
 
 
