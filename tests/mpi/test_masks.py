@@ -97,7 +97,7 @@ def test_masked_trains_as_dense_gradients_that_are_masked_do() -> None:
 
 def test_only_surviving_gradients_travel() -> None:
     ddp = DDP(model())
-    hook = mpicomp.torch.compress(ddp, "masked(dense(algorithm=two_shot))")
+    hook = mpicomp.torch.compress(ddp, "masked(dense(algorithm=ring))")
     sent = []
     for step in range(6):
         if step == 3:
