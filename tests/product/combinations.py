@@ -67,6 +67,11 @@ def dtypes() -> tuple[str, ...]:
     return tuple(found)
 
 
+def stands_alone(policy: str, templates: Sequence[str]) -> bool:
+    """Whether a policy takes some reducer that sends by itself; decay takes none, only one with error feedback."""
+    return any(members.built(codec, leaf, (policy,))[0] for codec in members.codec_specs() for leaf in templates)
+
+
 def factors(ranks: Sequence[int] = RANKS) -> dict[str, list[Any]]:
     """The values of each factor, the simplest first."""
     codecs, (templates, policies) = members.codec_specs(), members.templates()
@@ -75,7 +80,7 @@ def factors(ranks: Sequence[int] = RANKS) -> dict[str, list[Any]]:
         "codec": [NONE, *codecs],
         "reducer": ["dense", *(each for each in templates if each != "dense")],
         "outer": [NONE, *policies],
-        "inner": [NONE, *policies],
+        "inner": [NONE, *(policy for policy in policies if stands_alone(policy, templates))],
         "op": ["sum", "mean"],
         "ranks": sorted(ranks, key=lambda count: (count != 2, count)),
         "dtype": list(dtypes()),
