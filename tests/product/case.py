@@ -201,11 +201,11 @@ class Case:
             debts = tuple(
                 np.stack([part[unit] for part in (said.old, said.new)]) for said in ranks if said.old and said.new
             )
-        layout = Layout.single(self.shapes[unit])
+        layout = Layout.of({str(number): shape for number, shape in enumerate(self.shapes)})
         member = resolve(self.spec, layout, self.real.name, size, memory=self.memory)
         joined = any(each.joins_units for each in walk(member))
         whole = _joined(ranks) if joined else None
-        return Unit(self, member, xs, result, debts, size, member.keeps(layout.units[0]), whole)
+        return Unit(self, member, xs, result, debts, size, member.keeps(layout.units[unit]), whole)
 
 
 class Unit:

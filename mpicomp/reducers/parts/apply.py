@@ -9,10 +9,11 @@ import numpy as np
 
 from mpicomp.arrays import Array, on_device
 from mpicomp.comm.communicator import Comm
+from mpicomp.comm.primitives import allreduce
 from mpicomp.kernels import kernels_for
 from mpicomp.reducers.base import Reducer
 from mpicomp.reducers.parts.layout import Layout, Unit
-from mpicomp.reducers.parts.state import State, complete, nonfinite, rescale
+from mpicomp.reducers.parts.state import State, StatePart, complete, nonfinite, rescale
 from mpicomp.reducers.parts.workspace import Workspace
 
 OPS = ("sum", "mean")
@@ -84,10 +85,25 @@ def _once_more(
         total *= np.float32(1 / shrink)
         if sound:
             rescale(after, 1 / shrink)
-            return after, True
+            # What is given and what is owed together may be beyond the range, on one rank alone.
+            fits = not nonfinite(total, None, state.layout) and _finite(after)
+            return (after, True) if _everywhere(comm, fits) else (state, False)
         if not reduction.poisoned:  # finite elements are right, and would be less exact the next time
             break
     return state, False
+
+
+def _finite(state: StatePart) -> bool:
+    """Whether all residuals and momenta of a state are finite."""
+    kept = [state.residual, None if state.momentum is None else state.momentum[0]]
+    return all(each is None or bool(np.isfinite(each).all()) for each in kept) and all(map(_finite, state.inner))
+
+
+def _everywhere(comm: Comm, here: bool) -> bool:
+    """Whether something is so on all ranks. Collective."""
+    least = np.empty(1)
+    allreduce(comm, np.array([float(here)]), least, "min")
+    return bool(least[0])
 
 
 def _scaled(state: Any, factor: float) -> Any:
