@@ -43,8 +43,8 @@ class Link:
     min_ndim: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("codec", "small"):
-            if not isinstance(value := getattr(self, name), Codec | None):
+        for name, value in (("codec", self.codec), ("small", self.small)):
+            if not isinstance(value, Codec | None):
                 raise ValueError(f"{name} must be a codec or None, got {value!r}")
         check_integer("min_ndim", self.min_ndim, 0)
 

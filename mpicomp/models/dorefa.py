@@ -26,33 +26,17 @@ from torch import Tensor, nn
 
 from mpicomp.codecs.base import Key, stream_of
 from mpicomp.codecs.checks import check_integer
+from mpicomp.models.binary import straight_through
 
 Bits = tuple[int, int, int]
 FULL = 32  # bits of what is not quantised
 WORD = (1 << 63) - 1  # seeds of torch's generators are below 2^64; half of them are enough
 
 
-class _Through(torch.autograd.Function):
-    """A value in place of x, with the gradient of x (straight-through estimator, Bengio et al. 2013)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
-        return value.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return gradients[0], None
-
-
-def _through(x: Tensor, value: Tensor) -> Tensor:
-    made: Tensor = _Through.apply(x, value)  # type: ignore[no-untyped-call]
-    return made
-
-
 def quantize(x: Tensor, bits: int) -> Tensor:
     """Return round((2^bits - 1) x) / (2^bits - 1) for x in [0, 1] (eq. 5); the gradient passes as it is."""
     levels = (1 << bits) - 1
-    return _through(x, torch.round(x.detach() * levels) / levels)
+    return straight_through(x, torch.round(x.detach() * levels) / levels)
 
 
 def quantize_weight(weight: Tensor, bits: int) -> Tensor:
@@ -65,7 +49,7 @@ def quantize_weight(weight: Tensor, bits: int) -> Tensor:
         return weight
     if bits == 1:
         scale = weight.detach().abs().mean()
-        return _through(weight, torch.where(weight.detach() < 0, -scale, scale))
+        return straight_through(weight, torch.where(weight.detach() < 0, -scale, scale))
     bounded = torch.tanh(weight)
     largest = bounded.detach().abs().amax().clamp_min(torch.finfo(weight.dtype).tiny)
     return 2 * quantize(bounded / (2 * largest) + 0.5, bits) - 1

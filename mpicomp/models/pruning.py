@@ -26,7 +26,8 @@ class Masks(Mapping[str, Tensor]):
     def __init__(self, masks: Mapping[str, Tensor]) -> None:
         for name, mask in masks.items():
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-                raise TypeError(f"the mask of {name} must be a bool tensor, got {getattr(mask, 'dtype', type(mask))}")
+                found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+                raise TypeError(f"the mask of {name} must be a bool tensor, got {found}")
         self._masks = {name: masks[name].detach().clone() for name in sorted(masks)}
 
     @classmethod

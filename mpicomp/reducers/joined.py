@@ -32,7 +32,7 @@ from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.reducers.relaid import Relaid
 
 NAME = "joined"  # of the one unit
-OWED = 2.0**-60  # share of a residual's mean that a scale is at least: its elements then stay far from overflow
+LEAST = 2.0**-60  # a scale is at least this share of the residual's mean, so that scaled residuals do not overflow
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,10 @@ class Joined(Relaid):
         powers = _powers(comm, flat, inner.residual, layout)
         _scale(flat, layout, -powers)
         if inner.residual is not None:
-            owed = work.buffer("residual", layout.size, state.dtype)
-            owed[...] = inner.residual
-            _scale(owed, layout, -powers)
-            inner = replace(inner, residual=owed)
+            residual = work.buffer("residual", layout.size, state.dtype)
+            residual[...] = inner.residual
+            _scale(residual, layout, -powers)
+            inner = replace(inner, residual=residual)
         reduction, after = self.reducer.reduce(comm, flat, inner, total, work.inner("reducer"))
         if reduction.poisoned:
             return poisoned_total(out, state.layout), state
@@ -146,7 +146,7 @@ def _powers(comm: Comm, x: Array, old: Array | None, layout: Layout) -> Array:
     with np.errstate(over="ignore", invalid="ignore"):  # the reducer finds what is not finite
         mine = _means(x, layout)
         if old is not None:
-            mine = np.maximum(mine, OWED * _means(old, layout))
+            mine = np.maximum(mine, LEAST * _means(old, layout))
     mine[~np.isfinite(mine)] = np.inf  # MPI's maximum with NaN may be anything
     allreduce(comm, mine, most, "max")
     return np.where(np.isfinite(most), np.frexp(most)[1], 0)

@@ -10,7 +10,7 @@ backward, a bucket that holds NaN or infinity, and with `scaler` a whole step th
 # No `from __future__ import annotations` here: DDP compares the annotations of the hook with types.
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,13 +25,14 @@ from mpicomp.comm.agreement import agree, confirm, digest_of, mixed, noted, refu
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.watch import Traffic
 from mpicomp.planner.allowance import divided
-from mpicomp.reducers import Layout, Reducer, Unit
+from mpicomp.reducers import Layout, Reducer
 from mpicomp.reducers.base import check_device, walk
 from mpicomp.reducers.masked import describe_masks, exported_masks, given_masks, masks_in
 from mpicomp.reducers.parts.masks import shared_masks
 from mpicomp.registry import describe, resolve_partitioned
 from mpicomp.torch.backend import MPIProcessGroup, tensor_group
 from mpicomp.torch.collective import breaking
+from mpicomp.torch.parameters import layout_of, mask_of, parameters_of, units_of
 from mpicomp.torch.streams import device_of
 from mpicomp.torch.tensors import NAMES, bits_of, check_local
 from mpicomp.torch.worker import Worker
@@ -137,7 +138,7 @@ class Hook:
         try:
             if not isinstance(masks, Mapping | None):
                 raise TypeError(f"masks are a dict of bool tensors by parameter name, got {type(masks).__name__}")
-            arrays = None if masks is None else {name: _mask(mask) for name, mask in masks.items()}
+            arrays = None if masks is None else {name: mask_of(mask) for name, mask in masks.items()}
             found = given_masks(comm, self.reducer, layout, arrays, root)
         except (TypeError, ValueError) as error:
             self._group.worker.submit(partial(refuse, comm, error)).wait()
@@ -164,7 +165,7 @@ class Hook:
         scale = float(self._scaler.get_scale()) if self._scaler is not None and index == 0 else None
         known = self._buckets.get(index)
         if known is None or known.names != names:
-            layout = Layout(_units(names, bucket.gradients(), buffer))
+            layout = Layout(units_of(names, bucket.gradients(), buffer))
             # Waits, so that ranks which disagree raise ConfigMismatchError itself; rare, DDP creates buckets twice.
             self._group.worker.submit(lambda: self._prepare(index, layout, NAMES[buffer.dtype])).wait()
 
@@ -245,21 +246,6 @@ class Hook:
         return f"{agreed}bucket {index} of DDP at step {step}, {reduction.dtype} by {self.reducer}, of {units}"
 
 
-def _mask(mask: torch.Tensor) -> Array:
-    """Return a mask as an array on the host; TypeError for what is no tensor of a type that NumPy has."""
-    array: Array = torch.as_tensor(mask).detach().cpu().numpy()
-    return array
-
-
-def _units(names: Sequence[str], gradients: Sequence[torch.Tensor], buffer: torch.Tensor) -> tuple[Unit, ...]:
-    """Return where each parameter's gradient lies in the bucket."""
-    start = buffer.storage_offset()
-    return tuple(
-        Unit(name, tuple(gradient.shape), int(gradient.storage_offset() - start))
-        for name, gradient in zip(names, gradients, strict=True)
-    )
-
-
 def reduce_bucket(state: Hook, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
     """Call `Hook.reduce`: DDP checks the names and annotations of a function."""
     return state.reduce(bucket)
@@ -309,8 +295,8 @@ def hooked(
     group = tensor_group(ddp.process_group)
     ranks = group.comm.size
     try:
-        parameters = _parameters(ddp)
-        layout, sizes = _layout(parameters)
+        parameters = parameters_of(ddp)
+        layout, sizes = layout_of(parameters)
         common = max(sizes, key=sizes.__getitem__)
         reducer = divided(resolve(layout, common, ranks), ranks, "mean")
         what = describe(reducer, layout, ", ".join(sizes), "mean", seed, 0)
@@ -324,30 +310,3 @@ def hooked(
     hook = Hook(group, parameters, reducer, seed, scaler, max_norm)
     ddp.register_comm_hook(hook, reduce_bucket)
     return hook
-
-
-def _parameters(ddp: DistributedDataParallel) -> dict[str, torch.nn.Parameter]:
-    """Return the parameters whose gradients DDP reduces; raises for a model that cannot be compressed."""
-    if ddp._comm_hooks:
-        raise RuntimeError("this DDP model has a communication hook already; torch allows one, and cannot remove it")
-    for name, module in ddp.module.named_modules():
-        if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag) and module.sparse:
-            raise ValueError(f"{name or 'the model'} has sparse gradients; set sparse=False to compress them")
-    ignored = set(getattr(ddp.module, "_ddp_params_and_buffers_to_ignore", ()))
-    parameters = {n: p for n, p in ddp.module.named_parameters() if p.requires_grad and n not in ignored}
-    check_local(parameters.values())
-    return parameters
-
-
-def _layout(parameters: dict[str, torch.nn.Parameter]) -> tuple[Layout, dict[str, int]]:
-    """Return the layout of all parameters, and the number of elements of each dtype; TypeError for another dtype."""
-    sizes: dict[str, int] = {}
-    units: list[Unit] = []
-    for name, parameter in parameters.items():
-        if parameter.dtype not in NAMES:
-            known = ", ".join(NAMES.values())
-            raise TypeError(f"parameter {name} has dtype {parameter.dtype}; only {known} can be compressed")
-        units.append(Unit(name, tuple(parameter.shape), sum(sizes.values())))
-        dtype = NAMES[parameter.dtype]
-        sizes[dtype] = sizes.get(dtype, 0) + parameter.numel()
-    return Layout(tuple(units)), sizes
