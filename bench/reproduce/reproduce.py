@@ -66,12 +66,18 @@ def chosen(names: list[str], everything: bool, reading: bool) -> list[Work]:
 
 
 def entries(args: argparse.Namespace) -> Iterator[Entry]:
-    """Run the works, one task after the other."""
+    """Run the works, one task after the other; RuntimeError for two rows of one name, which would share a place."""
     session = Session([0] if args.quick else range(args.seeds), args.data, args.quick)
+    seen: set[tuple[str, str]] = set()
     for work in args.works:
         for task in args.task:
-            if task in work.tasks:
-                yield from work.entries(session, task)
+            for entry in work.entries(session, task) if task in work.tasks else ():
+                if (entry.task, entry.row) in seen:
+                    raise RuntimeError(
+                        f"two rows on {entry.task} are called {entry.row!r}: give them names of their own"
+                    )
+                seen.add((entry.task, entry.row))
+                yield entry
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import mpicomp.torch
-from bench.reproduce.entry import Entry
+from bench.reproduce.entry import Entry, mean_and_spread
 from bench.reproduce.session import Session
 from bench.reproduce.training import Run
 from bench.train.meter import gathered
@@ -64,37 +64,39 @@ def accuracy(session: Session, task: str) -> Iterator[Entry]:
     dense = [session.dense(task, seed).metric for seed in session.chosen(MORE)]
     claim = "93.87 against 93.75 (CIFAR-10, 4 GPUs), 93.28 against 92.92 (8)"
 
-    def entry(variant: str, setting: str, found: list[Run], met: bool | None = None) -> Entry:
+    def entry(variant: str, setting: str, found: list[Run], met: bool | None = None, **more: Any) -> Entry:
         return session.entry(
-            f"{NAME}: {variant}", task, setting, found, PAPER, claim, met=None if session.quick else met
+            f"{NAME}: {variant}", task, setting, found, PAPER, claim, met=None if session.quick else met, **more
         )
 
     met = statistics.fmean(run.metric for run in full) >= statistics.fmean(dense) - WITHIN
     yield entry(f"0.1 %, within {WITHIN} point of dense", words(SPARSE, stage), full, met)
 
-    feedback = f"warmup(error_feedback({SPARSE}), steps={stage})"
-    plain = session.over_seeds(lambda seed: session.train(task, seed, feedback), MORE)
-    gain, spread = difference(full, plain)
-    yield entry(
-        f"without momentum correction; with it {gain:+.2f} ± {spread:.2f} points, above 0",
-        f"{feedback}, SGD with momentum",
-        plain,
-        gain > 0,
+    feedback = f"error_feedback({SPARSE})"
+    warmed = f"warmup({feedback}, steps={stage})"
+    switched_off: tuple[tuple[str, bool, str, Callable[[], list[Run]]], ...] = (
+        ("momentum correction, above 0", True, warmed, lambda: by_method(session, task, warmed)),
+        ("all of its parts, above 0", True, feedback, lambda: by_method(session, task, feedback)),
+        (
+            "masking",
+            False,
+            words(SPARSE, stage, masking=False),
+            lambda: runs(session, task, dgc(stage, masking=False), 0),
+        ),
+        ("warm-up", False, words(SPARSE, 0), lambda: runs(session, task, dgc(0), 0)),
     )
-    dropped = session.over_seeds(lambda seed: session.train(task, seed, f"error_feedback({SPARSE})"))
-    gain, spread = difference(full, dropped)
-    yield entry(
-        f"none of its parts (gradient dropping); with all {gain:+.2f} ± {spread:.2f} points",
-        f"error_feedback({SPARSE}), SGD with momentum",
-        dropped,
-    )
-    for name, made, setting in (
-        ("masking", dgc(stage, masking=False), words(SPARSE, stage, masking=False)),
-        ("warm-up", dgc(0), words(SPARSE, 0)),
-    ):
-        without = runs(session, task, made, 0)
-        gain, spread = difference(full, without)
-        yield entry(f"without {name}; with it {gain:+.2f} ± {spread:.2f} points", setting, without)
+    for name, bar, setting, train in switched_off:
+        without = train()
+        gains = [mine.metric - theirs.metric for mine, theirs in zip(full, without, strict=False)]
+        yield entry(
+            f"points won by {name}",
+            f"without: {statistics.fmean(run.metric for run in without):.2f} by {setting}",
+            without,
+            statistics.fmean(gains) > 0 if bar else None,
+            **mean_and_spread(gains),
+            metric_name="points",
+            dense_mean=None,
+        )
     one = "hierarchical(gather(sampled_topk(density=0.001)))"
     found = session.train(task, session.seeds[0], None, optimizer=dgc(stage, one))
     yield entry("dense inside a node, sampled top-k between nodes (one seed)", words(one, stage), [found])
@@ -105,10 +107,9 @@ def runs(session: Session, task: str, made: Made, more: int = MORE) -> list[Run]
     return session.over_seeds(lambda seed: session.train(task, seed, None, optimizer=made), more)
 
 
-def difference(one: list[Run], other: list[Run]) -> tuple[float, float]:
-    """Return the mean and the spread of the metric's differences, seed by seed, as far as both have them."""
-    gains = [mine.metric - theirs.metric for mine, theirs in zip(one, other, strict=False)]
-    return statistics.fmean(gains), statistics.stdev(gains) if len(gains) > 1 else 0.0
+def by_method(session: Session, task: str, method: str) -> list[Run]:
+    """Train with the task's optimizer and a method over the seeds, and more of them."""
+    return session.over_seeds(lambda seed: session.train(task, seed, method), MORE)
 
 
 # -------------------------------------------------------------------------------------------------------------- bytes
@@ -197,9 +198,9 @@ def language(session: Session) -> Iterator[Entry]:
         met = None if share is None or session.quick else mean <= dense.metric * (1 + share)
         bar = "" if share is None else f", within {share:.0%} of dense"
         yield session.entry(
-            f"{NAME}: {density:.1%}{bar} ({mean / dense.metric - 1:+.1%})",
+            f"{NAME}: {density:.1%}{bar}",
             "charlm",
-            words(method, stage, nesterov=True),
+            f"{words(method, stage, nesterov=True)}: {mean / dense.metric - 1:+.1%}",
             found,
             PAPER,
             "perplexity 72.24 against 72.30 (Penn Treebank, LSTM, 0.1 %)",

@@ -205,17 +205,17 @@ def table(session: Session, task: str) -> Iterator[Entry]:
     """
     seed = session.seeds[0]
     gradient = first_gradient(session, task, seed)
-    for spec in SPECS.values():
+    for name, spec in SPECS.items():
         codec = parse(spec)
         assert isinstance(codec, Codec)
         nbytes, error = message(codec, gradient)
         method = spec if not codec.unbiased else around(codec, session.ranks)
         run = session.train(task, seed, method)
-        entry = session.entry(f"{NAME}: all codecs, training", task, method, [run], PAPER, "a taxonomy")
+        entry = session.entry(f"{NAME}: all codecs, training by {name}", task, method, [run], PAPER, "a taxonomy")
         yield entry
         yield replace(
             entry,
-            row=f"{NAME}: all codecs, a gradient as a message",
+            row=f"{NAME}: all codecs, a gradient as a message of {name}",
             setting=spec,
             metric_name="vNMSE",
             metric_mean=error,
