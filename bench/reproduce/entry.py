@@ -34,6 +34,12 @@ class Entry(report.Row):
     def title(self) -> str:
         return f"{self.task}, {self.ranks} ranks"
 
+    @property
+    def measured(self) -> str:
+        """The mean and the spread, to two digits behind the point or, of less than 0.1, two that count."""
+        small = 0 < abs(self.metric_mean) < 0.1
+        return f"{self.metric_mean:.{'2g' if small else '2f'}} ± {self.metric_std:.{'2g' if small else '2f'}}"
+
     LABELS = 2
 
     def cells(self) -> dict[str, str]:
@@ -42,7 +48,7 @@ class Entry(report.Row):
             "work": self.row,
             "setting": self.setting,
             "metric": self.metric_name,
-            "measured": f"{self.metric_mean:.2f} ± {self.metric_std:.2f}",
+            "measured": self.measured,
             "dense": report.number(self.dense_mean, ".2f"),
             "bytes": report.number(self.bytes, ",.0f"),
             "dense bytes": report.number(self.dense_bytes, ",.0f"),

@@ -15,12 +15,13 @@ def markdown(rows: Sequence[Entry]) -> str:
     lines = [" | ".join(HEAD), " | ".join("---" for _ in HEAD)]
     for row in rows:
         verdict = {True: "met", False: "missed", None: "-"}[row.met]
+        call, semicolon, words = row.setting.partition("; ")
         cells = (
             row.row,
-            f"`{row.setting}`",
+            f"`{call}`{semicolon}{words}",
             row.task,
             str(row.ranks),
-            f"{row.metric_mean:.2f} ± {row.metric_std:.2f} {row.metric_name.replace('_', ' ')}",
+            f"{row.measured} {row.metric_name.replace('_', ' ')}",
             report.number(row.dense_mean, ".2f"),
             "-" if row.ratio is None else f"{row.ratio:.1f}x",
             f"{row.paper}: {row.paper_claim}",
