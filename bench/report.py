@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -193,42 +193,48 @@ def draw_lines(
     file: str, panels: Mapping[str, Lines], xlabel: str, ylabel: str, base: int = 2, ticks: Iterable[float] = ()
 ) -> list[str]:
     """Draw lines, a panel per title, both axes logarithmic; return the files."""
-    pyplot, places = _pyplot(), sorted(ticks)
-    written = []
-    for name, shown in _parts(file, panels):
-        figure, axes = _panels(pyplot, len(panels), (2 + 5 * len(panels), 6))
-        for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
-            for colour, label in enumerate(shown):
-                points = sorted(lines.get(label, ()))
-                look: dict[str, Any] = {"color": f"C{colour}", "linestyle": DASHES.get(label.split()[0], "-")}
-                xs, ys = [point.x for point in points], [point.y for point in points]
-                axis.plot(xs, ys, marker="o", markersize=4, label=label, **look)
-                if any(point.high is not None for point in points):
-                    axis.fill_between(xs, ys, [point.high or point.y for point in points], alpha=0.1, **look)
-            axis.set(yscale="log", title=title, xlabel=xlabel)
-            axis.set_xscale("log", base=base)
-            if places:
-                axis.set_xticks(places, labels=[f"{place:g}" for place in places])
-            axis.grid(which="both", alpha=0.25)
-        axes[0][0].set_ylabel(ylabel)
-        written.append(_save(figure, name))
-    return written
+    places = sorted(ticks)
+
+    def draw(axis: Any, lines: Lines, shown: Sequence[str]) -> None:
+        for colour, label in enumerate(shown):
+            points = sorted(lines.get(label, ()))
+            look: dict[str, Any] = {"color": f"C{colour}", "linestyle": DASHES.get(label.split()[0], "-")}
+            xs, ys = [point.x for point in points], [point.y for point in points]
+            axis.plot(xs, ys, marker="o", markersize=4, label=label, **look)
+            if any(point.high is not None for point in points):
+                axis.fill_between(xs, ys, [point.high or point.y for point in points], alpha=0.1, **look)
+        axis.set(yscale="log", xlabel=xlabel)
+        axis.set_xscale("log", base=base)
+        if places:
+            axis.set_xticks(places, labels=[f"{place:g}" for place in places])
+
+    return _draw_panels(file, panels, ylabel, draw)
 
 
 def draw_points(file: str, panels: Mapping[str, Lines], xlabel: str, ylabel: str) -> list[str]:
     """Draw single points by name, a panel per title, the x axis logarithmic; return the files."""
+
+    def draw(axis: Any, points: Lines, shown: Sequence[str]) -> None:
+        axis.axhline(0, color="grey", linewidth=0.8)
+        for colour, label in enumerate(shown):
+            found = points.get(label, ())
+            axis.scatter([point.x for point in found], [point.y for point in found], color=f"C{colour}", label=label)
+        axis.set(xscale="log", xlabel=xlabel)
+
+    return _draw_panels(file, panels, ylabel, draw)
+
+
+def _draw_panels(
+    file: str, panels: Mapping[str, Lines], ylabel: str, draw: Callable[[Any, Lines, Sequence[str]], None]
+) -> list[str]:
+    """Draw each panel by `draw`, which takes its axis, its lines and the names to show; return the files."""
     pyplot = _pyplot()
     written = []
     for name, shown in _parts(file, panels):
         figure, axes = _panels(pyplot, len(panels), (2 + 5 * len(panels), 6))
-        for axis, (title, points) in zip(axes[0], panels.items(), strict=True):
-            axis.axhline(0, color="grey", linewidth=0.8)
-            for colour, label in enumerate(shown):
-                found = points.get(label, ())
-                axis.scatter(
-                    [point.x for point in found], [point.y for point in found], color=f"C{colour}", label=label
-                )
-            axis.set(xscale="log", title=title, xlabel=xlabel)
+        for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+            draw(axis, lines, shown)
+            axis.set_title(title)
             axis.grid(which="both", alpha=0.25)
         axes[0][0].set_ylabel(ylabel)
         written.append(_save(figure, name))

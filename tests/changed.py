@@ -8,13 +8,13 @@ program by SIGSEGV. A decoder may raise WireFormatError or decode nonsense.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import mmap
 import time
 from typing import Any
 
 import numpy as np
+from attack_arguments import attack_arguments
 
 from mpicomp.codecs import Key
 from mpicomp.errors import WireFormatError
@@ -192,21 +192,9 @@ def attack_entries(codec: Any, messages: int, seed: int = 0) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--messages", type=int, default=10_000, help="for each codec and way (default: 10000)")
-    parser.add_argument(
-        "--codec", action="append", metavar="SPEC", help="may be repeated; default: all that tests know"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    if args.codec:
-        codecs = [parse(spec) for spec in args.codec]
-    else:
-        from codec_members import CODECS_TESTED
-
-        codecs = CODECS_TESTED
+    args = attack_arguments(__doc__, "codec and way")
     np.seterr(all="ignore")
-    for codec in codecs:
+    for codec in args.codec:
         began = time.perf_counter()
         print(f"{codec}: ", end="", flush=True)  # the last line names the codec that ended the program
         refused, decoded = attack_codec(codec, args.messages, args.seed)

@@ -8,18 +8,17 @@ or yields what is not finite, and lets through whatever is raised other than Wir
 
 from __future__ import annotations
 
-import argparse
 import struct
 import time
 from collections import Counter
 from typing import Any
 
 import numpy as np
+from attack_arguments import attack_arguments
 
 from mpicomp.codecs import Key
 from mpicomp.errors import WireFormatError
 from mpicomp.frames import CHECKSUM, FRAME, checksum, frame, unframe
-from mpicomp.registry import parse
 
 SIZES = (0, 1, 2, 7, 8, 9, 31, 33, 64, 100, 255, 257, 500, 700)
 GUARD = 64  # elements before and behind `out`
@@ -147,21 +146,9 @@ class Target:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--messages", type=int, default=10_000, help="for each codec (default: 10000)")
-    parser.add_argument(
-        "--codec", action="append", metavar="SPEC", help="may be repeated; default: all that tests know"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    if args.codec:
-        codecs = [parse(spec) for spec in args.codec]
-    else:
-        from codec_members import CODECS_TESTED
-
-        codecs = CODECS_TESTED
+    args = attack_arguments(__doc__, "codec")
     failed = 0
-    for codec in codecs:
+    for codec in args.codec:
         began = time.perf_counter()
         try:
             outcomes = Target(codec, args.seed).attack(args.messages)

@@ -9,43 +9,24 @@ from __future__ import annotations
 import argparse
 import time
 
-import numpy as np
 from mpi4py import MPI
+from over_mpi import run_over_mpi
 from reducers.members import (
     DENSE,
     FEW,
     REPRESENTATIVES,
-    History,
     alike,
     as_predicted,
-    begun,
     check_law,
     inputs,
     masks_of,
     member,
-    steps,
-    taking_part,
 )
 
-from mpicomp.arrays import Array
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.watch import Traffic
-from mpicomp.reducers import Reducer
 
 STEPS = 3
-
-
-def gathered(x: Array) -> Array:
-    """Stack every rank's x, by plain MPI: (ranks, *x.shape)."""
-    rows = np.empty((MPI.COMM_WORLD.size, *x.shape), x.dtype)
-    MPI.COMM_WORLD.Allgather(np.ascontiguousarray(x), rows)
-    return rows
-
-
-def run(comm: Comm, reducer: Reducer, x: Array) -> History:
-    entered, totals, residuals, poisoned, units = steps(comm, reducer, x[comm.rank], begun(reducer, FEW, "float32"))
-    found = (gathered(each) for each in (entered, totals, residuals, poisoned))
-    return History(*found, [units], **taking_part(reducer, FEW))
 
 
 def main() -> None:
@@ -57,12 +38,12 @@ def main() -> None:
         began = time.perf_counter()
         reducer, x = member(spec), inputs(comm.size, STEPS, FEW.size, "float32")
         comm.traffic = Traffic()
-        first = run(comm, reducer, x)
+        first = run_over_mpi(comm, reducer, FEW, x)
         check_law(first)
         predicted = STEPS * reducer.cost(FEW, "float32", comm.topology, comm.rank).nbytes
         alone = alike(spec) and not masks_of(reducer, FEW)  # a cost is that of all elements
         assert not alone or as_predicted(reducer, comm.traffic.bytes, predicted), (comm.traffic, predicted)
-        second = run(comm, reducer, x)
+        second = run_over_mpi(comm, reducer, FEW, x)
         assert second.totals.tobytes() == first.totals.tobytes(), "another run has other bits"
         assert second.residuals.tobytes() == first.residuals.tobytes(), "another run has other residuals"
         if comm.rank == 0:

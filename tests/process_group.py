@@ -1,4 +1,4 @@
-"""What tests of the torch backend share: the process group of all ranks, and this rank's place in it."""
+"""This rank's place in the process group of all ranks, which the fixture `process_group` of tests/mpi initialises."""
 
 from __future__ import annotations
 
@@ -8,15 +8,6 @@ pytest.importorskip("torch")
 
 import torch
 import torch.distributed as dist
-
-import mpicomp.torch  # noqa: F401 (it registers the backend)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group() -> None:
-    """Initialise torch.distributed once; a module that imports this fixture uses it in all its tests."""
-    if not dist.is_initialized():
-        dist.init_process_group("mpicomp")
 
 
 def me() -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from plain_calls import sums_of_two_threads
 from team import Team
 
 import mpicomp
@@ -161,27 +162,8 @@ def test_a_reset_of_what_is_whole_does_no_harm() -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_two_threads_that_call_on_one_communicator(ranks: int) -> None:
-    def f(comm: Comm) -> None:
-        found: list[Any] = []
-
-        def calls() -> None:
-            try:
-                for step in range(40):
-                    if step % 3:
-                        found.append(mpicomp.allreduce(comm, X, "dense(algorithm=two_shot)")[0])
-                    else:
-                        found.append(mpicomp.iallreduce(comm, X, "dense(algorithm=two_shot)").wait()[0])
-            except BaseException as error:
-                found.append(error)
-
-        threads = [threading.Thread(target=calls) for _ in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(120)
-        assert found == [float(ranks)] * 80
-
-    Team(ranks).run(f)
+    found = Team(ranks).run(lambda comm: sums_of_two_threads(comm, X, 40))
+    assert found == [[float(ranks)] * 80] * ranks
 
 
 def test_a_call_waits_for_one_that_another_thread_runs_by_itself() -> None:

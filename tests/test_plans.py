@@ -7,6 +7,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from plain_calls import same_bits
 from team import Team
 
 import mpicomp
@@ -33,10 +34,6 @@ def array_of(rank: int, shape: tuple[int, ...] = (13, 7), dtype: Any = np.float3
     x: Array = np.random.default_rng([rank, step]).standard_normal(shape).astype(dtype)
     x.setflags(write=False)
     return x
-
-
-def same_bits(results: list[Array]) -> None:
-    assert {result.tobytes() for result in results} == {results[0].tobytes()}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

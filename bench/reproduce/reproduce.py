@@ -7,24 +7,20 @@ written as it ends, so a run that is stopped keeps its rows.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
 if not __package__:  # run as a script: `bench` is a package in the root of the repository
     sys.path[0] = str(Path(__file__).parents[2])
 
-import mpicomp.torch  # noqa: F401  # registers the backend
 from bench import report
 from bench.command import Parser
 from bench.reproduce.entry import Entry
 from bench.reproduce.session import Session
 from bench.reproduce.table import draw, markdown
 from bench.reproduce.works import WORKS, Work
+from bench.train.ranks import process_group
 from bench.train.tasks import TASKS, check_mnist
 
 
@@ -83,19 +79,15 @@ def entries(args: argparse.Namespace) -> Iterator[Entry]:
 def main() -> None:
     """Run, then print the table on rank 0."""
     args = arguments(sys.argv[1:])
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # the ranks share the cores
-    dist.init_process_group("mpicomp")
-    leader = dist.get_rank() == 0
-    found = report.collect(entries(args), args.json, leader)
-    if leader:
-        rows = [*report.read(args.read, (Entry,)), *found]
-        report.print_tables(rows)
-        if args.markdown:
-            Path(args.markdown).write_text(markdown(rows))
-        if args.plot:
-            draw(args.plot, rows)
-    dist.destroy_process_group()
+    with process_group() as leader:
+        found = report.collect(entries(args), args.json, leader)
+        if leader:
+            rows = [*report.read(args.read, (Entry,)), *found]
+            report.print_tables(rows)
+            if args.markdown:
+                Path(args.markdown).write_text(markdown(rows))
+            if args.plot:
+                draw(args.plot, rows)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ measures. The tasks are in `tasks.py`, the measurements in `meter.py`.
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ import mpicomp.torch
 from bench import report
 from bench.command import Parser
 from bench.train.meter import Meter, Progress, Row, peak_rss_bytes, replicas_identical
+from bench.train.ranks import process_group
 from bench.train.tasks import TASKS, Task, check_mnist, task_of
 from mpicomp.registry import parse
 
@@ -117,14 +117,10 @@ def runs(task: Task, args: argparse.Namespace, quiet: bool) -> Iterator[Row]:
 def main() -> None:
     """Train with each reducer in turn, then print the table on rank 0."""
     args = arguments(sys.argv[1:])
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # the ranks share the cores
-    dist.init_process_group("mpicomp")
-    leader = dist.get_rank() == 0
-    rows = report.collect(runs(task_of(args.task, args.data), args, quiet=not leader), args.json, leader)
-    if leader:
-        report.print_tables(rows)
-    dist.destroy_process_group()
+    with process_group() as leader:
+        rows = report.collect(runs(task_of(args.task, args.data), args, quiet=not leader), args.json, leader)
+        if leader:
+            report.print_tables(rows)
     if not all(row.replicas_identical for row in rows):
         sys.exit("the ranks' parameters differ at the end: this must not happen, please report it")
 

@@ -1,7 +1,7 @@
 """The loops over elements: one implementation for NumPy arrays, one for CuPy arrays. Nothing here knows ranks or MPI.
 
-`mpicomp.kernels.contract` documents them. An implementation is imported at its first use: `import mpicomp` loads no
-compiler.
+`mpicomp.kernels.contract` and `host_contract` document them. An implementation is imported at its first use: `import
+mpicomp` loads no compiler.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import functools
 import numpy as np
 
 from mpicomp.arrays import Array, on_device
-from mpicomp.kernels.contract import HostKernels, Kernels, Selection
+from mpicomp.kernels.contract import Kernels, Selection
+from mpicomp.kernels.host_contract import HostKernels
 
 __all__ = ["HostKernels", "Kernels", "Selection", "host_kernels", "kernels_for"]
 

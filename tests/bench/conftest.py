@@ -19,6 +19,13 @@ sys.path.append(str(ROOT))  # `bench` is a package there; at the end, so that th
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+@pytest.fixture(autouse=True)
+def _needs(request: pytest.FixtureRequest) -> None:
+    """Skip the tests of a file where a module is missing that its NEEDS names."""
+    for module in getattr(request.module, "NEEDS", ()):
+        pytest.importorskip(module, reason=f"{request.path.name} needs {module}")
+
+
 @pytest.fixture(scope="session")
 def bench() -> Callable[[str], ModuleType]:
     """Return a module of the benchmarks, e.g. "collectives.timing"."""
@@ -48,3 +55,18 @@ def run() -> Run:
         )
 
     return run
+
+
+@pytest.fixture
+def without_cupy(tmp_path: Path) -> Callable[[str], Path]:
+    """Return a program that calls the `main` of a module of the benchmarks where CuPy cannot be imported."""
+
+    def without_cupy(module: str) -> Path:
+        (tmp_path / "cupy.py").write_text("raise ImportError('libcuda.so.1\\nis not there')")
+        program = tmp_path / "driver.py"
+        program.write_text(
+            f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; from bench.{module} import main; main()"
+        )
+        return program
+
+    return without_cupy

@@ -14,16 +14,11 @@ from typing import Any
 import jobs
 import pytest
 
+NEEDS = ("torch", "rich", "matplotlib")
 ROOT = Path(__file__).parents[2]
 SCRIPT = "collectives/collectives.py"
 KEYS = ["reducer", "ranks", "hosts", "rate", "nbytes", "system", "median_s", "p95_s", "algbw", "busbw"]
 KEYS += ["wire_bytes", "network_bytes", "relative_error", "identical", "device"]
-
-
-@pytest.fixture(autouse=True)
-def _needs() -> None:
-    for module in ("torch", "rich", "matplotlib"):
-        pytest.importorskip(module, reason=f"bench/collectives needs {module}")
 
 
 @pytest.mark.jobs
@@ -384,14 +379,8 @@ def test_arrays_on_a_gpu(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.jobs
-def test_without_cupy_every_rank_says_so(run: Any, tmp_path: Path) -> None:
-    (tmp_path / "cupy.py").write_text("raise ImportError('libcuda.so.1 is not there')")
-    driver = tmp_path / "driver.py"
-    driver.write_text(
-        f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; from bench.collectives import collectives; "
-        "collectives.main()"
-    )
-    done = run(str(driver), "--device", "gpu", ranks=1)
+def test_without_cupy_every_rank_says_so(run: Any, without_cupy: Any) -> None:
+    done = run(str(without_cupy("collectives.collectives")), "--device", "gpu", ranks=1)
     assert done.returncode == 1
     assert "--device gpu needs CuPy, as in pip install 'mpicomp[cuda12]'; it cannot be imported: libcuda" in done.stderr
     assert "Traceback" not in done.stderr

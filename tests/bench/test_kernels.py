@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+NEEDS = ("torch", "rich", "ml_dtypes", "matplotlib")
 KEYS = {
     "system": str,
     "codec": str,
@@ -24,12 +25,6 @@ KEYS = {
     "bits_per_element": float,
     "relative_error": float,
 }
-
-
-@pytest.fixture(autouse=True)
-def _needs() -> None:
-    for module in ("torch", "rich", "ml_dtypes", "matplotlib"):
-        pytest.importorskip(module, reason=f"bench/kernels needs {module}")
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+NEEDS = ("torch", "rich", "ml_dtypes", "matplotlib")
 ROOT = Path(__file__).parents[2]
 DRIVER = """
 import sys
@@ -21,12 +22,6 @@ gpu.BUCKET, gpu.WARM_UP = 1 << 12, 0
 {before}
 kernels.main()
 """
-
-
-@pytest.fixture(autouse=True)
-def _needs() -> None:
-    for module in ("torch", "rich", "ml_dtypes", "matplotlib"):
-        pytest.importorskip(module, reason=f"bench/kernels needs {module}")
 
 
 @pytest.fixture
@@ -98,14 +93,8 @@ def test_other_bytes_than_the_cpus_end_the_run(on_stand_in: Any) -> None:
 
 
 @pytest.mark.jobs
-def test_without_cupy_one_line_says_so(kernels: Any, tmp_path: Path) -> None:
-    (tmp_path / "cupy.py").write_text("raise ImportError('libcuda.so.1\\nis not there')")
-    program = tmp_path / "driver.py"
-    program.write_text(
-        f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; from bench.kernels import kernels; "
-        "kernels.main()"
-    )
-    done = kernels(program, "--codec", "sign")
+def test_without_cupy_one_line_says_so(kernels: Any, without_cupy: Any) -> None:
+    done = kernels(without_cupy("kernels.kernels"), "--codec", "sign")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines() == [
         "--device gpu needs CuPy, as in pip install 'mpicomp[cuda12]'; it cannot be imported: libcuda.so.1 is not there"

@@ -8,11 +8,7 @@ from typing import Any
 
 import pytest
 
-
-@pytest.fixture(autouse=True)
-def _needs() -> None:
-    for module in ("rich", "matplotlib"):
-        pytest.importorskip(module, reason=f"bench/report.py needs {module}")
+NEEDS = ("rich", "matplotlib")
 
 
 @pytest.fixture

@@ -10,17 +10,12 @@ from typing import Any
 
 import pytest
 
+NEEDS = ("torch", "sklearn", "rich", "matplotlib")
 KEYS = ["row", "task", "setting", "ranks", "seeds", "metric_name", "metric_mean", "metric_std", "dense_mean", "bytes"]
 KEYS += ["dense_bytes", "ratio", "paper", "paper_claim", "met"]
 
 NAMES = ["Deep Compression", "Survey", "Deep Gradient Compression", "Binarized networks", "DoReFa", "Gradual pruning"]
 NAMES += ["Gradient dropping", "Federated Dropout", "ATOMO"]
-
-
-@pytest.fixture(autouse=True)
-def _needs() -> None:
-    for module in ("torch", "sklearn", "rich", "matplotlib"):
-        pytest.importorskip(module, reason=f"bench/reproduce needs {module}")
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from mpicomp.comm.communicator import Comm
@@ -16,3 +18,22 @@ def comm() -> Comm:
     comm = Comm.of(MPI.COMM_WORLD)
     comm.traffic = Traffic()
     return comm
+
+
+@pytest.fixture
+def world() -> Any:
+    """Return the world of all ranks as mpi4py has it."""
+    from mpi4py import MPI
+
+    return MPI.COMM_WORLD
+
+
+@pytest.fixture(scope="module")
+def process_group() -> None:
+    """Initialise torch.distributed over all ranks, once."""
+    import torch.distributed as dist
+
+    import mpicomp.torch  # noqa: F401  # registers the backend
+
+    if not dist.is_initialized():
+        dist.init_process_group("mpicomp")

@@ -10,13 +10,14 @@ pytest.importorskip("torch")
 
 import torch
 import torch.distributed as dist
-from process_group import me, process_group, same_everywhere, size  # noqa: F401 (the fixture is used by all tests)
+from process_group import me, same_everywhere, size
+from regression import flat
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.usefixtures("process_group")]
 
 
 def of_rank(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -336,10 +337,6 @@ def model() -> nn.Module:
 
 def batch(step: int, rank: int) -> torch.Tensor:
     return torch.randn(5, 6, generator=torch.Generator().manual_seed(1000 * step + rank))
-
-
-def flat(module: nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().reshape(-1) for p in module.parameters()])
 
 
 def train(module: nn.Module, steps: int = 4, hook=None, **options) -> torch.Tensor:

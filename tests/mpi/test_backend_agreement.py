@@ -10,12 +10,12 @@ pytest.importorskip("torch")
 
 import torch
 import torch.distributed as dist
-from process_group import me, process_group, size  # noqa: F401 (the fixture is used by all tests)
+from process_group import me, size
 
 import mpicomp.torch
 from mpicomp.errors import CommunicatorError, ConfigMismatchError
 
-pytestmark = pytest.mark.mpi(min_size=2)
+pytestmark = [pytest.mark.mpi(min_size=2), pytest.mark.usefixtures("process_group")]
 
 
 def odd() -> bool:

@@ -12,14 +12,14 @@ pytest.importorskip("torch")
 
 import torch
 import torch.distributed as dist
-from process_group import me, process_group, size  # noqa: F401 (the fixture is used by all tests)
+from process_group import me, size
 from torch import nn
 
 import mpicomp.torch
 from mpicomp.torch.backend import MPIProcessGroup
 from mpicomp.torch.launch import group_comm
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.usefixtures("process_group")]
 
 
 def threads() -> int:

@@ -8,9 +8,9 @@ pytest.importorskip("torch")
 
 import torch
 import torch.distributed as dist
-from process_group import me, process_group  # noqa: F401 (the fixture is used by all tests)
+from process_group import me
 
-pytestmark = pytest.mark.mpi(min_size=2)
+pytestmark = [pytest.mark.mpi(min_size=2), pytest.mark.usefixtures("process_group")]
 
 
 def pair() -> bool:

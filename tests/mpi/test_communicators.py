@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from plain_calls import sums_of_two_threads
 
 import mpicomp
 from mpicomp.api.call import Call, blocking, nonblocking
@@ -122,24 +123,7 @@ def test_a_request_returns_before_the_others_have_come(world: Any) -> None:
 def test_two_threads_on_one_communicator(world: Any, first: bool) -> None:
     if not first:
         mpicomp.allreduce(world, X, "dense")
-    found: list[Any] = []
-
-    def calls() -> None:
-        try:
-            for step in range(50):
-                if step % 3:
-                    found.append(mpicomp.allreduce(world, X, "dense(algorithm=two_shot)")[0])
-                else:
-                    found.append(mpicomp.iallreduce(world, X, "dense(algorithm=two_shot)").wait()[0])
-        except BaseException as error:
-            found.append(error)
-
-    threads = [threading.Thread(target=calls) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == [float(world.size)] * 100
+    assert sums_of_two_threads(world, X, 50) == [float(world.size)] * 100
 
 
 def test_two_threads_that_call_different_things_hear_of_it_or_get_what_they_want(world: Any) -> None:

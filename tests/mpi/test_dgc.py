@@ -12,30 +12,16 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
-from process_group import me, process_group, same_everywhere, size  # noqa: F401 (the fixture is used by all tests)
-from torch import nn
+from process_group import me, same_everywhere, size
+from regression import flat, loss, model
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import mpicomp.torch
 from mpicomp.errors import ConfigMismatchError
 from mpicomp.torch.optim import DGCSGD
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.usefixtures("process_group")]
 ALL = "topk(density=1.0)"
-
-
-def model() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(16, 48), nn.Tanh(), nn.Linear(48, 48), nn.Tanh(), nn.Linear(48, 12))
-
-
-def loss(module: nn.Module, step: int, rank: int, scale: float = 1.0) -> torch.Tensor:
-    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(1000 * step + rank))
-    return (module(x) - x[:, :12].sin()).square().mean() * scale
-
-
-def flat(module: nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().reshape(-1) for p in module.parameters()]).clone()
 
 
 def made(method: str = "topk(density=0.05)", cap: float = 25, **options: Any) -> tuple[DDP, DGCSGD]:
@@ -184,7 +170,7 @@ def test_a_step_that_gradscaler_skips_leaves_u_and_v(clip: float | None) -> None
             for spoiled in (True, False) if bad and step in (0, 3) else (False,):
                 optimizer.zero_grad()
                 factor = math.inf if spoiled and me() == size() - 1 else 1.0
-                scaler.scale(loss(ddp, step, me(), factor)).backward()
+                scaler.scale(loss(ddp, step, me()) * factor).backward()
                 scaler.step(optimizer)
                 scaler.update()
         assert same_everywhere(flat(ddp.module))

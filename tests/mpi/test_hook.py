@@ -14,7 +14,8 @@ pytest.importorskip("torch")
 
 import torch
 import torch.distributed as dist
-from process_group import me, process_group, same_everywhere, size  # noqa: F401 (the fixture is used by all tests)
+from process_group import me, same_everywhere, size
+from regression import flat, loss, model
 from torch import nn
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -23,7 +24,7 @@ import mpicomp.torch
 from mpicomp.comm import primitives
 from mpicomp.errors import CommunicatorError, ConfigMismatchError, SpecError
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.usefixtures("process_group")]
 
 DEFAULTS = [
     "dense",
@@ -41,24 +42,6 @@ OURS = [
     "error_feedback(two_stage(uniform(bits=3, block=64)))",
 ]
 """Every sum in rank order by our own kernels: the same bits in whatever bucket."""
-
-
-def model(dtype: torch.dtype = torch.float32) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(16, 48), nn.Tanh(), nn.Linear(48, 48), nn.Tanh(), nn.Linear(48, 12)).to(dtype)
-
-
-def batch(step: int, rank: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(5, 16, generator=torch.Generator().manual_seed(1000 * step + rank)).to(dtype)
-
-
-def loss(ddp: nn.Module, step: int, rank: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    x = batch(step, rank, dtype)
-    return (ddp(x) - x[:, :12].sin()).square().mean()
-
-
-def flat(module: nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().reshape(-1) for p in module.parameters()])
 
 
 def train(

@@ -12,7 +12,8 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
-from process_group import me, process_group, same_everywhere, size  # noqa: F401 (the fixture is used by all tests)
+from process_group import me, same_everywhere, size
+from regression import flat, loss, model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -20,23 +21,13 @@ import mpicomp.torch
 from mpicomp.errors import ConfigMismatchError
 from mpicomp.models import Masks, Pruning, PruningSchedule
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.usefixtures("process_group")]
 
 SCHEDULE = PruningSchedule(final=0.9, start=2, end=10, every=2)
 
 
-def model() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(16, 48), nn.Tanh(), nn.Linear(48, 48), nn.Tanh(), nn.Linear(48, 12))
-
-
-def flat(module: nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().reshape(-1) for p in module.parameters()])
-
-
 def backward(ddp: nn.Module, step: int) -> None:
-    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(1000 * step + me()))
-    (ddp(x) - x[:, :12].sin()).square().mean().backward()
+    loss(ddp, step, me()).backward()
 
 
 def train(

@@ -10,7 +10,7 @@ pytest.importorskip("torch")
 
 import torch
 import torch.distributed as dist
-from process_group import me, process_group, same_everywhere, size  # noqa: F401 (a fixture of this module)
+from process_group import me, same_everywhere, size
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,7 +18,7 @@ from mpicomp.comm.communicator import Comm
 from mpicomp.errors import ConfigMismatchError
 from mpicomp.models import Codebooks, Masks, bcast, compress_model
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.usefixtures("process_group")]
 
 
 def net(seed: int) -> Any:

@@ -9,9 +9,9 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from over_mpi import gathered
 from reducers.members import LAYOUT, History, check_law, inputs, residual_of
 
-from mpicomp.arrays import Array
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.share import shared
 from mpicomp.planner import cache
@@ -20,22 +20,6 @@ from mpicomp.planner.measure import measure
 from mpicomp.registry import parse
 
 pytestmark = pytest.mark.mpi
-
-
-@pytest.fixture
-def comm() -> Comm:
-    from mpi4py import MPI
-
-    return Comm.of(MPI.COMM_WORLD)
-
-
-def gathered(x: Array) -> Array:
-    """Stack every rank's x, by plain MPI."""
-    from mpi4py import MPI
-
-    rows = np.empty((MPI.COMM_WORLD.size, *x.shape), x.dtype)
-    MPI.COMM_WORLD.Allgather(np.ascontiguousarray(x), rows)
-    return rows
 
 
 def test_all_ranks_measure_the_same_machine(comm: Comm) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from over_mpi import same_everywhere
 
 import mpicomp
 from mpicomp.arrays import Array
@@ -18,25 +19,11 @@ pytestmark = pytest.mark.mpi
 CODECS = ["dense", "bf16", "uniform(bits=8)", "bounded(abs=0.01)"]
 
 
-@pytest.fixture
-def world() -> Any:
-    from mpi4py import MPI
-
-    return MPI.COMM_WORLD
-
-
 def array_of(rank: int, shape: tuple[int, ...], seed: int = 0) -> Array:
     """Make the read-only array of a rank."""
     x: Array = np.random.default_rng([rank, seed, 9]).standard_normal(shape).astype(np.float32)
     x.setflags(write=False)
     return x
-
-
-def same_everywhere(world: Any, x: Array) -> bool:
-    raw = np.frombuffer(x.tobytes(), np.uint8)
-    rows = np.empty((world.size, raw.size), np.uint8)
-    world.Allgather(raw, rows)
-    return bool((rows == raw).all())
 
 
 def near(got: Array, expected: Array, codec: str, encodings: int = 1) -> None:
@@ -83,7 +70,7 @@ def test_copies_and_reduce_scatter(world: Any, call: str, codec: str) -> None:
         assert exact is not None
         near(got, exact, codec, encodings)
     if call in ("allgather", "bcast") and world.size > 1:
-        assert call == "allgather" or same_everywhere(world, single)
+        assert call == "allgather" or same_everywhere(single)
 
 
 def test_cut_into_many_messages(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +99,7 @@ def test_plans_and_requests(world: Any, method: str) -> None:
     expected = [*(request.wait() for request in plain), *rest]
     for one, other in zip(results, expected, strict=True):
         assert one.tobytes() == other.tobytes()
-        assert same_everywhere(world, one)
+        assert same_everywhere(one)
 
 
 @pytest.mark.parametrize("reducer", ["gather", "two_stage"])
@@ -121,7 +108,7 @@ def test_bounded_bounds_the_result(world: Any, reducer: str, op: str) -> None:
     xs = [array_of(rank, (1000,)).astype(np.float64) for rank in range(world.size)]
     total = mpicomp.allreduce(world, xs[world.rank], f"{reducer}(bounded(abs=0.01))", op)
     exact = np.sum(xs, axis=0) / (world.size if op == "mean" else 1)
-    assert same_everywhere(world, total)
+    assert same_everywhere(total)
     assert 0.001 < np.abs(total - exact).max() <= 0.01
 
 

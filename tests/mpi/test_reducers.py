@@ -4,50 +4,30 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from over_mpi import gathered, run_over_mpi
 from reducers.members import (
     COMPRESSING,
     LAYOUT,
     MEMBERS,
     MORE_CONTRACTIONS,
     TINY,
-    History,
     alike,
     as_predicted,
-    begun,
     check_law,
     inputs,
     masks_of,
     member,
     run,
     steps,
-    taking_part,
 )
 from team import Team
 
-from mpicomp.arrays import Array
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.comm.transport import MPITransport
-from mpicomp.reducers import Layout, Reducer
+from mpicomp.reducers import Layout
 
 pytestmark = pytest.mark.mpi
-
-
-def gathered(x: Array) -> Array:
-    """Stack every rank's x, by plain MPI."""
-    from mpi4py import MPI
-
-    rows = np.empty((MPI.COMM_WORLD.size, *x.shape), x.dtype)
-    MPI.COMM_WORLD.Allgather(np.ascontiguousarray(x), rows)
-    return rows
-
-
-def run_here(comm: Comm, reducer: Reducer, layout: Layout, x: Array) -> History:
-    """Reduce x[rank, step] at all steps, over MPI, as `run` does on a team."""
-    state = begun(reducer, layout, x.dtype.name)
-    entered, totals, residuals, poisoned, units = steps(comm, reducer, x[comm.rank], state)
-    found = (gathered(each) for each in (entered, totals, residuals, poisoned))
-    return History(*found, [units], **taking_part(reducer, layout))
 
 
 def is_ours(spec: str) -> bool:
@@ -59,7 +39,7 @@ def is_ours(spec: str) -> bool:
 @pytest.mark.parametrize("spec", MEMBERS)
 def test_the_law_over_mpi_and_the_bits_of_a_team(comm: Comm, spec: str, dtype: str) -> None:
     reducer, x = member(spec), inputs(comm.size, 8, LAYOUT.size, dtype)
-    history = run_here(comm, reducer, LAYOUT, x)
+    history = run_over_mpi(comm, reducer, LAYOUT, x)
     check_law(history)
     if alike(spec) and not masks_of(reducer, LAYOUT):  # a cost is that of all elements
         assert as_predicted(
@@ -77,7 +57,7 @@ def test_the_law_over_mpi_and_the_bits_of_a_team(comm: Comm, spec: str, dtype: s
 @pytest.mark.parametrize("spec", MEMBERS)
 def test_fewer_elements_than_ranks(comm: Comm, spec: str) -> None:
     reducer = member(spec)
-    check_law(run_here(comm, reducer, TINY, inputs(comm.size, 5, TINY.size, "float32")))
+    check_law(run_over_mpi(comm, reducer, TINY, inputs(comm.size, 5, TINY.size, "float32")))
     if alike(spec) and not masks_of(reducer, TINY):
         predicted = 5 * reducer.cost(TINY, "float32", comm.topology, comm.rank).nbytes
         assert as_predicted(reducer, comm.traffic.bytes, predicted)
@@ -88,7 +68,7 @@ def test_fewer_elements_than_ranks(comm: Comm, spec: str) -> None:
 def test_the_other_families_over_mpi_and_the_bits_of_a_team(comm: Comm, codec: str, reducer: str) -> None:
     spec = f"error_feedback({reducer}({codec}))"
     x = inputs(comm.size, 4, LAYOUT.size, "float32")
-    history = run_here(comm, member(spec), LAYOUT, x)
+    history = run_over_mpi(comm, member(spec), LAYOUT, x)
     check_law(history)
     assert comm.traffic.bytes <= 4 * member(spec).cost(LAYOUT, "float32", comm.topology, comm.rank).nbytes
     team = run(Team(comm.size), member(spec), LAYOUT, x)
@@ -122,7 +102,7 @@ def test_large_arrays_have_the_same_bits_on_all_ranks(comm: Comm, spec: str) -> 
     """`dense` rests on MPI's promise; here it is checked, where MPI changes its algorithm too."""
     for n in (100, 10_000, 300_007):
         layout = Layout.single((n // 10, 10)) if n % 10 == 0 else Layout.single((n,))
-        check_law(run_here(comm, member(spec), layout, inputs(comm.size, 2, n, "float32")))
+        check_law(run_over_mpi(comm, member(spec), layout, inputs(comm.size, 2, n, "float32")))
 
 
 UNEQUAL = {3: Topology(((0, 2), (1,))), 4: Topology(((0, 1, 2), (3,)))}
@@ -153,7 +133,7 @@ def test_hierarchical_among_nodes_that_are_not_there(
     comm = Comm(MPITransport(MPI.COMM_WORLD.Dup()))
     comm.topology = nodes[comm.size]
     reducer, x = member(f"error_feedback(hierarchical({inner}))"), inputs(comm.size, 8, LAYOUT.size, "float32")
-    history = run_here(comm, reducer, LAYOUT, x)
+    history = run_over_mpi(comm, reducer, LAYOUT, x)
     check_law(history)
     cost = reducer.cost(LAYOUT, "float32", comm.topology, comm.rank)
     assert as_predicted(reducer, comm.traffic.bytes, 8 * cost.nbytes)

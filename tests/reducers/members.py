@@ -199,6 +199,11 @@ class History(NamedTuple):
     kept: Array | bool = True  # (n,) bool, the elements that take part: what masks leave
     shares: Array | float = 1.0  # (n,): how much of an old residual counts, see `Reducer.keeps`
 
+    @property
+    def bits(self) -> list[list[bytes]]:
+        """The bytes of every total, by rank and step."""
+        return [[total.tobytes() for total in totals] for totals in self.totals]
+
 
 def run(team: Team, reducer: Reducer, layout: Layout, x: Array, poison: Sequence[int] = (), **settings: Any) -> History:
     """Reduce x[rank, step] at all steps, on a team, where there are masks with those of `masks_of`."""
@@ -269,6 +274,23 @@ def check_law(history: History) -> None:
     allowed = 16 * ranks * (info.eps * largest + info.smallest_subnormal)
     worst = int(np.argmax(error - allowed))
     assert (error <= allowed).all(), f"step {worst}: error {error[worst]:.3g}, allowed {allowed[worst]:.3g}"
+
+
+Course = tuple[list[bytes], Units]
+"""What a rank is left with at the end of a run: the bytes of its totals, and its state as it is exported."""
+
+
+def same_units(one: Units, two: Units) -> bool:
+    return {name: sorted(kept) for name, kept in one.items()} == {
+        name: sorted(kept) for name, kept in two.items()
+    } and all(one[name][what].tobytes() == two[name][what].tobytes() for name in one for what in one[name])
+
+
+def check_same(ones: Sequence[Course], others: Sequence[Course]) -> None:
+    """Check that two runs have come to the same bits on every rank."""
+    for (totals, units), (other_totals, other_units) in zip(ones, others, strict=True):
+        assert totals == other_totals
+        assert same_units(units, other_units)
 
 
 def alike(spec: str) -> bool:

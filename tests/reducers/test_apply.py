@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, cast
 import ml_dtypes
 import numpy as np
 import pytest
+from plain_calls import DTYPES
 from reducers.members import LAYOUT, REPRESENTATIVES, corrected, inputs, member, residual_of, shares_of
 from team import Team
 
@@ -14,12 +15,6 @@ from mpicomp.arrays import Array, work_dtype
 from mpicomp.comm.communicator import Comm
 from mpicomp.reducers import Workspace, apply
 
-DTYPES: dict[str, Any] = {
-    "float16": np.float16,
-    "bfloat16": ml_dtypes.bfloat16,
-    "float32": np.float32,
-    "float64": np.float64,
-}
 DENSE = ["dense", "dense(algorithm=two_shot)", "dense(algorithm=ring)"]
 
 

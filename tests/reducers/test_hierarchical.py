@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from reducers.members import LAYOUT, SHAPES, TINY, check_bytes, check_law, inputs, layout_of, member, residual_of, run
+from reducers.members import (
+    LAYOUT,
+    SHAPES,
+    TINY,
+    Course,
+    check_bytes,
+    check_law,
+    check_same,
+    inputs,
+    layout_of,
+    member,
+    residual_of,
+    run,
+    same_units,
+)
 from team import Team
 
 from mpicomp.arrays import Array
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.errors import ConfigMismatchError
-from mpicomp.reducers import Hierarchical, Layout, Reducer, State, Units, base
+from mpicomp.reducers import Hierarchical, Layout, Reducer, State, base
 from mpicomp.reducers.parts.node_shards import NodeShards, node_shards
 from mpicomp.registry import describe, parse
 
@@ -166,7 +180,7 @@ def test_gaps_and_an_output_in_the_input(inner: str, nodes: str) -> None:
         return totals
 
     expected = run(team_of(nodes), reducer, LARGE, close)
-    assert team_of(nodes).run(f) == [[total.tobytes() for total in totals] for totals in expected.totals]
+    assert team_of(nodes).run(f) == expected.bits
 
 
 # -------------------------------------------------------------------------------------------------------------- poison
@@ -177,7 +191,7 @@ def test_gaps_and_an_output_in_the_input(inner: str, nodes: str) -> None:
 def test_poison_on_any_rank_shows_on_all_and_leaves_no_trace(inner: str, nodes: str) -> None:
     reducer, x = fed(inner), inputs(NODES[nodes].size, 4, LARGE.size, "float32")
 
-    def f(comm: Comm, bad: dict[int, tuple[int, int]]) -> tuple[list[bytes], Units]:
+    def f(comm: Comm, bad: dict[int, tuple[int, int]]) -> Course:
         state, totals = reducer.init(LARGE, "float32"), []
         for step, row in enumerate(x[comm.rank]):
             if step in bad:
@@ -190,7 +204,7 @@ def test_poison_on_any_rank_shows_on_all_and_leaves_no_trace(inner: str, nodes: 
                 assert reduction.poisoned
                 assert "dense" in inner or np.isnan(reduction.total).all()
                 assert after is state
-                assert same(before, reducer.export(state))
+                assert same_units(before, reducer.export(state))
             reduction, state = reducer.reduce(comm, row, state)
             assert not reduction.poisoned
             totals.append(reduction.total.tobytes())
@@ -199,13 +213,7 @@ def test_poison_on_any_rank_shows_on_all_and_leaves_no_trace(inner: str, nodes: 
     last = x.shape[0] - 1
     clean = team_of(nodes).run(lambda comm: f(comm, {}))
     poisoned = team_of(nodes).run(lambda comm: f(comm, {0: (last, 0), 1: (0, LARGE.size - 1), 3: (1, 120)}))
-    for one, two in zip(clean, poisoned, strict=True):
-        assert one[0] == two[0]
-        assert same(one[1], two[1])
-
-
-def same(one: Units, two: Units) -> bool:
-    return all(one[name][what].tobytes() == two[name][what].tobytes() for name in one for what in one[name])
+    check_same(clean, poisoned)
 
 
 @pytest.mark.parametrize("nodes", ["2+2", "3+1", "3"])
@@ -235,7 +243,7 @@ def walk(comm: Comm, reducer: Reducer, x: Array, state: State) -> tuple[list[byt
 def test_a_restart_on_the_same_topology_changes_no_bit(inner: str, nodes: str) -> None:
     reducer, x = fed(inner), inputs(4, 6, LARGE.size, "float32")
 
-    def f(comm: Comm, restart: bool) -> tuple[list[bytes], Units]:
+    def f(comm: Comm, restart: bool) -> Course:
         _, _, state = walk(comm, reducer, x[comm.rank, :3], reducer.init(LARGE, "float32"))
         if restart:
             state = reducer.restore(reducer.init(LARGE, "float32", step=3), reducer.export(state))
@@ -243,9 +251,7 @@ def test_a_restart_on_the_same_topology_changes_no_bit(inner: str, nodes: str) -
         return totals, reducer.export(state)
 
     whole, restarted = (team_of(nodes).run(lambda comm, restart=restart: f(comm, restart)) for restart in (False, True))
-    for one, two in zip(whole, restarted, strict=True):
-        assert one[0] == two[0]
-        assert same(one[1], two[1])
+    check_same(whole, restarted)
 
 
 @pytest.mark.parametrize("exported", [True, False])

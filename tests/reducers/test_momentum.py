@@ -8,13 +8,13 @@ from typing import cast
 
 import numpy as np
 import pytest
-from reducers.members import LAYOUT, check_law, inputs, layout_of, member, residual_of, run
+from reducers.members import LAYOUT, Course, check_law, check_same, inputs, layout_of, member, residual_of, run
 from team import Team
 
 from mpicomp.arrays import Array
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
-from mpicomp.reducers import Reducer, State, Units, Warmup, Workspace, apply, rescale
+from mpicomp.reducers import Reducer, State, Warmup, Workspace, apply, rescale
 from mpicomp.registry import resolve_partitioned
 
 SPARSE = [
@@ -299,7 +299,7 @@ STAGED = [
 def test_an_export_goes_on_bit_for_bit_amid_the_warmup(spec: str, at: int) -> None:
     reducer, x = member(spec), inputs(3, 9, LAYOUT.size, "float32")
 
-    def f(comm: Comm, way: str) -> tuple[list[bytes], Units]:
+    def f(comm: Comm, way: str) -> Course:
         state, totals, work = reducer.init(LAYOUT, "float32", seed=3), [], Workspace()
         for step, row in enumerate(x[comm.rank]):
             if step == at and way == "export":
@@ -313,12 +313,7 @@ def test_an_export_goes_on_bit_for_bit_amid_the_warmup(spec: str, at: int) -> No
 
     unbroken, exported, copied = (Team(3).run(lambda comm, way=way: f(comm, way)) for way in ("", "export", "copy"))
     for others in (exported, copied):
-        for (totals, units), (theirs, their_units) in zip(unbroken, others, strict=True):
-            assert totals == theirs
-            for name, kept in units.items():
-                assert {what: array.tobytes() for what, array in kept.items()} == {
-                    what: array.tobytes() for what, array in their_units[name].items()
-                }
+        check_same(unbroken, others)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf], ids=str)
@@ -329,7 +324,7 @@ def test_poison_and_skipped_steps_leave_u_and_v(inner: str, masking: bool, value
         return
     reducer, x = member(spec_of(inner, masking=masking)), inputs(3, 6, LAYOUT.size, "float32")
 
-    def f(comm: Comm, disturbed: bool) -> tuple[list[bytes], Units]:
+    def f(comm: Comm, disturbed: bool) -> Course:
         state, totals = reducer.init(LAYOUT, "float32"), []
         for step, row in enumerate(x[comm.rank]):
             if disturbed and step in (0, 3):
@@ -345,12 +340,7 @@ def test_poison_and_skipped_steps_leave_u_and_v(inner: str, masking: bool, value
             totals.append(reduction.total.tobytes())
         return totals, reducer.export(state)
 
-    for (totals, units), (others, their_units) in zip(
-        Team(3).run(lambda comm: f(comm, False)), Team(3).run(lambda comm: f(comm, True)), strict=True
-    ):
-        assert totals == others
-        for name, kept in units.items():
-            assert all(array.tobytes() == their_units[name][what].tobytes() for what, array in kept.items())
+    check_same(Team(3).run(lambda comm: f(comm, False)), Team(3).run(lambda comm: f(comm, True)))
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
@@ -386,7 +376,7 @@ def test_u_follows_the_loss_scale(spec: str) -> None:
         return totals
 
     expected = run(Team(3), reducer, LAYOUT, x)
-    assert Team(3).run(f) == [[total.tobytes() for total in totals] for totals in expected.totals]
+    assert Team(3).run(f) == expected.bits
 
 
 def test_a_mean_of_bfloat16_beyond_the_range_of_its_sum_keeps_u() -> None:
@@ -423,7 +413,7 @@ def test_stages_are_the_reducers_of_their_densities(method: str, inner: str) -> 
     stages = [member(inner.format(method.format(density))) for density in (0.5, 0.5, 0.25, 0.25, 0.1, 0.1)]
     x = inputs(3, 6, LAYOUT.size, "float32")
 
-    def f(comm: Comm, staged: bool) -> tuple[list[bytes], Units]:
+    def f(comm: Comm, staged: bool) -> Course:
         reducer, totals = whole if staged else stages[0], []
         state = reducer.init(LAYOUT, "float32")
         for row, stage in zip(x[comm.rank], stages, strict=True):
@@ -435,12 +425,7 @@ def test_stages_are_the_reducers_of_their_densities(method: str, inner: str) -> 
             totals.append(reduction.total.tobytes())
         return totals, reducer.export(state)
 
-    for (totals, units), (others, their_units) in zip(
-        Team(3).run(lambda comm: f(comm, True)), Team(3).run(lambda comm: f(comm, False)), strict=True
-    ):
-        assert totals == others
-        for name, kept in units.items():
-            assert all(array.tobytes() == their_units[name][what].tobytes() for what, array in kept.items())
+    check_same(Team(3).run(lambda comm: f(comm, True)), Team(3).run(lambda comm: f(comm, False)))
 
 
 def test_what_a_warmup_sends_and_says() -> None:

@@ -1,74 +1,23 @@
-"""Specs: the settings of a codec or a reducer as one line of text, in call syntax.
-
-    error_feedback(gather(topk(density=0.01)))
-
-A *member* is a frozen dataclass that inherits from `Spec`; its fields are its settings. `str(member)` prints it and
-`parse` reads it back, `parse(str(member), ...) == member`. Only literals and known names are read: the text goes
-through `ast` against a literal registry and is never evaluated. Length and depth are bounded, in both directions.
-
-**How a member is printed.** Fields at their defaults are left out; a member without arguments prints as its bare
-name. The leading fields that are required or hold members form the *head*; it is printed by position up to its last
-member, `after(two_stage(uniform), steps=100)`, and everything else by keyword: `topk(density=0.01)`,
-`partition(small=dense, large=low_rank(rank=4), min_size=1024)`.
-
-**What else is read.** Any field by position or keyword, tuples and lists (both become tuples), an int for a float,
-`inf` and `nan` for a float, and a bare name where the field is annotated `str`: `cast(dtype=bf16)`. An alias takes the
-other arguments of what it stands for: `bf16(stochastic=True)`.
-"""
+"""The way back from a text: it is parsed as Python, and read node by node against what each member takes."""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
 import difflib
-import functools
-import keyword
 import re
 import threading
-import types
-import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, Union
+from typing import Any, NoReturn
 
 from mpicomp.errors import SpecError
+from mpicomp.specs.printing import MAX_BITS, MAX_DEPTH, SIMPLE, Kinds, Spec, is_name_field, settings_of, text_of
 
 MAX_CHARS = 10_000  # of a spec; far more than any real one has
-MAX_DEPTH = 50  # members and tuples inside each other, signs before a number
-MAX_BITS = 1100  # of an integer; far more than a float can hold
 
 # Python before 3.11.8 and 3.12.2 counts the depth of one `ast.parse` beside another thread's and raises SystemError
 # (gh-106905). Reentrant, because the garbage collector may run a finalizer amid parsing.
 _one_at_a_time = threading.RLock()
-
-
-class Spec:
-    """Mixin for the frozen dataclass of a member: prints it as a spec."""
-
-    spec_name: ClassVar[str]
-
-    def __str__(self) -> str:
-        """Print the spec, which `parse` reads back to an equal member."""
-        known = vars(self)  # a member never changes, and its spec names it in every operation
-        if "_printed" not in known:
-            known["_printed"] = self._print(0)
-        printed: str = known["_printed"]
-        return printed
-
-    def _print(self, depth: int) -> str:
-        cls: Any = type(self)
-        settings = _settings_of(cls)
-        values = [getattr(self, setting.name) for setting in settings]
-        texts = [_text(value, each.kinds, depth + 1) for value, each in zip(values, settings, strict=True)]
-        shown = [text != each.default for each, text in zip(settings, texts, strict=True)]
-        head = 0
-        for place, (setting, value) in enumerate(zip(settings, values, strict=True)):
-            if not setting.by_position or not (setting.default is None or _holds_member(value)):
-                break
-            if shown[place] and _holds_member(value):
-                head = place + 1
-        rest = list(zip(settings, texts, shown, strict=True))[head:]
-        arguments = texts[:head] + [f"{each.name}={text}" for each, text, show in rest if show]
-        return f"{self.spec_name}({', '.join(arguments)})" if arguments else self.spec_name
 
 
 def parse(
@@ -86,86 +35,6 @@ def parse(
     if not isinstance(text, str):
         raise TypeError(f"a spec is a string, got {type(text).__name__}")
     return _Parser(text.strip(), registry, aliases or {}, other_names or {}).parse()
-
-
-Kinds = frozenset[str] | None
-"""The kinds of value of a field: some of "int", "float", "bool", "str", "tuple", "none", "member"; None: any."""
-
-_SIMPLE: dict[Any, str] = {int: "int", float: "float", bool: "bool", str: "str", tuple: "tuple", type(None): "none"}
-
-
-class _Setting(NamedTuple):
-    """A field of a member."""
-
-    name: str
-    kinds: Kinds
-    by_position: bool
-    default: str | None
-    """The text of the default; None where a value is required."""
-
-
-@functools.cache
-def _settings_of(cls: Any) -> tuple[_Setting, ...]:
-    fields = [field for field in dataclasses.fields(cls) if field.init]
-    try:
-        hints = typing.get_type_hints(cls)
-    except Exception:  # a name that exists for type checkers only, or in a function: judge by the text alone
-        builtin = {"int": int, "float": float, "bool": bool, "str": str}
-        hints = {f.name: builtin.get(f.type, Any) if isinstance(f.type, str) else f.type for f in fields}
-    kinds = [_kinds_of(hints[field.name]) for field in fields]
-    return tuple(
-        _Setting(field.name, each, not field.kw_only, _default_text(field, each))
-        for field, each in zip(fields, kinds, strict=True)
-    )
-
-
-def _kinds_of(hint: Any) -> Kinds:
-    if hint in _SIMPLE:
-        return frozenset({_SIMPLE[hint]})
-    origin = typing.get_origin(hint)
-    if origin in (Union, types.UnionType):
-        parts = [_kinds_of(part) for part in typing.get_args(hint)]
-        return None if None in parts else frozenset().union(*(part for part in parts if part is not None))
-    if origin is Literal:
-        return frozenset(_SIMPLE[type(value)] for value in typing.get_args(hint))
-    if origin is not None:
-        return frozenset({"tuple"}) if origin is tuple else None
-    return frozenset({"member"}) if isinstance(hint, type) and hint not in (object, Any) else None
-
-
-def _default_text(field: dataclasses.Field[Any], kinds: Kinds) -> str | None:
-    if field.default is not dataclasses.MISSING:
-        return _text(field.default, kinds, 0)
-    return None if field.default_factory is dataclasses.MISSING else _text(field.default_factory(), kinds, 0)
-
-
-def _holds_member(value: Any) -> bool:
-    return isinstance(value, Spec) or (isinstance(value, tuple) and any(map(_holds_member, value)))
-
-
-def _text(value: Any, kinds: Kinds, depth: int) -> str:
-    """Print the value of a field. Equal texts mean equal values of one type, so defaults are compared by text."""
-    if depth > MAX_DEPTH:
-        raise SpecError(f"a member is nested deeper than {MAX_DEPTH} levels, too deep for a spec")
-    if isinstance(value, Spec):
-        return value._print(depth)
-    if isinstance(value, tuple):
-        return "(" + ", ".join(_text(item, None, depth + 1) for item in value) + ("," if len(value) == 1 else "") + ")"
-    if isinstance(value, bool) or value is None:
-        return repr(value)
-    becomes_float = kinds is not None and "float" in kinds and "int" not in kinds and not isinstance(value, str)
-    if isinstance(value, float) or becomes_float:
-        return repr(float(value))  # a NumPy scalar prints as a plain number
-    if isinstance(value, str):
-        bare = _is_name_field(kinds) and value.isidentifier() and value.isascii()
-        return value if bare and not keyword.iskeyword(value) else repr(str(value))
-    number = int(value)
-    return str(number) if number.bit_length() <= MAX_BITS else hex(number)  # Python refuses to print longer decimals
-
-
-def _is_name_field(kinds: Kinds) -> bool:
-    """Tell whether a bare name in this field is a string: it takes strings and no members."""
-    return kinds is not None and "str" in kinds and "member" not in kinds
 
 
 @dataclasses.dataclass
@@ -212,7 +81,7 @@ class _Parser:
             case ast.Tuple(elts=items) | ast.List(elts=items):
                 return tuple(self.value(item, None, depth + 1) for item in items)
             case ast.Name(id=name):
-                if _is_name_field(kinds):
+                if is_name_field(kinds):
                     return name
                 if name in ("inf", "nan") and name not in self.registry and (kinds is None or "float" in kinds):
                     return float(name)
@@ -233,7 +102,7 @@ class _Parser:
             guess = self.meant(name) or _guess(name, self.names())
             self.fail(f"unknown name {name!r}{guess}", node, self.known())
         cls: Any = self.registry[name]
-        fields = {setting.name: setting for setting in _settings_of(cls)}
+        fields = {setting.name: setting for setting in settings_of(cls)}
         takes = f"{name} takes: {', '.join(fields)}" if fields else f"{name} takes no arguments"
 
         nodes: dict[str, ast.expr | ast.keyword] = {}
@@ -268,7 +137,7 @@ class _Parser:
         """Return the value as the field takes it: an int becomes a float where only a float is taken."""
         if kinds is None:
             return value
-        kind = "member" if isinstance(value, Spec) else _SIMPLE.get(type(value), "member")
+        kind = "member" if isinstance(value, Spec) else SIMPLE.get(type(value), "member")
         if kind == "int" and "int" not in kinds and "float" in kinds:
             try:
                 return float(value)
@@ -278,7 +147,8 @@ class _Parser:
             words = {"int": "an integer", "float": "a number", "bool": "True or False", "str": "a name", "none": "None"}
             words |= {"tuple": "a tuple", "member": "a codec or reducer"}
             wanted = " or ".join(words[each] for each in words if each in kinds)
-            self.fail(f"{field} must be {wanted}, got {_text(value, kinds, 0) if kind != 'str' else repr(value)}", node)
+            given = repr(value) if kind == "str" else text_of(value, kinds, 0)
+            self.fail(f"{field} must be {wanted}, got {given}", node)
         return value
 
     def meant(self, name: str) -> str:
