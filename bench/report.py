@@ -212,7 +212,7 @@ def draw_lines(
 
 
 def draw_points(file: str, panels: Mapping[str, Lines], xlabel: str, ylabel: str) -> list[str]:
-    """Draw single points by name, a panel per title, the x axis logarithmic; return the files."""
+    """Draw single points by name, a panel per title, the x axis logarithmic, y so beyond 1; return the files."""
 
     def draw(axis: Any, points: Lines, shown: Sequence[str]) -> None:
         axis.axhline(0, color="grey", linewidth=0.8)
@@ -220,6 +220,7 @@ def draw_points(file: str, panels: Mapping[str, Lines], xlabel: str, ylabel: str
             found = points.get(label, ())
             axis.scatter([point.x for point in found], [point.y for point in found], color=f"C{colour}", label=label)
         axis.set(xscale="log", xlabel=xlabel)
+        axis.set_yscale("symlog", linthresh=1)
 
     return _draw_panels(file, panels, ylabel, draw)
 
