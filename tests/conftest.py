@@ -1,8 +1,8 @@
 """How the tests run: the fast loop, the gate, and under `mpirun`.
 
 `pytest` without further arguments is the fast loop: pyproject.toml deselects the markers `slow`, `nvrtc`, `jobs` and
-`product`, and of a test with many parameters all but a sample is marked `slow` here (tests/selection.py). `-m ""` runs
-everything, as tests/run.sh does; a test that is named by its id always runs.
+`product`, and of a test with many parameters all but a sample is marked `slow` here, and what tests/run.sh leaves out
+of it `rest` (tests/selection.py). `-m ""` runs everything; a test that is named by its id always runs.
 
 Alone (`python -m pytest`) the tests marked `mpi` are skipped. Under `mpirun -n N python -m mpi4py -m pytest tests/mpi
 --only-mpi` every rank runs the same tests in the same order, and MPI leaves a lot to be desired: a rank that fails
@@ -129,11 +129,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     tests: defaultdict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
         tests[item.nodeid.partition("[")[0]].append(item)
+    seed = int(os.environ.get("GATE_SEED", "0"))
     for instances in tests.values():
         ids = [item.nodeid.partition("[")[2].removesuffix("]") for item in instances]
         for item, keep in zip(instances, selection.kept(ids), strict=True):
             if not keep:
                 item.add_marker("slow")
+                if not selection.drawn(item.nodeid, seed):
+                    item.add_marker("rest")
     if any("::" in argument for argument in config.args) and config.option.markexpr == _default_markers(config):
         config.option.markexpr = ""
     for item in items:

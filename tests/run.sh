@@ -6,8 +6,9 @@
 # and kernels are compiled once. All of it lies in a temporary folder that goes away at the end. The tests that need
 # ranks run on both MPIs at 1, 2, 3 and 4 of them, and the last step checks that each has run on both.
 #
-# PYTHON names another interpreter; KEEP=1 keeps the folder; PRODUCT_SEED draws other combinations. With CI=1 a skip is
-# a failure unless there is no GPU, or the reason names a tool that could not be installed here (tests/strict.py).
+# PYTHON names another interpreter; KEEP=1 keeps the folder; PRODUCT_SEED draws other combinations, GATE_SEED (0 to 7)
+# other instances of tests with many (tests/selection.py). With CI=1 a skip is a failure unless there is no GPU, or the
+# reason names a tool that could not be installed here (tests/strict.py).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -74,7 +75,7 @@ ranks() { # MPI COUNT
     say "tests on $1 at $2 ranks"
     # -P: test the installed package, not the tree in the current folder
     MPICOMP_TESTS_RAN=$work/ran with "$1" timeout -k 10 600 mpirun -n "$2" \
-        python -P -m mpi4py -m pytest "$root/tests/mpi" --only-mpi -q -rs -m "" -p no:cacheprovider
+        python -P -m mpi4py -m pytest "$root/tests/mpi" --only-mpi -q -rs -m "not rest" -p no:cacheprovider
 }
 
 # One core each, so side by side
@@ -113,8 +114,8 @@ done
 say "tests without a launcher"
 pytest=(python -P -m pytest -q -rs -p no:cacheprovider -n 2 --dist worksteal)
 # Exits of real jobs run on both, everything else once; the product has just run.
-with openmpi timeout -k 10 600 "${pytest[@]}" -m "" tests/test_exits.py tests/test_main.py
-with mpich timeout -k 10 2400 "${pytest[@]}" -m "not product" --ignore tests/test_slurm.py tests
+with openmpi timeout -k 10 600 "${pytest[@]}" -m "not rest" tests/test_exits.py tests/test_main.py
+with mpich timeout -k 10 2400 "${pytest[@]}" -m "not (product or rest)" --ignore tests/test_slurm.py tests
 # One controller of SLURM at a time: not in two processes.
 with mpich timeout -k 10 600 python -P -m pytest -q -rs -p no:cacheprovider -m "" tests/test_slurm.py
 say "passed"
