@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import struct
 from typing import Any
 
 import numpy as np
@@ -266,11 +267,11 @@ def test_windows_that_no_model_has_are_refused() -> None:
     from mpicomp.models.packed_file import HEAD, LAYER
 
     data = bytearray(to_bytes(fold(stirred(convolutional(BinaryActivation())))).tobytes()[:-CHECKSUM])
-    for layer, place, value in ((0, 8, 3), (0, 9, 1 << 31), (4, 3, 1)):  # padding, padding, whether it is a window
+    changes: list[tuple[int, int, list[int]]] = [(0, 8, [3]), (0, 9, [1 << 31]), (3, 3, [1] * 9)]
+    for layer, place, numbers in changes:  # padding, padding, all of a window
         at = HEAD.size + LAYER.size * layer + 4 * place
-        changed = data[:at] + value.to_bytes(4, "little") + data[at + 4 :]
-        if layer == 4:
-            changed = changed[: at + 4] + LAYER.pack(*[1] * 12)[16:] + changed[HEAD.size + LAYER.size * 5 :]
+        changed = bytearray(data)
+        changed[at : at + 4 * len(numbers)] = struct.pack(f"<{len(numbers)}I", *numbers)
         with pytest.raises(WireFormatError, match=f"layer {layer} of the packed network has a window that is none"):
             from_bytes(bytes(changed) + checksum(changed))
 
