@@ -36,6 +36,16 @@ class Call(NamedTuple, Generic[Result]):
     """Return a digest of the description, where that is known without the text."""
 
 
+class Ordered:
+    """What keeps the collectives on a communicator in order by a thread of its own, as a process group does."""
+
+    comm: Comm
+
+    def in_order(self, call: Callable[[], object]) -> None:
+        """Run a call that communicates on `comm` after all that was begun before; return when it is complete."""
+        raise NotImplementedError
+
+
 Prepare: TypeAlias = Callable[Concatenate[Comm, P], Call[Result]]
 """Checks the arguments of a collective, raises TypeError or ValueError for bad ones, and communicates nothing."""
 

@@ -40,8 +40,12 @@ class HostKernels(Kernels, Protocol):
         counts, (2^(bits + 1),) uint64, is zero before and holds what was counted afterwards.
         """
 
-    def decode_symbols(self, data: Array, bits: int, counts: Array, out: Array) -> None:
-        """Set `out`, (n,) uint16, to the symbols of a message, uint8; any bytes give symbols below 2^bits."""
+    def decode_symbols(self, data: Array, bits: int, counts: Array, state: Array, out: Array) -> None:
+        """Set `out`, (n,) uint16, to the next symbols of a message, uint8; any bytes give symbols below 2^bits.
+
+        counts, as of `encode_symbols`, and state, (4,) uint64, go from call to call. state is low, high, as many bytes
+        of the message, and how many were read; before the first call 0, 2^48 - 1, its first 6 bytes, 6.
+        """
 
     # ---- Sums of sparse vectors: the reducers split and tree
 

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mpicomp.codecs.checks import check_integer
+
 Pair = int | tuple[int, int]
 
 
@@ -91,9 +93,8 @@ class FixedPoint(nn.Module):
 
     def __init__(self, bits: int = 8, low: float = 0.0, high: float = 1.0) -> None:
         super().__init__()
-        if not 1 <= bits <= 8:
-            raise ValueError(f"bits must be in 1..8, got {bits}")
-        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        check_integer("bits", bits, 1, 8)
+        if not (low < high and math.isfinite(high - low)):
             raise ValueError(f"low must be below high, both finite, got {low} and {high}")
         self.bits, self.low, self.high = bits, float(low), float(high)
 
@@ -139,6 +140,8 @@ class BinaryConv2d(nn.Conv2d):
         bias: bool = False,
         border: float = 1.0,
     ) -> None:
+        if isinstance(padding, str):
+            raise ValueError(f"padding must be a number or one for each axis, got {padding!r}")
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
         self.border = border
 
@@ -181,7 +184,7 @@ def binary_groups(model: nn.Module, lr: float, weight_decay: float = 0.0, glorot
     Decay pulls latent weights to 0, where their signs flip. With `glorot` the rate of a layer is `lr` times its
     `glorot_factor`. Every group has its own `lr`, which schedulers multiply.
     """
-    latent = list(binary_layers(model))
+    latent = list({layer.weight: layer for layer in binary_layers(model)}.values())  # layers may share a weight
     known = {id(layer.weight) for layer in latent}
     groups = [
         {"params": [layer.weight], "lr": lr * (glorot_factor(layer) if glorot else 1.0), "weight_decay": 0.0}

@@ -85,7 +85,7 @@ class Codistillation:
 
         Every rank passes the logits of its own replica for the same examples, in the same order. What a code makes of a
         row is clipped at zero and scaled to the sum one. With a single rank the targets are its own probabilities. NaN
-        or infinity in a rank's logits makes the others' targets NaN. Collective.
+        or +inf in a rank's logits makes the others' targets NaN; a class of -inf has no probability. Collective.
 
         Raises TypeError for logits that are no floating-point tensor, ValueError for a shape of other than two
         dimensions, ConfigMismatchError on all ranks where shapes, codecs or versions differ.

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from mpicomp.codecs.base import Key, stream_of
 from mpicomp.codecs.checks import check_integer
 from mpicomp.models.binary import straight_through
+from mpicomp.models.modules import replace
 
 Bits = tuple[int, int, int]
 FULL = 32  # bits of what is not quantised
@@ -208,13 +209,16 @@ def dorefa_layers(
             f"no layer to quantise: the model has {len(found)} layers of nn.Linear and nn.Conv2d inside it, of which "
             f"the first and the last stay in full precision unless ends=True"
         )
-    quantized: dict[nn.Module, _Quantized] = {}
+    quantized: dict[nn.Module, nn.Module] = {}
     for name, layer in inner:
-        made = quantized[layer] = KINDS[type(layer)].__new__(KINDS[type(layer)])
+        kind = KINDS[type(layer)]
+        made = quantized[layer] = kind.__new__(kind)
         vars(made).update(vars(layer))  # the parameters, the settings, the mode and the hooks
         made.settle(bits, Noise(seed, rank, name))
-    for parent in list(model.modules()):  # a layer may stand at several places
-        for name, child in parent.named_children():
-            if child in quantized:
-                setattr(parent, name, quantized[child])
+    for parent in model.modules():  # torch evaluates these by a kernel that takes weights past their layers
+        if isinstance(parent, nn.TransformerEncoderLayer) and not quantized.keys().isdisjoint(parent.modules()):
+            parent.activation_relu_or_gelu = 0
+        elif isinstance(parent, nn.TransformerEncoder) and not quantized.keys().isdisjoint(parent.modules()):
+            parent.use_nested_tensor = False
+    replace(model, quantized)
     return model

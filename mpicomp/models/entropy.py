@@ -16,7 +16,7 @@ import torch
 from mpicomp.arrays import Array
 from mpicomp.kernels import host_kernels
 
-MAX_BITS = 16  # of a symbol
+WIDTH = 6  # bytes of the coder's interval
 
 
 def encode(symbols: Array, bits: int) -> bytes:
@@ -30,11 +30,19 @@ def encode(symbols: Array, bits: int) -> bytes:
         room *= 2
 
 
-def decode(data: Array, count: int, bits: int) -> Array:
-    """Return `count` symbols, (count,) uint16, from bytes, (n,) uint8; other bytes give other symbols below 2^bits."""
-    symbols = np.empty(count, np.uint16)
-    host_kernels(data).decode_symbols(data, bits, _counts(bits), symbols)
-    return symbols
+class Decoder:
+    """Reads symbols from bytes of `encode`, (n,) uint8, part by part; other bytes give other symbols below 2^bits."""
+
+    def __init__(self, data: Array, bits: int) -> None:
+        self._data, self._bits, self._counts = data, bits, _counts(bits)
+        first = int.from_bytes(data[:WIDTH].tobytes().ljust(WIDTH, b"\0"), "big")
+        self._state = np.array([0, (1 << 8 * WIDTH) - 1, first, WIDTH], np.uint64)
+
+    def take(self, count: int) -> Array:
+        """Return the next symbols, (count,) uint16."""
+        symbols = np.empty(count, np.uint16)
+        host_kernels(symbols).decode_symbols(self._data, self._bits, self._counts, self._state, symbols)
+        return symbols
 
 
 def _counts(bits: int) -> Array:

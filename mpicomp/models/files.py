@@ -37,66 +37,22 @@ Places in a codebook of K values are symbols of ceil(log2 K) bits.
 
 from __future__ import annotations
 
-import math
-import struct
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from mpicomp.arrays import Array
+from mpicomp.codecs.checks import check_integer
 from mpicomp.errors import WireFormatError
-from mpicomp.frames import CHECKSUM, checksum
-from mpicomp.models import entropy, indices
-from mpicomp.models.state import (
-    DTYPES,
-    Form,
-    State,
-    check_fits,
-    forms_of,
-    load,
-    state_of,
-    tensor_of,
-    ties,
-    words_of,
-)
+from mpicomp.models import directory, entropy, indices
+from mpicomp.models.directory import DENSE, MAX_VALUES, RAW, SAME, SPARSE, Entry
+from mpicomp.models.state import Form, State, check_fits, forms_of, load, state_of, target_of, tensor_of, ties, words_of
 
-MAGIC = b"MPIMODEL"
-VERSION = 1
-HEAD = struct.Struct("<8sIIQQ")
-ENTRY = struct.Struct("<HBBBBHQQQ")  # name length, dtype, form, axes, gap bits, values; symbols, gap and code bytes
-RAW, SAME, DENSE, SPARSE = range(4)
-MAX_VALUES = 4096  # of a codebook
 SAMPLE = 1 << 14  # elements; with more values than MAX_VALUES among them the rest is not looked at
 MAX_BYTES = 1 << 32  # of a decoded state, unless the caller allows more
-
-
-class Entry(NamedTuple):
-    """A tensor in the directory of a file."""
-
-    name: str
-    form: Form
-    kind: int
-    gap_bits: int = 0
-    values: int = 0
-    symbols: int = 0
-    gap_bytes: int = 0
-    code_bytes: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of its part."""
-        if self.kind == RAW:
-            return self.form.nbytes
-        return self.values * self.form.dtype.itemsize + self.gap_bytes + self.code_bytes
-
-    def packed(self) -> bytes:
-        """Return it as in the directory."""
-        name, shape = self.name.encode(), self.form.shape
-        numbers = (DTYPES.index(self.form.dtype), self.kind, len(shape), self.gap_bits, self.values)
-        head = ENTRY.pack(len(name), *numbers, self.symbols, self.gap_bytes, self.code_bytes)
-        return head + struct.pack(f"<{len(shape)}Q", *shape) + name
+PART = 1 << 20  # elements that are decoded at once
 
 
 def compress_model(model: nn.Module | State, gap_bits: int | None = None) -> bytes:
@@ -108,8 +64,8 @@ def compress_model(model: nn.Module | State, gap_bits: int | None = None) -> byt
 
     TypeError for entries that are no dense tensors; ValueError for gap_bits outside its range.
     """
-    if gap_bits is not None and not (isinstance(gap_bits, int) and 1 <= gap_bits <= indices.MAX_GAP_BITS):
-        raise ValueError(f"gap_bits must be an integer in 1..{indices.MAX_GAP_BITS} or None, got {gap_bits!r}")
+    if gap_bits is not None:
+        check_integer("gap_bits, unless it is None,", gap_bits, 1, indices.MAX_GAP_BITS)
     state = state_of(model)
     tied, order = ties(state), {name: number for number, name in enumerate(state)}
     entries, parts = [], []
@@ -122,10 +78,7 @@ def compress_model(model: nn.Module | State, gap_bits: int | None = None) -> byt
             entry, part = _coded(name, form, words_of(state[name]), gap_bits)
         entries.append(entry)
         parts.append(part)
-    directory = b"".join(entry.packed() for entry in entries)
-    length = HEAD.size + len(directory) + sum(map(len, parts)) + CHECKSUM
-    data = HEAD.pack(MAGIC, VERSION, len(entries), length, len(directory)) + directory + b"".join(parts)
-    return data + checksum(data)
+    return directory.written(entries, parts)
 
 
 def _coded(name: str, form: Form, words: Array, gap_bits: int | None) -> tuple[Entry, bytes]:
@@ -178,133 +131,59 @@ def decompress_model(
     with the same names, dtypes and shapes, and is loaded into its tensors once all of it is decoded.
 
     WireFormatError for bytes that are no such file: cut, changed, or with more than `max_bytes` bytes of decoded
-    tensors (default: 4 GiB, or the size of `into`), which is refused before memory is allocated. ValueError for a file
-    of another model. `into` is then unchanged.
+    tensors (default: 4 GiB, or the size of `into`), which is refused before memory is allocated. Decoding takes memory
+    for these, 50 MB, and time in proportion: a short file may hold a large tensor of zeros. ValueError for a file of
+    another model, and where `into` cannot hold it: see `load`. `into` is then unchanged.
     """
-    target = None if into is None else state_of(into)
-    wanted = None if target is None else forms_of(target)
+    wanted = None if into is None else forms_of(target_of(into))
     if max_bytes is None:
         max_bytes = MAX_BYTES if wanted is None else max(MAX_BYTES, sum(form.nbytes for form in wanted.values()))
+    check_integer("max_bytes", max_bytes, 0)
     view = memoryview(data).cast("B")
-    entries, start = _directory(view, max_bytes)
+    entries, start = directory.read(view, max_bytes)
     if wanted is not None:
         check_fits({entry.name: entry.form for entry in entries}, wanted, "the file is")
     state: dict[str, Tensor] = {}
     for entry in entries:
-        part = view[start : start + entry.nbytes]
+        part = np.frombuffer(view[start : start + entry.nbytes], np.uint8)
         start += entry.nbytes
         if entry.kind == SAME:
             state[entry.name] = state[entries[entry.symbols].name]
         else:
             state[entry.name] = _decoded(entry, part)
-    if target is not None:
-        load(target, state)
+    if into is not None:
+        load(into, state)
     return state
 
 
-def _decoded(entry: Entry, part: memoryview) -> Tensor:
-    form, size, width = entry.form, entry.form.size, entry.form.dtype.itemsize
-    words: Array
+def _decoded(entry: Entry, part: Array) -> Tensor:
+    """Return a tensor of its part of the file, (nbytes,) uint8."""
+    form, width = entry.form, min(entry.form.dtype.itemsize, 8)
     if entry.kind == RAW:
-        words = np.frombuffer(part, np.uint8)
+        words = part.copy().view(f"<u{width}")
     else:
-        cuts = np.cumsum([entry.values * width, entry.gap_bytes])
-        values = np.frombuffer(part[: cuts[0]], f"<u{width}")
-        coded = np.frombuffer(part[cuts[1] :], np.uint8)
-        if entry.kind == DENSE:
-            words = values[_codes(entry, coded, size)]
-        else:
-            gaps = np.frombuffer(part[cuts[0] : cuts[1]], np.uint8)
-            symbols = entropy.decode(gaps, entry.symbols, entry.gap_bits + 1)
-            places = indices.to_places(symbols, entry.gap_bits, size)
-            words = np.zeros(size, values.dtype)
-            words[places] = values[_codes(entry, coded, places.size)] if places.size else 0
-    if str(form.dtype) == "torch.bool" and words.size and words.max() > 1:
+        words = np.zeros(form.size, f"<u{width}")
+        ends = [entry.values * width, entry.values * width + entry.gap_bytes]
+        values, gaps = part[: ends[0]].view(words.dtype), part[ends[0] : ends[1]]
+        codes = entropy.Decoder(part[ends[1] :], _bits(entry.values))
+        for places, count in _places(entry, gaps):
+            found = codes.take(count)
+            if count and found.max() >= entry.values:
+                raise WireFormatError(f"{entry.name} has a value number {found.max()} of {entry.values}")
+            words[places] = values[found]
+    if form.dtype == torch.bool and words.size and words.max() > 1:
         raise WireFormatError(f"{entry.name} is bool, and holds {words.max()}")
     return tensor_of(words, form)
 
 
-def _codes(entry: Entry, coded: Array, count: int) -> Array:
-    codes = entropy.decode(coded, count, _bits(entry.values))
-    if count and codes.max() >= entry.values:
-        raise WireFormatError(f"{entry.name} has a value number {codes.max()} of {entry.values}")
-    return codes
-
-
-def _directory(view: memoryview, max_bytes: int) -> tuple[list[Entry], int]:
-    """Return the checked entries of a file, and where their parts begin; WireFormatError for anything else.
-
-    Takes memory for the directory alone.
-    """
-    if len(view) < HEAD.size + CHECKSUM:
-        raise WireFormatError(f"the file has {len(view)} bytes, expected at least {HEAD.size + CHECKSUM}")
-    magic, version, count, length, directory = HEAD.unpack_from(view)
-    if magic != MAGIC:
-        raise WireFormatError("the bytes are not a model of mpicomp: they do not begin with its magic")
-    if version != VERSION:
-        raise WireFormatError(f"the file has version {version}, expected {VERSION}")
-    if length != len(view):
-        raise WireFormatError(f"the file claims {length} bytes and has {len(view)}")
-    if checksum(view[:-CHECKSUM]) != view[-CHECKSUM:]:
-        raise WireFormatError("the checksum is wrong: the file was cut or changed")
-    start, end = HEAD.size + directory, len(view) - CHECKSUM
-    if start > end:
-        raise WireFormatError(f"the directory has {directory} bytes, and the file {len(view)}")
-    entries = list(_entries(view[HEAD.size : start], count))
-    taken = sum(entry.nbytes for entry in entries)
-    if taken != end - start:
-        raise WireFormatError(f"the tensors take {taken} bytes, and the file has {end - start} for them")
-    decoded = sum(entry.form.nbytes for entry in entries if entry.kind != SAME)
-    if decoded > max_bytes:
-        raise WireFormatError(f"the file decodes to {decoded} bytes, expected at most {max_bytes} (max_bytes)")
-    return entries, start
-
-
-def _entries(directory: memoryview, count: int) -> Iterator[Entry]:
-    """Read a directory of `count` tensors, which it must fill."""
-    names: set[str] = set()
-    known: list[Entry] = []
-    at = 0
-    for _ in range(count):
-        if at + ENTRY.size > len(directory):
-            raise WireFormatError("the directory ends within a tensor")
-        name_length, dtype, kind, axes, gap_bits, *numbers = ENTRY.unpack_from(directory, at)
-        at += ENTRY.size
-        if dtype >= len(DTYPES) or at + 8 * axes + name_length > len(directory):
-            raise WireFormatError(f"the directory ends within a tensor, or has the dtype {dtype}")
-        shape = struct.unpack_from(f"<{axes}Q", directory, at)
-        at += 8 * axes
-        try:
-            name = bytes(directory[at : at + name_length]).decode()
-        except UnicodeDecodeError as error:
-            raise WireFormatError(f"a name is not UTF-8: {error}") from error
-        at += name_length
-        entry = Entry(name, Form(DTYPES[dtype], shape), kind, gap_bits, *numbers)
-        if name in names:
-            raise WireFormatError(f"the file has two tensors {name}")
-        if math.prod(max(axis, 1) for axis in shape) >= 1 << 62 or not _possible(entry, known):
-            raise WireFormatError(f"the numbers of {name} in the directory contradict each other")
-        names.add(name)
-        known.append(entry)
-        yield entry
-    if at != len(directory):
-        raise WireFormatError(f"the directory has {len(directory)} bytes, and its tensors take {at}")
-
-
-def _possible(entry: Entry, before: list[Entry]) -> bool:
-    """Whether `compress_model` could have written these numbers behind the tensors before."""
-    _, form, kind, gap_bits, values, symbols, gap_bytes, code_bytes = entry
-    if kind == RAW:
-        return not (gap_bits or values or symbols or gap_bytes or code_bytes)
-    if kind == SAME:
-        first = before[symbols] if symbols < len(before) else None
-        fits = first is not None and first.kind != SAME and first.form == form
-        return fits and not (gap_bits or values or gap_bytes or code_bytes)
-    if form.dtype.itemsize > 8 or not 0 <= values <= MAX_VALUES or not form.size:
-        return False
-    if kind == DENSE:
-        return values > 0 and not (gap_bits or symbols or gap_bytes)
-    if kind == SPARSE:
-        whole = 1 <= gap_bits <= indices.MAX_GAP_BITS and symbols <= form.size
-        return whole and (values > 0) == (symbols > 0)
-    return False
+def _places(entry: Entry, gaps: Array) -> Iterator[tuple[Array | slice, int]]:
+    """Yield part by part which elements of a tensor have a place in its codebook, and how many these are."""
+    if entry.kind == DENSE:
+        for start in range(0, entry.form.size, PART):
+            end = min(start + PART, entry.form.size)
+            yield slice(start, end), end - start
+        return
+    symbols = entropy.Decoder(gaps, entry.gap_bits + 1)
+    parts = (symbols.take(min(PART, entry.symbols - start)) for start in range(0, entry.symbols, PART))
+    for places in indices.to_places(parts, entry.gap_bits, entry.form.size):
+        yield places, places.size

@@ -16,15 +16,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mpicomp.arrays import Array
 from mpicomp.models.binary import BinaryActivation, BinaryConv2d, BinaryLayer, BinaryLinear, FixedPoint
-from mpicomp.models.packed import PackedLayer, PackedNetwork, Window, check_chain, pack
+from mpicomp.models.modules import inner_of
+from mpicomp.models.packed import PackedLayer, PackedNetwork, Window, check_chain, edged, pack
 
-IDLE = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Identity, nn.Flatten)
+IDLE = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Identity)
 MAX_SUM = 1 << 24  # up to here a float32 holds every sum
 
 
 @torch.no_grad()
 def fold(model: nn.Module) -> PackedNetwork:
-    """Return the packed network of a model of binary layers, as `model.eval()` computes.
+    """Return the packed network of a model of binary layers, as `model.eval().float()` computes.
 
     `model` is nested `nn.Sequential`s of: `FixedPoint` or `BinaryActivation`; any number of `BinaryLinear` or
     `BinaryConv2d`, each followed by BatchNorm (behind a convolution MaxPool2d may stand first) and `BinaryActivation`;
@@ -33,10 +34,11 @@ def fold(model: nn.Module) -> PackedNetwork:
 
     ValueError for another model, and for parameters that are NaN or infinite.
     """
-    for name, tensor in model.state_dict().items():
+    inner = copy.deepcopy(inner_of(model)).eval().cpu().float()
+    for name, tensor in (*inner.named_parameters(), *inner.named_buffers()):
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"{name} has NaN or infinity: such a model has no thresholds")
-    modules = [each for each in _leaves(copy.deepcopy(model).eval().cpu().float()) if not isinstance(each, IDLE)]
+    modules = [each for each in _leaves(inner) if not _idle(each)]
     first = modules.pop(0) if modules else None
     if not isinstance(first, FixedPoint | BinaryActivation):
         raise ValueError(f"the model must begin with FixedPoint(...) or BinaryActivation(), got {first}")
@@ -102,10 +104,16 @@ def thresholds(chain: Callable[[Tensor], Tensor], units: int, most: int) -> tupl
 
 
 def _leaves(module: nn.Module) -> list[nn.Module]:
-    """Return the modules of nested `nn.Sequential`s, in order."""
-    if isinstance(module, nn.Sequential):
+    """Return the modules of nested `nn.Sequential`s, in order; one with a `forward` of its own is no such."""
+    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
         return [leaf for child in module for leaf in _leaves(child)]
     return [module]
+
+
+def _idle(module: nn.Module) -> bool:
+    """Whether a packed network, which flattens what a matrix is given, has nothing to do for a module."""
+    whole = isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1)
+    return whole or isinstance(module, IDLE)
 
 
 def _window(layer: BinaryLayer, border: float) -> Window | None:
@@ -116,6 +124,8 @@ def _window(layer: BinaryLayer, border: float) -> Window | None:
     kernel, stride, padding = (
         (int(pair[0]), int(pair[1])) for pair in (layer.kernel_size, layer.stride, layer.padding)
     )
+    if not edged(kernel, padding):
+        raise ValueError(f"{layer}: only padding below the size of the kernel can be packed")
     return Window(layer.in_channels, kernel, stride, padding)
 
 

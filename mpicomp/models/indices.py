@@ -7,6 +7,8 @@ meets neither an index of the codebook nor a weight of value zero.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 
 from mpicomp.arrays import Array
@@ -25,21 +27,25 @@ def to_gaps(places: Array, gap_bits: int) -> Array:
     return symbols
 
 
-def to_places(symbols: Array, gap_bits: int, size: int) -> Array:
-    """Return the places, (k,) int64, of `to_gaps`; WireFormatError for symbols that it does not make of `size` places.
+def to_places(parts: Iterable[Array], gap_bits: int, size: int) -> Iterator[Array]:
+    """Yield the places, (k,) int64, of the symbols of `to_gaps`, which come in parts, none of them empty.
 
-    Takes 16 bytes of memory per symbol.
+    WireFormatError for symbols that it does not make of `size` places. Takes 24 bytes of memory per symbol of a part.
     """
     filler = 1 << gap_bits
-    if symbols.size and (symbols.max() > filler or symbols[-1] == filler):
-        raise WireFormatError(f"distances of {gap_bits} bits end with a filler or hold a symbol above {filler}")
-    steps = symbols.astype(np.int64)
-    steps += symbols != filler
-    ends = np.cumsum(steps) - 1
-    if symbols.size and ends[-1] >= size:
-        raise WireFormatError(f"a weight is at place {ends[-1]} of a tensor of {size}")
-    places: Array = ends[symbols != filler]
-    return places
+    last, begin = 0, 0  # the symbol before, and the first place after it
+    for symbols in parts:
+        if symbols.max() > filler:
+            raise WireFormatError(f"a distance of {gap_bits} bits has the symbol {symbols.max()}, above {filler}")
+        steps = symbols.astype(np.int64)
+        steps += symbols != filler
+        ends = np.cumsum(steps) + (begin - 1)
+        if ends[-1] >= size:
+            raise WireFormatError(f"a weight is at place {ends[-1]} of a tensor of {size}")
+        last, begin = symbols[-1], int(ends[-1]) + 1
+        yield ends[symbols != filler]
+    if last == filler:
+        raise WireFormatError(f"distances of {gap_bits} bits end with a filler")
 
 
 def best_gap_bits(places: Array) -> tuple[int, float]:

@@ -37,6 +37,11 @@ def unpack(packed: Array, size: int) -> Array:
     return np.unpackbits(packed.view(np.uint8), axis=1, count=size, bitorder="little")
 
 
+def edged(kernel: tuple[int, int], padding: tuple[int, int]) -> bool:
+    """Tell whether no place of a convolution lies beyond the edge as a whole."""
+    return all(beyond < size for beyond, size in zip(padding, kernel, strict=True))
+
+
 class Window(NamedTuple):
     """Where a convolution looks, and the square of its results of which the largest counts; (height, width) each."""
 
@@ -58,7 +63,8 @@ class Window(NamedTuple):
         seen = np.lib.stride_tricks.sliding_window_view(planes, self.kernel, (2, 3))
         seen = seen[:, :, :: self.stride[0], :: self.stride[1]]  # (batch, channels, height, width, *kernel)
         shape = seen.shape[2], seen.shape[3]
-        return seen.transpose(0, 2, 3, 1, 4, 5).reshape(len(planes) * math.prod(shape), -1), shape
+        size = self.channels * math.prod(self.kernel)
+        return seen.transpose(0, 2, 3, 1, 4, 5).reshape(len(planes) * math.prod(shape), size), shape
 
     def largest(self, sums: Array) -> Array:
         """Return the largest of each square of sums, (batch, units, height, width)."""
@@ -103,7 +109,7 @@ class PackedLayer:
         return pack(self._flat(negative))
 
     def _flat(self, x: Array) -> Array:
-        flat = x.reshape(len(x), -1)
+        flat = x.reshape(len(x), math.prod(x.shape[1:]))
         if flat.shape[1] != self.size:
             raise ValueError(f"a layer of {self.size} inputs was given {flat.shape[1]}: {x.shape}")
         return flat
@@ -168,7 +174,7 @@ class PackedNetwork:
             if layer.window is None and following.window is None:
                 yield (sums := following.product(layer.decide(sums)))
                 continue
-            rows = np.moveaxis(sums, 1, -1).reshape(-1, layer.units)
+            rows = np.moveaxis(sums, 1, -1).reshape(sums.size // layer.units, layer.units)
             decided = unpack(layer.decide(rows), layer.units).reshape(len(x), *sums.shape[2:], layer.units)
             negative = np.moveaxis(decided, -1, 1)
             sums = (

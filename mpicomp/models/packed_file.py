@@ -24,11 +24,15 @@ from typing import Any
 
 import numpy as np
 
-from mpicomp.api.copies import bcast
+from mpicomp import __version__
+from mpicomp.api.arguments import root_of
+from mpicomp.api.call import Call, blocking
 from mpicomp.arrays import Array
+from mpicomp.comm.communicator import Comm
 from mpicomp.errors import WireFormatError
 from mpicomp.frames import CHECKSUM, checksum
-from mpicomp.models.packed import PackedLayer, PackedNetwork, Window, check_chain, words
+from mpicomp.models.broadcast import bytes_of_root
+from mpicomp.models.packed import PackedLayer, PackedNetwork, Window, check_chain, edged, words
 
 MAGIC = b"MPICBNN\0"
 VERSION = 1
@@ -62,15 +66,20 @@ def weight_nbytes(network: PackedNetwork) -> int:
     return sum(next(_arrays(layer)).nbytes for layer in network.layers)
 
 
-def broadcast(comm: Any, network: PackedNetwork | None, root: int = 0) -> PackedNetwork:
+def _broadcast(comm: Comm, network: PackedNetwork | None, root: int = 0) -> Call[PackedNetwork]:
     """Return rank `root`'s network on every rank; the others pass None. Collective, on an mpi4py communicator.
 
-    A first call tells the length, a second one sends the bytes, by `mpicomp.bcast`.
+    TypeError or ValueError for arguments that cannot be used, the other ranks then ConfigMismatchError.
     """
-    mine = to_bytes(network) if network is not None else np.empty(0, np.uint8)
-    length = bcast(comm, np.array([mine.size], np.int64), "dense", root)
-    data = mine if network is not None and mine.size == length[0] else np.empty(int(length[0]), np.uint8)
-    return from_bytes(bcast(comm, data, "dense", root))
+    root = root_of(comm, root)
+    if not isinstance(network, PackedNetwork) and (comm.rank == root or network is not None):
+        raise TypeError(f"rank {root} must pass a PackedNetwork, as fold() makes it, got {type(network).__name__}")
+    data = to_bytes(network).tobytes() if network is not None and comm.rank == root else b""
+    where = f"broadcast of a packed network from rank {root}, mpicomp {__version__}"
+    return Call(lambda _: where, lambda: from_bytes(bytes_of_root(comm, data, root)))
+
+
+broadcast = blocking(_broadcast)
 
 
 def _arrays(layer: PackedLayer) -> Iterator[Array]:
@@ -121,9 +130,9 @@ def _read(view: memoryview) -> PackedNetwork:
             raise WireFormatError(
                 f"layer {number} of the packed network has {units} units of {size} inputs: impossible"
             )
-        if folded and 0 in (*ends[:4], *ends[6:]):
-            raise WireFormatError(f"layer {number} of the packed network has an empty window")
         kernel, stride, padding, pool = ((ends[place], ends[place + 1]) for place in (0, 2, 4, 6))
+        if folded and (0 in (*kernel, *stride, *pool) or last or not edged(kernel, padding)):
+            raise WireFormatError(f"layer {number} of the packed network has a window that is none, or is the last one")
         rows = take("u1", units, -(-size // 8)).reshape(units, -1)
         signs = np.zeros((units, 8 * words(size)), np.uint8)
         signs[:, : rows.shape[1]] = rows

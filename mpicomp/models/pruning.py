@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from mpicomp.api.call import Call, blocking
 from mpicomp.arrays import Array
 from mpicomp.comm.communicator import Comm
+from mpicomp.models.modules import check_gradients, parameters_of
 from mpicomp.reducers.parts.masks import digest_of_masks
 
 
@@ -60,15 +61,19 @@ class Masks(Mapping[str, Tensor]):
     def apply(self, model: nn.Module, gradients: bool = False) -> None:
         """Set the pruned weights of a model to zero in place, with `gradients` those of their gradients, too.
 
-        ValueError, before anything is changed, where the model lacks a parameter or has it in another shape.
+        ValueError, before anything is changed, where the model lacks a parameter or has it in another shape, and for
+        sparse gradients.
         """
         parameters = parameters_of(model)
         check_masks(self._masks, parameters)
+        if gradients:
+            check_gradients({name: parameters[name] for name in self._masks})
         with torch.no_grad():
             for name, mask in self._masks.items():
                 parameter = parameters[name]
                 pruned = ~mask.to(parameter.device)
-                parameter.masked_fill_(pruned, 0)
+                whole = parameter if parameter.itemsize > 1 else parameter.view(torch.uint8)  # float8 has no fill
+                whole.masked_fill_(pruned, 0)
                 if gradients and parameter.grad is not None:
                     parameter.grad.masked_fill_(pruned, 0)
 
@@ -132,12 +137,6 @@ def _alike(comm: Comm, masks: Masks) -> Call[None]:
 _check = blocking(_alike)
 
 
-def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters of a model by name; those of a DistributedDataParallel have the names of its module."""
-    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    return dict(inner.named_parameters())
-
-
 def check_masks(masks: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
     """Raise ValueError unless every mask has a parameter of its name and shape."""
     for name, mask in masks.items():
@@ -152,7 +151,8 @@ def check_masks(masks: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -
 def _largest(name: str, parameter: Tensor, sparsity: float, old: Tensor | None) -> Tensor:
     """Return the mask of a parameter's largest magnitudes, in its shape and on its device."""
     weights = parameter.detach().cpu().reshape(-1)
-    magnitudes: Array = (weights if weights.dtype == torch.float64 else weights.float()).abs().numpy()
+    weights = weights.abs() if weights.is_complex() else weights.float() if weights.itemsize <= 2 else weights
+    magnitudes: Array = (weights if weights.dtype == torch.float32 else weights.double()).abs().numpy()
     if not np.isfinite(magnitudes).all():
         raise ValueError(f"{name} holds NaN or infinity, and has no weights of least magnitude")
     size = magnitudes.size

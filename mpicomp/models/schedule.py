@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from mpicomp.codecs.checks import check_integer
+from mpicomp.models.modules import parameters_of
 from mpicomp.models.pruning import Masks
 
 Share = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -61,7 +63,8 @@ class PruningSchedule:
         """Return the sparsity after a step: that of the last one that is due, `initial` before the first one."""
         past = min(max(step, self.start), self.end) - self.start
         left = (1 - (past - past % self.every) / (self.end - self.start)) ** 3
-        return self.final * (1 - left) + self.initial * left
+        grown = self.final - (self.final - self.initial) * left  # never falls, whatever is rounded
+        return self.initial if left == 1 else max(self.initial, grown)
 
 
 class Pruning:
@@ -75,6 +78,13 @@ class Pruning:
     def __init__(
         self, model: nn.Module, schedule: PruningSchedule, share: Share | None = None, names: list[str] | None = None
     ) -> None:
+        """`names`: the parameters that are pruned, all of at least two dimensions if it is None.
+
+        ValueError for a name that the model does not have.
+        """
+        for name in names or ():
+            if name not in parameters_of(model):
+                raise ValueError(f"the model has no parameter {name}")
         self.model, self.schedule, self.share, self.names = model, schedule, share, names
         self.masks = Masks({})
         """The masks at present."""
@@ -84,18 +94,25 @@ class Pruning:
     def update(self) -> None:
         """Count a step: where masks are due, make and share new ones; set masked weights to zero. Collective then.
 
-        Raises what `Masks.magnitude` and `share` raise; the masks then stay as they were, and the step counts.
+        Raises what `Masks.magnitude` and `share` raise; the masks then stay as they were, what they mask is zero, and
+        the step counts.
         """
         self.step += 1
-        if self.schedule.due(self.step):
-            sparsity = self.schedule.sparsity(self.step)
-            wanted = sparsity if self.names is None else dict.fromkeys(self.names, sparsity)
-            masks = Masks.magnitude(self.model, wanted, self.masks)
-            if self.share is not None:
-                shared = self.share(masks)
-                masks = Masks({name: shared[name] for name in masks})
-            self.masks = masks
-        self.masks.apply(self.model)
+        try:
+            if self.schedule.due(self.step):
+                self.masks = self._grown()
+        finally:
+            self.masks.apply(self.model)
+
+    def _grown(self) -> Masks:
+        """Return the masks that are due, as all ranks have them."""
+        sparsity = self.schedule.sparsity(self.step)
+        wanted = sparsity if self.names is None else dict.fromkeys(self.names, sparsity)
+        masks = Masks.magnitude(self.model, wanted, self.masks)
+        if self.share is None:
+            return masks
+        shared = self.share(masks)
+        return Masks({name: shared[name] for name in masks})
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """Call `update` after every step of an optimizer; returns the handle whose `remove` ends it."""
@@ -106,7 +123,11 @@ class Pruning:
         return {"step": self.step, "masks": self.masks.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`, and mask the model; a hook restores its own masks."""
-        masks = Masks(state["masks"])
+        """Go on from a `state_dict`, and mask the model; a hook restores its own masks.
+
+        ValueError, nothing changed, for masks that do not fit the model and for a step that is no number.
+        """
+        step, masks = state["step"], Masks(state["masks"])
+        check_integer("step", step, 0)
         masks.apply(self.model)
-        self.step, self.masks = state["step"], masks
+        self.step, self.masks = step, masks

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mpicomp.arrays import Array
-from mpicomp.models.pruning import parameters_of
+from mpicomp.models.modules import check_gradients, parameters_of
 
 MAX_BITS = 12
 ITERATIONS = 1000  # at most; a few dozen are usual
@@ -83,15 +83,21 @@ class Codebooks(Mapping[str, Shared]):
 
         Before a step each weight's gradient becomes the sum over its cluster, dL/dC_k = sum of dL/dW (Han et al., ICLR
         '16, section 3.1), which is why the learning rate must be smaller than for single weights; pruned weights get
-        none. After it each centroid becomes the mean of its weights, which are then equal again, and pruned ones zero,
-        whatever momentum or weight decay did. Returns the handle whose `remove` ends it. ValueError as `apply`.
+        none; with a closure whenever that has been called. After it each centroid becomes the mean of its weights,
+        which are then equal again, and pruned ones zero, whatever momentum or weight decay did. Returns the handle
+        whose `remove` ends it. ValueError as `apply`.
         """
         self._parameters(model)
         return Attached(self, optimizer, model)
 
     def sum_gradients(self, model: nn.Module) -> None:
-        """Replace the gradient of each weight by the sum over its cluster, of pruned ones by zero, in place."""
-        for name, parameter in self._parameters(model).items():
+        """Replace the gradient of each weight by the sum over its cluster, of pruned ones by zero, in place.
+
+        ValueError as `apply`, and for sparse gradients.
+        """
+        parameters = self._parameters(model)
+        check_gradients(parameters)
+        for name, parameter in parameters.items():
             if parameter.grad is not None:
                 codes = self._shared[name].codes
                 sums = _by_cluster(codes, parameter.grad, self._shared[name].values.numel())
@@ -102,10 +108,11 @@ class Codebooks(Mapping[str, Shared]):
         """Set each centroid to the mean of its weights in a model, and then the weights to the centroids."""
         for name, parameter in self._parameters(model).items():
             values, codes = self._shared[name]
-            sums = _by_cluster(codes, parameter.detach(), values.numel())
+            moved = parameter.detach().double() - self._shared[name].weights.double()  # none moves none
+            sums = _by_cluster(codes, moved, values.numel())
             members = torch.bincount(codes.reshape(-1), minlength=values.numel()).clamp_min(1)
             sums[0] = 0
-            values.copy_(sums / members.to(sums.device))
+            values.copy_(values.double().cpu() + sums / members.to(sums.device))
         self.apply(model)
 
     def _parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
@@ -135,8 +142,21 @@ class Attached:
     """Codebooks that follow an optimizer; see `Codebooks.attach`."""
 
     def __init__(self, codebooks: Codebooks, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+            if closure is None:
+                codebooks.sum_gradients(model)
+                return None
+
+            def summed() -> Any:
+                loss = closure()
+                codebooks.sum_gradients(model)
+                return loss
+
+            return (args[0], summed, *args[2:]), {name: each for name, each in kwargs.items() if name != "closure"}
+
         self._handles = (
-            optimizer.register_step_pre_hook(lambda *_: codebooks.sum_gradients(model)),
+            optimizer.register_step_pre_hook(before),
             optimizer.register_step_post_hook(lambda *_: codebooks.update(model)),
         )
 
@@ -159,6 +179,8 @@ def _fit(name: str, parameter: Tensor, k: int, optimal: bool) -> Shared:
     ordered = np.sort(exact[alive])
     if ordered.size and not (np.isfinite(ordered[0]) and np.isfinite(ordered[-1])):
         raise ValueError(f"{name} holds NaN or infinity, and its weights have no clusters")
+    if ordered.size and max(-ordered[0], ordered[-1]) > np.finfo(np.float64).max / (2 * ordered.size):
+        raise ValueError(f"the weights of {name} are too large: float64 does not hold sums of them")
     centroids = optimum(ordered, k) if optimal else lloyd(ordered, linear(ordered, k))
     codes = np.zeros(exact.size, np.int64)
     codes[alive] = 1 + nearest(exact[alive], centroids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mpicomp.models.binary import straight_through
+from mpicomp.models.modules import replace
 
 HALF = 2**-0.5  # a mantissa in [1/2, 1) from here on is nearer to 1 than to 1/2, by their logarithms
 
@@ -17,11 +19,13 @@ HALF = 2**-0.5  # a mantissa in [1/2, 1) from here on is nearer to 1 than to 1/2
 def ap2(x: Tensor) -> Tensor:
     """Return the power of two next to every element by its logarithm, sign(x) 2^round(log2 |x|); 0, NaN and inf stay.
 
-    The result differs from x by a factor of at most sqrt(2). The gradient passes as it is.
+    The result differs from x by a factor of at most sqrt(2), of 2 where it would be beyond the largest power of two
+    that the dtype has. The gradient passes as it is.
     """
     given = x.detach()
     mantissa, exponent = torch.frexp(given)
     exponent = exponent - (mantissa.abs() < HALF).to(exponent.dtype)
+    exponent = exponent.clamp_max(math.frexp(torch.finfo(x.dtype).max)[1] - 1)
     power = torch.ldexp(given.sign(), exponent)
     kept = (given == 0) | ~given.isfinite()
     return straight_through(x, torch.where(kept, given, power))
@@ -41,6 +45,7 @@ class ShiftBatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Return the normalised input, in its shape; ValueError for a batch of one value per feature in training."""
         self._check_input_dim(input)
+        x = input.float() if input.element_size() < 4 else input  # statistics of half types, as nn.BatchNorm has them
         over = [0, *range(2, input.dim())]
         count = input.numel() // max(1, input.shape[1])
         shape = (1, -1) + (1,) * (input.dim() - 2)
@@ -48,25 +53,27 @@ class ShiftBatchNorm(_BatchNorm):
         if current:
             if count < 2:
                 raise ValueError(f"statistics need more than one value per feature, got {tuple(input.shape)}")
-            mean = input.mean(over)
-            centred = input - mean.view(shape)
+            mean = x.mean(over)
+            centred = x - mean.view(shape)
             var = (centred * ap2(centred)).mean(over)
         else:
             assert self.running_mean is not None
             assert self.running_var is not None
             mean, var = self.running_mean, self.running_var
-            centred = input - mean.view(shape)
+            centred = x - mean.view(shape)
         if self.training and self.running_mean is not None and self.running_var is not None:
             assert self.num_batches_tracked is not None
             self.num_batches_tracked += 1
             share = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
             with torch.no_grad():
-                self.running_mean.lerp_(mean.detach(), share)
-                self.running_var.lerp_(var.detach() * (count / (count - 1)), share)
+                self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), share)
+                self.running_var.lerp_((var.detach() * (count / (count - 1))).to(self.running_var.dtype), share)
         result = centred * ap2((var + self.eps).rsqrt()).view(shape)
         if self.weight is not None:
             result = result * ap2(self.weight).view(shape)
-        return result if self.bias is None else result + self.bias.view(shape)
+        if self.bias is not None:
+            result = result + self.bias.view(shape)
+        return result.to(input.dtype)
 
 
 class ShiftAdaMax(torch.optim.Optimizer):
@@ -109,19 +116,26 @@ class ShiftAdaMax(torch.optim.Optimizer):
                 m.lerp_(parameter.grad, 1 - beta1)
                 torch.maximum(v * beta2, parameter.grad.abs(), out=v)
                 rate = ap2(torch.tensor(group["lr"] / (1 - beta1 ** float(state["step"])), dtype=torch.float64))
-                shift = ap2(torch.where(v > 0, 1 / v, torch.zeros_like(v)))
+                inverse = (1 / v).clamp_max(torch.finfo(v.dtype).max)  # of a v that has died away: no 0 x inf
+                shift = ap2(torch.where(v > 0, inverse, torch.zeros_like(v)))
                 parameter.sub_(m * shift * float(rate))
         return loss
 
 
 def shift_based(model: nn.Module) -> nn.Module:
-    """Replace every BatchNorm of a model by a fresh `ShiftBatchNorm` of its size and settings; return the model."""
-    for name, module in model.named_children():
-        if isinstance(module, _BatchNorm) and not isinstance(module, ShiftBatchNorm):
-            made = ShiftBatchNorm(
-                module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats
-            )
-            setattr(model, name, made)
-        else:
-            shift_based(module)
-    return model
+    """Replace every BatchNorm of a model by a fresh `ShiftBatchNorm` of its size and settings; return the model.
+
+    They have its mode, device and dtype, too; one that stands at several places stays one.
+    """
+    found = [each for each in model.modules() if isinstance(each, _BatchNorm) and not isinstance(each, ShiftBatchNorm)]
+    made: dict[nn.Module, nn.Module] = {module: _fresh(module) for module in found}
+    replace(model, made)
+    return made.get(model, model)
+
+
+def _fresh(module: _BatchNorm) -> ShiftBatchNorm:
+    made = ShiftBatchNorm(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
+    for like in (module.weight, module.running_mean):
+        if like is not None:
+            made.to(like.device, like.dtype)
+    return made.train(module.training)

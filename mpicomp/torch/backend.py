@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mpicomp.api.call import Ordered
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.watch import Traffic
 from mpicomp.reducers.parts.workspace import Workspace
@@ -28,7 +29,7 @@ Row = Sequence[Tensor | None]
 """A tensor per rank, or None for no message."""
 
 
-class MPIProcessGroup(Identity):
+class MPIProcessGroup(Identity, Ordered):
     """A process group whose collectives run in order on one communication thread."""
 
     def __init__(self, make: Callable[[], Comm], at_end: Callable[[Comm], Callable[[], None]] | None = None) -> None:
@@ -55,6 +56,9 @@ class MPIProcessGroup(Identity):
         if self._at_end is not None:
             self._at_end()
             self._at_end = None
+
+    def in_order(self, call: Callable[[], object]) -> None:
+        self.worker.submit(call).wait()
 
     def reset(self) -> None:
         """Make this usable again after an error; see `mpicomp.torch.reset`."""

@@ -96,8 +96,11 @@ def test_fixed_point_inputs_are_integers() -> None:
     layer = FixedPoint(bits=4, low=-1, high=2)
     x = torch.tensor([-5.0, -1.0, -0.8, 0.5, 2.0, 9.0])
     assert layer(x).tolist() == [0, 0, 1, 8, 15, 15]
-    with pytest.raises(ValueError, match=r"bits must be in 1\.\.8, got 9"):
-        FixedPoint(bits=9)
+    for bits in (0, 9, 2.5, True):
+        with pytest.raises(ValueError, match=rf"bits must be an integer in 1\.\.8, got {bits}"):
+            FixedPoint(bits=bits)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="padding must be a number or one for each axis, got 'same'"):
+        BinaryConv2d(1, 1, 3, padding="same")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="low must be below high"):
         FixedPoint(low=1, high=1)
 
@@ -135,6 +138,9 @@ def test_groups_keep_decay_off_latent_weights_and_scale_their_rates() -> None:
     with pytest.raises(ValueError, match=r"0\.0001 pulls latent weights to 0.*binary_groups"):
         clip_after_step(everything, net)
     clip_after_step(torch.optim.SGD([first, last, rest]), net)
+    tied = nn.Sequential(BinaryLinear(5, 5), BinaryLinear(5, 5))
+    tied[1].weight = tied[0].weight
+    assert len(torch.optim.SGD(binary_groups(tied, 0.1)).param_groups) == 1
 
 
 def test_a_binary_network_learns() -> None:

@@ -18,7 +18,7 @@ from torch import nn
 import mpicomp
 from mpicomp.comm.communicator import Comm
 from mpicomp.errors import ConfigMismatchError
-from mpicomp.models import Codebooks, Masks, bcast, compress_model
+from mpicomp.models import Codebooks, Masks, bcast, compress_model, dorefa_layers
 from mpicomp.models.state import words_of
 
 LENGTH = 8  # bytes that go before a file
@@ -99,6 +99,63 @@ def test_tied_weights_with_a_codec() -> None:
     assert models[1][1].weight is models[1][0].weight
 
 
+def transposed(seed: int) -> Any:
+    """An encoder and a decoder that is the same memory."""
+    torch.manual_seed(seed)
+    made = nn.Sequential(nn.Linear(9, 7, bias=False), nn.Linear(7, 9, bias=False))
+    made[1].weight = nn.Parameter(made[0].weight.t())
+    return made
+
+
+@pytest.mark.parametrize("codec", [None, "uniform(bits=4)"])
+def test_weights_that_overlap_stay_one_on_all_ranks(codec: str | None) -> None:
+    models = [transposed(rank) for rank in range(3)]
+    before = content(models[0])
+    Team(3).run(lambda comm: bcast(comm, models[comm.rank], codec))
+    assert all(content(model) == before for model in models)
+    models[1][1].weight = nn.Parameter(models[1][1].weight.clone())
+
+    def f(comm: Comm) -> None:
+        with pytest.raises(ConfigMismatchError, match="in one place"):
+            bcast(comm, models[comm.rank], codec)
+
+    Team(3).run(f)
+
+
+def test_infinity_in_one_tensor_leaves_the_others_as_the_codec_says() -> None:
+    """A mask of attention is a matrix of a float dtype in the state, too."""
+
+    def masked(seed: int) -> Any:
+        made = net(seed)
+        made.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1) + seed)
+        made.register_buffer("hole", torch.full((4, 4), torch.nan) if seed == 0 else torch.rand(4, 4))
+        return made
+
+    models = [masked(rank) for rank in range(3)]
+    exact = copy.deepcopy(models[0])
+    Team(3).run(lambda comm: bcast(comm, models[comm.rank], "uniform(bits=8)"))
+    assert all(content(model) == content(models[0]) for model in models)
+    for name in ("mask", "hole"):
+        assert content(models[2])[name] == content(exact)[name]
+    assert torch.allclose(models[2][0].weight, exact[0].weight, atol=0.01)
+
+
+@pytest.mark.parametrize("codec", [None, "bf16"])
+def test_what_a_module_makes_of_its_state_arrives(codec: str | None) -> None:
+    models = [dorefa_layers(nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))) for _ in range(3)]
+    models[1](torch.randn(2, 4)).sum().backward()
+    Team(3).run(lambda comm: bcast(comm, models[comm.rank], codec, root=1))
+    assert [model[1].noise.passes for model in models] == [1, 1, 1]  # type: ignore[index]
+    assert content(models[0]) == content(models[1])
+
+
+@pytest.mark.parametrize("codec", [None, "uniform(bits=8)"])
+def test_the_order_of_names_does_not_matter(codec: str | None) -> None:
+    states = [dict(reversed(net(rank).state_dict().items()) if rank % 2 else net(rank).state_dict()) for rank in (0, 1)]
+    Team(2).run(lambda comm: bcast(comm, states[comm.rank], codec))
+    assert {name: content(states[1])[name] for name in states[0]} == content(states[0])
+
+
 def test_a_state_dict_and_a_model_of_the_same_tensors() -> None:
     models = [net(rank) for rank in range(3)]
     before = content(models[0])
@@ -143,6 +200,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "reducer": ({"codec": "two_stage(sign)"}, TypeError, "takes a codec"),
     "root": ({"root": 3}, ValueError, "root must be a rank from 0 to 1"),
     "model": ({"model": [1]}, TypeError, "expected a torch.nn.Module"),
+    "view": ({"model": {"x": torch.zeros(1).expand(2)}}, ValueError, "x is an expanded"),
 }
 
 

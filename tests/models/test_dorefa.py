@@ -218,9 +218,24 @@ def test_all_layers_but_the_ends_are_converted() -> None:
 
 def test_a_layer_at_two_places_stays_one() -> None:
     shared = nn.Linear(4, 4)
-    model = dorefa_layers(nn.Sequential(nn.Linear(4, 4), shared, nn.Sequential(shared), nn.Linear(4, 2)))
+    model = dorefa_layers(nn.Sequential(nn.Linear(4, 4), shared, nn.Sequential(shared), shared, nn.Linear(4, 2)))
     assert type(model[1]) is DoReFaLinear
-    assert model[1] is model[2][0]
+    assert model[1] is model[2][0] is model[3]
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_a_transformer_is_evaluated_by_its_layers(depth: int) -> None:
+    """Torch has a kernel for evaluation without gradients that reads the weights and passes the layers by."""
+    torch.manual_seed(0)
+    layer: nn.Module = nn.TransformerEncoderLayer(8, 2, 16, dropout=0, batch_first=True)
+    if depth:
+        layer = nn.TransformerEncoder(layer, depth)
+    model = dorefa_layers(nn.Sequential(nn.Linear(8, 8), layer, nn.Linear(8, 8)), (1, 32, 32)).eval()
+    x, hidden = normal(2, 3, 8), torch.tensor([[False, False, True]] * 2)
+    known = model[1](x, src_key_padding_mask=hidden)
+    with torch.no_grad():
+        found = model[1](x, src_key_padding_mask=hidden)
+    assert torch.allclose(known[:, :2], found[:, :2], atol=1e-5)
 
 
 def test_a_restart_draws_what_the_run_would_have_drawn() -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from mpicomp.errors import WireFormatError
 from mpicomp.frames import CHECKSUM, checksum
-from mpicomp.models import Codebooks, Masks, compress_model, decompress_model, files
+from mpicomp.models import Codebooks, Masks, compress_model, decompress_model, directory
 from mpicomp.models.state import DTYPES
 
 
@@ -51,7 +51,7 @@ def same(some, others):
 
 def entry(data):
     """The only tensor of a file."""
-    (found,), _ = files._directory(memoryview(data), 1 << 40)
+    (found,), _ = directory.read(memoryview(data), 1 << 40)
     return found
 
 
@@ -64,6 +64,7 @@ def patterned(dtype, shape, kinds):
     return pool[chosen].contiguous().view(-1).view(dtype).reshape(shape)
 
 
+Z = torch.complex(torch.arange(4.0), torch.ones(4))
 STATES = {
     "shared": lambda: small().state_dict(),
     "trained": lambda: nn.Linear(64, 64).state_dict(),
@@ -80,6 +81,14 @@ STATES = {
     "nan payloads": lambda: {"a": (torch.arange(900, dtype=torch.int32) % 3 + 0x7FC00001).view(torch.float32)},
     "strides": lambda: {"a": torch.randint(0, 3, (20, 30)).float().t(), "b": torch.arange(9.0)[::2]},
     "names": lambda: {"": torch.ones(2), "wäight.日本": torch.zeros(3), "a" * 5000: torch.ones(1)},
+    "views": lambda: {
+        "a": Z,
+        "b": Z.conj(),
+        "c": Z.conj().imag,
+        "d": Z.imag,
+        "e": Z[:2],
+        "f": Z.view(2, 2),
+    },
     "lazy": lambda: {"a": torch.complex(torch.arange(200.0) % 2, torch.ones(200)).conj()},
 }
 
@@ -89,7 +98,8 @@ def test_round_trip(name):
     torch.manual_seed(0)
     model = STATES[name]()
     state = model.state_dict() if isinstance(model, nn.Module) else model
-    assert same(decompress_model(compress_model(model)), {k: v.resolve_conj() for k, v in state.items()})
+    plain = {k: v.resolve_conj().resolve_neg() for k, v in state.items()}
+    assert same(decompress_model(compress_model(model)), plain)
 
 
 @pytest.mark.parametrize("kinds", [1, 2, 40])
@@ -106,7 +116,7 @@ def test_every_dtype(dtype, kinds):
 def test_bits_of_a_distance_are_a_setting(gap_bits):
     state = small().state_dict()
     file = compress_model(state, gap_bits)
-    kinds = {each.name: each for each in files._directory(memoryview(file), 1 << 30)[0]}
+    kinds = {each.name: each for each in directory.read(memoryview(file), 1 << 30)[0]}
     assert kinds["0.weight"].gap_bits == gap_bits
     assert same(decompress_model(file), state)
     assert len(file) >= len(compress_model(state))
@@ -114,12 +124,12 @@ def test_bits_of_a_distance_are_a_setting(gap_bits):
 
 def test_forms():
     """What a tensor becomes: zeros are left out where they are frequent, values are repeated where they are few."""
-    assert entry(compress_model({"w": torch.randn(1000)})).kind == files.RAW
-    assert entry(compress_model({"w": torch.randint(1, 9, (1000,)).float()})).kind == files.DENSE
+    assert entry(compress_model({"w": torch.randn(1000)})).kind == directory.RAW
+    assert entry(compress_model({"w": torch.randint(1, 9, (1000,)).float()})).kind == directory.DENSE
     sparse = entry(compress_model({"w": torch.randint(1, 9, (1000,)).float() * (torch.rand(1000) < 0.1)}))
-    assert (sparse.kind, sparse.values) == (files.SPARSE, 8)  # zero is no value of the codebook
+    assert (sparse.kind, sparse.values) == (directory.SPARSE, 8)  # zero is no value of the codebook
     constant = entry(compress_model({"w": torch.ones(1000)}))
-    assert (constant.kind, constant.values, constant.code_bytes) == (files.DENSE, 1, 0)
+    assert (constant.kind, constant.values, constant.code_bytes) == (directory.DENSE, 1, 0)
     nothing = entry(compress_model({"w": torch.zeros(100_000)}))
     assert nothing.nbytes <= 8
 
@@ -147,9 +157,80 @@ def test_tied_weights_are_in_the_file_once():
     assert other.head.weight is other.embedding.weight
     apart = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     apart["head.weight"] += 1
-    with pytest.raises(ValueError, match=r"head\.weight and embedding\.weight are one tensor in the model"):
+    with pytest.raises(ValueError, match=r"embedding\.weight, head\.weight share memory in the model"):
         decompress_model(compress_model(apart), into=other)
     assert same(other.state_dict(), model.state_dict())
+
+
+def untied(seed=0):
+    """An encoder and its decoder, apart."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 3, bias=False))
+
+
+def transposed(seed=0):
+    """An encoder and a decoder that is the same memory."""
+    model = untied(seed)
+    model[1].weight = nn.Parameter(model[0].weight.t())
+    return model
+
+
+def test_tensors_that_overlap():
+    """In another form than the first one's: what cannot be held is refused before anything is changed."""
+    model, other = transposed(), transposed(1)
+    decompress_model(compress_model(model), into=other)
+    assert same(other.state_dict(), model.state_dict())
+    state = {"a": torch.zeros(2), **other.state_dict()}
+    before = copy.deepcopy(state)
+    with pytest.raises(ValueError, match=r"0\.weight, 1\.weight share memory in the model"):
+        decompress_model(compress_model({"a": torch.ones(2), **untied().state_dict()}), into=state)
+    assert same(state, before)
+    both = torch.zeros(4, 6)
+    halves = {"left": both[:, :3], "right": both[:, 3:]}  # between each other's ends, and no element in common
+    decompress_model(compress_model({"left": torch.ones(4, 3), "right": torch.full((4, 3), 2.0)}), into=halves)
+    assert both.sum(1).tolist() == [9] * 4
+
+
+@pytest.mark.parametrize("view", [lambda: torch.zeros(1).expand(4), lambda: torch.zeros(4, dtype=torch.cfloat).conj()])
+def test_what_holds_no_values_of_its_own_cannot_be_set(view):
+    into = {"a": torch.zeros(2), "b": view()}
+    file = compress_model({"a": torch.ones(2), "b": torch.ones(4, dtype=into["b"].dtype)})
+    with pytest.raises(ValueError, match="b is an expanded, conjugated or negated view"):
+        decompress_model(file, into=into)
+    assert into["a"].tolist() == [0, 0]
+
+
+class Counting(nn.Module):
+    """Part of its state is no tensor of its own."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.count, self.inner = count, nn.Linear(2, 2)
+
+    def get_extra_state(self):
+        return torch.tensor([[float(self.count)]])
+
+    def set_extra_state(self, state):
+        self.count = int(state)
+
+
+def test_a_module_is_given_what_it_makes_of_its_state():
+    one, two = nn.Sequential(Counting(5)), nn.Sequential(Counting(9))
+    decompress_model(compress_model(one), into=two)
+    assert two[0].count == 5
+    assert same(one.state_dict(), two.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # of torch itself
+def test_wrapped_models_have_their_own_names():
+    model = nn.Sequential(nn.Linear(3, 4))
+    wrapped = torch.compile(nn.DataParallel(torch.compile(inside := copy.deepcopy(model))))
+    assert Masks.magnitude(torch.compile(model), 0.5) == Masks.magnitude(model, 0.5)
+    assert same(decompress_model(compress_model(wrapped)), model.state_dict())
+    with torch.no_grad():
+        model[0].weight.zero_()
+    decompress_model(compress_model(model), into=wrapped)
+    assert not inside[0].weight.any()
 
 
 def test_a_model_is_loaded_in_place():
@@ -202,10 +283,12 @@ def test_states_that_are_refused(what, message):
         compress_model(what)
 
 
-@pytest.mark.parametrize("gap_bits", [0, 13, 2.5, "5"])
-def test_gap_bits_that_are_refused(gap_bits):
-    with pytest.raises(ValueError, match=r"gap_bits must be an integer in 1\.\.12 or None"):
+@pytest.mark.parametrize("gap_bits", [0, 13, 2.5, "5", True])
+def test_numbers_that_are_refused(gap_bits):
+    with pytest.raises(ValueError, match=r"gap_bits, unless it is None, must be an integer in 1\.\.12"):
         compress_model({}, gap_bits)
+    with pytest.raises(ValueError, match="max_bytes must be an integer of at least 0"):
+        decompress_model(compress_model({}), max_bytes=float("nan"))
 
 
 def test_every_truncation_is_refused():
@@ -253,14 +336,14 @@ def test_changed_files_with_a_right_checksum():
     state = {**small().state_dict(), "ties": torch.ones(7), "on": torch.tensor([True, False] * 80)}
     state["ties again"] = state["ties"]
     honest = compress_model(state)
-    directory = 32 + int.from_bytes(honest[24:32], "little")
+    behind = 32 + int.from_bytes(honest[24:32], "little")
     words = (0, 1, 255, 4097, 1 << 31, (1 << 32) - 1, 1 << 40, 1 << 62, (1 << 64) - 1)
     outcomes = {True: 0, False: 0}
     tracemalloc.start()
     for number in range(1500):
         data = bytearray(honest)
         for _ in range(int(draw.integers(1, 4))):
-            end = directory if number % 3 else len(data) - CHECKSUM
+            end = behind if number % 3 else len(data) - CHECKSUM
             at = int(draw.integers(8, end - 8))
             if number % 2:
                 data[at] = int(draw.integers(256))
@@ -295,6 +378,20 @@ def test_a_size_is_refused_before_memory_is_allocated():
         tracemalloc.stop()
     with pytest.raises(ValueError, match="another model"):
         decompress_model(bomb, into={"w": torch.zeros(5)})
+
+
+@pytest.mark.parametrize("density", [0.3, 1.0])
+def test_decoding_takes_memory_for_the_tensors_and_a_little(density):
+    """Not for the codes of all elements, which are larger than elements of a byte."""
+    torch.manual_seed(0)
+    size = 1 << 23
+    file = compress_model({"w": torch.randint(1, 3, (size,), dtype=torch.uint8) * (torch.rand(size) < density)})
+    assert entry(file).kind == (directory.DENSE if density == 1 else directory.SPARSE)
+    tracemalloc.start()
+    decompress_model(file)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < size + (50 << 20)
 
 
 @pytest.mark.parametrize("axes", [(1 << 40, 1 << 40, 0), (1 << 63, 0, 1), (0, 1 << 61, 2)])

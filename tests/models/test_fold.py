@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import struct
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from team import Team
 from torch import Tensor, nn
 
 from mpicomp.comm.communicator import Comm
-from mpicomp.errors import WireFormatError
+from mpicomp.errors import ConfigMismatchError, WireFormatError
 from mpicomp.models.binary import BinaryActivation, BinaryConv2d, BinaryLinear, FixedPoint
 from mpicomp.models.folding import fold, thresholds
 from mpicomp.models.packed import PackedNetwork, unpack
@@ -121,6 +122,25 @@ def test_a_threshold_is_where_the_layers_change_sign() -> None:
         assert np.array_equal((total < limits) ^ flips.astype(bool), negative.numpy())
 
 
+class Residual(nn.Sequential):
+    """No chain of its modules."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+@pytest.mark.parametrize("make", [mlp, lambda: convolutional(FixedPoint()), lambda: convolutional(BinaryActivation())])
+def test_no_inputs_have_no_results(make: Any) -> None:
+    model = stirred(make())
+    shape = (0, 70) if isinstance(model[1], BinaryLinear) else (0, 2, 8, 8)
+    assert fold(model)(np.zeros(shape)).shape == tuple(model(torch.zeros(shape)).shape)
+
+
+def test_a_wrapped_model_folds_as_the_model() -> None:
+    model, x = stirred(mlp()), torch.rand(3, 70)
+    assert np.array_equal(fold(nn.DataParallel(model))(x), fold(model)(x))
+
+
 def test_what_cannot_be_folded_is_refused() -> None:
     net = [FixedPoint(), BinaryLinear(4, 4), nn.BatchNorm1d(4), BinaryActivation(), BinaryLinear(4, 2)]
 
@@ -137,6 +157,10 @@ def test_what_cannot_be_folded_is_refused() -> None:
     refused("keeps no running statistics", *net[:2], nn.BatchNorm1d(4, track_running_stats=False), *net[3:])
     refused("takes 5 inputs", *net[:4], BinaryLinear(5, 2))
     refused("only 1.0 can be packed", BinaryActivation(), BinaryConv2d(1, 1, 3, padding=1, border=0.0))
+    refused("padding below the size of the kernel", BinaryActivation(), BinaryConv2d(1, 1, (3, 2), padding=(2, 2)))
+    images = [BinaryActivation(), BinaryConv2d(1, 2, 3), nn.BatchNorm2d(2), BinaryActivation()]
+    refused("Flatten.* cannot follow signs", *images, nn.Flatten(2), BinaryLinear(4, 2))
+    refused("cannot follow signs", net[0], Residual(*net[1:4]), net[4])
     refused("squares side by side", BinaryActivation(), BinaryConv2d(1, 1, 3), nn.MaxPool2d(3, 2))
     bad = mlp()
     with torch.no_grad():
@@ -235,3 +259,31 @@ def test_a_broadcast_sends_the_bytes(ranks: int) -> None:
         assert np.array_equal(found(x), expected)
 
     Team(ranks).run(f)
+
+
+def test_windows_that_no_model_has_are_refused() -> None:
+    """A last layer that is a convolution, and borders wider than the kernel, which would take any memory."""
+    from mpicomp.frames import CHECKSUM, checksum
+    from mpicomp.models.packed_file import HEAD, LAYER
+
+    data = bytearray(to_bytes(fold(stirred(convolutional(BinaryActivation())))).tobytes()[:-CHECKSUM])
+    changes: list[tuple[int, int, list[int]]] = [(0, 8, [3]), (0, 9, [1 << 31]), (3, 3, [1] * 9)]
+    for layer, place, numbers in changes:  # padding, padding, all of a window
+        at = HEAD.size + LAYER.size * layer + 4 * place
+        changed = bytearray(data)
+        changed[at : at + 4 * len(numbers)] = struct.pack(f"<{len(numbers)}I", *numbers)
+        with pytest.raises(WireFormatError, match=f"layer {layer} of the packed network has a window that is none"):
+            from_bytes(bytes(changed) + checksum(changed))
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_what_is_no_network_is_refused_on_all_ranks(wrong: int) -> None:
+    network, model = network_of(), mlp()
+
+    def f(comm: Comm) -> None:
+        bad: Any = model if comm.rank == wrong else network if comm.rank == 0 else None
+        with pytest.raises(TypeError if comm.rank == wrong else ConfigMismatchError):
+            broadcast(comm, bad)
+        assert broadcast(comm, network if comm.rank == 0 else None).layers
+
+    Team(3).run(f)

@@ -11,6 +11,12 @@ from mpicomp.errors import WireFormatError
 from mpicomp.models import entropy, indices
 
 
+def found(symbols, gap_bits, size, part=1000):
+    """The places of symbols that come in parts."""
+    parts = [symbols[start : start + part] for start in range(0, symbols.size, part)]
+    return np.concatenate([np.empty(0, np.int64), *indices.to_places(parts, gap_bits, size)])
+
+
 def test_the_figure_of_the_paper():
     """3 bits cover distances 1..8, and one of 11 takes a filler and 3 (Han et al., figure 2: weights at 1, 4, 15)."""
     assert indices.to_gaps(np.array([1, 4, 15]), 3).tolist() == [1, 2, 8, 2]
@@ -23,7 +29,8 @@ def test_round_trip(gap_bits, density):
     size = 5000
     places = np.flatnonzero(np.random.default_rng(0).random(size) < density)
     symbols = indices.to_gaps(places, gap_bits)
-    assert (indices.to_places(symbols, gap_bits, size) == places).all()
+    for part in (1, 7, 5000):
+        assert np.array_equal(found(symbols, gap_bits, size, part), places)
     assert (symbols <= 1 << gap_bits).all()
     assert symbols.size <= size
     distances = np.diff(places, prepend=-1)
@@ -33,8 +40,7 @@ def test_round_trip(gap_bits, density):
 def test_the_ends_of_a_tensor():
     for places in ([0], [9], [0, 9], list(range(10))):
         for gap_bits in (1, 3):
-            found = indices.to_places(indices.to_gaps(np.array(places), gap_bits), gap_bits, 10)
-            assert found.tolist() == places
+            assert found(indices.to_gaps(np.array(places), gap_bits), gap_bits, 10).tolist() == places
 
 
 @pytest.mark.parametrize(
@@ -42,8 +48,9 @@ def test_the_ends_of_a_tensor():
     [([8], "end with a filler"), ([1, 8], "end with a filler"), ([9, 1], "above 8"), ([7, 2], "place 10 of a tensor")],
 )
 def test_what_no_places_give(symbols, message):
-    with pytest.raises(WireFormatError, match=message):
-        indices.to_places(np.array(symbols, np.uint16), 3, 10)
+    for part in (1, 2):
+        with pytest.raises(WireFormatError, match=message):
+            found(np.array(symbols, np.uint16), 3, 10, part)
 
 
 def test_the_best_bits_of_a_distance():

@@ -116,3 +116,29 @@ def test_what_cannot_be_pruned_is_refused() -> None:
         model[0].weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
         Masks.magnitude(model, 0.5)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.complex64, torch.float8_e4m3fn, torch.int64, torch.float16, torch.float64], ids=str
+)
+def test_every_dtype_is_pruned_by_magnitude(dtype: torch.dtype) -> None:
+    values = torch.tensor([[2, 9j, -3, 1, 1 + 3j, 0]]) if dtype.is_complex else torch.tensor([[2, 9, -3, 1, -4, 0]])
+    model = nn.ParameterDict({"w": nn.Parameter(values.to(dtype), requires_grad=False)})
+    masks = Masks.magnitude(model, 0.5)
+    masks.apply(model)
+    assert masks["w"].tolist() == [[False, True, True, False, True, False]]
+    assert [complex(each) for each in model["w"].to(torch.complex64)[0]] == [0, values[0, 1], -3, 0, values[0, 4], 0]
+
+
+def test_large_integers_differ() -> None:
+    model = nn.ParameterDict({"w": nn.Parameter(2**30 + torch.arange(4)[None], requires_grad=False)})
+    assert Masks.magnitude(model, 0.5)["w"].tolist() == [[False, False, True, True]]
+
+
+def test_sparse_gradients_are_refused_before_anything_is_changed() -> None:
+    model = nn.Embedding(6, 4, sparse=True)
+    model(torch.tensor([1, 2])).sum().backward()
+    before = model.weight.detach().clone()
+    with pytest.raises(ValueError, match="the gradient of weight is sparse"):
+        Masks.magnitude(model, 0.5).apply(model, gradients=True)
+    assert torch.equal(model.weight, before)

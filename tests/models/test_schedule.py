@@ -128,6 +128,41 @@ def test_what_is_shared_counts_and_a_refusal_changes_no_mask() -> None:
     with pytest.raises(ConfigMismatchError):
         pruning.update()
     assert pruning.masks == other
+    with torch.no_grad():
+        model[0].weight.fill_(1)  # as momentum moves what is masked
+    pruning.step = 0
+    with pytest.raises(ConfigMismatchError):
+        pruning.update()
+    assert torch.equal(model[0].weight != 0, other["0.weight"])
+
+
+@pytest.mark.parametrize(("initial", "final"), [(0.7, 0.7), (0.1, 0.9), (0.9, 0.9), (0.3, 0.3 + 1e-16)])
+def test_it_never_falls_whatever_is_rounded(initial: float, final: float) -> None:
+    """A mask that is asked for a weight back is refused, which would end a training."""
+    schedule = PruningSchedule(final=final, initial=initial, start=0, end=100)
+    found = [schedule.sparsity(step) for step in range(102)]
+    assert found == sorted(found)
+    assert (found[0], found[100], found[101]) == (initial, final, final)
+    model = nn.Linear(5, 1)
+    pruning = Pruning(model, schedule)
+    for _ in range(101):
+        pruning.update()
+    assert int((model.weight == 0).sum()) == round(5 * final)
+
+
+def test_a_state_that_does_not_fit_changes_nothing() -> None:
+    model = model_of()
+    pruning = Pruning(model, PruningSchedule(final=0.5, start=0, end=1))
+    before, masks = copy.deepcopy(model.state_dict()), Masks.magnitude(model, 0.5).state_dict()
+    for state in (
+        {"step": "3", "masks": masks},
+        {"step": 3, "masks": {"9": masks["0.weight"]}},
+        {"step": -1, "masks": {}},
+    ):
+        with pytest.raises(ValueError, match=r"step must be|no parameter 9"):
+            pruning.load_state_dict(state)
+    assert (pruning.step, len(pruning.masks)) == (0, 0)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def test_named_parameters_only() -> None:
@@ -135,6 +170,8 @@ def test_named_parameters_only() -> None:
     pruning = Pruning(model, PruningSchedule(final=0.5, start=0, end=1), names=["2.weight"])
     pruning.update()
     assert list(pruning.masks) == ["2.weight"]
+    with pytest.raises(ValueError, match="the model has no parameter 3"):
+        Pruning(model, pruning.schedule, names=["2.weight", "3"])
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])

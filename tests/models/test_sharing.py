@@ -243,3 +243,55 @@ def test_what_is_refused():
         Codebooks.fit(net, 3)
     with pytest.raises(TypeError, match="complex64; only floating-point"):
         Codebooks.fit(nn.ParameterDict({"z": nn.Parameter(torch.zeros(2, 2, dtype=torch.complex64))}), {"z": 2})
+
+
+@pytest.mark.parametrize("keyword", [False, True])
+def test_a_closure_is_a_step_like_any_other(keyword):
+    """Its gradients come after the step has begun; they are summed over clusters all the same."""
+    x, ends = torch.randn(8, 20), []
+    for closes in (False, True):
+        net = model()
+        codebooks = Codebooks.fit(net, 2)
+        codebooks.apply(net)
+        optimizer = torch.optim.SGD(net.parameters(), 1e-3, momentum=0.9)
+        codebooks.attach(optimizer, net)
+
+        def closure(net=net, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = net(x).square().sum()
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            if not closes:
+                closure()
+                optimizer.step()
+            else:
+                assert (optimizer.step(closure=closure) if keyword else optimizer.step(closure)) > 0
+        ends.append(codebooks["0.weight"].values)
+    assert torch.equal(*ends)
+
+
+def test_weights_at_rest_stay_as_they_are():
+    """The mean of 10^5 equal weights is another number in the last places."""
+    net = nn.Linear(1000, 100, bias=False).double()
+    with torch.no_grad():
+        net.weight.fill_(0.1)
+    codebooks = Codebooks({"weight": sharing.Shared(torch.tensor([0, 0.1]).double(), torch.ones(100, 1000).long())})
+    codebooks.apply(net)
+    before = net.weight.detach().clone()
+    codebooks.update(net)
+    assert torch.equal(net.weight, before)
+
+
+def test_sums_that_no_float_holds_and_sparse_gradients_are_refused():
+    net = nn.Linear(10, 10).double()
+    with torch.no_grad():
+        net.weight.fill_(1e308)
+    with pytest.raises(ValueError, match="weights of weight are too large"):
+        Codebooks.fit(net, 2)
+    embedding = nn.Embedding(6, 4, sparse=True)
+    codebooks = Codebooks.fit(embedding, 2)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match="the gradient of weight is sparse"):
+        codebooks.sum_gradients(embedding)

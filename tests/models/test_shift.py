@@ -121,3 +121,47 @@ def test_adamax_keeps_its_state_in_a_dictionary_of_values() -> None:
 def test_bad_settings_are_refused(settings: dict[str, object], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         ShiftAdaMax([nn.Parameter(torch.ones(1))], **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_the_largest_numbers_become_the_largest_power_of_two(dtype: torch.dtype) -> None:
+    top = torch.finfo(dtype).max
+    power = ap2(torch.tensor([top, -top], dtype=dtype))
+    assert power.isfinite().all()
+    assert (power.double() / torch.tensor([top, -top], dtype=torch.float64) > 0.5).all()
+
+
+@pytest.mark.parametrize("gradient", [0.0, 1e-40, 1e-45, 1e-30])
+def test_a_unit_that_has_died_away_does_no_harm(gradient: float) -> None:
+    """The largest gradient fades, too; its inverse is beyond all floats then, and zero times infinity is NaN."""
+    x = nn.Parameter(torch.ones(3))
+    optimizer = ShiftAdaMax([x])
+    for _ in range(3):
+        x.grad = torch.tensor([gradient, 1.0, 0.0])
+        optimizer.step()
+    optimizer.state[x]["v"].fill_(1e-45)
+    optimizer.state[x]["m"].zero_()
+    x.grad = torch.zeros(3)
+    optimizer.step()
+    assert ((x - 1).abs() < 0.01).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_types_are_normalised_by_statistics_in_float(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer, x = ShiftBatchNorm(4), torch.randn(64, 4).to(dtype)
+    twin = copy.deepcopy(layer)
+    assert layer(x).dtype == dtype
+    assert torch.equal(layer(x), twin(x.float()).to(dtype))
+    twin(x.float())
+    assert torch.equal(layer.running_var, twin.running_var)
+    assert layer.to(dtype)(x).dtype == dtype
+
+
+def test_a_fresh_normalisation_is_where_the_old_one_was() -> None:
+    norm = nn.BatchNorm1d(4)
+    model = shift_based(nn.Sequential(norm, nn.Linear(4, 4), norm, nn.Sequential(norm)).double().eval())
+    assert model[0] is model[2] is model[3][0]
+    assert model[0].weight.dtype == model[0].running_mean.dtype == torch.float64
+    assert not model[0].training
+    assert isinstance(shift_based(norm), ShiftBatchNorm)

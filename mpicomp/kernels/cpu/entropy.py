@@ -25,10 +25,34 @@ WIDTH = 6  # bytes of low and high
 
 
 @inline
-def probability(counts: Any, node: Any) -> Any:
-    """Return how probable a one is after this node, in 1..2^16 - 1."""
+def middle_of(low: Any, high: Any, counts: Any, node: Any) -> Any:
+    """Return where the decision of a node splits the interval."""
     zeros, ones = counts[2 * node], counts[2 * node + 1]
-    return max(ONE, ((ones + ones + ONE) << P_BITS) // (np.uint64(2) * (zeros + ones + ONE)))
+    probability = max(ONE, ((ones + ones + ONE) << P_BITS) // (np.uint64(2) * (zeros + ones + ONE)))
+    return low + (((high - low) * probability) >> P_BITS)
+
+
+@inline
+def decided(low: Any, high: Any, middle: Any, bit: Any, counts: Any, node: Any) -> Any:
+    """Count a node's bit; return the interval that the bit takes, and the next node."""
+    counts[2 * node + bit] += ONE
+    if bit:
+        high = middle
+    else:
+        low = middle + ONE
+    return low, high, 2 * node + bit
+
+
+@inline
+def agrees(low: Any, high: Any) -> Any:
+    """Whether the highest byte is certain."""
+    return (low ^ high) >> TOP == 0
+
+
+@inline
+def moved(low: Any, high: Any) -> Any:
+    """Return the interval without its highest byte."""
+    return low << BYTE & ALL, (high << BYTE | LOW_BYTE) & ALL
 
 
 @kernel("const u2[], i8, u8[], u1[]")
@@ -40,19 +64,13 @@ def encode_symbols(symbols: Any, bits: int, counts: Any, out: Any) -> Any:
         node: Any = np.int64(1)
         for place in range(bits - 1, -1, -1):
             bit = symbol >> place & 1
-            middle = low + (((high - low) * probability(counts, node)) >> P_BITS)
-            if bit:
-                high = middle
-            else:
-                low = middle + ONE
-            counts[2 * node + bit] += ONE
-            node = 2 * node + bit
-            while (low ^ high) >> TOP == 0:
+            low, high, node = decided(low, high, middle_of(low, high, counts, node), bit, counts, node)
+            while agrees(low, high):
                 if at == out.size:
                     return -1
                 out[at] = high >> TOP
                 at += 1
-                low, high = low << BYTE & ALL, (high << BYTE | LOW_BYTE) & ALL
+                low, high = moved(low, high)
     for kept in range(WIDTH + 1):
         if high >> np.uint64(48 - 8 * kept) << np.uint64(48 - 8 * kept) >= low:
             break
@@ -66,26 +84,18 @@ def encode_symbols(symbols: Any, bits: int, counts: Any, out: Any) -> Any:
     return at
 
 
-@kernel("const u1[], i8, u8[], u2[]")
-def decode_symbols(data: Any, bits: int, counts: Any, out: Any) -> None:
-    low, high, code = np.uint64(0), ALL, np.uint64(0)
-    at: Any = np.int64(0)
-    for _ in range(WIDTH):
-        code = code << BYTE | (np.uint64(data[at]) if at < data.size else np.uint64(0))
-        at += 1
+@kernel("const u1[], i8, u8[], u8[], u2[]")
+def decode_symbols(data: Any, bits: int, counts: Any, state: Any, out: Any) -> None:
+    low, high, code, at = state[0], state[1], state[2], np.int64(state[3])
     for i in range(out.size):
         node: Any = np.int64(1)
         for _ in range(bits):
-            middle = low + (((high - low) * probability(counts, node)) >> P_BITS)
+            middle = middle_of(low, high, counts, node)
             bit = 1 if code <= middle else 0
-            if bit:
-                high = middle
-            else:
-                low = middle + ONE
-            counts[2 * node + bit] += ONE
-            node = 2 * node + bit
-            while (low ^ high) >> TOP == 0:
-                low, high = low << BYTE & ALL, (high << BYTE | LOW_BYTE) & ALL
+            low, high, node = decided(low, high, middle, bit, counts, node)
+            while agrees(low, high):
+                low, high = moved(low, high)
                 code = (code << BYTE & ALL) | (np.uint64(data[at]) if at < data.size else np.uint64(0))
                 at += 1
         out[i] = node - (1 << bits)
+    state[0], state[1], state[2], state[3] = low, high, code, np.uint64(at)
