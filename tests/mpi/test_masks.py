@@ -137,6 +137,24 @@ def test_masks_that_differ_are_an_error_on_all_ranks_and_change_nothing() -> Non
             backward(ddp, 1)
 
 
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("root", [None, 0])
+def test_schedules_that_differ_are_an_error_on_all_ranks(root: int | None) -> None:
+    """The last rank begins two steps later: while the others share masks, it reduces the next gradient."""
+    late = me() == size() - 1
+    ddp = DDP(model())
+    hook = mpicomp.torch.compress(ddp, "masked")
+    schedule = PruningSchedule(final=0.9, start=4 if late else 2, end=10, every=2)
+    pruning = Pruning(ddp, schedule, partial(hook.set_masks, root=root))
+    for step in range(2):
+        backward(ddp, step)
+        if step == 0 or late:
+            pruning.update()
+    with pytest.raises((ConfigMismatchError, RuntimeError), match="ranks disagree"):
+        backward(ddp, 2) if late else pruning.update()
+    assert not pruning.masks
+
+
 @pytest.mark.parametrize("what", ["name", "shape", "dtype", "nothing", "list", "root"])
 def test_what_is_no_mask_is_refused_on_all_ranks(what: str) -> None:
     ddp = DDP(model())

@@ -17,7 +17,7 @@ from mpicomp.reducers.spectral import draw
 
 NAME = "ATOMO"
 TASKS = ("digits",)
-PAPER = "Wang 2018"
+PAPER = "Wang et al. 2018"
 SHAPE = (60, 40)
 BUDGETS = (1, 3, 6)
 DRAWS = 1000  # of feasible probabilities

@@ -143,7 +143,7 @@ def entries(session: Session, task: str) -> Iterator[Entry]:
             bytes=sent,
             dense_bytes=plain,
             ratio=plain / sent if sent else None,
-            claim="0.96 % error on MNIST, float32 the same",
+            claim="0.96 % error on MNIST, three hidden layers of 4096",
             met=met,
         )
 
@@ -239,7 +239,7 @@ def smaller_broadcast(session: Session, task: str, networks: list[PackedNetwork]
 
 def faster_products(session: Session, task: str) -> Iterator[Entry]:
     """Time a layer of signs beside torch's float32 layer, in turn on one thread of rank 0; the others wait."""
-    for batch, bar, claim in ((1, 16.0, "MNIST MLP 7x faster on a GPU"), (64, 4.0, "3.4x cuBLAS at 8192, on a GPU")):
+    for batch, bar in ((1, 16.0), (64, 4.0)):
         pairs = 5 if session.quick else 31
         taken = torch.zeros(2, pairs, dtype=torch.float64)
         if dist.get_rank() == 0:
@@ -261,7 +261,7 @@ def faster_products(session: Session, task: str) -> Iterator[Entry]:
             metric_std=0.0,
             metric_name="times_faster",
             dense_mean=None,
-            claim=claim,
+            claim="MNIST network 7x faster than with an unoptimised GPU kernel",
             met=None if session.quick else min(least, median) >= bar,
         )
 

@@ -23,13 +23,19 @@ class Companion(NamedTuple):
 
 
 COMPANIONS = (
-    Companion("EF-signSGD", "sign", "Karimireddy et al. 2019", "generalises as SGD does, 1 bit"),
-    Companion("sign per block", "sign(block=64)", "Karimireddy et al. 2019", "layer-wise scales"),
-    Companion("1-bit SGD", "sign(two_means=True)", "Seide et al. 2014", "no loss of accuracy, 1 bit"),
-    Companion("QSGD", "two_stage(qsgd)", "Alistarh et al. 2017", "4 bits, no loss of accuracy"),
-    Companion("TernGrad", "two_stage(ternary(clip=2.5))", "Wen et al. 2017", "less than 2 % lower on GoogLeNet"),
-    Companion("gTop-k", "error_feedback(tree(topk(density=0.01)))", "Shi et al. 2019", "O(k log P), as dense"),
-    Companion("natural compression", "two_stage(natural)", "Horvath et al. 2019", "9 bits, variance factor 9/8"),
+    Companion("EF-signSGD", "sign", "Karimireddy et al. 2019", "1 bit; the rate of convergence of SGD"),
+    Companion("sign per block", "sign(block=64)", "Karimireddy et al. 2019", "no figure for blocks"),
+    Companion("1-bit SGD", "sign(two_means=True)", "Seide et al. 2014", "1 bit; no or nearly no loss of accuracy"),
+    Companion(
+        "QSGD", "two_stage(qsgd)", "Alistarh et al. 2017", "unbiased, variance at most min(n / s^2, sqrt(n) / s)"
+    ),
+    Companion(
+        "TernGrad", "two_stage(ternary(clip=2.5))", "Wen et al. 2017", "less than 2 % lower on GoogLeNet on average"
+    ),
+    Companion("gTop-k", "error_feedback(tree(topk(density=0.01)))", "Shi et al. 2019", "O(k log P) in place of O(k P)"),
+    Companion(
+        "natural compression", "two_stage(natural)", "Horvath et al. 2019", "9 bits, unbiased, variance at most 1/8"
+    ),
     Companion("DRIVE", "gather(rotated(sign, rescale=True))", "Vargaftik et al. 2021", "1 bit, unbiased"),
     Companion(
         "EDEN",
@@ -37,7 +43,12 @@ COMPANIONS = (
         "Vargaftik et al. 2022",
         "any number of bits, unbiased (theirs: Lloyd-Max levels)",
     ),
-    Companion("stochastic bf16", "two_stage(bf16(stochastic=True))", "Gupta et al. 2015", "16 bits, unbiased"),
+    Companion(
+        "stochastic bf16",
+        "two_stage(bf16(stochastic=True))",
+        "Gupta et al. 2015",
+        "16-bit fixed point, little to no loss of accuracy",
+    ),
     Companion(
         "SparseLoCo's decay",
         "decay(error_feedback(two_stage(topk(density=0.01))), factor=0.95)",

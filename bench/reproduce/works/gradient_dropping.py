@@ -15,7 +15,7 @@ TASKS = ("digits", "mnist")
 POINTS = 0.5
 GAIN = 10.0  # points of the residual
 PAPER = "Aji and Heafield 2017"
-CLAIM = "99 % of updates dropped without loss; DGC: 0.3 BLEU lost"
+CLAIM = "99 % of updates dropped without loss; DGC quotes a loss of 0.3 % BLEU"
 
 ONE_WAY = "error_feedback(gather(sampled_topk(density=0.01)))"
 TWO_WAY = "error_feedback(two_stage(sampled_topk(density=0.01)))"

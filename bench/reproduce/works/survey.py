@@ -32,7 +32,7 @@ from mpicomp.registry import parse
 
 NAME = "Survey"
 TASKS = ("digits",)
-PAPER = "Choudhary 2020"
+PAPER = "Choudhary et al. 2020"
 SEEDS = 5
 CODEC, TEMPERATURE = "fp8", 3.0
 EVERY = 10  # steps between exchanges
