@@ -36,8 +36,8 @@ class Session:
         return self._tasks[name]
 
     def steps(self, task: str) -> int:
-        """Return the steps of a training: the task's, or a quarter of them."""
-        return self.task(task).steps // (4 if self.quick else 1)
+        """Return the steps of a training: the task's, or a quarter of them, fewer where more ranks share two cores."""
+        return self.task(task).steps // (max(4, self.ranks) if self.quick else 1)
 
     def train(self, task: str, seed: int, method: str | None = "dense", **options: Any) -> Run:
         """Train a task; see `training.train`. Collective."""
