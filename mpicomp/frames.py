@@ -124,6 +124,8 @@ def unframe(data: bytes | bytearray | memoryview, codec: Framable, max_size: int
         if nbytes != field.nbytes if codec.fixed else nbytes > field.nbytes:
             most = "" if codec.fixed else "at most "
             raise WireFormatError(f"a field has {nbytes} bytes, expected {most}{field.nbytes}")
+        if nbytes % np.dtype(field.dtype).itemsize:
+            raise WireFormatError(f"a field has {nbytes} bytes, expected a number of {field.dtype}")
     ends = []
     for nbytes in (spec_length, *lengths):
         ends.append((at, at + nbytes))
@@ -138,7 +140,7 @@ def unframe(data: bytes | bytearray | memoryview, codec: Framable, max_size: int
         raise WireFormatError("the padding must be zero")
     copy = np.frombuffer(view, np.uint8).copy()  # NumPy's memory is aligned to 16 bytes, the fields in it to 8
     payload = tuple(
-        copy[start:end].view(field.dtype).reshape(field.shape if codec.fixed else (-1,))
+        copy[start:end].view(field.dtype).reshape(field.shape if end - start == field.nbytes else (-1,))
         for (start, end), field in zip(places, fields, strict=True)
     )
     codec.check(payload, size)

@@ -70,8 +70,7 @@ class Resolution:
     def _stateless(self) -> State | None:
         """The state of seed 0 if it holds no arrays: it is made once for all calls without a memory."""
         state = self.running.init(self.form.layout, work_dtype(self.form.dtype))
-        holds = state.inner or state.memory or state.residual is not None or state.extra is not None
-        return None if holds else state
+        return state if state.bare else None
 
 
 @lru_cache(maxsize=256)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.codecs import indices
-from mpicomp.codecs.base import Codec, Key, Scope
-from mpicomp.codecs.checks import check_bool, check_density, is_number
-from mpicomp.codecs.sparse import Values, check_values
+from mpicomp.codecs.base import Codec, Key
+from mpicomp.codecs.checks import is_number
+from mpicomp.codecs.sparse import Drawn, Values
 from mpicomp.codecs.varying import Varying
 from mpicomp.kernels import host_kernels
 from mpicomp.wire import Payload
@@ -46,7 +46,7 @@ def probabilities(coefficients: Array, budget: float) -> Array:
 
 
 @dataclass(frozen=True)
-class Atomo(Varying):
+class Atomo(Drawn, Varying):
     """Send element x_i with probability p_i = min(1, r |x_i|), as x_i / p_i (ATOMO, Wang et al. 2018; entries).
 
     The p_i sum to density * size where so many elements are not zero: see `probabilities`. With y = |x_i| / top in
@@ -67,19 +67,6 @@ class Atomo(Varying):
     spec_name: ClassVar[str] = "atomo"
     on_gpu: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        check_density(self.density)
-        check_bool(scaled=self.scaled)
-        check_values(self.values)
-
-    @property
-    def unbiased(self) -> bool:
-        return self.scaled and all(codec.unbiased for codec in self.inner)
-
-    @property
-    def contractive(self) -> bool:
-        return not self.scaled and super().contractive
-
     @property
     def omega(self) -> float:
         """The variance is at most omega ||x||^2."""
@@ -99,11 +86,6 @@ class Atomo(Varying):
         if self.scaled:
             return math.sqrt(self.omega) + lost / math.sqrt(self.density)
         return math.sqrt(max(1 - self.density + lost**2 * self.density, lost**2))
-
-    def scope(self, dtype: str) -> Scope:
-        """See Codec: `scaled` brings numbers larger by 1 / density to `values`."""
-        inner, factor = super().scope(dtype), self.density if self.scaled else 1.0
-        return Scope(inner.least / factor, inner.most * factor)
 
     def _encode(self, x: Array, old: Array | None, payload: Payload, new: Array | None, key: Key) -> int:
         how, kernels = Values(self.values), host_kernels(x)
@@ -128,6 +110,3 @@ class Atomo(Varying):
         with np.errstate(over="ignore"):
             share = drawn.dtype.type(top / rate)
         return np.where(certain, drawn, np.copysign(share, drawn))
-
-    def _contracting(self) -> Codec:
-        return replace(self, scaled=False, values=self.values and self.values.contraction())

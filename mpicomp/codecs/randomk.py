@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
 
 from mpicomp.arrays import Array, on_device
-from mpicomp.codecs.base import Codec, Key, Scope, nbytes_of
-from mpicomp.codecs.checks import check_bool, check_density, kept
-from mpicomp.codecs.sparse import Sparse, Values, check_values
+from mpicomp.codecs.base import Codec, Key, nbytes_of
+from mpicomp.codecs.checks import kept
+from mpicomp.codecs.sparse import Drawn, Values
 from mpicomp.kernels import kernels_for
 from mpicomp.wire import Field, Payload
 
@@ -24,7 +24,7 @@ def _support(size: int, k: int, base: int, start: int) -> Array:
 
 
 @dataclass(frozen=True)
-class RandomK(Sparse):
+class RandomK(Drawn):
     """Keep k = ceil(density * size) elements at random places, which every rank draws alike and none sends.
 
     Payload: the values, k in the work dtype or as the codec `values` writes them. The places are `random_support(size,
@@ -40,22 +40,9 @@ class RandomK(Sparse):
 
     spec_name: ClassVar[str] = "randomk"
 
-    def __post_init__(self) -> None:
-        check_density(self.density)
-        check_bool(scaled=self.scaled)
-        check_values(self.values)
-
     @property
     def linear(self) -> bool:
         return self.values is None
-
-    @property
-    def unbiased(self) -> bool:
-        return self.scaled and all(codec.unbiased for codec in self.inner)
-
-    @property
-    def contractive(self) -> bool:
-        return not self.scaled and super().contractive
 
     def relative_error(self, size: int) -> float:
         """See Codec: k / size of the squares are sent in the mean, with the error r of `values`:
@@ -67,11 +54,6 @@ class RandomK(Sparse):
         k = kept(self.density, size)
         share, lost = k / size, Values(self.values).relative_error(k) ** 2
         return math.sqrt((1 - share + lost) / share if self.scaled else 1 - share + lost * share)
-
-    def scope(self, dtype: str) -> Scope:
-        """See Codec: `scaled` brings numbers larger by 1 / density to `values`."""
-        inner, factor = super().scope(dtype), self.density if self.scaled else 1.0
-        return Scope(inner.least / factor, inner.most * factor)
 
     def fields(self, size: int, dtype: str) -> tuple[Field, ...]:
         return Values(self.values).fields(self.kept(size), dtype)
@@ -110,6 +92,3 @@ class RandomK(Sparse):
 
     def _check(self, payload: Payload, size: int) -> None:
         Values(self.values).check(payload, self.kept(size))
-
-    def _contracting(self) -> Codec:
-        return replace(self, scaled=False, values=self.values and self.values.contraction())

@@ -15,7 +15,7 @@ import numpy as np
 from mpicomp.arrays import Array
 from mpicomp.codecs import indices
 from mpicomp.codecs.base import Codec, Key, Scope
-from mpicomp.codecs.checks import check_finite, kept, little, sparse_block
+from mpicomp.codecs.checks import check_bool, check_density, check_finite, kept, little, sparse_block
 from mpicomp.kernels import kernels_for
 from mpicomp.wire import ALIGN, Field, Payload
 
@@ -116,6 +116,37 @@ class Sparse(Codec):
 
     def _contracting(self) -> Codec:
         return cast(Codec, replace(cast(Any, self), values=self.values and self.values.contraction()))
+
+
+class Drawn(Sparse):
+    """What codecs share that draw the elements which they send.
+
+    `scaled` divides what is sent by its probability, so that the mean over keys is exact where that of `values` is;
+    without it the codec contracts where `values` does.
+    """
+
+    scaled: bool
+
+    def __post_init__(self) -> None:
+        check_density(self.density)
+        check_bool(scaled=self.scaled)
+        check_values(self.values)
+
+    @property
+    def unbiased(self) -> bool:
+        return self.scaled and all(codec.unbiased for codec in self.inner)
+
+    @property
+    def contractive(self) -> bool:
+        return not self.scaled and super().contractive
+
+    def scope(self, dtype: str) -> Scope:
+        """See Codec: `scaled` brings numbers larger by 1 / density to `values`."""
+        inner, factor = super().scope(dtype), cast(float, self.density) if self.scaled else 1.0
+        return Scope(inner.least / factor, inner.most * factor)
+
+    def _contracting(self) -> Codec:
+        return cast(Codec, replace(cast(Any, super()._contracting()), scaled=False))
 
 
 class Selecting(Sparse):

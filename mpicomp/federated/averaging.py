@@ -11,6 +11,8 @@ from mpicomp.federated.links import Weights
 from mpicomp.federated.submodels import Choice
 
 DIVISORS = ("all", "covering")
+MOST = 1 << 53  # examples of a client: more are no float64
+UNIT = 2.0**-80  # the weight of an example: the sum of any updates of 2^27 clients stays in the range of float64
 
 
 class Average:
@@ -31,9 +33,9 @@ class Average:
 
     def add(self, choice: Choice, update: Mapping[str, Array], examples: int) -> None:
         """Add a client's update of its sub-model; ValueError, and nothing is added, for one that does not fit."""
-        choice.add(update, examples, self._totals)
+        choice.add(update, examples * UNIT, self._totals)
         if self._covered is not None:
-            choice.cover(examples, self._covered)
+            choice.cover(examples * UNIT, self._covered)
         self._examples += examples
 
     def result(self) -> Weights:
@@ -41,7 +43,7 @@ class Average:
         new = {}
         for name, old in self._weights.items():
             total = self._totals[name]
-            divisor = np.float64(self._examples) if self._covered is None else self._covered[name]
+            divisor = np.float64(self._examples * UNIT) if self._covered is None else self._covered[name]
             mean = np.divide(total, divisor, out=np.zeros_like(total), where=divisor > 0)
             new[name] = (old + mean).astype(old.dtype)
         return new

@@ -17,7 +17,7 @@ import numpy as np
 from mpicomp.arrays import Array
 from mpicomp.codecs import RandomK, Rotated, Uniform
 from mpicomp.codecs.base import Codec, Key, stream_of
-from mpicomp.codecs.checks import check_fields, check_finite, check_integer, little
+from mpicomp.codecs.checks import check_fields, check_finite, check_integer, is_number, little
 from mpicomp.errors import WireFormatError
 from mpicomp.frames import frame, unframe
 from mpicomp.registry import parsed
@@ -92,6 +92,8 @@ def lossy(bits: int = 4, *, transform: str = "hadamard", keep: float = 1.0, bloc
     """
     if transform not in TRANSFORMS:
         raise ValueError(f"transform must be one of {', '.join(TRANSFORMS)}, got {transform!r}")
+    if not is_number(keep) or not 0 < keep <= 1:
+        raise ValueError(f"keep must be in (0, 1], got {keep!r}")
     codec: Codec = Uniform(bits=bits, block=block, stochastic=True, minmax=True)
     if keep != 1.0:
         codec = RandomK(density=keep, values=codec)

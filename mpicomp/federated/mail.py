@@ -26,11 +26,11 @@ class Letter(NamedTuple):
 
 def sent_down(comm: Comm, letters: Iterable[tuple[int, Letter]]) -> list[Letter]:
     """Send letters, with the rank of each, from the server; others pass none. Return those of this rank. Collective."""
-    packed = [b""] * comm.size
+    parts: list[list[bytes]] = [[] for _ in range(comm.size)]
     for rank, letter in letters:
-        packed[rank] += _pack(letter)
+        parts[rank].append(_pack(letter))
     everyone = range(comm.size) if comm.rank == SERVER else ()
-    return _carried(comm, packed, everyone, [SERVER], "a federated round, down")
+    return _carried(comm, list(map(b"".join, parts)), everyone, [SERVER], "a federated round, down")
 
 
 def sent_up(comm: Comm, letters: Iterable[Letter]) -> list[Letter]:

@@ -8,7 +8,7 @@ on (seed, round, client) alone, so the result has the same bits on any number of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,20 +22,13 @@ from mpicomp.comm.communicator import Comm
 from mpicomp.comm.share import shared
 from mpicomp.errors import WireFormatError
 from mpicomp.federated.averaging import DIVISORS, Average
+from mpicomp.federated.client import DOWN, REASON, UP, Channel, Train, answer
 from mpicomp.federated.links import Bundle, Link, Weights
 from mpicomp.federated.mail import SERVER, Letter, sent_down, sent_up
 from mpicomp.federated.report import Report
-from mpicomp.federated.settings import Settings, check_arrays, copied, digest_of_arrays
-from mpicomp.federated.submodels import Choice, Keep, Network, check_shapes
+from mpicomp.federated.settings import Settings, check_arrays, copied, digest_of_arrays, examples_of, ordered
+from mpicomp.federated.submodels import Choice, Keep, Network
 from mpicomp.kernels import kernels_for
-
-REASON = 400  # characters of the reason why a client was left out
-DOWN, UP = 0, 1  # the stage of a key
-
-Train = Callable[[int, int, Weights], Mapping[str, Any]]
-"""train(client, round, weights): returns the client's new weights; may change the arrays that it gets."""
-Channel = Callable[[int, bytes], bytes | None]
-"""channel(client, message): what becomes of a client's message on its way to the server; None: it is lost."""
 
 
 class Federation:
@@ -51,8 +44,9 @@ class Federation:
         self.sent = 0
         """Bytes of the messages of the round under way, at the server."""
         self._hold(weights)
-        self._dtype = next(iter(weights.values())).dtype.name
-        self._text = how.describe(network, self._dtype)
+        self.dtype = next(iter(weights.values())).dtype.name
+        """Of all arrays."""
+        self._text = how.describe(network, self.dtype)
 
     def _hold(self, reference: Weights) -> None:
         """Take arrays that all ranks hold: the initial weights as this rank was given them, or what was published."""
@@ -75,7 +69,7 @@ class Federation:
         Raises ValueError or TypeError for bad arguments, ConfigMismatchError on the other ranks then.
         """
         letters: list[Letter] = invite(self._made, self, train, participants, channel)
-        answers = [self._answer(letter, train, channel) for letter in letters]
+        answers = [answer(self, letter, train, channel) for letter in letters]
         report: Report = conclude(self._made, self, answers, participants)
         return report
 
@@ -97,19 +91,22 @@ class Federation:
         return {"of": self._text, "round": self.rounds, **arrays}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take the state that `export` returned on this rank; ValueError, and nothing changes, where it does not fit.
+        """Take the state that `export` returned on this rank.
 
-        Not collective; ranks that restore different rounds are refused by the next one.
+        Not collective; ranks that restore different rounds are refused by the next one. ValueError or TypeError, and
+        nothing changes, for what does not fit.
         """
         if state.get("of") != self._text:
             raise ValueError(f"the state is of {state.get('of')}, and this federation is of {self._text}")
-        reference, weights = copied(state["reference"]), copied(state["weights"])
-        check_integer("round", state["round"], 0)
-        for arrays in [reference] if self.weights is None else [reference, weights]:
-            check_arrays(arrays, self.network)
+        check_integer("round", state.get("round"), 0)
+        held: list[Any] = [state.get(name) for name in ("reference", "weights")]
+        held = held[:1] if self.weights is None else held
+        for arrays in held:
+            check_arrays(arrays, self.network, self.dtype)
+        reference, *weights = (ordered(arrays, self.network) for arrays in held)
         self._hold(reference)
         self.rounds = state["round"]
-        self.weights = None if self.weights is None else weights
+        self.weights = weights[0] if weights else None
 
     # ------------------------------------------------------------------------------------- what all ranks compute
 
@@ -139,7 +136,7 @@ class Federation:
         about = f"federated, {name}"
         if stage == DOWN and self.settings.differences:
             about += f" from {self._digest}"
-        return Bundle(link, choice.shapes, self._dtype, about)
+        return Bundle(link, choice.shapes, self.dtype, about)
 
     def key(self, client: int, stage: int) -> Key:
         """Return the key of a message of the next round."""
@@ -149,41 +146,6 @@ class Federation:
         """Return all that must be the same on every rank, as text."""
         reference = f", reference {self._digest}" if self.settings.differences else ""
         return f"federated round {self.rounds} with {participants or 'all'} of {self._text}{reference}"
-
-    # ------------------------------------------------------------------------------------------------- the client
-
-    def _answer(self, letter: Letter, train: Train, channel: Channel | None) -> Letter:
-        """Return a client's message, or the reason why there is none."""
-        client = letter.client
-        try:
-            message: bytes | None = self._trained(client, letter.content, train)
-            if channel is not None and message is not None:
-                message = channel(client, message)
-            answer = (
-                Letter(client, b"its message was lost", True) if message is None else Letter(client, bytes(message))
-            )
-        except Exception as error:
-            return Letter(client, f"{type(error).__name__}: {error}"[:REASON].encode(errors="replace"), True)
-        return answer
-
-    def _trained(self, client: int, message: bytes, train: Train) -> bytes:
-        """Decode a sub-model, train it, and encode what has changed."""
-        choice = self.choice(client)
-        start = self.bundle(choice, DOWN).decode(message, self.key(client, DOWN))
-        if self.settings.differences:
-            known = choice.extract(self.reference)
-            start = {name: known[name] + each for name, each in start.items()}
-        found = train(client, self.rounds, {name: each.copy() for name, each in start.items()})
-        if not isinstance(found, Mapping):
-            raise TypeError(f"train must return the new weights by name, got {type(found).__name__}")
-        trained = {name: np.asarray(each) for name, each in found.items()}
-        check_shapes(trained, choice.shapes, "the sub-model")
-        for name, each in trained.items():
-            if each.dtype.name != self._dtype:
-                raise TypeError(f"{name} has dtype {each.dtype.name}, expected {self._dtype}")
-        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused when it is encoded
-            update = {name: trained[name] - start[name] for name in start}
-        return self.bundle(choice, UP).encode(update, self.key(client, UP))
 
     # ------------------------------------------------------------------------------------------------- the server
 
@@ -221,7 +183,7 @@ class Federation:
             with np.errstate(over="ignore"):
                 large = [name for name, each in update.items() if not np.isfinite(old[name] + each).all()]
             if large:
-                left_out[client] = f"its update of {large[0]} exceeds what {self._dtype} holds"
+                left_out[client] = f"its update of {large[0]} exceeds what {self.dtype} holds"
                 continue
             average.add(choice, update, self.settings.examples[client])
             counted.append(client)
@@ -258,16 +220,14 @@ def _federation(
     if not isinstance(network, Network):
         raise TypeError(f"network must be a mpicomp.federated.Network, got {type(network).__name__}")
     check_arrays(weights, network)
-    examples = tuple(int(each) for each in clients)
-    if not examples or min(examples) < 1:
-        raise ValueError("clients must be the numbers of examples of at least one client, each at least 1")
+    examples = examples_of(clients)
     if divisor not in DIVISORS:
         raise ValueError(f"divisor must be one of {', '.join(DIVISORS)}, got {divisor!r}")
     check_bool(differences=differences, server_trains=server_trains)
     check_integer("seed", seed, 0, (1 << 63) - 1)
     network.counts(keep)
     keep = dict(keep) if isinstance(keep, Mapping) else keep
-    own = {name: np.array(weights[name], order="C") for name in network.shapes}
+    own = ordered(weights, network)
     how = Settings(examples, Link.of(down), Link.of(up), keep, divisor, differences, server_trains, seed)
     made = Federation(comm, network, own, how)
     return Call(lambda _: f"the beginning of a {made.describe(None)}", lambda: made)

@@ -64,10 +64,16 @@ def layers_of(module: Any, prefix: str = "") -> list[Layer]:
 
     Modules are told by the names of their classes: torch is not imported.
     """
+    if not _is_sequential(module):
+        what = f"module {prefix[:-1]}" if prefix else "the module"
+        raise ValueError(
+            f"{what} is a {type(module).__name__}, and what it does with its parts cannot be told: only a "
+            f"torch.nn.Sequential calls them in order; give the list of layers by hand"
+        )
     found: list[Layer] = []
     for name, child in module.named_children():
         kind, path = type(child).__name__, f"{prefix}{name}"
-        if kind == "Sequential":
+        if _is_sequential(child):
             found += layers_of(child, f"{path}.")
         elif kind == "Linear":
             found.append(linear(path))
@@ -80,6 +86,12 @@ def layers_of(module: Any, prefix: str = "") -> list[Layer]:
         elif kind not in SKIPPED and not kind.startswith(SKIPPED_BEGIN):
             raise ValueError(f"module {path} is a {kind}, whose units cannot be told; give the list of layers by hand")
     return found
+
+
+def _is_sequential(module: Any) -> bool:
+    """Tell whether a module is a `torch.nn.Sequential`, or a class of its kind that calls its parts in the same way."""
+    bases = [each for each in type(module).__mro__ if each.__name__ == "Sequential"]
+    return bool(bases) and type(module).forward is bases[-1].forward  # type: ignore[attr-defined]
 
 
 class _Axis(NamedTuple):
@@ -98,9 +110,9 @@ class Network:
     def __init__(self, layers: Iterable[Layer], weights: Mapping[str, Any]) -> None:
         """Take the layers in order, and the arrays or their shapes by name."""
         self.layers = tuple(layers)
-        self.shapes: dict[str, tuple[int, ...]] = {
-            name: tuple(each if isinstance(each, tuple) else each.shape) for name, each in weights.items()
-        }
+        if others := [each for each in self.layers if not isinstance(each, Layer)]:
+            raise TypeError(f"layers are made by linear, conv, norm and flatten, got {others[0]!r}")
+        self.shapes: dict[str, tuple[int, ...]] = {name: _shape(name, each) for name, each in weights.items()}
         self.widths: dict[str, int] = {}
         """Units of each hidden layer."""
         self._axes: dict[str, list[_Axis | None]] = {}
@@ -120,7 +132,7 @@ class Network:
             raise ValueError("a network needs a linear layer or a convolution")
         self.widths = {name: width for name, width in widths.items() if name != before}
         if unknown := self.shapes.keys() - self._axes.keys():
-            raise ValueError(f"no layer has the arrays {', '.join(sorted(unknown))}")
+            raise ValueError(f"no layer has the arrays {', '.join(sorted(map(str, unknown)))}")
         for axes in self._axes.values():  # logits are never dropped
             axes[:] = [None if axis and axis.layer == before else axis for axis in axes]
 
@@ -158,6 +170,8 @@ class Network:
             raise ValueError(f"the norm {layer.name!r} comes before any layer with units")
         for name in self.shapes:
             if name.startswith(f"{layer.name}."):
+                if not self.shapes[name]:
+                    raise ValueError(f"{name} is a number, which is no weight: leave it out, as num_batches_tracked")
                 self._expect(name, (widths[before],))
                 self._axes[name] = [_Axis(before, 1)]
 
@@ -191,9 +205,13 @@ class Network:
 
 
 class Choice:
-    """The units that a sub-model keeps: `units` has the ascending numbers of each hidden layer's, (kept,) uint32."""
+    """The units that a sub-model keeps: `units` has the ascending numbers of each hidden layer's, (kept,) integers.
+
+    ValueError for units that the network does not have.
+    """
 
     def __init__(self, network: Network, units: Mapping[str, Array]) -> None:
+        _check_units(units, network.widths)
         self.network, self.units = network, dict(units)
         self._places: dict[str, tuple[Any, ...]] = {}
         self.shapes: Shapes = {}
@@ -235,6 +253,27 @@ class Choice:
             totals[name][place] += factor
 
 
+def _check_units(units: Mapping[str, Array], widths: Mapping[str, int]) -> None:
+    """Raise ValueError unless these are ascending numbers of units of every hidden layer."""
+    if units.keys() != widths.keys():
+        raise ValueError(f"units must be those of {', '.join(widths) or 'no layer'}, got {', '.join(map(str, units))}")
+    for name, width in widths.items():
+        each = np.asarray(units[name])
+        numbers = each.astype(np.int64) if each.dtype.kind in "iu" else None
+        if numbers is None or each.ndim != 1 or not each.size or (np.diff(numbers, prepend=-1, append=width) < 1).any():
+            raise ValueError(f"units of {name!r} must be ascending numbers in 0..{width - 1}, got {units[name]!r}")
+
+
+def _shape(name: str, given: Any) -> tuple[int, ...]:
+    """Return the shape of an array, or a shape as it is; ValueError for one without elements."""
+    shape = given if isinstance(given, tuple) else getattr(given, "shape", None)
+    if shape is None:
+        raise TypeError(f"weights must be arrays, or tuples for their shapes, got {type(given).__name__} for {name}")
+    if 0 in shape:
+        raise ValueError(f"{name} has shape {tuple(shape)}: no array of a network is empty")
+    return tuple(shape)
+
+
 def _spread(units: Array, repeat: int) -> Array:
     """Return the places of units that have `repeat` neighbouring places each."""
     wide = units.astype(np.int64)
@@ -244,9 +283,9 @@ def _spread(units: Array, repeat: int) -> Array:
 def check_shapes(arrays: Mapping[str, Any], shapes: Shapes, what: str) -> None:
     """Raise ValueError unless arrays have exactly these names and shapes."""
     if missing := shapes.keys() - arrays.keys():
-        raise ValueError(f"{', '.join(sorted(missing))} of {what} is missing")
+        raise ValueError(f"{', '.join(sorted(map(str, missing)))} of {what} is missing")
     if more := arrays.keys() - shapes.keys():
-        raise ValueError(f"{what} has no {', '.join(sorted(more))}")
+        raise ValueError(f"{what} has no {', '.join(sorted(map(str, more)))}")
     for name, shape in shapes.items():
         if tuple(arrays[name].shape) != tuple(shape):
             raise ValueError(f"{name} has shape {tuple(arrays[name].shape)}, and that of {what} is {tuple(shape)}")

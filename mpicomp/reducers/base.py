@@ -69,6 +69,8 @@ class Reducer(Spec, ABC):
     """Whether it takes different reducers for different units."""
     joins_units: ClassVar[bool] = False
     """Whether what becomes of a unit depends on the other units of the layout."""
+    drops: ClassVar[bool] = False
+    """Whether elements may be dropped unseen: an input with NaN or infinity there gives a sound total."""
 
     @property
     def on_gpu(self) -> bool:
@@ -122,6 +124,10 @@ class Reducer(Spec, ABC):
     def contraction(self) -> Reducer:
         """Return the form of this reducer that contracts, for use under error feedback; ValueError without one."""
         return self.with_members(lambda reducer: reducer.contraction(), lambda codec: codec.contraction())
+
+    def uncompressed(self, dense: Reducer) -> Reducer:
+        """Return the exact sum, by `dense`, of what this sums: with its momenta and under its masks, on its state."""
+        return dense
 
     def with_bound(self, ranks: int, op: str) -> Reducer:
         """Return this reducer with a bound on the result of `op` divided among its own encodings; see `allowance`."""

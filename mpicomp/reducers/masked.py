@@ -9,7 +9,7 @@ of what they compare before every sum.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar
 
@@ -65,6 +65,7 @@ class Masked(Relaid):
     exact: ClassVar[bool] = False
     by_unit: ClassVar[bool] = True
     takes_complex: ClassVar[bool] = True
+    drops: ClassVar[bool] = True
     reducer: Reducer = field(default_factory=Dense)
 
     def init(self, layout: Layout, dtype: str, feedback: bool = False, seed: int = 0, step: int = 0) -> State:
@@ -73,6 +74,9 @@ class Masked(Relaid):
     def _begun(self, layout: Layout, dtype: str, kept: Survivors, seed: int, step: int) -> State:
         inner = self.reducer.init(kept.layout(layout), dtype, kept.feedback, seed, step).part
         return State(layout, dtype, 0, inner=(inner,), extra=kept, seed=seed, step=step)
+
+    def uncompressed(self, dense: Reducer) -> Reducer:
+        return replace(self, reducer=self.reducer.uncompressed(dense))
 
     def agreed(self, state: State) -> str:
         kept: Survivors = state.extra

@@ -295,6 +295,8 @@ def hooked(
     group = tensor_group(ddp.process_group)
     ranks = group.comm.size
     try:
+        if not isinstance(scaler, torch.amp.GradScaler | None):
+            raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {type(scaler).__name__}")
         parameters = parameters_of(ddp)
         layout, sizes = layout_of(parameters)
         common = max(sizes, key=sizes.__getitem__)

@@ -14,7 +14,7 @@ from mpicomp.codecs.rotation import coefficients
 from mpicomp.errors import SpecError, WireFormatError
 from mpicomp.federated import Link, lossy
 from mpicomp.federated.links import Bundle
-from mpicomp.frames import CHECKSUM, checksum
+from mpicomp.frames import CHECKSUM, FRAME, checksum
 from mpicomp.registry import parse
 
 SHAPES = {"a.weight": (30, 20), "a.bias": (30,), "b.weight": (4, 3, 5, 5)}
@@ -195,6 +195,19 @@ def test_damaged_frames_are_refused_or_decode_to_finite_numbers(link: Link) -> N
     assert refused > 100
 
 
+def test_a_part_of_a_number_beside_a_codec_of_variable_size_is_refused() -> None:
+    """Then no field of the frame has a length of its own: that of the numbers is cut by less than one, and sealed."""
+    bundle, key = Bundle(Link(parse("threshold(at=0.5)")), SHAPES, "float32", "up"), Key(1)  # type: ignore[arg-type]
+    data = bundle.encode({**arrays(), "a.bias": np.zeros(30, np.float32)}, key)
+    lengths = FRAME.size + 8  # that of the second field, the biases as they are, which takes 120 bytes
+    assert struct.unpack_from("<Q", data, lengths) == (120,)
+    for nbytes in (119, 118, 117, 116, 114):
+        cut = data[:lengths] + struct.pack("<Q", nbytes) + data[lengths + 8 : -CHECKSUM]
+        with pytest.raises(WireFormatError):
+            bundle.decode(cut + checksum(cut), key)
+    assert not bundle.decode(data, key)["a.bias"].any()
+
+
 def test_numbers_that_are_not_finite_are_not_sent() -> None:
     given = arrays()
     given["a.bias"][3] = np.nan
@@ -209,8 +222,9 @@ def test_links_that_are_none() -> None:
         Link.of("two_stage(uniform)")
     with pytest.raises(ValueError, match="transform must be one of"):
         lossy(2, transform="fourier")
-    with pytest.raises(ValueError, match="density"):
-        lossy(2, keep=1.5)
+    for keep in (1.5, 0, True):
+        with pytest.raises(ValueError, match="keep must be in"):
+            lossy(2, keep=keep)
     with pytest.raises(ValueError, match="codec must be a codec or None"):
         Link("uniform")  # type: ignore[arg-type]
     assert not Link.of("topk(density=0.1)").unbiased

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -139,6 +140,30 @@ def test_layers_of_torch_modules() -> None:
             layers_of(nn.Sequential(bad))
 
 
+def test_layers_of_modules_whose_order_cannot_be_told() -> None:
+    """A module of the user's may add what it skips, or call its parts in another order."""
+    nn = pytest.importorskip("torch").nn
+
+    class Named(nn.Sequential):  # type: ignore[misc, name-defined]
+        """As its parts."""
+
+    class Residual(nn.Sequential):  # type: ignore[misc, name-defined]
+        def forward(self, x: Any) -> Any:
+            return x + super().forward(x)
+
+    class Free(nn.Module):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.last, self.first = nn.Linear(8, 3), nn.Linear(5, 8)
+
+    assert layers_of(Named(nn.Linear(5, 8), Named(nn.Linear(8, 3)))) == [linear("0"), linear("1.0")]
+    for bad in (Free(), Residual(nn.Linear(8, 8)), nn.Linear(8, 8)):
+        with pytest.raises(ValueError, match=f"the module is a {type(bad).__name__}"):
+            layers_of(bad)
+        with pytest.raises(ValueError, match=r"by hand") if not isinstance(bad, nn.Linear) else nullcontext():
+            layers_of(nn.Sequential(bad))
+
+
 # ------------------------------------------------------------------------------------------------------- averages
 
 
@@ -173,6 +198,18 @@ def test_what_no_client_covers_stays() -> None:
             rtol=1e-5,
             atol=1e-6,
         )
+
+
+@pytest.mark.parametrize("divisor", ["all", "covering"])
+def test_a_mean_of_large_updates_is_finite_where_they_are(divisor: str) -> None:
+    """However many examples: the sum of 10^6 times 10^307 is none that float64 holds."""
+    network = Network([linear("a"), linear("b")], shapes := {"a.weight": (2, 1), "b.weight": (1, 2)})
+    average = Average({name: np.ones(shape) for name, shape in shapes.items()}, divisor)
+    for sign in (1, 1, -1, 1):
+        update = {name: np.full(shape, sign * 1e307) for name, shape in shapes.items()}
+        average.add(network.choose(1.0, Key()), update, 10**6)
+    for each in average.result().values():
+        np.testing.assert_allclose(each, 5e306, rtol=1e-15)
 
 
 # ------------------------------------------------------------------------------------------------------ bad input
@@ -210,11 +247,29 @@ def test_what_does_not_fit_is_refused() -> None:
         ([norm("0"), *MLP[1:]], {}, "before any layer"),
         ([], {}, "needs a linear layer"),
         ([conv("c1"), norm("n1"), conv("c2"), linear("f1"), linear("f2")], CNN_SHAPES, "flatten"),
+        ([MLP[0], norm("n"), *MLP[1:]], {"n.num_batches_tracked": ()}, "leave it out"),
+        (MLP, {"2.weight": (0, 12)}, "no array of a network is empty"),
+        (MLP, {"7": (3,)}, "no layer has the arrays 7"),
     ],
 )
 def test_layers_and_shapes_that_do_not_fit(layers: Any, change: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Network(layers, CNN_SHAPES if change is CNN_SHAPES else {**MLP_SHAPES, **change})
+
+
+@pytest.mark.parametrize("units", [[3, 1], [1, 1], [-1, 2], [4, 12], [], [0.0, 1.0], [[1, 2]], None])
+def test_units_that_a_network_does_not_have(units: Any) -> None:
+    network, eight = Network(MLP, MLP_SHAPES), np.arange(8)
+    given = {"2": eight} if units is None else {"0": np.array(units), "2": eight}
+    with pytest.raises(ValueError, match=r"units (of '0' must be ascending numbers in 0\.\.11|must be those of 0, 2)"):
+        Choice(network, given)
+
+
+def test_what_is_no_layer_and_no_array() -> None:
+    with pytest.raises(TypeError, match=r"layers are made by linear, conv, norm and flatten, got '0'"):
+        Network(["0"], MLP_SHAPES)  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"got list for 0\.bias"):
+        Network(MLP, {**MLP_SHAPES, "0.bias": [1.0, 2.0]})
 
 
 def test_shares_that_are_none() -> None:

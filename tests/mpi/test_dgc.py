@@ -158,6 +158,67 @@ def test_schedulers_and_groups() -> None:
     assert not torch.equal(flat(ddp.module[4]), last)
 
 
+def test_groups_of_what_can_be_iterated_once_are_complete() -> None:
+    ddp = DDP(model())
+    groups = ({"params": ddp.module[place].parameters()} for place in (0, 2, 4))
+    optimizer = DGCSGD(ddp, 0.1, ALL, params=groups, masking=False)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2, 2, 2]
+    torch.testing.assert_close(steps(ddp, optimizer, 0, 5), one_process(5, momentum=0.9), rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_whose_gradients_are_not_exchanged_are_refused() -> None:
+    """Also later, where ranks would part ways without a word."""
+    module = model()
+    module[2].weight.requires_grad_(False)
+    ddp = DDP(module)
+    optimizer = DGCSGD(ddp, 0.1, params=ddp.module[4].parameters())
+    with pytest.raises(ValueError, match="does not have"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+    optimizer.add_param_group({"params": module[2].weight})
+    optimizer.add_param_group({"params": module[0].parameters(), "lr": 0.05})
+    assert len(optimizer.param_groups) == 3
+    steps(ddp, optimizer, 0, 2)
+    module[2].weight.requires_grad_(True)
+    before = flat(module)
+    loss(ddp, 2, me()).backward()
+    with pytest.raises(ValueError, match="frozen when the DDP model was made"):
+        optimizer.step()
+    assert torch.equal(flat(module), before)
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_gradients_that_are_accumulated_without_synchronisation_are_one_step(view: bool) -> None:
+    ddp = DDP(model(), gradient_as_bucket_view=view)
+    optimizer = DGCSGD(ddp, 0.1, ALL, masking=False)
+    for step in range(4):
+        optimizer.zero_grad(set_to_none=not view)
+        with ddp.no_sync():
+            loss(ddp, step, me(), 0.25).backward()
+        loss(ddp, step, me(), 0.75).backward()
+        optimizer.step()
+    assert optimizer.hook.step == 4
+    torch.testing.assert_close(flat(ddp.module), one_process(4, momentum=0.9), rtol=1e-4, atol=1e-5)
+
+
+def test_a_state_that_does_not_fit_changes_nothing() -> None:
+    ddp, optimizer = made()
+    steps(ddp, optimizer, 0, 2)
+    kept = optimizer.state_dict()
+    kept["param_groups"][0]["lr"] = 7.0
+    before = str(optimizer.state_dict())
+    larger = copy.deepcopy(kept)
+    larger["exchange"]["units"]["0.weight"]["momentum"] = torch.zeros(5)
+    for wrong, words in (
+        (larger, "0.weight has another size here"),
+        ({**kept, "param_groups": []}, "parameter groups"),
+        ({name: part for name, part in kept.items() if name != "exchange"}, "that of another optimizer"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            optimizer.load_state_dict(wrong)
+        assert str(optimizer.state_dict()) == before
+    steps(ddp, optimizer, 2, 4)
+
+
 @pytest.mark.parametrize("clip", [None, 0.1])
 def test_a_step_that_gradscaler_skips_leaves_u_and_v(clip: float | None) -> None:
     """Infinity on one rank: all ranks skip, and go on as if the step had not been; a scale is a power of two."""
@@ -199,12 +260,14 @@ def test_a_step_that_gradscaler_skips_leaves_u_and_v(clip: float | None) -> None
         ({"method": "sign", "masking": False, "warmup_steps": 3}, "has none"),
         ({"method": "after(dense, steps=3)"}, "after is what this optimizer puts around"),
         ({"params": [torch.nn.Parameter(torch.zeros(3))]}, "does not have"),
+        ({"params": [{"lr": 0.1}]}, "a group of params has no 'params'"),
+        ({"scaler": 1.0}, "scaler must be a torch.amp.GradScaler or None, got float"),
     ],
 )
 def test_bad_settings_are_refused_on_all_ranks(options: dict[str, Any], words: str) -> None:
     ddp = DDP(model())
     bad = me() == size() - 1
-    with pytest.raises(ValueError if bad else ConfigMismatchError, match=words):
+    with pytest.raises((ValueError, TypeError) if bad else ConfigMismatchError, match=words):
         DGCSGD(ddp, **({"lr": 0.1, **options} if bad else {"lr": 0.1}))
     steps(ddp, DGCSGD(ddp, 0.1), 0, 2)  # nothing was registered
 

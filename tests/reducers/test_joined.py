@@ -171,7 +171,7 @@ def test_both_directions_are_sparse_with_the_residual_at_the_owner() -> None:
     ("spec", "says"),
     [
         ("joined(auto)", "joined takes one method"),
-        ("joined(topk(density=0.1))", r"write joined\(gather"),
+        ("joined(topk(density=0.1))", r"write gather\(topk\(density=0\.1\)\) in its place"),
         ("joined(error_feedback(gather(sign)))", r"write error_feedback\(joined\(gather\(sign\)\)\)"),
         ("joined(masked(dense))", "stand"),
         ("joined(hierarchical(dense), normalised=True)", "normalised takes a method that sends by itself"),

@@ -11,6 +11,7 @@ import pytest
 from reducers.members import LAYOUT, Course, check_law, check_same, inputs, layout_of, member, residual_of, run
 from team import Team
 
+import mpicomp
 from mpicomp.arrays import Array
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
@@ -476,13 +477,48 @@ def test_densities_print_alike_however_they_are_written() -> None:
 # ------------------------------------------------------------------------------------------------ other ways to use it
 
 
-def test_after_has_the_momentum_in_its_dense_steps() -> None:
-    spec = "after(momentum_correction(error_feedback(gather(topk(density=0.1))), momentum=0.75), steps=4)"
+MOMENTUM = "momentum_correction(error_feedback(gather(topk(density=0.1))), momentum=0.75)"
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        f"after({MOMENTUM}, steps=4)",
+        f"after(after({MOMENTUM}, steps=1), steps=4)",
+        f"after(warmup({MOMENTUM}, densities=(0.5,), steps=1), steps=4)",
+        f"after(partition(small={MOMENTUM}, large={MOMENTUM}, min_size=30), steps=4)",
+    ],
+)
+def test_after_has_the_momentum_in_its_dense_steps(spec: str) -> None:
     x = inputs(3, 7, LAYOUT.size, "float64")
     history = run(Team(3), member(spec), LAYOUT, x)
     expected = sgd(x.sum(0), 0.75, nesterov=False)
     np.testing.assert_allclose(history.totals[0, :4], expected[:4], rtol=1e-9, atol=1e-9)
     check_law(history)
+
+
+def test_after_has_the_momentum_of_one_branch() -> None:
+    spec = f"after(partition(small=error_feedback(gather(sign)), large={MOMENTUM}, min_size=30), steps=4)"
+    x = inputs(3, 4, LAYOUT.size, "float64")
+    total, expected = run(Team(3), member(spec), LAYOUT, x).totals[0], sgd(x.sum(0), 0.75, nesterov=False)
+    for unit in LAYOUT.units:
+        wanted = expected if unit.size >= 30 and len(unit.shape) > 1 else x.sum(0)
+        np.testing.assert_allclose(total[:, unit.where], wanted[:, unit.where], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("inner", ["dense", "vote", "spectral(rank=2)", "gather(topk(density=0.1))"])
+def test_memories_of_one_method_share_no_momentum(inner: str) -> None:
+    """Not even where the reducer inside keeps nothing: one state of such a reducer serves all calls."""
+    spec, x = f"momentum_correction({inner}, masking=False)", inputs(2, 3, 600, "float32").reshape(2, 3, 30, 20)
+
+    def f(comm: Comm) -> list[list[bytes]]:
+        memories = [mpicomp.memory(spec, x[0, 0]) for _ in range(2)]
+        return [
+            [mpicomp.allreduce(comm, row, spec, memory=memory).tobytes() for row in x[comm.rank]] for memory in memories
+        ]
+
+    for first, second in Team(2).run(f):
+        assert first == second
 
 
 def test_small_tensors_of_a_model_have_the_momentum_of_large_ones() -> None:

@@ -50,6 +50,13 @@ class StatePart:
     device: bool = False
     """Whether the arrays are CuPy's; they begin as NumPy's."""
 
+    @property
+    def bare(self) -> bool:
+        """Whether this holds no values beside seed and step: all reductions of its form can begin with the same one."""
+        known = ("layout", "dtype", "digest", "device", "seed", "step")
+        rest = [value for name, value in vars(self).items() if name not in known]
+        return all(value is None or (isinstance(value, Mapping | tuple) and not value) for value in rest)
+
     def placed(self, device: bool) -> Self:
         """Return this with its arrays where the input is; they move to the GPU at the first step."""
         if self.device or not device:

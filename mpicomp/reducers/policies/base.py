@@ -30,7 +30,7 @@ class Policy(Reducer):
         """Raise TypeError for a value that is no reducer, ValueError for one that must stand outside this policy."""
         name = self.spec_name
         if isinstance(inner, Codec):
-            raise TypeError(f"{name} takes a reducer, got the codec {inner!s}; write {name}(gather({inner!s}))")
+            raise TypeError(f"{name} takes a reducer, got the codec {inner!s}; write gather({inner!s}) in its place")
         if not isinstance(inner, Reducer):
             raise TypeError(f"{name} takes a reducer such as gather(topk(density=0.01)), got {inner!r}")
         if inner.level > self.level or inner.level is Level.OUTER is self.level:
@@ -68,6 +68,9 @@ class Wrapper(Policy):
 
     def running(self, state: State) -> Reducer:
         return self.reducer.running(state)
+
+    def uncompressed(self, dense: Reducer) -> Reducer:
+        return self.reducer.uncompressed(dense)
 
     def keeps(self, unit: Unit) -> float:
         return self.reducer.keeps(unit)

@@ -29,7 +29,7 @@ from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
 from mpicomp.kernels import host_kernels
-from mpicomp.reducers.base import Level, Reducer
+from mpicomp.reducers.base import Level, Reducer, walk
 from mpicomp.reducers.parts.layout import Layout
 from mpicomp.reducers.parts.state import End, Reduction, Sent, State, Units, nonfinite
 from mpicomp.reducers.parts.workspace import Workspace
@@ -70,6 +70,9 @@ class MomentumCorrection(Wrapper):
         """See Policy: without masking where there is nothing to be masked."""
         return replace(self, reducer=reducer, masking=self.masking and reducer.reports)
 
+    def uncompressed(self, dense: Reducer) -> Reducer:
+        return self.around(self.reducer.uncompressed(dense))
+
     def cost(self, layout: Layout, dtype: str, topology: Topology, me: int, feedback: bool = False) -> Cost:
         inner = self.reducer.cost(layout, dtype, topology, me, feedback)
         return inner + Cost(work=(Work("add", layout.size),))
@@ -94,16 +97,18 @@ class MomentumCorrection(Wrapper):
         corrected.flags.writeable = False  # the next state's u, which whoever sends it must leave alone
         inner = work.inner("reducer")
         inner.asks = self.masking
-        exact = self.reducer.running(state).exact
+        inside = list(walk(self.reducer.running(state)))
         end = self.reducer.begin(comm, corrected, state, out, inner)
 
         def ended() -> tuple[Reduction, State]:
             reduction, after = end()
-            silent = exact and not (reduction.poisoned or reduction.finite)
+            silent = any(each.exact for each in inside) and not (reduction.poisoned or reduction.finite)
             if silent and nonfinite(out, None, state.layout):
                 reduction = reduction._replace(poisoned=True)  # an exact sum does not say so by itself
             if reduction.poisoned:
                 return reduction, state
+            if any(each.drops for each in inside):
+                _repair(new, old, state.layout)
             _mask(new, reduction.sent or ())
             return reduction._replace(sent=None), replace(after, momentum=(new, old))
 
@@ -128,6 +133,13 @@ class MomentumCorrection(Wrapper):
             if "momentum" in units.get(unit.name, {}):
                 state.momentum[0][unit.where] = units[unit.name]["momentum"]
         return replace(self.reducer.restore(state, units), momentum=state.momentum)
+
+
+def _repair(new: Array, old: Array, layout: Layout) -> None:
+    """Leave u as it was where it is not finite: what was dropped unseen must not wait for other masks."""
+    for unit in layout.units if nonfinite(new, None, layout) else ():
+        part = new[unit.where]
+        np.copyto(part, old[unit.where], where=~np.isfinite(part))
 
 
 def _mask(u: Array, sent: Sequence[Sent]) -> None:

@@ -40,6 +40,10 @@ class Partition(Policy):
         """Whether `large` reduces this unit."""
         return unit.size >= self.min_size and len(unit.shape) >= self.min_ndim
 
+    def uncompressed(self, dense: Reducer) -> Reducer:
+        found = self.with_members(lambda each: each.uncompressed(dense))
+        return dense if all(each == dense for each in found.inner) else found
+
     def keeps(self, unit: Unit) -> float:
         return (self.large if self.is_large(unit) else self.small).keeps(unit)
 

@@ -15,6 +15,7 @@ from mpicomp.codecs.base import Codec
 from mpicomp.codecs.checks import check_integer, is_number
 from mpicomp.reducers import Dense, ErrorFeedback, Layout, MomentumCorrection, Partition, Reducer, Warmup
 from mpicomp.reducers.base import Level
+from mpicomp.reducers.parts.state import MEASURED
 from mpicomp.reducers.policies.warmup import codecs_with_density
 from mpicomp.registry import Method, parsed, resolve
 from mpicomp.torch.hook import Hook, hooked
@@ -35,6 +36,9 @@ class DGCSGD(torch.optim.Optimizer):
     `warmup_steps` steps for each of `densities` more elements are sent; densities that are not above that of the method
     are left out. `params` are groups as of torch, each with its own lr and weight_decay, of parameters of `ddp`; all
     parameters by default.
+
+    Every backward that DDP exchanges is a step of u and v: to accumulate gradients, do all but the last one of a step
+    under `ddp.no_sync()`.
 
     `weight_decay` acts on the weight, p -= lr * weight_decay * p, and not on the gradient, where it would wait and add
     up with the rest. (It has no momentum: that of SGD acts 1 / (1 - momentum) times as strongly.) `max_norm` clips
@@ -66,12 +70,19 @@ class DGCSGD(torch.optim.Optimizer):
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         defaults = {"lr": lr, "weight_decay": weight_decay}
-        groups: list[Any] = []
+        groups: list[dict[str, Any]] = []
+        self._sizes: dict[str, int] = {}
+        self._known: dict[int, bool] = {}  # by id, whether a parameter of the model requires a gradient
 
         def resolved(layout: Layout, dtype: str, ranks: int) -> Reducer:
             """Refuse bad settings here, where an error reaches all ranks."""
-            groups.extend(ddp.parameters() if params is None else params)
-            _check(ddp, groups, defaults, max_norm)
+            self._sizes.update((unit.name, unit.size) for unit in layout.units)
+            self._known.update((id(parameter), parameter.requires_grad) for parameter in ddp.parameters())
+            groups.extend(_groups(ddp.parameters() if params is None else params, defaults))
+            for group in groups:
+                self._check(group)
+            if max_norm is not None and not (is_number(max_norm) and 0 < max_norm < math.inf):
+                raise ValueError(f"max_norm must be a positive number or None, got {max_norm!r}")
             check_integer("warmup_steps", warmup_steps, 0)
             sieve = Partition(small=Dense(), large=Dense(), min_size=min_size, min_ndim=min_ndim)
             large, little = layout.select(sieve.is_large), layout.select(lambda unit: not sieve.is_large(unit))
@@ -86,13 +97,40 @@ class DGCSGD(torch.optim.Optimizer):
         """What exchanges the gradients: its `resolved` is the spec that runs."""
         super().__init__(groups, defaults)
 
+    def _check(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for a group with a parameter whose gradient is not exchanged."""
+        for parameter in group["params"]:
+            if id(parameter) not in self._known:
+                raise ValueError(
+                    "params holds a parameter that the DDP model does not have: its gradient is not exchanged"
+                )
+            if parameter.requires_grad and not self._known[id(parameter)]:
+                raise ValueError(
+                    "params holds a parameter that was frozen when the DDP model was made: its gradient is not "
+                    "exchanged; make the model, and this optimizer, once more"
+                )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """See torch; ValueError for a parameter whose gradient the DDP model does not exchange."""
+        super().add_param_group(param_group)
+        try:
+            self._check(self.param_groups[-1])
+        except ValueError:
+            del self.param_groups[-1]
+            raise
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Change the parameters by their means, which backward has left as gradients; return the closure's loss."""
+        """Change the parameters by their means, which backward has left as gradients; return the closure's loss.
+
+        ValueError, and nothing changes, where one was frozen when the DDP model was made, and is not any more.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:
+            self._check(group)
         for group in self.param_groups:
             lr, decay = group["lr"], group["weight_decay"]
             for parameter in group["params"]:
@@ -121,8 +159,13 @@ class DGCSGD(torch.optim.Optimizer):
         return {**super().state_dict(), "exchange": {**kept, "units": units, **whose}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a `state_dict` of this rank; ValueError for that of another rank, world or reducer."""
-        kept = state_dict["exchange"]
+        """Go on from a `state_dict` of this rank.
+
+        ValueError, and nothing changes, for that of another rank, world, reducer, model or optimizer.
+        """
+        kept = state_dict.get("exchange")
+        if kept is None:
+            raise ValueError('the state has no "exchange", which a DGCSGD writes: it is that of another optimizer')
         comm = self.hook.comm
         mine = (comm.rank, comm.size, self.hook.resolved)
         theirs = (kept["rank"], kept["ranks"], kept["reducer"])
@@ -133,8 +176,21 @@ class DGCSGD(torch.optim.Optimizer):
             name: {what: tensor.numpy().copy() for what, tensor in arrays.items()}
             for name, arrays in kept["units"].items()
         }
-        self.hook.load_state_dict({"step": kept["step"], "scale": kept["scale"], "units": units})
+        for name, arrays in units.items():
+            if any(array.size != self._sizes.get(name) for what, array in arrays.items() if what in MEASURED):
+                raise ValueError(f"the state is that of another model: {name} has another size here, or is not there")
         super().load_state_dict({name: part for name, part in state_dict.items() if name != "exchange"})
+        self.hook.load_state_dict({"step": kept["step"], "scale": kept["scale"], "units": units})
+
+
+def _groups(params: Any, defaults: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return parameters or groups as complete groups; ValueError or TypeError for what torch's SGD refuses."""
+    try:
+        groups = torch.optim.Optimizer(params, defaults).param_groups  # what is iterated here may end
+        torch.optim.SGD([dict(group) for group in groups], **defaults)
+    except KeyError as error:
+        raise ValueError(f"a group of params has no {error}") from error
+    return groups
 
 
 def _fed(method: Method, layout: Layout, dtype: str, ranks: int) -> Reducer:
@@ -154,14 +210,3 @@ def _warmed(reducer: Reducer, steps: int, densities: Sequence[float]) -> Reducer
     own = max((cast(float, codec.density) for codec in codecs_with_density(reducer)), default=0.0)
     above = tuple(density for density in densities if density > own)
     return Warmup(reducer, steps=steps, densities=above or tuple(densities))
-
-
-def _check(ddp: DistributedDataParallel, groups: list[Any], defaults: dict[str, Any], max_norm: Any) -> None:
-    """Raise ValueError for settings that cannot be used."""
-    if max_norm is not None and not (is_number(max_norm) and 0 < max_norm < math.inf):
-        raise ValueError(f"max_norm must be a positive number or None, got {max_norm!r}")
-    copies = [dict(group) if isinstance(group, dict) else group for group in groups]  # torch completes them
-    theirs = {id(parameter) for parameter in ddp.parameters()}
-    for group in torch.optim.SGD(copies, **defaults).param_groups:
-        if any(id(parameter) not in theirs for parameter in group["params"]):
-            raise ValueError("params holds a parameter that the DDP model does not have: its gradient is not exchanged")
