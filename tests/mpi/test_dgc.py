@@ -173,7 +173,7 @@ def test_parameters_whose_gradients_are_not_exchanged_are_refused() -> None:
     ddp = DDP(module)
     optimizer = DGCSGD(ddp, 0.1, params=ddp.module[4].parameters())
     with pytest.raises(ValueError, match="does not have"):
-        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(3))]})
     optimizer.add_param_group({"params": module[2].weight})
     optimizer.add_param_group({"params": module[0].parameters(), "lr": 0.05})
     assert len(optimizer.param_groups) == 3
