@@ -1,5 +1,6 @@
 """Small models: pruning, weight sharing, low-bit layers, distillation, files."""
 
+from mpicomp.models import packed_file
 from mpicomp.models.binary import (
     BinaryActivation,
     BinaryConv2d,
@@ -22,4 +23,4 @@ from mpicomp.models.shift import ShiftAdaMax, ShiftBatchNorm
 __all__ = ["bcast", "compress_model", "decompress_model", "Masks", "Pruning", "PruningSchedule", "Codebooks"]
 __all__ += ["BinaryActivation", "BinaryConv2d", "BinaryLinear", "FixedPoint", "binary_groups", "clip_after_step"]
 __all__ += ["PackedNetwork", "ShiftAdaMax", "ShiftBatchNorm", "fold", "DoReFaConv2d", "DoReFaLinear", "dorefa_layers"]
-__all__ += ["Codistillation", "Shard", "shard"]
+__all__ += ["Codistillation", "Shard", "shard", "packed_file"]
