@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -17,7 +17,10 @@ from mpicomp.reducers import Dense, ErrorFeedback, Layout, MomentumCorrection, P
 from mpicomp.reducers.base import Level
 from mpicomp.reducers.policies.warmup import codecs_with_density
 from mpicomp.registry import Method, parsed, resolve
-from mpicomp.torch.hook import Hook, hooked
+from mpicomp.torch.checkpoint import State
+from mpicomp.torch.hook import Hook, reduce_bucket
+
+EXCHANGE = "exchange"  # the key of the hook's state
 
 
 class DGCSGD(torch.optim.Optimizer):
@@ -41,7 +44,8 @@ class DGCSGD(torch.optim.Optimizer):
     each rank's share of the mean, its gradient over N, to max_norm * N^-1/2 before anything is added up; gradients are
     then exchanged when the whole backward is done. `scaler` is as in `mpicomp.torch.compress`.
 
-    `state_dict` has u, v and the step of this rank, whose own they are. Raises as `mpicomp.torch.compress` does, on
+    `state_dict` has u, v and the step of this rank, whose own they are. A copy goes together with that of its model, as
+    in copy.deepcopy((ddp, optimizer)). Raises as `mpicomp.torch.compress` does, on
     all ranks or on none. Collective.
     """
 
@@ -82,8 +86,9 @@ class DGCSGD(torch.optim.Optimizer):
                 large=_warmed(correct(_fed(method, large, dtype, ranks), masking=masking), warmup_steps, densities),
             )
 
-        self.hook: Hook = hooked(ddp, resolved, seed, scaler, max_norm)
+        self.hook = Hook(ddp, resolved, seed=seed, scaler=scaler, max_norm=max_norm)
         """What exchanges the gradients: its `resolved` is the spec that runs."""
+        ddp.register_comm_hook(self.hook, reduce_bucket)
         super().__init__(groups, defaults)
 
     @torch.no_grad()
@@ -107,34 +112,27 @@ class DGCSGD(torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the groups, and under "exchange" what this rank must keep.
+        """Return the groups, and under "exchange" what `Hook.state_dict` returns: the step, u and v of this rank."""
+        return {**super().state_dict(), EXCHANGE: self.hook.state_dict()}
 
-        That is {"rank", "ranks", "reducer", "step", "scale", "units": {name: {"momentum", "residual": tensors}}}.
-        """
-        kept = self.hook.state_dict()
-        units = {
-            name: {what: torch.from_numpy(array) for what, array in arrays.items()}
-            for name, arrays in kept["units"].items()
-        }
-        comm = self.hook.comm
-        whose = {"rank": comm.rank, "ranks": comm.size, "reducer": self.hook.resolved}
-        return {**super().state_dict(), "exchange": {**kept, "units": units, **whose}}
+    def load_state_dict(  # type: ignore[override]  # torch's returns None
+        self, state_dict: State | Sequence[State], strict: bool = True
+    ) -> list[str]:
+        """Go on from a `state_dict` of this rank, or a list with that of every rank; see `Hook.load_state_dict`."""
+        states = [state_dict] if isinstance(state_dict, Mapping) else state_dict
+        groups = {} if not states else {name: part for name, part in states[0].items() if name != EXCHANGE}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a `state_dict` of this rank; ValueError for that of another rank, world or reducer."""
-        kept = state_dict["exchange"]
-        comm = self.hook.comm
-        mine = (comm.rank, comm.size, self.hook.resolved)
-        theirs = (kept["rank"], kept["ranks"], kept["reducer"])
-        if mine != theirs:
-            said = ("rank {} of {} by {}".format(*each) for each in (theirs, mine))
-            raise ValueError("the state is that of {}, and this is {}".format(*said))
-        units = {
-            name: {what: tensor.numpy().copy() for what, tensor in arrays.items()}
-            for name, arrays in kept["units"].items()
-        }
-        self.hook.load_state_dict({"step": kept["step"], "scale": kept["scale"], "units": units})
-        super().load_state_dict({name: part for name, part in state_dict.items() if name != "exchange"})
+        def check() -> None:
+            sizes = [[len(group["params"]) for group in each] for each in (groups["param_groups"], self.param_groups)]
+            if sizes[0] != sizes[1]:
+                raise ValueError(f"parameter groups of {sizes[1]} parameters here, of {sizes[0]} in the state")
+
+        left = self.hook._load([each[EXCHANGE] for each in states], strict, check)
+        super().load_state_dict(groups)
+        return left
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "hook": self.hook}
 
 
 def _fed(method: Method, layout: Layout, dtype: str, ranks: int) -> Reducer:
