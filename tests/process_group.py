@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 pytest.importorskip("torch")
@@ -16,6 +18,24 @@ def me() -> int:
 
 def size() -> int:
     return dist.get_world_size()
+
+
+def units_of(state: dict[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
+    """What this rank remembers, in a state of its hook."""
+    return state["ranks"][str(me())]["units"]
+
+
+def step_of(state: dict[str, Any]) -> int:
+    return int(state["ranks"][str(me())]["step"])
+
+
+def equal_states(a: Any, b: Any) -> bool:
+    """Whether two states are the same, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal_states(a[key], b[key]) for key in a)
+    return a == b
 
 
 def same_everywhere(tensor: torch.Tensor) -> bool:

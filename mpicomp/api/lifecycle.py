@@ -197,14 +197,18 @@ class BucketReductions:
         return self.buckets[bucket].agreed
 
     def export(self) -> dict[str, Any]:
-        """Return what this rank must keep to go on: {"step": int, "scale": float or None, "units": arrays by name}."""
-        units = dict(self._saved)
+        """Return what this rank must keep to go on: a copy.
+
+        {"seed": int, "step": int, "scale": float or None, "units": arrays by name}
+        """
+        units = {name: {what: array.copy() for what, array in kept.items()} for name, kept in self._saved.items()}
         for reduction in self.buckets.values():
             units |= reduction.export()
-        return {"step": self.step, "scale": self.scale, "units": units}
+        return {"seed": self.seed, "step": self.step, "scale": self.scale, "units": units}
 
     def restore(self, exported: dict[str, Any]) -> None:
         """Go on from what `export` returned; buckets are added anew."""
         self.buckets.clear()
         self._finished = False
-        self.step, self.scale, self._saved = exported["step"], exported["scale"], dict(exported["units"])
+        self.seed, self.step, self.scale = exported["seed"], exported["step"], exported["scale"]
+        self._saved = dict(exported["units"])

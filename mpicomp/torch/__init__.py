@@ -11,11 +11,23 @@ Importing this under a launcher initialises MPI and tells torch of its ranks.
 from mpicomp.torch.backend import reset, traffic
 from mpicomp.torch.calls import allreduce, memory
 from mpicomp.torch.creation import register
-from mpicomp.torch.hook import Hook, compress
+from mpicomp.torch.hook import Hook, compress, reduce_bucket
 from mpicomp.torch.launch import device, fill_environment
 from mpicomp.torch.optim import DGCSGD
+from mpicomp.torch.sharded import saved_state
 
-__all__ = ["compress", "allreduce", "memory", "reset", "traffic", "device", "Hook", "DGCSGD"]
+__all__ = [
+    "compress",
+    "allreduce",
+    "memory",
+    "reset",
+    "traffic",
+    "device",
+    "Hook",
+    "reduce_bucket",
+    "saved_state",
+    "DGCSGD",
+]
 
 fill_environment()
 register()

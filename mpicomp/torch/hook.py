@@ -10,7 +10,7 @@ backward, a bucket that holds NaN or infinity, and with `scaler` a whole step th
 # No `from __future__ import annotations` here: DDP compares the annotations of the hook with types.
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,21 +18,16 @@ import torch
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
-from mpicomp.api.lifecycle import BucketReductions
-from mpicomp.arrays import Array
-from mpicomp.codecs.base import Codec
 from mpicomp.comm.agreement import agree, confirm, digest_of, mixed, noted, refuse
-from mpicomp.comm.communicator import Comm
 from mpicomp.comm.watch import Traffic
 from mpicomp.planner.allowance import divided
 from mpicomp.reducers import Layout, Reducer
 from mpicomp.reducers.base import check_device, walk
-from mpicomp.reducers.masked import describe_masks, exported_masks, given_masks, masks_in
-from mpicomp.reducers.parts.masks import shared_masks
-from mpicomp.registry import describe, resolve_partitioned
-from mpicomp.torch.backend import MPIProcessGroup, tensor_group
+from mpicomp.registry import Method, describe, resolve_partitioned
+from mpicomp.torch.backend import tensor_group
 from mpicomp.torch.collective import breaking
-from mpicomp.torch.parameters import layout_of, mask_of, parameters_of, units_of
+from mpicomp.torch.parameters import layout_of, parameters_of, units_of
+from mpicomp.torch.persistent import Persistent
 from mpicomp.torch.streams import device_of
 from mpicomp.torch.tensors import NAMES, bits_of, check_local
 from mpicomp.torch.worker import Worker
@@ -64,105 +59,96 @@ Resolver = Callable[[Layout, str, int], Reducer]
 """Returns the reducer for a layout, the dtype of most of its elements, and a number of ranks."""
 
 
-class Hook:
-    """Compresses the gradients of one DDP model; created by `compress`."""
+class Hook(Persistent):
+    """Compresses the gradients of one DDP model; `compress` makes one and registers it, as these lines do.
+
+        hook = mpicomp.torch.Hook(ddp, "topk(density=0.01)")
+        ddp.register_comm_hook(hook, mpicomp.torch.reduce_bucket)
+
+    A copy of the model has a copy of the hook, `Hook.of(copy)`, that steps as this one would: deepcopy, pickle,
+    torch.save and AveragedModel take a compressed model as a whole, for the same rank of as many ranks.
+    """
 
     def __init__(
         self,
-        group: MPIProcessGroup,
-        parameters: dict[str, torch.nn.Parameter],
-        reducer: Reducer,
-        seed: int,
-        scaler: torch.amp.GradScaler | None,
+        ddp: DistributedDataParallel,
+        method: Method | Resolver,
+        *,
+        seed: int = 0,
+        min_size: int = 512,
+        min_ndim: int = 2,
+        scaler: torch.amp.GradScaler | None = None,
         max_norm: float | None = None,
     ) -> None:
-        """See `compress`. With `max_norm` this rank's gradient is clipped first, which takes all buckets of a step."""
-        self._group, self._max_norm = group, max_norm
+        """See `compress`; collective. `method` may be a function that returns the reducer.
+
+        With `max_norm` this rank's gradient is clipped first, which takes all buckets of a step.
+        """
+        if not isinstance(ddp, DistributedDataParallel):
+            raise TypeError(f"this takes a DistributedDataParallel model, got {type(ddp).__name__}")
+        group = tensor_group(ddp.process_group)
+        ranks = group.comm.size
+        resolve = method if callable(method) else partial(_resolve, method, min_size, min_ndim)
+        try:
+            if not isinstance(scaler, torch.amp.GradScaler | None):
+                raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {type(scaler).__name__}")
+            parameters = parameters_of(ddp)
+            layout, sizes = layout_of(parameters)
+            common = max(sizes, key=sizes.__getitem__)
+            reducer = divided(resolve(layout, common, ranks), ranks, "mean")
+            what = describe(reducer, layout, ", ".join(sizes), "mean", seed, 0)
+            check_device(reducer, device_of(parameters.values()) is not None)
+        except (TypeError, ValueError, RuntimeError) as error:
+            group.worker.submit(partial(refuse, group.comm, error)).wait()
+            raise
+        scaled = "with a scaler" if scaler is not None and scaler.is_enabled() else "without scaler"
+        clipped = "" if max_norm is None else f", clipped to {max_norm!r}"
+        group.worker.submit(lambda: agree(group.comm, f"compress, {scaled}{clipped}, {what}")).wait()
+        super().__init__(ddp, parameters, reducer, seed, scaler)
+        self._max_norm = max_norm
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin without buckets."""
         self._held: list[Held] = []
-        self._names: dict[torch.Tensor, str] = {parameter: name for name, parameter in parameters.items()}
-        self._scaler = scaler
-        self._reductions = BucketReductions(reducer, seed)
         self._buckets: dict[int, Bucket] = {}
+        self._names: dict[torch.Tensor, str] = {parameter: name for name, parameter in self._parameters.items()}
 
-    @property
-    def comm(self) -> Comm:
-        """The process group's communicator."""
-        return self._group.comm  # another one after a reset
-
-    @property
-    def reducer(self) -> Reducer:
-        """The reducer that runs."""
-        return self._reductions.reducer
-
-    @property
-    def resolved(self) -> str:
-        """The spec of the reducer that runs."""
-        return str(self.reducer)
+    @classmethod
+    def of(cls, ddp: DistributedDataParallel) -> "Hook":
+        """Return the hook of a model; ValueError where it has none."""
+        for _, state in ddp._comm_hooks:
+            if isinstance(state, cls):
+                return state
+        raise ValueError("this model has no hook of mpicomp; mpicomp.torch.compress registers one")
 
     @property
     def traffic(self) -> Traffic:
         """Bytes sent and time spent on the process group's communicator, since its creation."""
         return self.comm.traffic
 
-    @property
-    def step(self) -> int:
-        """Number of steps that count: skipped ones do not."""
-        self._commit()
-        return self._reductions.step
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "max_norm": self._max_norm}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of this rank: {"step": int, "scale": float or None, "units": arrays by parameter name}."""
-        self._commit()
-        return self._reductions.export()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._max_norm = state["max_norm"]
+        self._begin()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a `state_dict`. All ranks must do so at the same step."""
-        unknown = sorted(state["units"].keys() - set(self._names.values()))
-        if unknown:
-            raise ValueError(f"the model has no parameters {', '.join(unknown)}")
+    def _restore(self, exported: dict[str, Any]) -> None:
         self._buckets.clear()
-        self._reductions.restore(state)
-
-    def set_masks(self, masks: Mapping[str, torch.Tensor] | None, root: int | None = None) -> dict[str, torch.Tensor]:
-        """Replace the masks of `masked` from the next step on; return them, as bool tensors by name. Collective.
-
-        `masks` has bool tensors of the parameters' shapes, True where an element survives; parameters without one
-        travel whole. Every rank gives the same ones, and a hash of them is compared; with `root` that rank alone gives
-        them, and the difference from the old masks is sent. What residuals hold of elements that stay is kept.
-
-        ConfigMismatchError on all ranks where masks differ, ValueError for masks that fit no parameter or a method
-        without `masked`; the other ranks then raise ConfigMismatchError. Nothing is changed then.
-        """
-        shapes = {name: tuple(parameter.shape) for parameter, name in self._names.items()}
-        comm, reductions, layout = self.comm, self._reductions, Layout.of(shapes)
-        try:
-            if not isinstance(masks, Mapping | None):
-                raise TypeError(f"masks are a dict of bool tensors by parameter name, got {type(masks).__name__}")
-            arrays = None if masks is None else {name: mask_of(mask) for name, mask in masks.items()}
-            found = given_masks(comm, self.reducer, layout, arrays, root)
-        except (TypeError, ValueError) as error:
-            self._group.worker.submit(partial(refuse, comm, error)).wait()
-            raise
-
-        def run() -> dict[str, Array]:
-            self._commit()
-            old = masks_in(reductions.export()["units"], layout)
-            agree(comm, f"{describe_masks(old, found, root)}, at step {reductions.step} of DDP")
-            with breaking(comm, "set_masks"):
-                new = shared_masks(comm, old, found, root)
-                reductions.change(exported_masks(new))
-            return new
-
-        new = self._group.worker.submit(run).result()
-        return {name: torch.from_numpy(mask.copy()).reshape(shapes[name]) for name, mask in new.items()}
+        super()._restore(exported)
 
     def reduce(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Begin to replace a bucket by its mean over ranks, in place; DDP waits for the future."""
         buffer = bucket.buffer()
         check_local([buffer])
         index, last = bucket.index(), bucket.is_last()
+        unknown = any(parameter not in self._names for parameter in bucket.parameters())
+        if unknown:
+            raise self._refused(ValueError("this hook is of another model: make one with mpicomp.torch.Hook(ddp, ...)"))
         names = tuple(self._names[parameter] for parameter in bucket.parameters())
-        scale = float(self._scaler.get_scale()) if self._scaler is not None and index == 0 else None
+        scale = float(self.scaler.get_scale()) if self.scaler is not None and index == 0 else None
         known = self._buckets.get(index)
         if known is None or known.names != names:
             layout = Layout(units_of(names, bucket.gradients(), buffer))
@@ -195,7 +181,7 @@ class Hook:
         held, self._held = self._held, []
         buffers = [each.buffer for each in held]
         ranks = self._group.comm.size
-        scale = float(self._scaler.get_scale()) if self._scaler is not None else 1.0
+        scale = float(self.scaler.get_scale()) if self.scaler is not None else 1.0
         norm = math.sqrt(sum(float(buffer.double().square().sum()) for buffer in buffers)) / ranks
         most = max_norm * scale / math.sqrt(ranks)
         for each in held:
@@ -205,12 +191,9 @@ class Hook:
 
     # ------------------------------------------------------------------------- on the communication thread
 
-    def _commit(self) -> None:
-        """Count the last step, if it is complete; with a scaler a step that holds NaN or infinity does not count."""
-        self._reductions.commit(all_or_none=self._scaler is not None)
-
     def _prepare(self, index: int, layout: Layout, dtype: str) -> None:
         """Agree with all ranks on a bucket that is new or that DDP has changed, and create its reduction."""
+        self._check_place()
         self._commit()
         for other in [other for other in self._buckets if other >= index]:
             del self._buckets[other]
@@ -253,7 +236,7 @@ def reduce_bucket(state: Hook, bucket: GradBucket) -> torch.futures.Future[torch
 
 def compress(
     ddp: DistributedDataParallel,
-    method: str | Codec | Reducer,
+    method: Method,
     *,
     seed: int = 0,
     min_size: int = 512,
@@ -266,49 +249,19 @@ def compress(
     `min_ndim` dimensions are summed densely, unless `method` is dense or a partition itself. With `scaler`, steps
     that it skips leave no trace, and residuals follow the loss scale.
 
+    A copy of the model, which has a copy of the hook, has one of the scaler, too: where it is stepped with another one,
+    set `Hook.of(copy).scaler`.
+
     With find_unused_parameters, the residual of a parameter that no rank used in a step is sent and lost: DDP does not
     change that parameter's gradient.
 
     Raises ConfigMismatchError on all ranks where they disagree, and TypeError, ValueError or RuntimeError for arguments
     that cannot be used; the other ranks then raise ConfigMismatchError.
     """
-    resolve = partial(_resolve, method, min_size, min_ndim)
-    return hooked(ddp, resolve, seed, scaler)
-
-
-def _resolve(
-    method: str | Codec | Reducer, min_size: int, min_ndim: int, layout: Layout, dtype: str, ranks: int
-) -> Reducer:
-    return resolve_partitioned(method, layout, dtype, ranks, min_size, min_ndim)
-
-
-def hooked(
-    ddp: DistributedDataParallel,
-    resolve: Resolver,
-    seed: int = 0,
-    scaler: torch.amp.GradScaler | None = None,
-    max_norm: float | None = None,
-) -> Hook:
-    """Do what `compress` does, by the reducer that `resolve` returns, or with the error that it raises. Collective."""
-    if not isinstance(ddp, DistributedDataParallel):
-        raise TypeError(f"this takes a DistributedDataParallel model, got {type(ddp).__name__}")
-    group = tensor_group(ddp.process_group)
-    ranks = group.comm.size
-    try:
-        if not isinstance(scaler, torch.amp.GradScaler | None):
-            raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {type(scaler).__name__}")
-        parameters = parameters_of(ddp)
-        layout, sizes = layout_of(parameters)
-        common = max(sizes, key=sizes.__getitem__)
-        reducer = divided(resolve(layout, common, ranks), ranks, "mean")
-        what = describe(reducer, layout, ", ".join(sizes), "mean", seed, 0)
-        check_device(reducer, device_of(parameters.values()) is not None)
-    except (TypeError, ValueError, RuntimeError) as error:
-        group.worker.submit(partial(refuse, group.comm, error)).wait()
-        raise
-    scaled = "with a scaler" if scaler is not None and scaler.is_enabled() else "without scaler"
-    clipped = "" if max_norm is None else f", clipped to {max_norm!r}"
-    group.worker.submit(lambda: agree(group.comm, f"compress, {scaled}{clipped}, {what}")).wait()
-    hook = Hook(group, parameters, reducer, seed, scaler, max_norm)
+    hook = Hook(ddp, method, seed=seed, min_size=min_size, min_ndim=min_ndim, scaler=scaler)
     ddp.register_comm_hook(hook, reduce_bucket)
     return hook
+
+
+def _resolve(method: Method, min_size: int, min_ndim: int, layout: Layout, dtype: str, ranks: int) -> Reducer:
+    return resolve_partitioned(method, layout, dtype, ranks, min_size, min_ndim)

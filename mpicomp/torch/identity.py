@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 
 from mpicomp.comm.communicator import Comm
@@ -42,6 +43,10 @@ class Identity(_ProcessGroup):
 
     def getBackendName(self) -> str:
         return NAME
+
+    @property
+    def _device_types(self) -> list[torch.device]:  # torch looks for the CPU before it saves asynchronously
+        return [torch.device("cpu"), torch.device("cuda")]
 
     def getRank(self) -> int:
         return self.comm.rank

@@ -11,6 +11,14 @@ from mpicomp.arrays import Array
 from mpicomp.reducers import Layout, Unit
 from mpicomp.torch.tensors import NAMES, check_local
 
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
+"""What torch.compile and activation checkpointing put into the names of parameters."""
+
+
+def plain_name(name: str) -> str:
+    """Return the name that a parameter has without the wrappers around its modules."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
 
 def mask_of(mask: torch.Tensor) -> Array:
     """Return a mask as an array on the host; TypeError for what is no tensor of a type that NumPy has."""
@@ -28,14 +36,15 @@ def units_of(names: Sequence[str], gradients: Sequence[torch.Tensor], buffer: to
 
 
 def parameters_of(ddp: DistributedDataParallel) -> dict[str, torch.nn.Parameter]:
-    """Return the parameters whose gradients DDP reduces; raises for a model that cannot be compressed."""
+    """Return the parameters whose gradients DDP reduces, by plain name; raises for a model not to be compressed."""
     if ddp._comm_hooks:
         raise RuntimeError("this DDP model has a communication hook already; torch allows one, and cannot remove it")
     for name, module in ddp.module.named_modules():
         if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag) and module.sparse:
             raise ValueError(f"{name or 'the model'} has sparse gradients; set sparse=False to compress them")
     ignored = set(getattr(ddp.module, "_ddp_params_and_buffers_to_ignore", ()))
-    parameters = {n: p for n, p in ddp.module.named_parameters() if p.requires_grad and n not in ignored}
+    named = ddp.module.named_parameters()
+    parameters = {plain_name(n): p for n, p in named if p.requires_grad and n not in ignored}
     check_local(parameters.values())
     return parameters
 

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
-from process_group import me, same_everywhere, size
+from process_group import me, same_everywhere, size, step_of, units_of
 from regression import flat, loss, model
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -135,11 +135,23 @@ def test_a_state_of_another_rank_or_reducer_is_refused() -> None:
     ddp, optimizer = made()
     steps(ddp, optimizer, 0, 1)
     kept = optimizer.state_dict()
-    for name, value in (("rank", size()), ("ranks", size() + 1), ("reducer", "dense")):
+    for name, value, words in (
+        ("ranks", {str(size()): kept["exchange"]["ranks"][str(me())]}, rf"rank: {me()} here, {size()} in the state"),
+        ("world", size() + 1, rf"number of ranks: {size()} here, {size() + 1} in the state"),
+        ("reducer", "dense", "reducer: partition.* here, dense in the state"),
+    ):
         other = copy.deepcopy(kept)
         other["exchange"][name] = value
-        with pytest.raises(ValueError, match="the state is that of rank"):
+        with pytest.raises(ValueError, match=words):
             optimizer.load_state_dict(other)
+    grouped = DDP(model())
+    one = DGCSGD(
+        grouped, 0.1, params=[{"params": part.parameters()} for part in (grouped.module[:2], grouped.module[2:])]
+    )
+    with pytest.raises(ValueError, match="parameter groups"):
+        one.load_state_dict(kept)
+    assert one.hook.step == 0
+    steps(ddp, optimizer, 1, 2)  # nothing was changed
 
 
 def test_schedulers_and_groups() -> None:
@@ -207,9 +219,9 @@ def test_a_state_that_does_not_fit_changes_nothing() -> None:
     kept["param_groups"][0]["lr"] = 7.0
     before = str(optimizer.state_dict())
     larger = copy.deepcopy(kept)
-    larger["exchange"]["units"]["0.weight"]["momentum"] = torch.zeros(5)
+    units_of(larger["exchange"])["0.weight"]["momentum"] = torch.zeros(5)
     for wrong, words in (
-        (larger, "0.weight has another size here"),
+        (larger, "0.weight"),
         ({**kept, "param_groups": []}, "parameter groups"),
         ({name: part for name, part in kept.items() if name != "exchange"}, "that of another optimizer"),
     ):
@@ -239,12 +251,12 @@ def test_a_step_that_gradscaler_skips_leaves_u_and_v(clip: float | None) -> None
 
     (clean, kept), (skipped, theirs) = train(False), train(True)
     assert torch.equal(clean, skipped)
-    assert kept["step"] == theirs["step"] == 6
-    factor = kept["scale"] / theirs["scale"]
-    assert factor == 4.0
-    for name, arrays in kept["units"].items():
+    assert step_of(kept) == step_of(theirs) == 6
+    factor = 4.0
+    assert [float(each["ranks"][str(me())]["scale"]) for each in (kept, theirs)] == [8.0, 8.0 / factor]
+    for name, arrays in units_of(kept).items():
         for what, array in arrays.items():
-            assert torch.equal(array, theirs["units"][name][what] * factor)
+            assert torch.equal(array, units_of(theirs)[name][what] * factor)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +287,7 @@ def test_bad_settings_are_refused_on_all_ranks(options: dict[str, Any], words: s
 def test_residuals_and_momenta_are_exported_by_name() -> None:
     ddp, optimizer = made()
     steps(ddp, optimizer, 0, 3)
-    units = optimizer.state_dict()["exchange"]["units"]
+    units = units_of(optimizer.state_dict()["exchange"])
     assert units.keys() == dict(ddp.module.named_parameters()).keys()
     assert units["0.weight"].keys() == {"residual", "momentum"}
     assert units["0.bias"].keys() == {"momentum"}

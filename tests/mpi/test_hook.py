@@ -14,7 +14,7 @@ pytest.importorskip("torch")
 
 import torch
 import torch.distributed as dist
-from process_group import me, same_everywhere, size
+from process_group import equal_states, me, same_everywhere, size, step_of, units_of
 from regression import flat, loss, model
 from torch import nn
 from torch.distributed.algorithms.join import Join
@@ -75,14 +75,6 @@ def mean_loss(parameters: torch.Tensor) -> float:
     module = model()
     torch.nn.utils.vector_to_parameters(parameters, module.parameters())
     return sum(loss(module, 50, rank).item() for rank in range(8)) / 8
-
-
-def equal_states(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    return a["step"] == b["step"] and all(
-        a["units"][name].keys() == b["units"][name].keys()
-        and all(np.array_equal(array, b["units"][name][what]) for what, array in kept.items())
-        for name, kept in a["units"].items()
-    )
 
 
 # -------------------------------------------------------------------------------------------------------- training
@@ -149,12 +141,9 @@ def test_what_is_not_sent_is_sent_later() -> None:
         ddp.zero_grad()
         loss(ddp, step, me()).backward()
         yielded += torch.cat([p.grad.reshape(-1) for p in module.parameters()])
-    kept = hook.state_dict()["units"]
+    kept = units_of(hook.state_dict())
     owed = torch.cat(
-        [
-            torch.from_numpy(kept[name]["residual"]) if "residual" in kept[name] else torch.zeros(p.numel())
-            for name, p in module.named_parameters()
-        ]
+        [kept[name].get("residual", torch.zeros_like(p)).reshape(-1) for name, p in module.named_parameters()]
     )
     assert owed.abs().sum() > 0
     dist.all_reduce(owed, dist.ReduceOp.AVG)
@@ -200,11 +189,11 @@ def test_state_dict_goes_on_bit_for_bit() -> None:
 def test_small_tensors_are_dense_by_default() -> None:
     _, hook = train("topk(density=0.01)", steps=1)
     assert hook.resolved.startswith("partition(small=dense(algorithm=two_shot), large=error_feedback(")
-    assert {name for name, kept in hook.state_dict()["units"].items() if kept} == {"0.weight", "2.weight", "4.weight"}
+    assert {name for name, kept in units_of(hook.state_dict()).items() if kept} == {"0.weight", "2.weight", "4.weight"}
     _, hook = train("topk(density=0.01)", steps=1, min_size=2000)
-    assert {name for name, kept in hook.state_dict()["units"].items() if kept} == {"2.weight"}
+    assert {name for name, kept in units_of(hook.state_dict()).items() if kept} == {"2.weight"}
     _, hook = train("gather(topk(density=0.01))", steps=1)
-    assert not any(hook.state_dict()["units"].values())
+    assert not any(units_of(hook.state_dict()).values())
 
 
 @pytest.mark.mpi(min_size=2)
@@ -239,8 +228,8 @@ def test_one_rank_that_is_not_finite(method: str, value: float) -> None:
     (loss(ddp, 2, me()) * (value if me() == size() - 1 else 1.0)).backward()
     assert not any(p.grad.isfinite().any() for p in module.parameters() if p.numel() > 600)
     after = hook.state_dict()
-    assert after["step"] == 3
-    assert equal_states(before | {"step": 3}, after)
+    assert (step_of(before), step_of(after)) == (2, 3)
+    assert equal_states(units_of(before), units_of(after))
     ddp.zero_grad()
     loss(ddp, 3, me()).backward()
     assert all(p.grad.isfinite().all() for p in module.parameters())
@@ -252,10 +241,10 @@ def test_a_step_that_the_scaler_skips_leaves_no_trace(method: str) -> None:
     results = [_scaled_run(method, bad) for bad in (False, True)]
     (good, kept), (skipped, kept_too) = results
     assert torch.equal(good, skipped)
-    assert kept["step"] == kept_too["step"] == 6
-    for name, unit in kept["units"].items():
+    assert step_of(kept) == step_of(kept_too) == 6
+    for name, unit in units_of(kept).items():
         if "residual" in unit:  # measured in a scale that the bad step halved
-            assert np.array_equal(unit["residual"], 2 * kept_too["units"][name]["residual"])
+            assert torch.equal(unit["residual"], 2 * units_of(kept_too)[name]["residual"])
 
 
 @pytest.mark.parametrize("method", ["topk(density=0.05)", "error_feedback(low_rank(rank=2))"])

@@ -62,8 +62,9 @@ class Trainer:
     @property
     def residual(self) -> Any:
         """What this rank owes, in the arrays' shapes; None where nothing can be owed."""
-        units = self.hook.state_dict()["units"]
-        found = [units.get(f"of.{k}", {}).get("residual") for k in range(len(self.arrays))]
+        units = self.hook.state_dict()["ranks"][str(dist.get_rank())]["units"]
+        tensors = [units.get(f"of.{k}", {}).get("residual") for k in range(len(self.arrays))]
+        found = [None if debt is None else debt.numpy() for debt in tensors]
         if all(debt is None for debt in found):
             return None
         work = next(debt.dtype for debt in found if debt is not None)
@@ -74,10 +75,9 @@ class Trainer:
         return debts if self.listed else debts[0]
 
     def moved(self, how: str, spec: str) -> Trainer:
-        """A trainer that goes on from this one's state: copied, pickled or as it was exported."""
-        state = self.hook.state_dict()
+        """A trainer that goes on from this one's state: copied or pickled as a whole, or as it was exported."""
         if how != "export":
-            state = copy.deepcopy(state) if how == "copy" else pickle.loads(pickle.dumps(state))
+            return copy.deepcopy(self) if how == "copy" else pickle.loads(pickle.dumps(self))
         made = Trainer(self.arrays if self.listed else self.arrays[0], spec)
-        made.hook.load_state_dict(state)
+        made.hook.load_state_dict(self.hook.state_dict())
         return made

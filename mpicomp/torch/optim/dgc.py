@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -15,10 +15,12 @@ from mpicomp.codecs.base import Codec
 from mpicomp.codecs.checks import check_integer, is_number
 from mpicomp.reducers import Dense, ErrorFeedback, Layout, MomentumCorrection, Partition, Reducer, Warmup
 from mpicomp.reducers.base import Level
-from mpicomp.reducers.parts.state import MEASURED
 from mpicomp.reducers.policies.warmup import codecs_with_density
 from mpicomp.registry import Method, parsed, resolve
-from mpicomp.torch.hook import Hook, hooked
+from mpicomp.torch.checkpoint import State
+from mpicomp.torch.hook import Hook, reduce_bucket
+
+EXCHANGE = "exchange"  # the key of the hook's state
 
 
 class DGCSGD(torch.optim.Optimizer):
@@ -45,7 +47,8 @@ class DGCSGD(torch.optim.Optimizer):
     each rank's share of the mean, its gradient over N, to max_norm * N^-1/2 before anything is added up; gradients are
     then exchanged when the whole backward is done. `scaler` is as in `mpicomp.torch.compress`.
 
-    `state_dict` has u, v and the step of this rank, whose own they are. Raises as `mpicomp.torch.compress` does, on
+    `state_dict` has u, v and the step of this rank, whose own they are. A copy goes together with that of its model, as
+    in copy.deepcopy((ddp, optimizer)). Raises as `mpicomp.torch.compress` does, on
     all ranks or on none. Collective.
     """
 
@@ -71,13 +74,11 @@ class DGCSGD(torch.optim.Optimizer):
     ) -> None:
         defaults = {"lr": lr, "weight_decay": weight_decay}
         groups: list[dict[str, Any]] = []
-        self._sizes: dict[str, int] = {}
-        self._known: dict[int, bool] = {}  # by id, whether a parameter of the model requires a gradient
+        self._known: list[tuple[torch.Tensor, bool]] = []  # the model's parameters, and whether they are exchanged
 
         def resolved(layout: Layout, dtype: str, ranks: int) -> Reducer:
             """Refuse bad settings here, where an error reaches all ranks."""
-            self._sizes.update((unit.name, unit.size) for unit in layout.units)
-            self._known.update((id(parameter), parameter.requires_grad) for parameter in ddp.parameters())
+            self._known.extend((parameter, parameter.requires_grad) for parameter in ddp.parameters())
             groups.extend(_groups(ddp.parameters() if params is None else params, defaults))
             for group in groups:
                 self._check(group)
@@ -93,18 +94,20 @@ class DGCSGD(torch.optim.Optimizer):
                 large=_warmed(correct(_fed(method, large, dtype, ranks), masking=masking), warmup_steps, densities),
             )
 
-        self.hook: Hook = hooked(ddp, resolved, seed, scaler, max_norm)
+        self.hook = Hook(ddp, resolved, seed=seed, scaler=scaler, max_norm=max_norm)
         """What exchanges the gradients: its `resolved` is the spec that runs."""
+        ddp.register_comm_hook(self.hook, reduce_bucket)
         super().__init__(groups, defaults)
 
     def _check(self, group: dict[str, Any]) -> None:
         """Raise ValueError for a group with a parameter whose gradient is not exchanged."""
+        exchanged = {id(parameter): whether for parameter, whether in self._known}
         for parameter in group["params"]:
-            if id(parameter) not in self._known:
+            if id(parameter) not in exchanged:
                 raise ValueError(
                     "params holds a parameter that the DDP model does not have: its gradient is not exchanged"
                 )
-            if parameter.requires_grad and not self._known[id(parameter)]:
+            if parameter.requires_grad and not exchanged[id(parameter)]:
                 raise ValueError(
                     "params holds a parameter that was frozen when the DDP model was made: its gradient is not "
                     "exchanged; make the model, and this optimizer, once more"
@@ -145,42 +148,32 @@ class DGCSGD(torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the groups, and under "exchange" what this rank must keep.
+        """Return the groups, and under "exchange" what `Hook.state_dict` returns: the step, u and v of this rank."""
+        return {**super().state_dict(), EXCHANGE: self.hook.state_dict()}
 
-        That is {"rank", "ranks", "reducer", "step", "scale", "units": {name: {"momentum", "residual": tensors}}}.
-        """
-        kept = self.hook.state_dict()
-        units = {
-            name: {what: torch.from_numpy(array) for what, array in arrays.items()}
-            for name, arrays in kept["units"].items()
-        }
-        comm = self.hook.comm
-        whose = {"rank": comm.rank, "ranks": comm.size, "reducer": self.hook.resolved}
-        return {**super().state_dict(), "exchange": {**kept, "units": units, **whose}}
+    def load_state_dict(  # type: ignore[override]  # torch's returns None
+        self, state_dict: State | Sequence[State], strict: bool = True
+    ) -> list[str]:
+        """Go on from a `state_dict` of this rank, or a list with that of every rank; see `Hook.load_state_dict`."""
+        states = [state_dict] if isinstance(state_dict, Mapping) else state_dict
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a `state_dict` of this rank.
+        def check() -> None:
+            if not states or any(not isinstance(each, Mapping) or EXCHANGE not in each for each in states):
+                raise ValueError(
+                    f"the state has no {EXCHANGE!r}, which a DGCSGD writes: it is that of another optimizer"
+                )
+            groups = (states[0]["param_groups"], self.param_groups)
+            theirs, mine = ([len(group["params"]) for group in each] for each in groups)
+            if theirs != mine:
+                raise ValueError(f"parameter groups of {mine} parameters here, of {theirs} in the state")
 
-        ValueError, and nothing changes, for that of another rank, world, reducer, model or optimizer.
-        """
-        kept = state_dict.get("exchange")
-        if kept is None:
-            raise ValueError('the state has no "exchange", which a DGCSGD writes: it is that of another optimizer')
-        comm = self.hook.comm
-        mine = (comm.rank, comm.size, self.hook.resolved)
-        theirs = (kept["rank"], kept["ranks"], kept["reducer"])
-        if mine != theirs:
-            said = ("rank {} of {} by {}".format(*each) for each in (theirs, mine))
-            raise ValueError("the state is that of {}, and this is {}".format(*said))
-        units = {
-            name: {what: tensor.numpy().copy() for what, tensor in arrays.items()}
-            for name, arrays in kept["units"].items()
-        }
-        for name, arrays in units.items():
-            if any(array.size != self._sizes.get(name) for what, array in arrays.items() if what in MEASURED):
-                raise ValueError(f"the state is that of another model: {name} has another size here, or is not there")
-        super().load_state_dict({name: part for name, part in state_dict.items() if name != "exchange"})
-        self.hook.load_state_dict({"step": kept["step"], "scale": kept["scale"], "units": units})
+        exchanged = [each.get(EXCHANGE, {}) if isinstance(each, Mapping) else each for each in states]
+        left = self.hook._load(exchanged, strict, check)
+        super().load_state_dict({name: part for name, part in states[0].items() if name != EXCHANGE})
+        return left
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "hook": self.hook, "_known": self._known}
 
 
 def _groups(params: Any, defaults: dict[str, Any]) -> list[dict[str, Any]]:
