@@ -13,7 +13,8 @@ member, `after(two_stage(uniform), steps=100)`, and everything else by keyword: 
 
 **What else is read.** Any field by position or keyword, tuples and lists (both become tuples), an int for a float,
 `inf` and `nan` for a float, and a bare name where the field is annotated `str`: `cast(dtype=bf16)`. An alias takes the
-other arguments of what it stands for: `bf16(stochastic=True)`.
+other arguments of what it stands for: `bf16(stochastic=True)`. A dict has texts for keys and members for values, which
+may be specs in quotes: `by_name({'*.bias': dense, '*': 'topk(density=0.01)'})`.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ import re
 import threading
 import types
 import typing
-from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, Union
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar, Union
 
 from mpicomp.errors import SpecError
 
@@ -39,6 +40,34 @@ MAX_BITS = 1100  # of an integer; far more than a float can hold
 # Python before 3.11.8 and 3.12.2 counts the depth of one `ast.parse` beside another thread's and raises SystemError
 # (gh-106905). Reentrant, because the garbage collector may run a finalizer amid parsing.
 _one_at_a_time = threading.RLock()
+
+
+T = TypeVar("T")
+
+
+class Frozen(Mapping[str, T]):
+    """A dict as a field of a member: it never changes, and its order counts in comparisons."""
+
+    def __init__(self, items: Mapping[str, T]) -> None:
+        self._items = dict(items)
+
+    def __getitem__(self, key: str) -> T:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Frozen) and list(self._items.items()) == list(other._items.items())
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._items.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._items)
 
 
 class Spec:
@@ -89,9 +118,10 @@ def parse(
 
 
 Kinds = frozenset[str] | None
-"""The kinds of value of a field: some of "int", "float", "bool", "str", "tuple", "none", "member"; None: any."""
+"""The kinds of value of a field, of "int", "float", "bool", "str", "tuple", "dict", "none" and "member"; None: any."""
 
-_SIMPLE: dict[Any, str] = {int: "int", float: "float", bool: "bool", str: "str", tuple: "tuple", type(None): "none"}
+_SIMPLE: dict[Any, str] = {int: "int", float: "float", bool: "bool", str: "str", type(None): "none"}
+_SIMPLE |= {tuple: "tuple", dict: "dict", Mapping: "dict"}
 
 
 class _Setting(NamedTuple):
@@ -129,7 +159,7 @@ def _kinds_of(hint: Any) -> Kinds:
     if origin is Literal:
         return frozenset(_SIMPLE[type(value)] for value in typing.get_args(hint))
     if origin is not None:
-        return frozenset({"tuple"}) if origin is tuple else None
+        return frozenset({_SIMPLE[origin]}) if origin in (tuple, Mapping) else None
     return frozenset({"member"}) if isinstance(hint, type) and hint not in (object, Any) else None
 
 
@@ -140,7 +170,8 @@ def _default_text(field: dataclasses.Field[Any], kinds: Kinds) -> str | None:
 
 
 def _holds_member(value: Any) -> bool:
-    return isinstance(value, Spec) or (isinstance(value, tuple) and any(map(_holds_member, value)))
+    inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple) else ()
+    return isinstance(value, Spec) or any(map(_holds_member, inside))
 
 
 def _text(value: Any, kinds: Kinds, depth: int) -> str:
@@ -151,6 +182,8 @@ def _text(value: Any, kinds: Kinds, depth: int) -> str:
         return value._print(depth)
     if isinstance(value, tuple):
         return "(" + ", ".join(_text(item, None, depth + 1) for item in value) + ("," if len(value) == 1 else "") + ")"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{str(key)!r}: {_text(item, None, depth + 1)}" for key, item in value.items()) + "}"
     if isinstance(value, bool) or value is None:
         return repr(value)
     becomes_float = kinds is not None and "float" in kinds and "int" not in kinds and not isinstance(value, str)
@@ -211,6 +244,8 @@ class _Parser:
                     return -number if isinstance(sign, ast.USub) else number
             case ast.Tuple(elts=items) | ast.List(elts=items):
                 return tuple(self.value(item, None, depth + 1) for item in items)
+            case ast.Dict(keys=keys, values=items):
+                return self.table(keys, items, depth)
             case ast.Name(id=name):
                 if _is_name_field(kinds):
                     return name
@@ -219,8 +254,24 @@ class _Parser:
                 return self.member(name, node, [], [], depth)
             case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
                 return self.member(name, node, args, keywords, depth)
-        what = "a spec holds numbers, strings, True, False, None, tuples and known names, nothing else"
+        what = "a spec holds numbers, strings, True, False, None, tuples, dicts and known names, nothing else"
         self.fail(what, node, self.known())
+
+    def table(self, keys: Sequence[ast.expr | None], items: Sequence[ast.expr], depth: int) -> dict[str, Any]:
+        """Read a dict of members by text; a member may be a spec in quotes."""
+        found: dict[str, Any] = {}
+        for key, item in zip(keys, items, strict=True):
+            if not isinstance(key, ast.Constant) or not isinstance(key.value, str):
+                self.fail("the keys of a dict are texts in quotes, such as '*.bias'", key or item)
+            if key.value in found:
+                self.fail(f"{key.value!r} is twice in the dict", key)
+            value = self.value(item, None, depth + 1)
+            if isinstance(value, str):
+                value = dataclasses.replace(self, text=value.strip()).parse()
+            if not isinstance(value, Spec):
+                self.fail(f"the values of a dict are methods, such as dense, got {_text(value, None, 0)}", item)
+            found[key.value] = value
+        return found
 
     def member(self, name: str, node: ast.expr, args: list[ast.expr], keywords: list[ast.keyword], depth: int) -> Any:
         """Build the member `name` from its arguments."""
@@ -276,7 +327,7 @@ class _Parser:
                 self.fail(f"{field} is too large for a float", node, "", error)
         if kind not in kinds:
             words = {"int": "an integer", "float": "a number", "bool": "True or False", "str": "a name", "none": "None"}
-            words |= {"tuple": "a tuple", "member": "a codec or reducer"}
+            words |= {"tuple": "a tuple", "dict": "a dict", "member": "a codec or reducer"}
             wanted = " or ".join(words[each] for each in words if each in kinds)
             self.fail(f"{field} must be {wanted}, got {_text(value, kinds, 0) if kind != 'str' else repr(value)}", node)
         return value
