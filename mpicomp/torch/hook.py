@@ -10,7 +10,8 @@ backward, a bucket that holds NaN or infinity, and with `scaler` a whole step th
 # No `from __future__ import annotations` here: DDP compares the annotations of the hook with types.
 
 import math
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,29 +21,41 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mpicomp.api.lifecycle import BucketReductions
 from mpicomp.arrays import Array
-from mpicomp.codecs.base import Codec
 from mpicomp.comm.agreement import agree, confirm, digest_of, mixed, noted, refuse
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.watch import Traffic
 from mpicomp.planner.allowance import divided
-from mpicomp.reducers import Layout, Reducer
+from mpicomp.reducers import Dense, Layout, Reducer
 from mpicomp.reducers.base import check_device, walk
 from mpicomp.reducers.masked import describe_masks, exported_masks, given_masks, masks_in
 from mpicomp.reducers.parts.masks import shared_masks
-from mpicomp.registry import describe, resolve_partitioned
+from mpicomp.registry import Method, describe, resolve_partitioned
 from mpicomp.torch.backend import MPIProcessGroup, tensor_group
 from mpicomp.torch.collective import breaking
-from mpicomp.torch.parameters import layout_of, mask_of, parameters_of, units_of
+from mpicomp.torch.compiled import uncompiled
+from mpicomp.torch.parameters import (
+    SPARSE,
+    Parameters,
+    Strided,
+    exact_alone,
+    layout_of,
+    mask_of,
+    parameters_of,
+    units_of,
+)
 from mpicomp.torch.streams import device_of
 from mpicomp.torch.tensors import NAMES, bits_of, check_local
 from mpicomp.torch.worker import Worker
 
 
 class Bucket(NamedTuple):
-    """A bucket of DDP on which the ranks have agreed: the names of its parameters, and the digest."""
+    """A bucket of DDP on which the ranks have agreed."""
 
     names: tuple[str, ...]
     digest: int
+    strided: Strided
+    exact: str
+    """Why it is summed exactly; empty where a method reduces it."""
 
 
 class Held:
@@ -70,7 +83,7 @@ class Hook:
     def __init__(
         self,
         group: MPIProcessGroup,
-        parameters: dict[str, torch.nn.Parameter],
+        parameters: Parameters,
         reducer: Reducer,
         seed: int,
         scaler: torch.amp.GradScaler | None,
@@ -79,6 +92,7 @@ class Hook:
         """See `compress`. With `max_norm` this rank's gradient is clipped first, which takes all buckets of a step."""
         self._group, self._max_norm = group, max_norm
         self._held: list[Held] = []
+        self._parameters = parameters
         self._names: dict[torch.Tensor, str] = {parameter: name for name, parameter in parameters.items()}
         self._scaler = scaler
         self._reductions = BucketReductions(reducer, seed)
@@ -133,7 +147,7 @@ class Hook:
         ConfigMismatchError on all ranks where masks differ, ValueError for masks that fit no parameter or a method
         without `masked`; the other ranks then raise ConfigMismatchError. Nothing is changed then.
         """
-        shapes = {name: tuple(parameter.shape) for parameter, name in self._names.items()}
+        shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.compressed.items()}
         comm, reductions, layout = self.comm, self._reductions, Layout.of(shapes)
         try:
             if not isinstance(masks, Mapping | None):
@@ -156,18 +170,19 @@ class Hook:
         new = self._group.worker.submit(run).result()
         return {name: torch.from_numpy(mask.copy()).reshape(shapes[name]) for name, mask in new.items()}
 
+    @uncompiled
     def reduce(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Begin to replace a bucket by its mean over ranks, in place; DDP waits for the future."""
-        buffer = bucket.buffer()
-        check_local([buffer])
+        buffer, parameters = bucket.buffer(), bucket.parameters()
+        names = tuple(self._names[parameter] for parameter in parameters)
+        if self._parameters.exact.get(names[0]) != SPARSE:
+            check_local([buffer])
         index, last = bucket.index(), bucket.is_last()
-        names = tuple(self._names[parameter] for parameter in bucket.parameters())
         scale = float(self._scaler.get_scale()) if self._scaler is not None and index == 0 else None
         known = self._buckets.get(index)
         if known is None or known.names != names:
-            layout = Layout(units_of(names, bucket.gradients(), buffer))
             # Waits, so that ranks which disagree raise ConfigMismatchError itself; rare, DDP creates buckets twice.
-            self._group.worker.submit(lambda: self._prepare(index, layout, NAMES[buffer.dtype])).wait()
+            self._group.worker.submit(lambda: self._prepare(index, names, parameters)).wait()
 
         def run() -> torch.Tensor:
             if index == 0:
@@ -209,41 +224,54 @@ class Hook:
         """Count the last step, if it is complete; with a scaler a step that holds NaN or infinity does not count."""
         self._reductions.commit(all_or_none=self._scaler is not None)
 
-    def _prepare(self, index: int, layout: Layout, dtype: str) -> None:
+    def _prepare(self, index: int, names: tuple[str, ...], parameters: Sequence[torch.Tensor]) -> None:
         """Agree with all ranks on a bucket that is new or that DDP has changed, and create its reduction."""
+        layout, dtype = Layout(units_of(names, parameters)), NAMES[parameters[0].dtype.to_real()]
+        exact = self._parameters.exact.get(names[0], "")
+        reducer = Dense() if exact else self.reducer
         self._commit()
         for other in [other for other in self._buckets if other >= index]:
             del self._buckets[other]
             self._reductions.remove(other)
         reductions = self._reductions
-        what = describe(self.reducer, layout, dtype, "mean", reductions.seed, reductions.step)
-        description = f"bucket {index} of DDP, {what}"
+        what = describe(reducer, layout, dtype, "mean", reductions.seed, reductions.step)
+        description = f"bucket {index} of DDP, {exact}{what}"
         agree(self.comm, description)
-        if index and any(each.joins_units for each in walk(self.reducer)):
+        several = not exact and not all(bucket.exact for bucket in self._buckets.values())
+        if several and any(each.joins_units for each in walk(self.reducer)):
             raise ValueError(
                 f"{self.reducer} chooses among all tensors together, and DDP sends them in several buckets; give "
                 f"DistributedDataParallel a bucket_cap_mb of more than the model's size"
             )
         with breaking(self.comm, description):
-            reductions.add(index, layout, dtype)
-            self._buckets[index] = Bucket(tuple(unit.name for unit in layout.units), digest_of(description))
+            reductions.add(index, Layout(()) if exact == SPARSE else layout, dtype, reducer)
+            self._buckets[index] = Bucket(names, digest_of(description), Strided(() if exact else parameters), exact)
 
     def _reduce(self, index: int, buffer: torch.Tensor, last: bool) -> None:
-        comm, bits, bucket = self.comm, bits_of(buffer), self._buckets[index]
+        comm, bucket = self.comm, self._buckets[index]
         comm.context = f"the bucket of {bucket.names[0]}"
         digest = noted(mixed(bucket.digest, self._reductions.step), self._reductions.agreed(index))
         confirm(comm, digest, lambda: self._described(index))
         with breaking(comm, f"bucket {index} of DDP"):
-            self._reductions.reduce(comm, index, "mean", bits, bits, last)
+            if bucket.exact == SPARSE:
+                self._group.allreduce([buffer]).wait()
+                buffer.div_(comm.size)
+                self._reductions.done(comm, index, bool(buffer._values().isfinite().all()), last)
+            else:
+                bucket.strided.to_rows(buffer)
+                bits = bits_of(buffer)
+                self._reductions.reduce(comm, index, "mean", bits, bits, last)
+                bucket.strided.to_memory(buffer)
         comm.context = ""
 
     def _described(self, index: int) -> str:
         """Describe a bucket for ranks that disagree on it."""
         reduction = self._reductions.buckets[index]
-        units = ", ".join(f"{unit.name} {unit.shape}" for unit in reduction.state.layout.units)
+        names = self._buckets[index].names
+        units = ", ".join(f"{name} {tuple(self._parameters[name].shape)}" for name in names)
         step = self._reductions.step
         agreed = reduction.agreed
-        return f"{agreed}bucket {index} of DDP at step {step}, {reduction.dtype} by {self.reducer}, of {units}"
+        return f"{agreed}bucket {index} of DDP at step {step}, {reduction.dtype} by {reduction.reducer}, of {units}"
 
 
 def reduce_bucket(state: Hook, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -253,7 +281,7 @@ def reduce_bucket(state: Hook, bucket: GradBucket) -> torch.futures.Future[torch
 
 def compress(
     ddp: DistributedDataParallel,
-    method: str | Codec | Reducer,
+    method: Method,
     *,
     seed: int = 0,
     min_size: int = 512,
@@ -263,8 +291,13 @@ def compress(
     """Compress the gradients of a DDP model by `method` from now on; the process group must be "mpicomp". Collective.
 
     A bare codec means error feedback over the default reducer. Tensors of fewer than `min_size` elements or
-    `min_ndim` dimensions are summed densely, unless `method` is dense or a partition itself. With `scaler`, steps
-    that it skips leave no trace, and residuals follow the loss scale.
+    `min_ndim` dimensions are summed densely, unless `method` is dense or a partition itself. A dict has a method for
+    each pattern of parameter names, {"embed*": "randomk(density=0.1)", "*.bias": "dense", "*": "topk(density=0.01)"}:
+    the first that matches counts, and it means what it means alone (`by_name`). With `scaler`, steps that it skips
+    leave no trace, and residuals follow the loss scale.
+
+    Complex and sparse gradients travel exactly; a warning on rank 0 names them. `Hook.describe` says what happens to
+    each parameter.
 
     With find_unused_parameters, the residual of a parameter that no rank used in a step is sent and lost: DDP does not
     change that parameter's gradient.
@@ -276,9 +309,7 @@ def compress(
     return hooked(ddp, resolve, seed, scaler)
 
 
-def _resolve(
-    method: str | Codec | Reducer, min_size: int, min_ndim: int, layout: Layout, dtype: str, ranks: int
-) -> Reducer:
+def _resolve(method: Method, min_size: int, min_ndim: int, layout: Layout, dtype: str, ranks: int) -> Reducer:
     return resolve_partitioned(method, layout, dtype, ranks, min_size, min_ndim)
 
 
@@ -297,7 +328,7 @@ def hooked(
     try:
         parameters = parameters_of(ddp)
         layout, sizes = layout_of(parameters)
-        common = max(sizes, key=sizes.__getitem__)
+        common = max(sizes, key=sizes.__getitem__, default="float32")
         reducer = divided(resolve(layout, common, ranks), ranks, "mean")
         what = describe(reducer, layout, ", ".join(sizes), "mean", seed, 0)
         check_device(reducer, device_of(parameters.values()) is not None)
@@ -306,7 +337,10 @@ def hooked(
         raise
     scaled = "with a scaler" if scaler is not None and scaler.is_enabled() else "without scaler"
     clipped = "" if max_norm is None else f", clipped to {max_norm!r}"
-    group.worker.submit(lambda: agree(group.comm, f"compress, {scaled}{clipped}, {what}")).wait()
+    exactly = exact_alone(parameters)
+    group.worker.submit(lambda: agree(group.comm, f"compress, {scaled}{clipped}, {what}, exactly {exactly}")).wait()
+    if exactly and group.comm.rank == 0:
+        warnings.warn(f"these gradients travel exactly, beside the compressed ones: {exactly}", stacklevel=3)
     hook = Hook(group, parameters, reducer, seed, scaler, max_norm)
     ddp.register_comm_hook(hook, reduce_bucket)
     return hook

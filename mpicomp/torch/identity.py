@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from mpicomp.comm.communicator import Comm
+from mpicomp.torch.compiled import uncompiled
 
 NAME = "mpicomp"
 
@@ -28,23 +29,30 @@ class Identity(_ProcessGroup):
         self._name = self._description = ""
 
     # torch's class does not store names for a Python subclass, and functional collectives need them.
+    @uncompiled
     def setGroupName(self, name: str) -> None:
         self._name = name
 
+    @uncompiled
     def getGroupName(self) -> str:
         return self._name
 
+    @uncompiled
     def setGroupDesc(self, description: str) -> None:
         self._description = description
 
+    @uncompiled
     def getGroupDesc(self) -> str:
         return self._description
 
+    @uncompiled
     def getBackendName(self) -> str:
         return NAME
 
+    @uncompiled
     def getRank(self) -> int:
         return self.comm.rank
 
+    @uncompiled
     def getSize(self) -> int:
         return self.comm.size

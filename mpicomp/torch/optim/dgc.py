@@ -18,6 +18,7 @@ from mpicomp.reducers.base import Level
 from mpicomp.reducers.policies.warmup import codecs_with_density
 from mpicomp.registry import Method, parsed, resolve
 from mpicomp.torch.hook import Hook, hooked
+from mpicomp.torch.parameters import parameters_of
 
 
 class DGCSGD(torch.optim.Optimizer):
@@ -161,6 +162,11 @@ def _check(ddp: DistributedDataParallel, groups: list[Any], defaults: dict[str, 
     if max_norm is not None and not (is_number(max_norm) and 0 < max_norm < math.inf):
         raise ValueError(f"max_norm must be a positive number or None, got {max_norm!r}")
     copies = [dict(group) if isinstance(group, dict) else group for group in groups]  # torch completes them
+    if exact := parameters_of(ddp).exact:
+        name, why = next(iter(exact.items()))
+        raise ValueError(
+            f"the gradient of {name} travels exactly ({why}), so no momentum adds up; use compress instead"
+        )
     theirs = {id(parameter) for parameter in ddp.parameters()}
     for group in torch.optim.SGD(copies, **defaults).param_groups:
         if any(id(parameter) not in theirs for parameter in group["params"]):
