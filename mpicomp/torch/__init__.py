@@ -14,8 +14,10 @@ from mpicomp.torch.creation import register
 from mpicomp.torch.hook import Hook, compress
 from mpicomp.torch.launch import device, fill_environment
 from mpicomp.torch.optim import DGCSGD
+from mpicomp.torch.telemetry import Telemetry, telemetry
 
-__all__ = ["compress", "allreduce", "memory", "reset", "traffic", "device", "Hook", "DGCSGD"]
+__all__ = ["compress", "telemetry", "allreduce", "memory", "reset", "traffic", "device", "Hook", "DGCSGD"]
+__all__ += ["Telemetry"]
 
 fill_environment()
 register()

@@ -12,6 +12,7 @@ backward, a bucket that holds NaN or infinity, and with `scaler` a whole step th
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ from mpicomp.registry import Method, describe, resolve_partitioned
 from mpicomp.torch.backend import MPIProcessGroup, tensor_group
 from mpicomp.torch.collective import breaking
 from mpicomp.torch.compiled import uncompiled
+from mpicomp.torch.describe import Description, description
 from mpicomp.torch.parameters import (
     SPARSE,
     Parameters,
@@ -44,6 +46,7 @@ from mpicomp.torch.parameters import (
     units_of,
 )
 from mpicomp.torch.streams import device_of
+from mpicomp.torch.telemetry import Telemetry
 from mpicomp.torch.tensors import NAMES, bits_of, check_local
 from mpicomp.torch.worker import Worker
 
@@ -79,6 +82,9 @@ Resolver = Callable[[Layout, str, int], Reducer]
 
 class Hook:
     """Compresses the gradients of one DDP model; created by `compress`."""
+
+    telemetry: Telemetry | None = None
+    """What `mpicomp.torch.telemetry` has made."""
 
     def __init__(
         self,
@@ -123,6 +129,10 @@ class Hook:
         """Number of steps that count: skipped ones do not."""
         self._commit()
         return self._reductions.step
+
+    def describe(self) -> Description:
+        """Return what happens to each parameter: print it, or read each `Fate`. Not collective."""
+        return description(self._parameters, self.reducer, self.comm.supposed_topology, self.comm.rank)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of this rank: {"step": int, "scale": float or None, "units": arrays by parameter name}."""
@@ -178,6 +188,8 @@ class Hook:
         if self._parameters.exact.get(names[0]) != SPARSE:
             check_local([buffer])
         index, last = bucket.index(), bucket.is_last()
+        if self.telemetry is not None and index == 0:
+            self.telemetry.drain()
         scale = float(self._scaler.get_scale()) if self._scaler is not None and index == 0 else None
         known = self._buckets.get(index)
         if known is None or known.names != names:
@@ -188,6 +200,8 @@ class Hook:
             if index == 0:
                 self._commit()
                 self._reductions.begin_step(scale)
+                if self.telemetry is not None:
+                    self.telemetry.forget()
             self._reduce(index, buffer, last)
             return buffer
 
@@ -253,16 +267,28 @@ class Hook:
         digest = noted(mixed(bucket.digest, self._reductions.step), self._reductions.agreed(index))
         confirm(comm, digest, lambda: self._described(index))
         with breaking(comm, f"bucket {index} of DDP"):
-            if bucket.exact == SPARSE:
-                self._group.allreduce([buffer]).wait()
-                buffer.div_(comm.size)
-                self._reductions.done(comm, index, bool(buffer._values().isfinite().all()), last)
-            else:
-                bucket.strided.to_rows(buffer)
-                bits = bits_of(buffer)
-                self._reductions.reduce(comm, index, "mean", bits, bits, last)
-                bucket.strided.to_memory(buffer)
+            bucket.strided.to_rows(buffer)
+            with self._observed(index, buffer, last):
+                self._sum(index, buffer, last)
+            bucket.strided.to_memory(buffer)
         comm.context = ""
+
+    def _sum(self, index: int, buffer: torch.Tensor, last: bool) -> None:
+        """Replace a bucket, whose gradients lie row by row, by its mean."""
+        if self._buckets[index].exact != SPARSE:
+            bits = bits_of(buffer)
+            self._reductions.reduce(self.comm, index, "mean", bits, bits, last)
+            return
+        self._group.allreduce([buffer]).wait()
+        buffer.div_(self.comm.size)
+        self._reductions.done(self.comm, index, bool(buffer._values().isfinite().all()), last)
+
+    def _observed(self, index: int, buffer: torch.Tensor, last: bool) -> AbstractContextManager[None]:
+        """Return the context in which telemetry sees a bucket."""
+        if self.telemetry is None:
+            return nullcontext()
+        names = self._buckets[index].names
+        return self.telemetry.observed(self.comm, self._reductions.buckets[index], names, buffer, last)
 
     def _described(self, index: int) -> str:
         """Describe a bucket for ranks that disagree on it."""
@@ -338,7 +364,12 @@ def hooked(
     scaled = "with a scaler" if scaler is not None and scaler.is_enabled() else "without scaler"
     clipped = "" if max_norm is None else f", clipped to {max_norm!r}"
     exactly = exact_alone(parameters)
-    group.worker.submit(lambda: agree(group.comm, f"compress, {scaled}{clipped}, {what}, exactly {exactly}")).wait()
+
+    def begin() -> None:
+        agree(group.comm, f"compress, {scaled}{clipped}, {what}, exactly {exactly}")
+        _ = group.comm.topology  # the first use is collective, and `describe` is not
+
+    group.worker.submit(begin).wait()
     if exactly and group.comm.rank == 0:
         warnings.warn(f"these gradients travel exactly, beside the compressed ones: {exactly}", stacklevel=3)
     hook = Hook(group, parameters, reducer, seed, scaler, max_norm)
