@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
@@ -69,6 +69,7 @@ REDUCERS: dict[str, type[Reducer]] = {
         reducers.Warmup,
         reducers.After,
         reducers.Partition,
+        reducers.ByName,
     )
 }
 """Every reducer and policy by its name in a spec."""
@@ -105,7 +106,8 @@ OTHER_NAMES = {
 """Names of the literature and of other libraries, in lower case without "_" and "-": the hint for an unknown name."""
 GATHER_BYTES = 16384  # per rank; for fewer the number of messages costs more than their size, so gather is best
 
-Method = str | Codec | Reducer
+Method = str | Codec | Reducer | Mapping[str, Any]
+"""What a user says: a spec, a codec, a reducer, or methods by pattern of names, which are those of `by_name`."""
 T = TypeVar("T", bound=Codec | Reducer)
 
 
@@ -134,22 +136,27 @@ def parsed(method: Any) -> Codec | Reducer:
     """Return the codec or reducer that a user means; raises SpecError, or TypeError for a value of another kind."""
     if isinstance(method, str):
         return parse(method)
+    if isinstance(method, Mapping):
+        method = reducers.ByName({pattern: parsed(each) for pattern, each in method.items()})
     if isinstance(method, Codec | Reducer):
         str(method)  # raises SpecError where it is nested too deep for the recursions over it
         return method
-    raise TypeError(f"method must be a spec, a codec or a reducer, got {type(method).__name__}")
+    raise TypeError(
+        f"method must be a spec, a codec, a reducer, or a dict of such by pattern, got {type(method).__name__}"
+    )
 
 
 def resolve(method: Method, layout: Layout, dtype: str, ranks: int, memory: bool = True) -> Reducer:
     """Return the reducer that a method means for this layout and number of ranks.
 
-    A reducer is taken literally. A bare codec gets `shared_support` if it is linear, `gather` for two ranks or where
-    its messages to all others have at most 16 KiB, else `two_stage`. With `memory` it gets error feedback too, an
-    unbiased one in its contracting form, and so does an `auto` that may compress. ValueError where the reducer cannot
-    reduce this layout.
+    A reducer is taken literally, and a method in a `by_name` as if it stood alone. A bare codec gets `shared_support`
+    if it is linear, `gather` for two ranks or where its messages to all others have at most 16 KiB, else `two_stage`.
+    With `memory` it gets error feedback too, an unbiased one in its contracting form, and so does an `auto` that may
+    compress. ValueError where the reducer cannot reduce this layout.
     """
     member = parsed(method)
     if isinstance(member, Reducer):
+        member = member.settled(layout, lambda each, part: resolve(each, part, dtype, ranks, memory))
         member.check_layout(layout)
         compresses = member.level is Level.CHOICE and not member.exact
         return reducers.ErrorFeedback(member) if memory and compresses else member
@@ -170,12 +177,18 @@ def resolve_partitioned(
     """Return the reducer for the tensors of a model: small ones dense, in rank order, unless the method says otherwise.
 
     Small ones have the momentum of the large ones, if any. An exact sum by itself, and any method that holds a
-    partition, is taken literally.
+    partition, is taken literally; a method in a `by_name` as if it stood alone.
     """
     member = parsed(method)
     if isinstance(member, Reducer):
         alone = member.exact and not member.inner
         if alone or any(each.by_unit for each in walk(member)):
+
+            def one(each: Codec | Reducer, part: Layout) -> Reducer:
+                return resolve_partitioned(each, part, dtype, ranks, min_size, min_ndim)
+
+            member = member.settled(layout, one)
+            member.check_layout(layout)
             return member
     small, large = _small(member), reducers.Dense()
     sieve = reducers.Partition(small=small, large=large, min_size=min_size, min_ndim=min_ndim)

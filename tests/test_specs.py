@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
+import pickle
 import sys
 import textwrap
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
@@ -16,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpicomp.errors import SpecError
-from mpicomp.specs import MAX_DEPTH, Spec, parse
+from mpicomp.specs import MAX_DEPTH, Frozen, Spec, parse
 
 
 class Member(Protocol):
@@ -109,7 +112,16 @@ class ByName(Spec):
     rules: tuple[tuple[str, Member], ...]
 
 
-MEMBERS = (TopK, Uniform, Sign, Cast, Dense, Gather, TwoStage, ErrorFeedback, After, Partition, Warmup, ByName)
+@dataclass(frozen=True)
+class Rules(Spec):
+    spec_name: ClassVar[str] = "rules"
+    rules: Mapping[str, Member]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rules", Frozen(self.rules))
+
+
+MEMBERS = (TopK, Uniform, Sign, Cast, Dense, Gather, TwoStage, ErrorFeedback, After, Partition, Warmup, ByName, Rules)
 REGISTRY: dict[str, type[Any]] = {cls.spec_name: cls for cls in MEMBERS}
 ALIASES = {"fp16": "cast(dtype=fp16)", "bf16": "cast(dtype=bf16)"}
 
@@ -139,6 +151,7 @@ PRINTED = {
     "warmup((0.25, 0.0625), dense)": Warmup((0.25, 0.0625), Dense()),
     "warmup((0.25,), dense, sign)": Warmup((0.25,), Dense(), Sign()),
     "by_name((('*.bias', dense), ('*', gather(sign))))": ByName((("*.bias", Dense()), ("*", Gather(Sign())))),
+    "rules({'*.bias': dense, '*': gather(sign)})": Rules({"*.bias": Dense(), "*": Gather(Sign())}),
 }
 
 
@@ -161,6 +174,7 @@ def test_printed_form(text: str) -> None:
         ("warmup([0.25, 0.5], dense)", "warmup((0.25, 0.5), dense)"),
         ("cast(dtype=sign)", "cast(dtype=sign)"),
         ("gather(\n    topk(density=0.5)\n)", "gather(topk(density=0.5))"),
+        ("rules(rules={'a\\'': ' gather(bf16)', \"b\": sign})", "rules({\"a'\": gather(cast(dtype=bf16)), 'b': sign})"),
     ],
 )
 def test_further_forms_are_read(text: str, printed: str) -> None:
@@ -171,6 +185,17 @@ def test_numpy_scalars_and_ints_print_as_the_field_takes_them() -> None:
     assert str(TopK(np.float64(0.1))) == "topk(density=0.1)"
     assert str(TopK(1)) == "topk(density=1.0)"
     assert str(Uniform(np.int64(3))) == "uniform(bits=3)"
+
+
+def test_a_dict_in_a_member_is_a_value() -> None:
+    """Copies are equal and have one hash; the order of its items counts, as it does where rules are tried in turn."""
+    member = Rules({"a": Dense(), "b": Sign()})
+    for copied in (copy.deepcopy(member), pickle.loads(pickle.dumps(member)), Rules(dict(member.rules))):
+        assert copied == member
+        assert hash(copied) == hash(member)
+    assert Rules({"b": Sign(), "a": Dense()}) != member
+    with pytest.raises(TypeError):
+        member.rules["c"] = Sign()  # type: ignore[index]
 
 
 codecs = st.one_of(
@@ -197,6 +222,7 @@ members = st.recursive(
             Warmup, st.lists(st.floats(allow_nan=False), max_size=3).map(tuple), inner, st.one_of(st.none(), inner)
         ),
         st.builds(ByName, st.lists(st.tuples(st.text(), inner), max_size=3).map(tuple)),
+        st.builds(Rules, st.dictionaries(st.text(), inner, max_size=3)),
     ),
     max_leaves=6,
 )
@@ -220,8 +246,8 @@ def test_any_text_is_read_or_refused(text: str) -> None:
 
 
 KNOWN = (
-    "known names: after, bf16, by_name, cast, dense, error_feedback, fp16, gather, partition, sign, topk, two_stage,"
-    " uniform, warmup"
+    "known names: after, bf16, by_name, cast, dense, error_feedback, fp16, gather, partition, rules, sign, topk,"
+    " two_stage, uniform, warmup"
 )
 
 
@@ -297,6 +323,27 @@ KNOWN = (
                         ^""",
         ),
         (
+            "rules({'a': dense, 1: sign})",
+            """
+            the keys of a dict are texts in quotes, such as '*.bias'
+                rules({'a': dense, 1: sign})
+                                   ^""",
+        ),
+        (
+            "rules({'a': dense, 'a': sign})",
+            """
+            'a' is twice in the dict
+                rules({'a': dense, 'a': sign})
+                                   ^""",
+        ),
+        (
+            "rules({'a': 3})",
+            """
+            the values of a dict are methods, such as dense, got 3
+                rules({'a': 3})
+                            ^""",
+        ),
+        (
             "gather(0.01)",
             """
             codec must be a codec or reducer, got 0.01
@@ -343,7 +390,7 @@ KNOWN = (
         (
             "topk(density=1/100)",
             f"""
-            a spec holds numbers, strings, True, False, None, tuples and known names, nothing else
+            a spec holds numbers, strings, True, False, None, tuples, dicts and known names, nothing else
                 topk(density=1/100)
                              ^
             {KNOWN}""",

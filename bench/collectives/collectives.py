@@ -55,6 +55,7 @@ EVERY = (
     "decay(error_feedback(gather(topk(density=0.01))), factor=0.95)",
     "warmup(momentum_correction(error_feedback(gather(topk(density=0.001)))), steps=100)",
     "partition(small=dense, large=error_feedback(low_rank(rank=4)))",
+    "by_name({'*': error_feedback(two_stage(uniform(bits=4)))})",
 )
 """At least a spec per registered reducer and policy."""
 ERROR = (

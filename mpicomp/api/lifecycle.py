@@ -13,6 +13,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from mpicomp.arrays import Array, work_dtype
 from mpicomp.comm.communicator import Comm
 from mpicomp.reducers.base import Reducer
@@ -129,10 +131,13 @@ class BucketReductions:
         self._arena = Arena()  # buckets are reduced one after the other
         self._finished = False  # every bucket of this step was reduced
 
-    def add(self, bucket: Hashable, layout: Layout, dtype: str) -> PersistentReduction:
-        """Make the reduction of a new bucket, which takes over what is remembered of its units."""
+    def add(self, bucket: Hashable, layout: Layout, dtype: str, reducer: Reducer | None = None) -> PersistentReduction:
+        """Make the reduction of a new bucket, which takes over what is remembered of its units.
+
+        `reducer` takes the place of that of the model.
+        """
         self.remove(bucket)
-        made = PersistentReduction.new(self.reducer, layout, dtype, self.seed, self.step, arena=self._arena)
+        made = PersistentReduction.new(reducer or self.reducer, layout, dtype, self.seed, self.step, arena=self._arena)
         names = (unit.name for unit in layout.units)
         made.restore({name: self._saved.pop(name) for name in names if name in self._saved})
         self.buckets[bucket] = made
@@ -167,6 +172,12 @@ class BucketReductions:
         """Reduce one bucket, as `PersistentReduction.reduce` does; `last` says that it ends the step. Collective."""
         self.buckets[bucket].reduce(comm, op, x, out)
         self._finished = last and all(each.pending is not None for each in self.buckets.values())
+
+    def done(self, comm: Comm, bucket: Hashable, finite: bool, last: bool = False) -> None:
+        """Count a bucket without units as reduced, which the caller did by other means; `last` as for `reduce`."""
+        nothing = np.empty(0, work_dtype(self.buckets[bucket].dtype))
+        self.reduce(comm, bucket, "sum", nothing, nothing, last)
+        self.buckets[bucket].poisoned = not finite
 
     def commit(self, all_or_none: bool = False) -> None:
         """Let a complete step count; does nothing after an incomplete one, or once more.

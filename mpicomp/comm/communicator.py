@@ -144,6 +144,11 @@ class Comm:
     def topology(self, topology: Topology) -> None:
         self._topology = topology
 
+    @property
+    def supposed_topology(self) -> Topology:
+        """The topology as far as it is known here, without communication: before its first use a node per rank."""
+        return self._topology or Topology.flat(self.size)
+
     def close(self) -> None:
         """Finish the operations that were begun, end the thread, and free all that MPI has allocated, in that order.
 

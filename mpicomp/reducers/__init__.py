@@ -12,7 +12,7 @@ from mpicomp.reducers.parts.apply import apply
 from mpicomp.reducers.parts.layout import Layout, Unit
 from mpicomp.reducers.parts.state import Reduction, State, Units, rescale
 from mpicomp.reducers.parts.workspace import Workspace
-from mpicomp.reducers.policies import After, Decay, ErrorFeedback, MomentumCorrection, Partition, Warmup
+from mpicomp.reducers.policies import After, ByName, Decay, ErrorFeedback, MomentumCorrection, Partition, Warmup
 from mpicomp.reducers.shared_support import SharedSupport
 from mpicomp.reducers.spectral import Spectral
 from mpicomp.reducers.split import Split
@@ -22,6 +22,7 @@ from mpicomp.reducers.vote import Vote
 
 __all__ = [
     "After",
+    "ByName",
     "Decay",
     "Dense",
     "ErrorFeedback",

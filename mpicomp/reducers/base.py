@@ -40,7 +40,7 @@ class Level(IntEnum):
     """The order in which policies wrap each other: a reducer holds reducers of higher levels only."""
 
     OUTER = 0
-    """after, warmup and partition, which may also hold each other."""
+    """after, warmup, partition and by_name, which may also hold each other."""
     MOMENTUM = 1
     DECAY = 2
     FEEDBACK = 3
@@ -128,6 +128,10 @@ class Reducer(Spec, ABC):
     def uncompressed(self, dense: Reducer) -> Reducer:
         """Return the exact sum, by `dense`, of what this sums: with its momenta and under its masks, on its state."""
         return dense
+
+    def settled(self, layout: Layout, resolve: Callable[[Codec | Reducer, Layout], Reducer]) -> Reducer:
+        """Return this reducer with each method of a `by_name` inside replaced by `resolve` of it and its units."""
+        return self.with_members(lambda inner: inner.settled(layout, resolve))
 
     def with_bound(self, ranks: int, op: str) -> Reducer:
         """Return this reducer with a bound on the result of `op` divided among its own encodings; see `allowance`."""

@@ -29,6 +29,7 @@ from mpicomp.cost import Cost, Work
 from mpicomp.kernels import host_kernels
 from mpicomp.kernels.shared import Code
 from mpicomp.reducers.base import Reducer
+from mpicomp.reducers.parts.clock import encoding
 from mpicomp.reducers.parts.layout import Layout, Piece, shards
 from mpicomp.reducers.parts.messages import Envelope, coding, residuals
 from mpicomp.reducers.parts.pipeline import Steps, TwoStages, shard_groups
@@ -164,6 +165,7 @@ class _Steps(Steps[Envelope]):
     reducer: Integer
     buffers: _Buffers
 
+    @encoding
     def find_tops(self) -> None:
         """Find the largest magnitude of every block on this rank."""
         x, state, buffers = self.x, self.state, self.buffers
@@ -172,15 +174,19 @@ class _Steps(Steps[Envelope]):
             host_kernels(x).block_tops(x[unit.where], old, buffers.tops[buffers.blocks[unit.name]], self.reducer.block)
 
     def encode(self, messages: Sequence[Envelope]) -> Iterator[bool]:
-        x, state, how = self.x, self.state, self.reducer.quantizer
         for message in messages:
-            for piece, (packed,) in zip(message.pieces, message.payloads, strict=True):
-                key = state.key(piece, 0, self.me)
-                base = key.base() if how.random else 0
-                code = Code(how.grid, how.width, how.block, "shared", how.levels, how.random, 1.0, base, key.start)
-                old, new = residuals(state, piece.where)
-                host_kernels(x).encode_blocks(x[piece.where], old, new, self._scales_of(piece), None, packed, code)
+            self._write(message)
             yield True
+
+    @encoding
+    def _write(self, message: Envelope) -> None:
+        x, state, how = self.x, self.state, self.reducer.quantizer
+        for piece, (packed,) in zip(message.pieces, message.payloads, strict=True):
+            key = state.key(piece, 0, self.me)
+            base = key.base() if how.random else 0
+            code = Code(how.grid, how.width, how.block, "shared", how.levels, how.random, 1.0, base, key.start)
+            old, new = residuals(state, piece.where)
+            host_kernels(x).encode_blocks(x[piece.where], old, new, self._scales_of(piece), None, packed, code)
 
     def add(self, share: Envelope, received: dict[int, Envelope]) -> bool:
         for place, (piece, (packed,)) in enumerate(zip(share.pieces, share.payloads, strict=True)):

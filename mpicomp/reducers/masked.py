@@ -22,7 +22,7 @@ from mpicomp.reducers.dense import Dense
 from mpicomp.reducers.parts.layout import Layout, Unit
 from mpicomp.reducers.parts.masks import Masks, digest_of_masks, packed, unpacked
 from mpicomp.reducers.parts.state import State, Units
-from mpicomp.reducers.policies.partition import Partition
+from mpicomp.reducers.policies.branching import Branching
 from mpicomp.reducers.relaid import Relaid
 
 
@@ -144,9 +144,8 @@ def maskable(reducer: Reducer, layout: Layout) -> set[str]:
     """Return the names of the units that a `masked` inside a reducer sums."""
     if isinstance(reducer, Masked):
         return {unit.name for unit in layout.units}
-    if isinstance(reducer, Partition):
-        small = layout.select(lambda unit: not reducer.is_large(unit))
-        return maskable(reducer.small, small) | maskable(reducer.large, layout.select(reducer.is_large))
+    if isinstance(reducer, Branching):
+        return set[str]().union(*(maskable(each.reducer, each.layout) for each in reducer.branches(layout)))
     return set[str]().union(*(maskable(each, layout) for each in reducer.inner))
 
 

@@ -34,6 +34,7 @@ from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
 from mpicomp.kernels import host_kernels
 from mpicomp.reducers.base import Reducer
+from mpicomp.reducers.parts.clock import encoding
 from mpicomp.reducers.parts.factors import magnitude, matrix_shape
 from mpicomp.reducers.parts.layout import Layout, Unit
 from mpicomp.reducers.parts.messages import Envelope
@@ -120,6 +121,7 @@ class Spectral(Reducer):
         fields = [self.fields(piece.unit, state.dtype) for piece in pieces]
         return [Envelope(pieces, fields, work=work) for _ in range(ranks)]
 
+    @encoding
     def _write(self, message: Envelope, x: Array, state: State, rank: int) -> None:
         """Write this rank's atoms, and what travels as it is."""
         for piece, payload in zip(message.pieces, message.payloads, strict=True):

@@ -35,6 +35,7 @@ from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
 from mpicomp.kernels import host_kernels
 from mpicomp.reducers.base import Reducer, check_codec
+from mpicomp.reducers.parts.clock import encoding
 from mpicomp.reducers.parts.entries import Entries, EntryCodec, check_selecting, select_units
 from mpicomp.reducers.parts.layout import Layout
 from mpicomp.reducers.parts.messages import coding, encode, residuals
@@ -268,6 +269,7 @@ class _Step:
         """Zeros from the workspace; the code that writes to them must restore zeros."""
         return self.work.roomy(name, size, lambda room: np.zeros(room, dtype))
 
+    @encoding
     def _encode(self, regions: Sequence[Region], found: Sequence[tuple[Entries, int]], parcel: Parcel) -> None:
         """Write the sums of this rank's regions; the loss goes to its residual."""
         if self.poisoned:

@@ -19,6 +19,7 @@ from mpicomp.comm.topology import Topology
 from mpicomp.cost import Cost, Work
 from mpicomp.kernels import host_kernels
 from mpicomp.reducers.base import Reducer
+from mpicomp.reducers.parts.clock import encoding
 from mpicomp.reducers.parts.layout import Layout, Piece
 from mpicomp.reducers.parts.messages import Envelope, coding
 from mpicomp.reducers.parts.pipeline import Steps, TwoStages, shard_groups
@@ -130,14 +131,16 @@ class _Steps(Steps[Envelope]):
     planes: Array
 
     def encode(self, messages: Sequence[Envelope]) -> Iterator[bool]:
-        kernels = host_kernels(self.x)
-        for message in messages:
-            sound = True
-            for piece, (packed,) in zip(message.pieces, message.payloads, strict=True):
-                part = self.x[piece.where]
-                sound &= not kernels.nonfinite(part)
-                kernels.pack_signs(part.reshape(1, -1), packed.reshape(1, -1))
-            yield sound
+        yield from map(self._write, messages)
+
+    @encoding
+    def _write(self, message: Envelope) -> bool:
+        kernels, sound = host_kernels(self.x), True
+        for piece, (packed,) in zip(message.pieces, message.payloads, strict=True):
+            part = self.x[piece.where]
+            sound &= not kernels.nonfinite(part)
+            kernels.pack_signs(part.reshape(1, -1), packed.reshape(1, -1))
+        return sound
 
     def add(self, share: Envelope, received: dict[int, Envelope]) -> bool:
         for place, (piece, (packed,)) in enumerate(zip(share.pieces, share.payloads, strict=True)):

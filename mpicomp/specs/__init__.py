@@ -13,12 +13,13 @@ member, `after(two_stage(uniform), steps=100)`, and everything else by keyword: 
 
 **What else is read.** Any field by position or keyword, tuples and lists (both become tuples), an int for a float,
 `inf` and `nan` for a float, and a bare name where the field is annotated `str`: `cast(dtype=bf16)`. An alias takes the
-other arguments of what it stands for: `bf16(stochastic=True)`.
+other arguments of what it stands for: `bf16(stochastic=True)`. A dict has texts for keys and members for values, which
+may be specs in quotes: `by_name({'*.bias': dense, '*': 'topk(density=0.01)'})`.
 """
 
 from __future__ import annotations
 
 from mpicomp.specs.parsing import MAX_CHARS, parse
-from mpicomp.specs.printing import MAX_BITS, MAX_DEPTH, Spec
+from mpicomp.specs.printing import MAX_BITS, MAX_DEPTH, Frozen, Spec
 
-__all__ = ["MAX_BITS", "MAX_CHARS", "MAX_DEPTH", "Spec", "parse"]
+__all__ = ["MAX_BITS", "MAX_CHARS", "MAX_DEPTH", "Frozen", "Spec", "parse"]

@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import re
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from mpicomp.errors import SpecError
@@ -80,6 +80,8 @@ class _Parser:
                     return -number if isinstance(sign, ast.USub) else number
             case ast.Tuple(elts=items) | ast.List(elts=items):
                 return tuple(self.value(item, None, depth + 1) for item in items)
+            case ast.Dict(keys=keys, values=items):
+                return self.table(keys, items, depth)
             case ast.Name(id=name):
                 if is_name_field(kinds):
                     return name
@@ -88,8 +90,24 @@ class _Parser:
                 return self.member(name, node, [], [], depth)
             case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
                 return self.member(name, node, args, keywords, depth)
-        what = "a spec holds numbers, strings, True, False, None, tuples and known names, nothing else"
+        what = "a spec holds numbers, strings, True, False, None, tuples, dicts and known names, nothing else"
         self.fail(what, node, self.known())
+
+    def table(self, keys: Sequence[ast.expr | None], items: Sequence[ast.expr], depth: int) -> dict[str, Any]:
+        """Read a dict of members by text; a member may be a spec in quotes."""
+        found: dict[str, Any] = {}
+        for key, item in zip(keys, items, strict=True):
+            if not isinstance(key, ast.Constant) or not isinstance(key.value, str):
+                self.fail("the keys of a dict are texts in quotes, such as '*.bias'", key or item)
+            if key.value in found:
+                self.fail(f"{key.value!r} is twice in the dict", key)
+            value = self.value(item, None, depth + 1)
+            if isinstance(value, str):
+                value = dataclasses.replace(self, text=value.strip()).parse()
+            if not isinstance(value, Spec):
+                self.fail(f"the values of a dict are methods, such as dense, got {text_of(value, None, 0)}", item)
+            found[key.value] = value
+        return found
 
     def member(self, name: str, node: ast.expr, args: list[ast.expr], keywords: list[ast.keyword], depth: int) -> Any:
         """Build the member `name` from its arguments."""
@@ -145,7 +163,7 @@ class _Parser:
                 self.fail(f"{field} is too large for a float", node, "", error)
         if kind not in kinds:
             words = {"int": "an integer", "float": "a number", "bool": "True or False", "str": "a name", "none": "None"}
-            words |= {"tuple": "a tuple", "member": "a codec or reducer"}
+            words |= {"tuple": "a tuple", "dict": "a dict", "member": "a codec or reducer"}
             wanted = " or ".join(words[each] for each in words if each in kinds)
             given = repr(value) if kind == "str" else text_of(value, kinds, 0)
             self.fail(f"{field} must be {wanted}, got {given}", node)

@@ -7,12 +7,40 @@ import functools
 import keyword
 import types
 import typing
-from typing import Any, ClassVar, Literal, NamedTuple, Union
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, Union
 
 from mpicomp.errors import SpecError
 
 MAX_DEPTH = 50  # members and tuples inside each other, signs before a number
 MAX_BITS = 1100  # of an integer; far more than a float can hold
+
+T = TypeVar("T")
+
+
+class Frozen(Mapping[str, T]):
+    """A dict as a field of a member: it never changes, and its order counts in comparisons."""
+
+    def __init__(self, items: Mapping[str, T]) -> None:
+        self._items = dict(items)
+
+    def __getitem__(self, key: str) -> T:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Frozen) and list(self._items.items()) == list(other._items.items())
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._items.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._items)
 
 
 class Spec:
@@ -46,9 +74,10 @@ class Spec:
 
 
 Kinds = frozenset[str] | None
-"""The kinds of value of a field: some of "int", "float", "bool", "str", "tuple", "none", "member"; None: any."""
+"""The kinds of value of a field, of "int", "float", "bool", "str", "tuple", "dict", "none" and "member"; None: any."""
 
-SIMPLE: dict[Any, str] = {int: "int", float: "float", bool: "bool", str: "str", tuple: "tuple", type(None): "none"}
+SIMPLE: dict[Any, str] = {int: "int", float: "float", bool: "bool", str: "str", type(None): "none"}
+SIMPLE |= {tuple: "tuple", dict: "dict", Mapping: "dict"}
 
 
 class Setting(NamedTuple):
@@ -87,7 +116,7 @@ def _kinds_of(hint: Any) -> Kinds:
     if origin is Literal:
         return frozenset(SIMPLE[type(value)] for value in typing.get_args(hint))
     if origin is not None:
-        return frozenset({"tuple"}) if origin is tuple else None
+        return frozenset({SIMPLE[origin]}) if origin in (tuple, Mapping) else None
     return frozenset({"member"}) if isinstance(hint, type) and hint not in (object, Any) else None
 
 
@@ -98,7 +127,8 @@ def _default_text(field: dataclasses.Field[Any], kinds: Kinds) -> str | None:
 
 
 def _holds_member(value: Any) -> bool:
-    return isinstance(value, Spec) or (isinstance(value, tuple) and any(map(_holds_member, value)))
+    inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple) else ()
+    return isinstance(value, Spec) or any(map(_holds_member, inside))
 
 
 def text_of(value: Any, kinds: Kinds, depth: int) -> str:
@@ -113,6 +143,8 @@ def text_of(value: Any, kinds: Kinds, depth: int) -> str:
     if isinstance(value, tuple):
         items = ", ".join(text_of(item, None, depth + 1) for item in value)
         return f"({items},)" if len(value) == 1 else f"({items})"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{str(key)!r}: {text_of(item, None, depth + 1)}" for key, item in value.items()) + "}"
     if isinstance(value, bool) or value is None:
         return repr(value)
     becomes_float = kinds is not None and "float" in kinds and "int" not in kinds and not isinstance(value, str)

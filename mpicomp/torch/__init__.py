@@ -15,9 +15,11 @@ from mpicomp.torch.hook import Hook, compress, reduce_bucket
 from mpicomp.torch.launch import device, fill_environment
 from mpicomp.torch.optim import DGCSGD
 from mpicomp.torch.sharded import saved_state
+from mpicomp.torch.telemetry import Telemetry, telemetry
 
 __all__ = [
     "compress",
+    "telemetry",
     "allreduce",
     "memory",
     "reset",
@@ -27,6 +29,7 @@ __all__ = [
     "reduce_bucket",
     "saved_state",
     "DGCSGD",
+    "Telemetry",
 ]
 
 fill_environment()

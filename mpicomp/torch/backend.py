@@ -19,6 +19,7 @@ from mpicomp.comm.watch import Traffic
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.torch import exact
 from mpicomp.torch.collective import Collective, collective, confirm_routes, forms, size, sizes
+from mpicomp.torch.compiled import uncompiled
 from mpicomp.torch.exact import Tensor, op_name
 from mpicomp.torch.identity import Identity
 from mpicomp.torch.point import PointToPoint
@@ -257,6 +258,7 @@ class MPIProcessGroup(Identity, Ordered):
 
     # -------------------------------------------------------------------------------------- between two ranks
 
+    @uncompiled
     def send(self, tensors: list[Tensor], peer: int, tag: int = 0) -> dist.Work:
         """Send tensors to one rank; an error here raises on both."""
         self.worker.check_open()
@@ -267,12 +269,14 @@ class MPIProcessGroup(Identity, Ordered):
             raise
         return self.point.send(tensors, peer, tag)
 
+    @uncompiled
     def recv(self, tensors: list[Tensor], peer: int, tag: int = 0) -> dist.Work:
         """Receive tensors from one rank."""
         self.worker.check_open()
         check_local(tensors)
         return self.point.receive(tensors, peer, tag)
 
+    @uncompiled
     def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> dist.Work:
         """Raise ValueError: this library receives from known ranks only."""
         raise ValueError("mpicomp cannot receive from any rank; pass recv(..., src=RANK)")

@@ -20,6 +20,7 @@ from mpicomp.comm import primitives
 from mpicomp.comm.agreement import agree, digest_of, refuse
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.share import padded, unpadded
+from mpicomp.torch.compiled import uncompiled
 from mpicomp.torch.streams import device_of
 from mpicomp.torch.tensors import check_local
 from mpicomp.torch.worker import Work
@@ -56,6 +57,7 @@ def collective(prepare: Prepare) -> Callable[..., Work]:
     """
 
     @functools.wraps(prepare)
+    @uncompiled
     def begin(group: MPIProcessGroup, *args: Any, **kwargs: Any) -> Work:
         group.worker.check_open()
         try:

@@ -10,7 +10,9 @@ backward, a bucket that holds NaN or infinity, and with `scaler` a whole step th
 # No `from __future__ import annotations` here: DDP compares the annotations of the hook with types.
 
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,23 +23,29 @@ from torch.nn.parallel import DistributedDataParallel
 from mpicomp.comm.agreement import agree, confirm, digest_of, mixed, noted, refuse
 from mpicomp.comm.watch import Traffic
 from mpicomp.planner.allowance import divided
-from mpicomp.reducers import Layout, Reducer
+from mpicomp.reducers import Dense, Layout, Reducer
 from mpicomp.reducers.base import check_device, walk
 from mpicomp.registry import Method, describe, resolve_partitioned
 from mpicomp.torch.backend import tensor_group
 from mpicomp.torch.collective import breaking
-from mpicomp.torch.parameters import layout_of, parameters_of, units_of
+from mpicomp.torch.compiled import uncompiled
+from mpicomp.torch.describe import Description, description
+from mpicomp.torch.parameters import SPARSE, Strided, exact_alone, layout_of, parameters_of, units_of
 from mpicomp.torch.persistent import Persistent
 from mpicomp.torch.streams import device_of
+from mpicomp.torch.telemetry import Telemetry
 from mpicomp.torch.tensors import NAMES, bits_of, check_local
 from mpicomp.torch.worker import Worker
 
 
 class Bucket(NamedTuple):
-    """A bucket of DDP on which the ranks have agreed: the names of its parameters, and the digest."""
+    """A bucket of DDP on which the ranks have agreed."""
 
     names: tuple[str, ...]
     digest: int
+    strided: Strided
+    exact: str
+    """Why it is summed exactly; empty where a method reduces it."""
 
 
 class Held:
@@ -69,6 +77,9 @@ class Hook(Persistent):
     torch.save and AveragedModel take a compressed model as a whole, for the same rank of as many ranks.
     """
 
+    telemetry: Telemetry | None = None
+    """What `mpicomp.torch.telemetry` has made; a copy has none."""
+
     def __init__(
         self,
         ddp: DistributedDataParallel,
@@ -94,7 +105,7 @@ class Hook(Persistent):
                 raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {type(scaler).__name__}")
             parameters = parameters_of(ddp)
             layout, sizes = layout_of(parameters)
-            common = max(sizes, key=sizes.__getitem__)
+            common = max(sizes, key=sizes.__getitem__, default="float32")
             reducer = divided(resolve(layout, common, ranks), ranks, "mean")
             what = describe(reducer, layout, ", ".join(sizes), "mean", seed, 0)
             check_device(reducer, device_of(parameters.values()) is not None)
@@ -103,7 +114,15 @@ class Hook(Persistent):
             raise
         scaled = "with a scaler" if scaler is not None and scaler.is_enabled() else "without scaler"
         clipped = "" if max_norm is None else f", clipped to {max_norm!r}"
-        group.worker.submit(lambda: agree(group.comm, f"compress, {scaled}{clipped}, {what}")).wait()
+        exactly = exact_alone(parameters)
+
+        def begin() -> None:
+            agree(group.comm, f"compress, {scaled}{clipped}, {what}, exactly {exactly}")
+            _ = group.comm.topology  # the first use is collective, and `describe` is not
+
+        group.worker.submit(begin).wait()
+        if exactly and group.comm.rank == 0:
+            warnings.warn(f"these gradients travel exactly, beside the compressed ones: {exactly}", stacklevel=3)
         super().__init__(ddp, parameters, reducer, seed, scaler)
         self._max_norm = max_norm
         self._begin()
@@ -127,6 +146,10 @@ class Hook(Persistent):
         """Bytes sent and time spent on the process group's communicator, since its creation."""
         return self.comm.traffic
 
+    def describe(self) -> Description:
+        """Return what happens to each parameter: print it, or read each `Fate`. Not collective."""
+        return description(self._parameters, self.reducer, self.comm.supposed_topology, self.comm.rank)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "max_norm": self._max_norm}
 
@@ -139,26 +162,30 @@ class Hook(Persistent):
         self._buckets.clear()
         super()._restore(exported)
 
+    @uncompiled
     def reduce(self, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Begin to replace a bucket by its mean over ranks, in place; DDP waits for the future."""
-        buffer = bucket.buffer()
-        check_local([buffer])
-        index, last = bucket.index(), bucket.is_last()
-        unknown = any(parameter not in self._names for parameter in bucket.parameters())
-        if unknown:
+        buffer, parameters = bucket.buffer(), bucket.parameters()
+        if any(parameter not in self._names for parameter in parameters):
             raise self._refused(ValueError("this hook is of another model: make one with mpicomp.torch.Hook(ddp, ...)"))
-        names = tuple(self._names[parameter] for parameter in bucket.parameters())
+        names = tuple(self._names[parameter] for parameter in parameters)
+        if self._parameters.exact.get(names[0]) != SPARSE:
+            check_local([buffer])
+        index, last = bucket.index(), bucket.is_last()
+        if self.telemetry is not None and index == 0:
+            self.telemetry.drain()
         scale = float(self.scaler.get_scale()) if self.scaler is not None and index == 0 else None
         known = self._buckets.get(index)
         if known is None or known.names != names:
-            layout = Layout(units_of(names, bucket.gradients(), buffer))
             # Waits, so that ranks which disagree raise ConfigMismatchError itself; rare, DDP creates buckets twice.
-            self._group.worker.submit(lambda: self._prepare(index, layout, NAMES[buffer.dtype])).wait()
+            self._group.worker.submit(lambda: self._prepare(index, names, parameters)).wait()
 
         def run() -> torch.Tensor:
             if index == 0:
                 self._commit()
                 self._reductions.begin_step(scale)
+                if self.telemetry is not None:
+                    self.telemetry.forget()
             self._reduce(index, buffer, last)
             return buffer
 
@@ -191,42 +218,67 @@ class Hook(Persistent):
 
     # ------------------------------------------------------------------------- on the communication thread
 
-    def _prepare(self, index: int, layout: Layout, dtype: str) -> None:
+    def _prepare(self, index: int, names: tuple[str, ...], parameters: Sequence[torch.Tensor]) -> None:
         """Agree with all ranks on a bucket that is new or that DDP has changed, and create its reduction."""
+        layout, dtype = Layout(units_of(names, parameters)), NAMES[parameters[0].dtype.to_real()]
+        exact = self._parameters.exact.get(names[0], "")
+        reducer = Dense() if exact else self.reducer
         self._check_place()
         self._commit()
         for other in [other for other in self._buckets if other >= index]:
             del self._buckets[other]
             self._reductions.remove(other)
         reductions = self._reductions
-        what = describe(self.reducer, layout, dtype, "mean", reductions.seed, reductions.step)
-        description = f"bucket {index} of DDP, {what}"
+        what = describe(reducer, layout, dtype, "mean", reductions.seed, reductions.step)
+        description = f"bucket {index} of DDP, {exact}{what}"
         agree(self.comm, description)
-        if index and any(each.joins_units for each in walk(self.reducer)):
+        several = not exact and not all(bucket.exact for bucket in self._buckets.values())
+        if several and any(each.joins_units for each in walk(self.reducer)):
             raise ValueError(
                 f"{self.reducer} chooses among all tensors together, and DDP sends them in several buckets; give "
                 f"DistributedDataParallel a bucket_cap_mb of more than the model's size"
             )
         with breaking(self.comm, description):
-            reductions.add(index, layout, dtype)
-            self._buckets[index] = Bucket(tuple(unit.name for unit in layout.units), digest_of(description))
+            reductions.add(index, Layout(()) if exact == SPARSE else layout, dtype, reducer)
+            self._buckets[index] = Bucket(names, digest_of(description), Strided(() if exact else parameters), exact)
 
     def _reduce(self, index: int, buffer: torch.Tensor, last: bool) -> None:
-        comm, bits, bucket = self.comm, bits_of(buffer), self._buckets[index]
+        comm, bucket = self.comm, self._buckets[index]
         comm.context = f"the bucket of {bucket.names[0]}"
         digest = noted(mixed(bucket.digest, self._reductions.step), self._reductions.agreed(index))
         confirm(comm, digest, lambda: self._described(index))
         with breaking(comm, f"bucket {index} of DDP"):
-            self._reductions.reduce(comm, index, "mean", bits, bits, last)
+            bucket.strided.to_rows(buffer)
+            with self._observed(index, buffer, last):
+                self._sum(index, buffer, last)
+            bucket.strided.to_memory(buffer)
         comm.context = ""
+
+    def _sum(self, index: int, buffer: torch.Tensor, last: bool) -> None:
+        """Replace a bucket, whose gradients lie row by row, by its mean."""
+        if self._buckets[index].exact != SPARSE:
+            bits = bits_of(buffer)
+            self._reductions.reduce(self.comm, index, "mean", bits, bits, last)
+            return
+        self._group.allreduce([buffer]).wait()
+        buffer.div_(self.comm.size)
+        self._reductions.done(self.comm, index, bool(buffer._values().isfinite().all()), last)
+
+    def _observed(self, index: int, buffer: torch.Tensor, last: bool) -> AbstractContextManager[None]:
+        """Return the context in which telemetry sees a bucket."""
+        if self.telemetry is None:
+            return nullcontext()
+        names = self._buckets[index].names
+        return self.telemetry.observed(self.comm, self._reductions.buckets[index], names, buffer, last)
 
     def _described(self, index: int) -> str:
         """Describe a bucket for ranks that disagree on it."""
         reduction = self._reductions.buckets[index]
-        units = ", ".join(f"{unit.name} {unit.shape}" for unit in reduction.state.layout.units)
+        names = self._buckets[index].names
+        units = ", ".join(f"{name} {tuple(self._parameters[name].shape)}" for name in names)
         step = self._reductions.step
         agreed = reduction.agreed
-        return f"{agreed}bucket {index} of DDP at step {step}, {reduction.dtype} by {self.reducer}, of {units}"
+        return f"{agreed}bucket {index} of DDP at step {step}, {reduction.dtype} by {reduction.reducer}, of {units}"
 
 
 def reduce_bucket(state: Hook, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -246,8 +298,13 @@ def compress(
     """Compress the gradients of a DDP model by `method` from now on; the process group must be "mpicomp". Collective.
 
     A bare codec means error feedback over the default reducer. Tensors of fewer than `min_size` elements or
-    `min_ndim` dimensions are summed densely, unless `method` is dense or a partition itself. With `scaler`, steps
-    that it skips leave no trace, and residuals follow the loss scale.
+    `min_ndim` dimensions are summed densely, unless `method` is dense or a partition itself. A dict has a method for
+    each pattern of parameter names, {"embed*": "randomk(density=0.1)", "*.bias": "dense", "*": "topk(density=0.01)"}:
+    the first that matches counts, and it means what it means alone (`by_name`). With `scaler`, steps that it skips
+    leave no trace, and residuals follow the loss scale.
+
+    Complex and sparse gradients travel exactly; a warning on rank 0 names them. `Hook.describe` says what happens to
+    each parameter.
 
     A copy of the model, which has a copy of the hook, has one of the scaler, too: where it is stepped with another one,
     set `Hook.of(copy).scaler`.

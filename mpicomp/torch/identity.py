@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from mpicomp.comm.communicator import Comm
+from mpicomp.torch.compiled import uncompiled
 
 NAME = "mpicomp"
 
@@ -29,18 +30,23 @@ class Identity(_ProcessGroup):
         self._name = self._description = ""
 
     # torch's class does not store names for a Python subclass, and functional collectives need them.
+    @uncompiled
     def setGroupName(self, name: str) -> None:
         self._name = name
 
+    @uncompiled
     def getGroupName(self) -> str:
         return self._name
 
+    @uncompiled
     def setGroupDesc(self, description: str) -> None:
         self._description = description
 
+    @uncompiled
     def getGroupDesc(self) -> str:
         return self._description
 
+    @uncompiled
     def getBackendName(self) -> str:
         return NAME
 
@@ -48,8 +54,10 @@ class Identity(_ProcessGroup):
     def _device_types(self) -> list[torch.device]:  # torch looks for the CPU before it saves asynchronously
         return [torch.device("cpu"), torch.device("cuda")]
 
+    @uncompiled
     def getRank(self) -> int:
         return self.comm.rank
 
+    @uncompiled
     def getSize(self) -> int:
         return self.comm.size

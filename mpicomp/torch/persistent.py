@@ -28,7 +28,7 @@ from mpicomp.reducers.parts.state import Units
 from mpicomp.torch.backend import MPIProcessGroup, tensor_group
 from mpicomp.torch.checkpoint import Form, Kind, Owner, State, form_of, fresh_units, read, written
 from mpicomp.torch.collective import breaking
-from mpicomp.torch.parameters import layout_of, mask_of, plain_name
+from mpicomp.torch.parameters import Parameters, layout_of, mask_of, plain_name
 
 ATTACH = "mpicomp"  # the key among a model's forward hooks
 
@@ -42,7 +42,7 @@ class Persistent:
     def __init__(
         self,
         ddp: DistributedDataParallel,
-        parameters: dict[str, torch.nn.Parameter],
+        parameters: Parameters,
         reducer: Reducer,
         seed: int,
         scaler: torch.amp.GradScaler | None,
@@ -208,7 +208,7 @@ class Persistent:
         ConfigMismatchError on all ranks where masks differ, ValueError for masks that fit no parameter or a method
         without `masked`; the other ranks then raise ConfigMismatchError. Nothing is changed then.
         """
-        shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
+        shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.compressed.items()}
         comm, reductions, layout = self.comm, self._reductions, Layout.of(shapes)
         try:
             if not isinstance(masks, Mapping | None):
@@ -228,4 +228,4 @@ class Persistent:
             return new
 
         new = self._group.worker.submit(run).result()
-        return {name: torch.from_numpy(mask.copy()).view(shapes[name]) for name, mask in new.items()}
+        return {name: torch.from_numpy(mask.copy()).reshape(shapes[name]) for name, mask in new.items()}

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from mpicomp.comm.background import Background, Failure, Request
 from mpicomp.comm.communicator import Comm
 from mpicomp.errors import CommunicatorError, ConfigMismatchError
+from mpicomp.torch.compiled import uncompiled
 from mpicomp.torch.streams import Side, device_of, on
 
 
@@ -36,6 +37,7 @@ class Work(dist.Work):
         self.watched = False
         self.completion: torch.futures.Future[Any] = torch.futures.Future(devices=[side.device] if side else None)
 
+    @uncompiled
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Return when the collective is complete; its time limit is the communicator's.
 
@@ -44,6 +46,7 @@ class Work(dist.Work):
         self.result()
         return True
 
+    @uncompiled
     def get_future(self) -> torch.futures.Future[Any]:
         """Return a future of the tensors; waiting for it raises the error, if there was one."""
         self.watched = True
@@ -51,18 +54,22 @@ class Work(dist.Work):
             self.request.failure.deferred = True
         return self.completion.then(self._value)
 
+    @uncompiled
     def is_completed(self) -> bool:
         """Whether the collective is complete."""
         return self.request.is_complete()
 
+    @uncompiled
     def is_success(self) -> bool:
         """Whether the collective is complete without an error."""
         return self.request.is_complete() and self.request.failure is None
 
+    @uncompiled
     def exception(self) -> BaseException | None:
         """Return the error, or None."""
         return self.request.failure.error if self.request.failure is not None else None
 
+    @uncompiled
     def result(self) -> Any:
         """Return the tensors."""
         outcome = self.request.wait()

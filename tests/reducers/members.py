@@ -91,6 +91,8 @@ COMPOSED = [
     "partition(small=momentum_correction(dense(algorithm=two_shot), masking=False), "
     "large=warmup(error_feedback(tree(topk(density=0.1))), densities=(0.3,), steps=3), min_size=30)",
     "masked(dense(algorithm=two_shot))",
+    "by_name({'*bias': dense(algorithm=two_shot), 'm*': error_feedback(two_stage(uniform(bits=4, block=32))), "
+    "'c*': dense(algorithm=two_shot), '*': error_feedback(gather(topk(density=0.1)))})",
 ]
 MEMBERS = COMPRESSING + DENSE + COMPOSED
 REPRESENTATIVES = [

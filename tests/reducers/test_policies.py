@@ -14,7 +14,7 @@ from mpicomp.arrays import Array
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.comm.transport import Request
-from mpicomp.reducers import After, Dense, ErrorFeedback, Gather, Partition, SharedSupport, TwoStage
+from mpicomp.reducers import After, ByName, Dense, ErrorFeedback, Gather, Partition, SharedSupport, TwoStage
 from mpicomp.reducers.base import rebuild, walk
 from mpicomp.reducers.parts.layout import Layout, Unit
 from mpicomp.reducers.parts.state import StatePart
@@ -65,6 +65,33 @@ def test_a_partition_is_its_branches_side_by_side(small: str, large: str) -> Non
         for unit in part.units:
             assert whole.totals[..., unit.where].tobytes() == alone.totals[..., unit.where].tobytes()
             assert whole.residuals[..., unit.where].tobytes() == alone.residuals[..., unit.where].tobytes()
+
+
+def test_by_name_is_its_rules_side_by_side() -> None:
+    """And one rule among many changes no bit of a unit, not even where the others' sums are under way."""
+    x = inputs(3, 5, LAYOUT.size, "float32")
+    rules = {"one": "dense", "conv": INNER[3], "[mp]*": INNER[0], "*matrix": INNER[1], "*": "dense(algorithm=two_shot)"}
+    units = {"one": {"one"}, "conv": {"conv"}, "[mp]*": {"matrix", "prime"}, "*matrix": {"empty matrix"}}
+    units["*"] = {unit.name for unit in LAYOUT.units}.difference(*units.values())
+    reducer = ByName({pattern: member(spec) for pattern, spec in rules.items()})
+    team = Team(3)
+    whole = run(team, reducer, LAYOUT, x)
+    check_law(whole)
+    check_bytes(team, reducer, LAYOUT, "float32", 5)
+    for pattern, spec in rules.items():
+        part = LAYOUT.select(lambda unit, pattern=pattern: unit.name in units[pattern])
+        assert [unit.name for unit in reducer.part(LAYOUT, pattern).units] == [unit.name for unit in part.units]
+        alone = run(Team(3), member(spec), part, x[..., : part.extent])
+        for unit in part.units:
+            assert whole.totals[..., unit.where].tobytes() == alone.totals[..., unit.where].tobytes()
+            assert whole.residuals[..., unit.where].tobytes() == alone.residuals[..., unit.where].tobytes()
+
+
+def test_a_bare_codec_in_by_name_reduces_nothing_by_itself() -> None:
+    bare = ByName({"*": parse("sign")})
+    assert not bare.exact
+    with pytest.raises(TypeError, match=r"by_name takes a reducer, got the codec sign; write by_name\(gather"):
+        bare.init(LAYOUT, "float32")
 
 
 def test_what_is_large_leaves_while_what_is_small_is_under_way() -> None:
@@ -378,6 +405,10 @@ def test_codecs_and_reducers_are_not_mixed_up(spec: str) -> None:
         (f"warmup(warmup({EF}, densities=(0.3,), steps=2), densities=(0.5,), steps=2)", "warmup stands in itself"),
         (f"warmup(after(warmup({EF}, densities=(0.3,), steps=2), steps=1), densities=(0.5,), steps=2)", "in itself"),
         ("warmup(error_feedback(gather(threshold(at=0.1))), steps=2)", "has none"),
+        ("by_name({})", "rules are a dict of methods by pattern"),
+        ("by_name({'': dense})", r"rules have patterns of names, such as '\*\.bias', got ''"),
+        ("by_name({'*': dense, '*.bias': dense})", r"nothing reaches '\*\.bias' behind '\*'; write '\*' last"),
+        ("error_feedback(by_name({'*': gather(sign)}))", r"write by_name\({'\*': error_feedback\(gather\(sign\)\)}\)"),
     ],
 )
 def test_bad_settings_are_refused(spec: str, words: str) -> None:

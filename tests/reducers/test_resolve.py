@@ -12,7 +12,7 @@ from mpicomp.comm.agreement import float_mode
 from mpicomp.errors import SpecError
 from mpicomp.kernels import cpu
 from mpicomp.reducers import Layout
-from mpicomp.reducers.policies import After
+from mpicomp.reducers.policies import After, ByName
 from mpicomp.registry import REDUCERS, _arithmetic, describe, parse, resolve, resolve_partitioned
 
 BIG = Layout.single((300, 100))
@@ -93,6 +93,29 @@ def test_small_tensors_of_a_model_are_dense(spec: str, expected: str) -> None:
     assert resolve_partitioned(spec, MODEL, "float32", 4) == parse(expected)
 
 
+@pytest.mark.parametrize(
+    "method", ["topk(density=0.1)", "two_stage(sign)", "dense", "after(two_stage(sign), steps=9)", LITERAL[2]]
+)
+def test_a_method_in_by_name_means_what_it_means_alone(method: str) -> None:
+    for resolver in (resolve, resolve_partitioned):
+        alone = resolver(method, MODEL, "float32", 4)
+        for named in ({"*": method}, {"*": parse(method)}, f"by_name({{'*': {method}}})", ByName({"*": alone})):
+            assert resolver(named, MODEL, "float32", 4) == ByName({"*": alone})
+    inside = resolve(After(ByName({"*": parse("sign")}), steps=3), MODEL, "float32", 4)
+    assert inside == After(ByName({"*": resolve("sign", MODEL, "float32", 4)}), steps=3)
+
+
+def test_the_units_of_a_rule_decide_what_its_codec_gets() -> None:
+    """No unit is counted for a rule behind the one that it goes by."""
+    layout = layout_of({"embed.weight": (1_000_000,), "line.weight": (60, 20), "line.bias": (20,)})
+    resolved = resolve({"embed*": "sign", "*.weight": "sign", "*": "dense"}, layout, "float32", 4)
+    kinds = {pattern: str(method) for pattern, method in cast(ByName, resolved).rules.items()}
+    fed = "error_feedback({}(sign))"
+    assert kinds == {"embed*": fed.format("two_stage"), "*.weight": fed.format("gather"), "*": "dense"}
+    with pytest.raises(ValueError, match=r"no rule for line\.bias, only for 'embed\*', '\*\.weight'; add one, or '\*'"):
+        resolve({"embed*": "sign", "*.weight": "sign"}, layout, "float32", 4)
+
+
 def test_only_large_tensors_count_for_the_choice() -> None:
     layout = layout_of({"bias": (1_000_000,), "weight": (60, 20)})
     resolved = resolve_partitioned("uniform(bits=4)", layout, "float32", 4)
@@ -148,6 +171,7 @@ def test_the_agreement_covers_the_kernels_of_every_reducer(name: str, monkeypatc
         "decay": "decay(error_feedback(integer), factor=0.5)",
         "joined": "joined(tree(topk(density=0.1)))",
         "partition": "partition(small=dense, large=integer)",
+        "by_name": "by_name({'m*': integer, '*': dense})",
         "momentum_correction": "momentum_correction(integer, masking=False)",
         "warmup": "warmup(tree(topk(density=0.1)), densities=(0.5,), steps=3)",
     }
@@ -158,6 +182,7 @@ def test_the_agreement_covers_the_kernels_of_every_reducer(name: str, monkeypatc
         "tree": ["merge", "select_top"],
         "integer": ["block_tops", "encode_blocks", "add_codes", "pack_sums", "decode_sums"],
         "partition": ["block_tops", "add_codes"],
+        "by_name": ["block_tops", "add_codes"],
         "momentum_correction": ["correct", "add_codes"],
         "warmup": ["merge"],
         "auto": ["add_codes", "merge", "add_marked"],

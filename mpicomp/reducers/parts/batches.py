@@ -8,6 +8,7 @@ import numpy as np
 
 from mpicomp.arrays import Array, to_device
 from mpicomp.kernels import gpu
+from mpicomp.reducers.parts.clock import encoding
 from mpicomp.reducers.parts.factors import Factors, Matrix
 from mpicomp.reducers.parts.layout import Layout
 from mpicomp.reducers.parts.state import State
@@ -39,11 +40,13 @@ class Batches(Factors):
         self.where, self.packed, self.lengths = _table(parts)
         self.longest = max((length for *_, length in parts), default=0)
 
+    @encoding
     def project(self, x: Array, old: Array | None, m: Array, warm: Array, p: Array) -> None:
         self._copy(x, old, p, (self.where, self.packed))
         for shape, places, _ in self.batches:
             gpu.project_all(x, old, m, warm, p, shape, places)
 
+    @encoding
     def back_project(self, m: Array, p: Array, q: Array, state: State) -> None:
         bases = to_device(np.array([each.base(state) for each in self.order], np.uint64))
         for shape, places, which in self.batches:

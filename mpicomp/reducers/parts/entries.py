@@ -18,6 +18,7 @@ from mpicomp.codecs import indices
 from mpicomp.codecs.base import Codec, Key
 from mpicomp.codecs.sparse import Selecting, Values, indices_field, padded
 from mpicomp.kernels import host_kernels
+from mpicomp.reducers.parts.clock import encoding
 from mpicomp.reducers.parts.messages import encode, residuals
 from mpicomp.reducers.parts.state import State
 from mpicomp.wire import Field, Payload
@@ -66,6 +67,7 @@ class EntryCodec:
         """The fields of `count` entries of a region of `size` elements."""
         return *Values(self.codec).fields(count, self.dtype), indices_field(size, count)
 
+    @encoding
     def write(
         self, entries: Entries, payload: Payload, size: int, key: Key, residual: Array | None, shrink: float = 1.0
     ) -> None:
@@ -137,6 +139,7 @@ def _slope(codec: Hashable, dtype: str) -> tuple[float, float]:
     return slope, max(sizes)
 
 
+@encoding
 def select_units(codec: Selecting, x: Array, state: State) -> list[Entries] | None:
     """Select from every unit that has elements, of x + residual; None where an input held NaN or infinity.
 

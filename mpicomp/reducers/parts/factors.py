@@ -14,6 +14,7 @@ import numpy as np
 
 from mpicomp.arrays import Array
 from mpicomp.kernels import host_kernels
+from mpicomp.reducers.parts.clock import encoding
 from mpicomp.reducers.parts.layout import Layout, Piece, Unit
 from mpicomp.reducers.parts.state import State
 
@@ -70,6 +71,7 @@ class Factors:
 class PerUnit(Factors):
     """One unit after the other."""
 
+    @encoding
     def project(self, x: Array, old: Array | None, m: Array, warm: Array, p: Array) -> None:
         """Set m = x + old (m is x where old is None), and P = M Q."""
         for whole in self.wholes:
@@ -83,6 +85,7 @@ class PerUnit(Factors):
                 part = _sum_into(m, x, old, slice(start, min(start + step * columns, each.unit.where.stop)))
                 np.matmul(part.reshape(-1, columns), q, out=own[row : row + step])
 
+    @encoding
     def back_project(self, m: Array, p: Array, q: Array, state: State) -> None:
         """Make the columns of P orthonormal, set Q = M^T P, and under feedback the new residual to M - P Q^T."""
         kernels = host_kernels(m)

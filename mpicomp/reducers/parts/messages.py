@@ -16,6 +16,7 @@ from mpicomp.comm.primitives import exchange
 from mpicomp.cost import Work
 from mpicomp.errors import ConfigMismatchError
 from mpicomp.kernels import kernels_for
+from mpicomp.reducers.parts.clock import encoding
 from mpicomp.reducers.parts.layout import Piece
 from mpicomp.reducers.parts.state import Sent, State
 from mpicomp.reducers.parts.workspace import Workspace
@@ -132,6 +133,7 @@ class Message(Envelope):
         self.begin(x, state, stage, rank, packed)
         return self.finish()
 
+    @encoding
     def begin(self, x: Array, state: State, stage: int, rank: int, packed: bool = False) -> None:
         """Begin to `encode`: on a GPU this waits for no kernel, unless the codec must see the input first."""
         self._used, self._written = None, True
@@ -148,6 +150,7 @@ class Message(Envelope):
         if self.device:
             self._copied = fetch(self.buffer, self.host)
 
+    @encoding
     def finish(self) -> bool:
         """End what `begin` began; return whether the input was finite."""
         if self._used is None:

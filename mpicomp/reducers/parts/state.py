@@ -114,7 +114,8 @@ def rescale(state: StatePart, factor: float) -> None:
     """Multiply all residuals and momenta in place, for example when the loss scale changes."""
     for array in (state.residual, state.momentum and state.momentum[0]):
         if array is not None:
-            np.multiply(array, factor, out=array)
+            for unit in state.layout.units:  # what lies between them may never have been touched, and takes no memory
+                np.multiply(array[unit.where], factor, out=array[unit.where])
     for inner in state.inner:
         rescale(inner, factor)
 

@@ -19,6 +19,7 @@ from mpicomp.reducers.policies.warmup import codecs_with_density
 from mpicomp.registry import Method, parsed, resolve
 from mpicomp.torch.checkpoint import State
 from mpicomp.torch.hook import Hook, reduce_bucket
+from mpicomp.torch.parameters import parameters_of
 
 EXCHANGE = "exchange"  # the key of the hook's state
 
@@ -78,6 +79,10 @@ class DGCSGD(torch.optim.Optimizer):
 
         def resolved(layout: Layout, dtype: str, ranks: int) -> Reducer:
             """Refuse bad settings here, where an error reaches all ranks."""
+            for name, why in parameters_of(ddp).exact.items():
+                raise ValueError(
+                    f"the gradient of {name} travels exactly ({why}), so no momentum adds up; use compress instead"
+                )
             self._known.extend((parameter, parameter.requires_grad) for parameter in ddp.parameters())
             groups.extend(_groups(ddp.parameters() if params is None else params, defaults))
             for group in groups:
