@@ -85,7 +85,7 @@ def test_methods_are_those_of_the_registry() -> None:
     assert {each.name for each in found if each.kind in ("reducer", "policy")} == set(REDUCERS)
     assert {each.name: each.summary for each in found if each.kind == "alias"} == ALIASES
     assert {each.name for each in found if each.kind == "policy"} == {
-        *("after", "decay", "error_feedback", "hierarchical", "joined", "masked"),
+        *("after", "by_name", "decay", "error_feedback", "hierarchical", "joined", "masked"),
         *("momentum_correction", "partition", "warmup"),
     }
 

@@ -25,6 +25,7 @@ from mpicomp.comm.communicator import Comm  # noqa: E402
 from mpicomp.comm.topology import Topology  # noqa: E402
 from mpicomp.reducers.base import walk  # noqa: E402
 from mpicomp.reducers.masked import exported_masks  # noqa: E402
+from mpicomp.registry import REDUCERS  # noqa: E402
 from mpicomp.torch.checkpoint import Form, Kind, Owner, form_of, fresh_units, merged, read, written  # noqa: E402
 from mpicomp.torch.sharded import saved_state  # noqa: E402
 
@@ -32,6 +33,8 @@ LAYOUT = layout_of(SHAPES)
 TOPOLOGIES = {2: Topology.flat(2), 3: Topology.flat(3), 4: Topology(((0, 1), (2, 3))), 8: Topology.flat(8)}
 TOPK = "error_feedback(gather(topk(density=0.1)))"
 DGC = "momentum_correction(error_feedback(gather(topk(density=0.1))))"
+BARE = ["vote", "spectral(rank=2)", "gather(randomk(density=0.25))", "hierarchical(gather(sign))"]
+"""Without feedback: nothing but the step and the seed goes on."""
 SHARED_OUT = [
     TOPK,
     DGC,
@@ -122,7 +125,9 @@ def sums(units: list[dict[str, Any]], what: str) -> dict[str, Array]:
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_every_reducer_goes_on_bit_for_bit(ranks: int) -> None:
     """Killed after three steps, in other buckets afterwards: the rest of the steps, and what is left, are the same."""
-    for spec in MEMBERS:
+    specs = [*MEMBERS, *BARE]
+    assert {each.spec_name for spec in specs for each in walk(member(spec))} >= REDUCERS.keys() - {"auto"}
+    for spec in specs:
         team = Team(ranks, topology=TOPOLOGIES[ranks])
 
         def both(comm: Comm, spec: str = spec) -> bool:
@@ -216,6 +221,25 @@ def test_the_loss_goes_on_where_it_was() -> None:
     assert losses[1] < 0.5 * losses[0]
     assert losses[4] < 0.5 * losses[1]
     assert max(losses[3], losses[8]) < 1.5 * losses[4], losses
+
+
+def test_a_state_is_a_copy() -> None:
+    """torch reads checkpoints into it: what is refused then has changed nothing."""
+
+    def residuals(state: dict[str, Any]) -> list[Any]:
+        return [kept["residual"] for kept in state["ranks"]["0"]["units"].values()]
+
+    def run(comm: Comm) -> None:
+        made = Trained(TOPK, comm)
+        made.steps(comm, range(2))
+        for _ in range(2):  # with reductions, and before they are made anew
+            before = made.state()
+            for tensor in residuals(written(made.owner, made.reductions.export(), made.form, made.fresh)):
+                tensor.fill_(9)
+            assert all(map(torch.equal, residuals(before), residuals(made.state())))
+            made.load(before)
+
+    Team(1).run(run)
 
 
 def state_of(spec: str = TOPK, rank: int = 0, ranks: int = 2, step: int = 7) -> dict[str, Any]:

@@ -51,6 +51,7 @@ class ByName(Branching):
 
     @cached_property
     def members(self) -> dict[str, Codec | Reducer]:
+        """See Reducer: the methods of the rules, by pattern."""
         return dict(self.rules)
 
     @property
