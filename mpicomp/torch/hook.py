@@ -30,7 +30,7 @@ from mpicomp.torch.backend import tensor_group
 from mpicomp.torch.collective import breaking
 from mpicomp.torch.compiled import uncompiled
 from mpicomp.torch.describe import Description, description
-from mpicomp.torch.parameters import SPARSE, Strided, exact_alone, layout_of, parameters_of, units_of
+from mpicomp.torch.parameters import Strided, exact_alone, layout_of, parameters_of, units_of
 from mpicomp.torch.persistent import Persistent
 from mpicomp.torch.streams import device_of
 from mpicomp.torch.telemetry import Telemetry
@@ -169,8 +169,7 @@ class Hook(Persistent):
         if any(parameter not in self._names for parameter in parameters):
             raise self._refused(ValueError("this hook is of another model: make one with mpicomp.torch.Hook(ddp, ...)"))
         names = tuple(self._names[parameter] for parameter in parameters)
-        if self._parameters.exact.get(names[0]) != SPARSE:
-            check_local([buffer])
+        check_local([buffer])
         index, last = bucket.index(), bucket.is_last()
         if self.telemetry is not None and index == 0:
             self.telemetry.drain()
@@ -239,7 +238,7 @@ class Hook(Persistent):
                 f"DistributedDataParallel a bucket_cap_mb of more than the model's size"
             )
         with breaking(self.comm, description):
-            reductions.add(index, Layout(()) if exact == SPARSE else layout, dtype, reducer)
+            reductions.add(index, layout, dtype, reducer)
             self._buckets[index] = Bucket(names, digest_of(description), Strided(() if exact else parameters), exact)
 
     def _reduce(self, index: int, buffer: torch.Tensor, last: bool) -> None:
@@ -250,26 +249,16 @@ class Hook(Persistent):
         with breaking(comm, f"bucket {index} of DDP"):
             bucket.strided.to_rows(buffer)
             with self._observed(index, buffer, last):
-                self._sum(index, buffer, last)
+                bits = bits_of(buffer)
+                self._reductions.reduce(comm, index, "mean", bits, bits, last)
             bucket.strided.to_memory(buffer)
         comm.context = ""
-
-    def _sum(self, index: int, buffer: torch.Tensor, last: bool) -> None:
-        """Replace a bucket, whose gradients lie row by row, by its mean."""
-        if self._buckets[index].exact != SPARSE:
-            bits = bits_of(buffer)
-            self._reductions.reduce(self.comm, index, "mean", bits, bits, last)
-            return
-        self._group.allreduce([buffer]).wait()
-        buffer.div_(self.comm.size)
-        self._reductions.done(self.comm, index, bool(buffer._values().isfinite().all()), last)
 
     def _observed(self, index: int, buffer: torch.Tensor, last: bool) -> AbstractContextManager[None]:
         """Return the context in which telemetry sees a bucket."""
         if self.telemetry is None:
             return nullcontext()
-        names = self._buckets[index].names
-        return self.telemetry.observed(self.comm, self._reductions.buckets[index], names, buffer, last)
+        return self.telemetry.observed(self.comm, self._reductions.buckets[index], buffer, last)
 
     def _described(self, index: int) -> str:
         """Describe a bucket for ranks that disagree on it."""
@@ -303,8 +292,8 @@ def compress(
     the first that matches counts, and it means what it means alone (`by_name`). With `scaler`, steps that it skips
     leave no trace, and residuals follow the loss scale.
 
-    Complex and sparse gradients travel exactly; a warning on rank 0 names them. `Hook.describe` says what happens to
-    each parameter.
+    Complex gradients travel exactly; a warning on rank 0 names them. `Hook.describe` says what happens to each
+    parameter.
 
     A copy of the model, which has a copy of the hook, has one of the scaler, too: where it is stepped with another one,
     set `Hook.of(copy).scaler`.

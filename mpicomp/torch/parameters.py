@@ -1,7 +1,6 @@
 """What the hook takes of a DDP model: its parameters, where their gradients lie in a bucket, their masks.
 
-Some gradients travel exactly, beside the compressed ones: complex ones, since optimizers differ in how they see them,
-and sparse ones, which are compressed by their nature.
+Complex gradients travel exactly, beside the compressed ones, since optimizers differ in how they see them.
 
 **Strides.** DDP lays the gradient of a parameter without gaps into the bucket as the parameter lies in memory, and any
 other row by row. A method sees it in its logical order, so that the matrix of a transposed parameter is the one that
@@ -19,7 +18,6 @@ from mpicomp.arrays import Array
 from mpicomp.reducers import Layout, Unit
 from mpicomp.torch.tensors import COMPLEX, NAMES, check_local
 
-SPARSE = "sparse gradient"
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 """What torch.compile and activation checkpointing put into the names of parameters."""
 
@@ -54,28 +52,18 @@ def parameters_of(ddp: DistributedDataParallel) -> Parameters:
     named = ddp.module.named_parameters()
     found = Parameters({plain_name(n): p for n, p in named if p.requires_grad and n not in ignored})
     check_local(found.values())
-    sparse = {id(table) for table in _sparse_tables(ddp.module)}
     found.exact = {}
     for name, parameter in found.items():
         if parameter.dtype not in (*NAMES, *COMPLEX):
             known = ", ".join([*NAMES.values(), *COMPLEX.values()])
             raise TypeError(f"parameter {name} has dtype {parameter.dtype}; only {known} can be summed over ranks")
-        if id(parameter) in sparse:
-            found.exact[name] = SPARSE
-        elif parameter.is_complex():
+        if parameter.is_complex():
             found.exact[name] = COMPLEX[parameter.dtype]
     return found
 
 
-def _sparse_tables(model: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
-    """Yield the parameters that DDP expects sparse gradients of."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag) and module.sparse:
-            yield from module.parameters(recurse=False)
-
-
 def _check_model(ddp: DistributedDataParallel) -> None:
-    """Raise RuntimeError for a model that no hook, or not this one, works with."""
+    """Raise RuntimeError or ValueError for a model that no hook, or not this one, works with."""
     if ddp.mixed_precision is not None:
         raise RuntimeError(
             "DDP's own mixed_precision has a hook of its own, and torch allows one; use torch.autocast with "
@@ -95,6 +83,9 @@ def _check_model(ddp: DistributedDataParallel) -> None:
         )
     if ddp._comm_hooks:
         raise RuntimeError("this DDP model has a communication hook already; torch allows one, and cannot remove it")
+    for name, module in ddp.module.named_modules():
+        if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag) and module.sparse:
+            raise ValueError(f"{name or 'the model'} has sparse gradients; set sparse=False to compress them")
 
 
 def exact_alone(parameters: Parameters) -> str:

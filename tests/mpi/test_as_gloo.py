@@ -12,7 +12,7 @@ pytest.importorskip("torch")
 
 import torch
 import torch.distributed as dist
-from process_group import me, process_group, same_everywhere, size  # noqa: F401 (the fixture is used by all tests)
+from process_group import me, same_everywhere, size
 from torch import nn
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mpicomp.torch
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.usefixtures("process_group")]
 
 WORDS = 30
 LOSSLESS = {"conv*": "gather(topk(density=1.0))", "*bias": "dense(algorithm=two_shot)", "*": "topk(density=1.0)"}

@@ -159,59 +159,21 @@ def test_complex_gradients_travel_exactly_and_the_warning_says_so_once() -> None
     assert plain[0].keys() < found[0].keys()
 
 
-class Words(nn.Module):
-    def __init__(self, sparse: bool) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.table, self.line = nn.Embedding(50, 8, sparse=sparse), nn.Linear(8, 64)
-
-    def forward(self, words: torch.Tensor) -> torch.Tensor:
-        return self.line(self.table(words)).square().sum()
-
-
-@pytest.mark.parametrize("cap", [0.0001, 25])
-def test_sparse_gradients_travel_exactly(cap: float) -> None:
-    """As those of a dense table do, over many buckets and one; the rest has the same bits."""
-    steps = []
-    for sparse in (True, False):
-        ddp = DDP(Words(sparse), bucket_cap_mb=cap)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*travel exactly.*table.weight .sparse gradient.")
-            hook = mpicomp.torch.compress(ddp, {"table*": "dense(algorithm=two_shot)", "*": "topk(density=0.1)"})
-        for step in range(3):
-            ddp.zero_grad()
-            ddp(torch.tensor([me(), 7, 7, step])).backward()
-        assert hook.step == 3
-        steps.append(ddp.module)
-    grad = steps[0].table.weight.grad
-    assert grad.is_sparse
-    torch.testing.assert_close(grad.to_dense(), steps[1].table.weight.grad, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(steps[0].line.weight.grad, steps[1].line.weight.grad, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("what", ["complex", "sparse"])
-def test_a_step_whose_exact_gradients_are_not_finite_is_skipped_with_a_scaler(what: str) -> None:
-    model = mixed() if what == "complex" else Words(sparse=True)
+def test_a_step_whose_exact_gradients_are_not_finite_is_skipped_with_a_scaler() -> None:
+    model = mixed()
     ddp = DDP(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*travel exactly.*")
         hook = mpicomp.torch.compress(ddp, "topk(density=0.05)", scaler=scaler)
-    optimizer = torch.optim.SGD(ddp.parameters(), 0.1)
-    spoiled = model.all["phase"] if what == "complex" else model.table.weight
     for step in range(3):
-        optimizer.zero_grad()
+        ddp.zero_grad()
         handle = None
         if step == 1 and me() == size() - 1:
-            handle = spoiled.register_hook(lambda grad: grad * float("inf"))
-        scaler.scale(ddp(torch.tensor([1, 2]) if what == "sparse" else step)).backward()
+            handle = model.all["phase"].register_hook(lambda grad: grad * float("inf"))
+        scaler.scale(ddp(step)).backward()  # torch's scaler knows no complex gradients, so it does not step
         if handle is not None:
             handle.remove()
-        if what == "complex":  # torch's scaler knows no complex gradients
-            scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = {}
-        else:
-            scaler.step(optimizer)
-            scaler.update()
     assert hook.step == 2
 
 
