@@ -12,7 +12,7 @@ pytest.importorskip("torch")
 
 import torch
 import torch.distributed as dist
-from process_group import me, same_everywhere, size
+from process_group import me, same_everywhere
 from torch import nn
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel as DDP
