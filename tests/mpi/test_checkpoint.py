@@ -21,7 +21,6 @@ import torch.distributed.checkpoint as dcp
 from process_group import (
     equal_states,
     me,
-    process_group,  # noqa: F401 (the fixture is used by all tests)
     same_everywhere,
     size,
     step_of,
@@ -34,7 +33,7 @@ import mpicomp.torch
 from mpicomp.errors import ConfigMismatchError
 from mpicomp.torch import DGCSGD, Hook
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.usefixtures("process_group")]
 TOPK = "topk(density=0.05)"
 METHODS = [
     TOPK,
