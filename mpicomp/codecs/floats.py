@@ -127,13 +127,13 @@ class FP8(SmallFloat):
         _check_format(self.format)
 
     def write_nonfinite(self, x: Array, payload: Payload) -> None:
-        codes, infinity = payload[0], 0x7F if self.format == "e4m3" else 0x7C
+        codes, infinity = payload[0][: x.size], 0x7F if self.format == "e4m3" else 0x7C  # padding may follow
         sign = np.signbit(x).astype(np.uint8) << 7
         for where, code in ((np.isinf(x), infinity), (np.isnan(x), 0x7F)):
             codes[where] = sign[where] | code
 
     def read_nonfinite(self, payload: Payload, out: Array) -> None:
-        codes, infinity = payload[0] & 0x7F, 0x7F if self.format == "e4m3" else 0x7C
+        codes, infinity = payload[0][: out.size] & 0x7F, 0x7F if self.format == "e4m3" else 0x7C
         if codes.max(initial=0) >= infinity:
             out[codes == infinity] = np.copysign(np.inf, out[codes == infinity])
             out[codes > min(infinity, 0x7E)] = np.nan

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mpicomp.codecs.checks import check_integer
+from mpicomp.models.packed import ranged
 
 Pair = int | tuple[int, int]
 
@@ -94,8 +95,8 @@ class FixedPoint(nn.Module):
     def __init__(self, bits: int = 8, low: float = 0.0, high: float = 1.0) -> None:
         super().__init__()
         check_integer("bits", bits, 1, 8)
-        if not (low < high and math.isfinite(high - low)):
-            raise ValueError(f"low must be below high, both finite, got {low} and {high}")
+        if not ranged(low, high):
+            raise ValueError(f"low must be below high, both and 255 / (high - low) in float32, got {low} and {high}")
         self.bits, self.low, self.high = bits, float(low), float(high)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -37,6 +37,12 @@ def unpack(packed: Array, size: int) -> Array:
     return np.unpackbits(packed.view(np.uint8), axis=1, count=size, bitorder="little")
 
 
+def ranged(low: float, high: float) -> bool:
+    """Tell whether inputs in low..high can become integers: float32 holds both, and the factor between, too."""
+    most = float(np.finfo(np.float32).max)
+    return low < high and all(abs(number) <= most for number in (low, high, 255 / (high - low)))
+
+
 def edged(kernel: tuple[int, int], padding: tuple[int, int]) -> bool:
     """Tell whether no place of a convolution lies beyond the edge as a whole."""
     return all(beyond < size for beyond, size in zip(padding, kernel, strict=True))

@@ -17,7 +17,6 @@ All numbers are little-endian:
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Iterator
 from typing import Any
@@ -32,7 +31,7 @@ from mpicomp.comm.communicator import Comm
 from mpicomp.errors import WireFormatError
 from mpicomp.frames import CHECKSUM, checksum
 from mpicomp.models.broadcast import bytes_of_root
-from mpicomp.models.packed import PackedLayer, PackedNetwork, Window, check_chain, edged, words
+from mpicomp.models.packed import PackedLayer, PackedNetwork, Window, check_chain, edged, ranged, words
 
 MAGIC = b"MPICBNN\0"
 VERSION = 1
@@ -107,7 +106,7 @@ def _read(view: memoryview) -> PackedNetwork:
         raise WireFormatError(f"the packed network has version {version}, expected {VERSION}")
     if length != len(view) or checksum(view[:-CHECKSUM]) != view[-CHECKSUM:]:
         raise WireFormatError("the checksum or the length is wrong: the packed network was cut or changed")
-    if not 1 <= count <= MAX_LAYERS or bits > 8 or reserved or not (math.isfinite(high - low) and low < high):
+    if not 1 <= count <= MAX_LAYERS or bits > 8 or reserved or not ranged(low, high):
         raise WireFormatError(f"a packed network of {count} layers and inputs of {bits} bits in {low}..{high} is none")
     at, end, layers = HEAD.size + LAYER.size * count, len(view) - CHECKSUM, list[PackedLayer]()
     if at > end:

@@ -101,8 +101,9 @@ def test_fixed_point_inputs_are_integers() -> None:
             FixedPoint(bits=bits)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="padding must be a number or one for each axis, got 'same'"):
         BinaryConv2d(1, 1, 3, padding="same")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="low must be below high"):
-        FixedPoint(low=1, high=1)
+    for low, high in ((1, 1), (math.nan, 1), (0, math.inf), (-1e300, 1e300), (0, 1e-40)):
+        with pytest.raises(ValueError, match="low must be below high"):
+            FixedPoint(low=low, high=high)
 
 
 def model() -> nn.Sequential:

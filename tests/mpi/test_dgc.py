@@ -205,8 +205,8 @@ def test_gradients_that_are_accumulated_without_synchronisation_are_one_step(vie
     for step in range(4):
         optimizer.zero_grad(set_to_none=not view)
         with ddp.no_sync():
-            loss(ddp, step, me(), 0.25).backward()
-        loss(ddp, step, me(), 0.75).backward()
+            (0.25 * loss(ddp, step, me())).backward()
+        (0.75 * loss(ddp, step, me())).backward()
         optimizer.step()
     assert optimizer.hook.step == 4
     torch.testing.assert_close(flat(ddp.module), one_process(4, momentum=0.9), rtol=1e-4, atol=1e-5)

@@ -390,7 +390,7 @@ def test_a_wrong_order_is_refused_with_the_right_one(wrong: str, right: str) -> 
 
 
 def test_what_it_does_not_take() -> None:
-    with pytest.raises(ValueError, match=r"write hierarchical\(gather\(sign\)\)"):
+    with pytest.raises(ValueError, match=r"write gather\(sign\) in its place"):
         parse("hierarchical(sign)")
     with pytest.raises(ValueError, match="takes one method"):
         parse("hierarchical(auto)")

@@ -10,6 +10,7 @@ import pytest
 from reducers.members import COMPOSED, LAYOUT, MEMBERS, check_bytes, check_law, inputs, member, run
 from team import Team
 
+import mpicomp
 from mpicomp.arrays import Array
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
@@ -40,6 +41,27 @@ def test_after_is_dense_first_and_the_reducer_then(spec: str, steps: int) -> Non
     assert not whole.residuals[:, : min(steps, 6) + 1].any()
     if steps < 6:
         assert whole.residuals[:, steps:].tobytes() == then.residuals.tobytes()
+
+
+@pytest.mark.parametrize(
+    "inner", ["gather(topk(density=0.1))", "masked(two_stage(sign))", "hierarchical(two_stage(topk(density=0.1)))"]
+)
+def test_a_dense_step_that_does_not_count_leaves_no_rounding(inner: str) -> None:
+    """What rounding to a half type drops goes to a residual, also in dense steps: not to that of the state before."""
+    spec = f"after(error_feedback({inner}), steps=3)"
+    x = inputs(2, 5, 143, "float32").astype(np.float16).reshape(2, 5, 13, 11)
+
+    def f(comm: Comm, disturbed: bool) -> list[bytes]:
+        memory, totals = mpicomp.memory(spec, x[0, 0]), []
+        for step, row in enumerate(x[comm.rank]):
+            if disturbed and step:
+                mpicomp.allreduce(comm, row * np.float16(1.3), spec, memory=memory)
+                memory.undo()
+            totals.append(mpicomp.allreduce(comm, row, spec, memory=memory).tobytes())
+        return [*totals, *(kept["residual"].tobytes() for kept in memory.export()["units"].values())]
+
+    team = [Team(2, topology=Topology(((0, 1),))).run(lambda comm, on=on: f(comm, on)) for on in (False, True)]
+    assert team[0] == team[1]
 
 
 def test_after_predicts_the_bytes_of_its_reducer() -> None:

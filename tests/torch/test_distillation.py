@@ -73,12 +73,13 @@ def test_bytes_are_those_of_the_codec() -> None:
     assert Team(3).run(f) == [2 * (1000 + 16)] * 3
 
 
-def test_nan_reaches_the_others_only() -> None:
+@pytest.mark.parametrize("codec", ["uniform(bits=8)", "fp8"])
+def test_nan_reaches_the_others_only(codec: str) -> None:
     def f(comm: Any) -> Any:
         logits = logits_of(comm.rank)
         if comm.rank == 1:
             logits[3, 2] = torch.nan
-        return Codistillation(comm, "uniform(bits=8)").targets(logits)
+        return Codistillation(comm, codec).targets(logits)
 
     found = Team(3).run(f)
     assert [bool(targets.isnan().any()) for targets in found] == [True, False, True]

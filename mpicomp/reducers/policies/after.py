@@ -49,7 +49,7 @@ class After(Wrapper):
         reduction, after = self.first.reduce(comm, x, _unfed(state), out, work.inner("dense"))
         if reduction.poisoned:
             return reduction, state
-        return reduction, replace(_with_momenta(state, after), step=state.step + 1)
+        return reduction, replace(_next(state, after), step=state.step + 1)
 
 
 def _unfed(part: P) -> P:
@@ -57,7 +57,14 @@ def _unfed(part: P) -> P:
     return replace(part, residual=None, spare=None, inner=tuple(map(_unfed, part.inner)))
 
 
-def _with_momenta(part: P, after: StatePart) -> P:
-    """Return a state with the momenta of another one of its form."""
-    inner = tuple(map(_with_momenta, part.inner, after.inner))
-    return replace(part, momentum=after.momentum, inner=inner)
+def _next(part: P, after: StatePart) -> P:
+    """Return the state after a dense step that left `after`: with its momenta, and the old residuals.
+
+    These are copies, to which what rounding drops may be added: the old state stays as it was.
+    """
+    residual, spare = part.residual, part.spare
+    if residual is not None and spare is not None:
+        spare[...] = residual
+        residual, spare = spare, residual
+    inner = tuple(map(_next, part.inner, after.inner))
+    return replace(part, residual=residual, spare=spare, momentum=after.momentum, inner=inner)
