@@ -112,7 +112,7 @@ def test_by_name_is_its_rules_side_by_side() -> None:
 def test_a_bare_codec_in_by_name_reduces_nothing_by_itself() -> None:
     bare = ByName({"*": parse("sign")})
     assert not bare.exact
-    with pytest.raises(TypeError, match=r"by_name takes a reducer, got the codec sign; write by_name\(gather"):
+    with pytest.raises(TypeError, match=r"by_name takes a reducer, got the codec sign; write gather\(sign\) in"):
         bare.init(LAYOUT, "float32")
 
 
