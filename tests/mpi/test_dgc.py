@@ -231,6 +231,18 @@ def test_a_state_that_does_not_fit_changes_nothing() -> None:
     steps(ddp, optimizer, 2, 4)
 
 
+@pytest.mark.parametrize("wrong", [None, 3, "state", [], [None], {"exchange": {}}])
+def test_what_is_no_state_on_one_rank_is_an_error_on_all(wrong: Any) -> None:
+    ddp, optimizer = made()
+    steps(ddp, optimizer, 0, 2)
+    kept, bad = optimizer.state_dict(), me() == size() - 1
+    before = str(kept)
+    with pytest.raises(ValueError if bad else ConfigMismatchError, match="that of another optimizer"):
+        optimizer.load_state_dict(wrong if bad else kept)
+    assert str(optimizer.state_dict()) == before
+    steps(ddp, optimizer, 2, 4)
+
+
 @pytest.mark.parametrize("clip", [None, 0.1])
 def test_a_step_that_gradscaler_skips_leaves_u_and_v(clip: float | None) -> None:
     """Infinity on one rank: all ranks skip, and go on as if the step had not been; a scale is a power of two."""

@@ -160,10 +160,13 @@ class DGCSGD(torch.optim.Optimizer):
         self, state_dict: State | Sequence[State], strict: bool = True
     ) -> list[str]:
         """Go on from a `state_dict` of this rank, or a list with that of every rank; see `Hook.load_state_dict`."""
-        states = [state_dict] if isinstance(state_dict, Mapping) else state_dict
+        several = isinstance(state_dict, Sequence) and not isinstance(state_dict, str)
+        states: list[Any] = list(state_dict) if several else [state_dict]
 
         def check() -> None:
-            if not states or any(not isinstance(each, Mapping) or EXCHANGE not in each for each in states):
+            if not states or any(
+                not isinstance(each, Mapping) or not {EXCHANGE, "param_groups"} <= each.keys() for each in states
+            ):
                 raise ValueError(
                     f"the state has no {EXCHANGE!r}, which a DGCSGD writes: it is that of another optimizer"
                 )
@@ -172,7 +175,7 @@ class DGCSGD(torch.optim.Optimizer):
             if theirs != mine:
                 raise ValueError(f"parameter groups of {mine} parameters here, of {theirs} in the state")
 
-        exchanged = [each.get(EXCHANGE, {}) if isinstance(each, Mapping) else each for each in states]
+        exchanged = [each.get(EXCHANGE, {}) if isinstance(each, Mapping) else {} for each in states]
         left = self.hook._load(exchanged, strict, check)
         super().load_state_dict({name: part for name, part in states[0].items() if name != EXCHANGE})
         return left
