@@ -12,7 +12,20 @@ import functools
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Concatenate, Generic, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast, get_args, get_type_hints
+from typing import (
+    Any,
+    Concatenate,
+    Generic,
+    NamedTuple,
+    ParamSpec,
+    Protocol,
+    TypeAlias,
+    TypeVar,
+    cast,
+    get_args,
+    get_type_hints,
+    runtime_checkable,
+)
 
 from mpicomp.comm.agreement import confirm, digest_of, refuse
 from mpicomp.comm.background import Background, Request
@@ -36,14 +49,16 @@ class Call(NamedTuple, Generic[Result]):
     """Return a digest of the description, where that is known without the text."""
 
 
-class Ordered:
+@runtime_checkable
+class Ordered(Protocol):
     """What keeps the collectives on a communicator in order by a thread of its own, as a process group does."""
 
-    comm: Comm
+    @property
+    def comm(self) -> Comm:
+        """The communicator."""
 
     def in_order(self, call: Callable[[], object]) -> None:
         """Run a call that communicates on `comm` after all that was begun before; return when it is complete."""
-        raise NotImplementedError
 
 
 Prepare: TypeAlias = Callable[Concatenate[Comm, P], Call[Result]]

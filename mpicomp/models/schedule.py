@@ -39,10 +39,9 @@ class PruningSchedule:
     initial: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("start", "end", "every"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < (name == "every"):
-                raise ValueError(f"{name} must be an integer of at least {int(name == 'every')}, got {value!r}")
+        check_integer("start", self.start, 0)
+        check_integer("end", self.end, 0)
+        check_integer("every", self.every, 1)
         if not 0 <= self.initial <= self.final <= 1:
             raise ValueError(f"sparsity grows, 0 <= initial <= final <= 1, got {self.initial!r} to {self.final!r}")
         span = self.end - self.start

@@ -126,7 +126,7 @@ class _Steps(Steps[Message]):
     total: Array
     factor: float
     sent: list[Sent] | None
-    """What this rank sent to the owners, and of its own shard what it shares as part of a sum; None: nobody asks."""
+    """The elements of this rank that its messages hold, and those of its own shard; None if no policy asks for them."""
 
     def encode(self, messages: Sequence[Message]) -> Iterable[bool]:
         for message, sound in zip(messages, encode_all(messages, self.x, self.state, 0, self.me), strict=True):

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mpicomp.api.call import Ordered
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.watch import Traffic
 from mpicomp.reducers.parts.workspace import Workspace
@@ -30,7 +29,7 @@ Row = Sequence[Tensor | None]
 """A tensor per rank, or None for no message."""
 
 
-class MPIProcessGroup(Identity, Ordered):
+class MPIProcessGroup(Identity):
     """A process group whose collectives run in order on one communication thread."""
 
     def __init__(self, make: Callable[[], Comm], at_end: Callable[[Comm], Callable[[], None]] | None = None) -> None:
@@ -59,6 +58,7 @@ class MPIProcessGroup(Identity, Ordered):
             self._at_end = None
 
     def in_order(self, call: Callable[[], object]) -> None:
+        """See `mpicomp.api.call.Ordered`."""
         self.worker.submit(call).wait()
 
     def reset(self) -> None:

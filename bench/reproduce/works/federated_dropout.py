@@ -232,7 +232,7 @@ def digits(session: Session) -> Iterator[Entry]:
     yield entry(
         session,
         "digits",
-        "100 clients on 4 ranks",
+        f"100 clients on {session.ranks} ranks",
         f"{SAID}; all 100 clients in each of {few} rounds",
         hundred,
         "up",

@@ -85,7 +85,7 @@ def _once_more(
         total *= np.float32(1 / shrink)
         if sound:
             rescale(after, 1 / shrink)
-            # What is given and what is owed together may be beyond the range, on one rank alone.
+            # The sum of the input and the residual may overflow, on one rank alone.
             fits = not nonfinite(total, None, state.layout) and _finite(after)
             return (after, True) if _everywhere(comm, fits) else (state, False)
         if not reduction.poisoned:  # finite elements are right, and would be less exact the next time

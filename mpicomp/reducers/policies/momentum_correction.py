@@ -94,7 +94,7 @@ class MomentumCorrection(Wrapper):
             target = None if ahead is None else ahead[where]
             kernels.correct(x[where], old[where], new[where], target, self.momentum)
         corrected = (new if ahead is None else ahead).view()
-        corrected.flags.writeable = False  # the next state's u, which whoever sends it must leave alone
+        corrected.flags.writeable = False  # it is the u of the next state: the reducer inside must not change it
         inner = work.inner("reducer")
         inner.asks = self.masking
         inside = list(walk(self.reducer.running(state)))
