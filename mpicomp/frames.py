@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -81,6 +81,25 @@ def checksum(data: bytes | memoryview) -> bytes:
     return hashlib.blake2b(data, digest_size=CHECKSUM).digest()
 
 
+def opened(view: memoryview, head: struct.Struct, magic: bytes, version: int, length: int, what: str) -> list[Any]:
+    """Return the numbers behind magic and version in the head of bytes that a checksum ends.
+
+    Number `length` of them is that of all bytes, and `what` names these in errors. WireFormatError unless all fits.
+    """
+    if len(view) < head.size + CHECKSUM:
+        raise WireFormatError(f"the {what} has {len(view)} bytes, expected at least {head.size + CHECKSUM}")
+    found, written, *numbers = head.unpack_from(view)
+    if found != magic:
+        raise WireFormatError(f"the bytes are not a {what} of mpicomp: they do not begin with its magic")
+    if written != version:
+        raise WireFormatError(f"the {what} has version {written}, expected {version}")
+    if numbers[length] != len(view):
+        raise WireFormatError(f"the {what} claims {numbers[length]} bytes and has {len(view)}")
+    if checksum(view[:-CHECKSUM]) != view[-CHECKSUM:]:
+        raise WireFormatError(f"the checksum is wrong: the {what} was cut or changed")
+    return numbers
+
+
 def unframe(data: bytes | bytearray | memoryview, codec: Framable, max_size: int = 1 << 32) -> Framed:
     """Read a message from outside the job, which must come from this codec and have at most `max_size` elements.
 
@@ -88,18 +107,8 @@ def unframe(data: bytes | bytearray | memoryview, codec: Framable, max_size: int
     memory that `codec.check` needs.
     """
     view = memoryview(data).cast("B")
-    if len(view) < FRAME.size + CHECKSUM:
-        raise WireFormatError(f"the frame has {len(view)} bytes, expected at least {FRAME.size + CHECKSUM}")
-    magic, version, width, length, size, *rest = FRAME.unpack_from(view)
+    width, _, size, *rest = opened(view, FRAME, MAGIC, VERSION, length=1, what="frame")
     *key, spec_length, count = rest
-    if magic != MAGIC:
-        raise WireFormatError("the bytes are not a frame of mpicomp: they do not begin with its magic")
-    if version != VERSION:
-        raise WireFormatError(f"the frame has version {version}, expected {VERSION}")
-    if length != len(view):
-        raise WireFormatError(f"the frame claims {length} bytes and has {len(view)}")
-    if checksum(view[:-CHECKSUM]) != view[-CHECKSUM:]:
-        raise WireFormatError("the checksum is wrong: the frame was cut or changed")
     dtype = {width: name for name, width in FRAME_DTYPES.items()}.get(width)
     if dtype is None:
         raise WireFormatError(f"the frame has elements of {width} bytes, expected 4 or 8")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from mpicomp.errors import WireFormatError
-from mpicomp.frames import CHECKSUM, checksum
+from mpicomp.frames import CHECKSUM, checksum, opened
 from mpicomp.models import indices
 from mpicomp.models.state import DTYPES, Form
 
@@ -63,17 +63,7 @@ def read(view: memoryview, max_bytes: int) -> tuple[list[Entry], int]:
 
     Takes memory for the directory alone.
     """
-    if len(view) < HEAD.size + CHECKSUM:
-        raise WireFormatError(f"the file has {len(view)} bytes, expected at least {HEAD.size + CHECKSUM}")
-    magic, version, count, length, directory = HEAD.unpack_from(view)
-    if magic != MAGIC:
-        raise WireFormatError("the bytes are not a model of mpicomp: they do not begin with its magic")
-    if version != VERSION:
-        raise WireFormatError(f"the file has version {version}, expected {VERSION}")
-    if length != len(view):
-        raise WireFormatError(f"the file claims {length} bytes and has {len(view)}")
-    if checksum(view[:-CHECKSUM]) != view[-CHECKSUM:]:
-        raise WireFormatError("the checksum is wrong: the file was cut or changed")
+    count, _, directory = opened(view, HEAD, MAGIC, VERSION, length=1, what="model file")
     start, end = HEAD.size + directory, len(view) - CHECKSUM
     if start > end:
         raise WireFormatError(f"the directory has {directory} bytes, and the file {len(view)}")

@@ -29,7 +29,7 @@ from mpicomp.api.call import Call, blocking
 from mpicomp.arrays import Array
 from mpicomp.comm.communicator import Comm
 from mpicomp.errors import WireFormatError
-from mpicomp.frames import CHECKSUM, checksum
+from mpicomp.frames import CHECKSUM, checksum, opened
 from mpicomp.models.broadcast import bytes_of_root
 from mpicomp.models.packed import PackedLayer, PackedNetwork, Window, check_chain, edged, ranged, words
 
@@ -97,15 +97,7 @@ def _described(layer: PackedLayer) -> bytes:
 
 
 def _read(view: memoryview) -> PackedNetwork:
-    if len(view) < HEAD.size + CHECKSUM:
-        raise WireFormatError(f"a packed network has at least {HEAD.size + CHECKSUM} bytes, got {len(view)}")
-    magic, version, count, bits, reserved, low, high, length = HEAD.unpack_from(view)
-    if magic != MAGIC:
-        raise WireFormatError("the bytes are not a packed network: they do not begin with its magic")
-    if version != VERSION:
-        raise WireFormatError(f"the packed network has version {version}, expected {VERSION}")
-    if length != len(view) or checksum(view[:-CHECKSUM]) != view[-CHECKSUM:]:
-        raise WireFormatError("the checksum or the length is wrong: the packed network was cut or changed")
+    count, bits, reserved, low, high, _ = opened(view, HEAD, MAGIC, VERSION, length=5, what="packed network")
     if not 1 <= count <= MAX_LAYERS or bits > 8 or reserved or not ranged(low, high):
         raise WireFormatError(f"a packed network of {count} layers and inputs of {bits} bits in {low}..{high} is none")
     at, end, layers = HEAD.size + LAYER.size * count, len(view) - CHECKSUM, list[PackedLayer]()

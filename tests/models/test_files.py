@@ -313,7 +313,7 @@ def test_every_changed_byte_is_refused():
 
 
 def test_other_bytes():
-    with pytest.raises(WireFormatError, match="the file has 0 bytes"):
+    with pytest.raises(WireFormatError, match="the model file has 0 bytes"):
         decompress_model(b"")
     with pytest.raises(WireFormatError, match="do not begin with its magic"):
         decompress_model(bytes(100))
