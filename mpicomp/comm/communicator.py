@@ -68,6 +68,8 @@ class Comm:
             raise RuntimeError("MPI is finalised: no collective is possible any more")
         if not isinstance(mpi, MPI.Intracomm):
             raise TypeError(f"comm must be an mpi4py.MPI.Intracomm, got {type(mpi).__name__}")
+        if not mpi:
+            raise ValueError("comm is MPI.COMM_NULL on this rank: only the ranks of a communicator make calls on it")
         global _keyval
         if _keyval is not None and isinstance(known := mpi.Get_attr(_keyval), cls) and not known.closed:
             return known

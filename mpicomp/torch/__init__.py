@@ -9,7 +9,19 @@ Importing this under a launcher initialises MPI and tells torch of its ranks.
 """
 
 from mpicomp.torch.backend import reset, traffic
-from mpicomp.torch.calls import allreduce, memory
+from mpicomp.torch.calls import (
+    TensorPlan,
+    allgather,
+    allreduce,
+    broadcast,
+    iallgather,
+    iallreduce,
+    ibroadcast,
+    ireduce_scatter,
+    memory,
+    plan,
+    reduce_scatter,
+)
 from mpicomp.torch.creation import register
 from mpicomp.torch.hook import Hook, compress, reduce_bucket
 from mpicomp.torch.launch import device, fill_environment
@@ -21,6 +33,14 @@ __all__ = [
     "compress",
     "telemetry",
     "allreduce",
+    "allgather",
+    "broadcast",
+    "reduce_scatter",
+    "iallreduce",
+    "iallgather",
+    "ibroadcast",
+    "ireduce_scatter",
+    "plan",
     "memory",
     "reset",
     "traffic",
@@ -30,6 +50,7 @@ __all__ = [
     "saved_state",
     "DGCSGD",
     "Telemetry",
+    "TensorPlan",
 ]
 
 fill_environment()
