@@ -147,9 +147,9 @@ class Comm:
         self._topology = topology
 
     @property
-    def supposed_topology(self) -> Topology:
-        """The topology as far as it is known here, without communication: before its first use a node per rank."""
-        return self._topology or Topology.flat(self.size)
+    def known_topology(self) -> Topology | None:
+        """The topology, without communication: None before its first use."""
+        return self._topology
 
     def close(self) -> None:
         """Finish the operations that were begun, end the thread, and free all that MPI has allocated, in that order.
