@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -17,9 +17,9 @@ from mpicomp.comm.topology import Topology
 from mpicomp.comm.watch import wait
 from mpicomp.cost import Cost, Work
 from mpicomp.reducers.base import Reducer
-from mpicomp.reducers.parts.layout import Layout, Piece, collect, cut_up, even_cuts, spread
+from mpicomp.reducers.parts.layout import Layout, collect, cut_up, even_cuts, spread
 from mpicomp.reducers.parts.pipeline import round_robin
-from mpicomp.reducers.parts.ring import ring_chunks, ring_cost, ring_slots, ring_sum
+from mpicomp.reducers.parts.ring import ring_cost, ring_segments, ring_slots, ring_sum
 from mpicomp.reducers.parts.state import End, Reduction, State, nonfinite
 from mpicomp.reducers.parts.workspace import Workspace
 
@@ -156,11 +156,9 @@ class Dense(Reducer):
         algorithm = self._algorithm(nbytes, topology)
         if algorithm == "mpi":
             return Cost(math.ceil(2 * nbytes * (ranks - 1) / ranks), mpi=(nbytes,))
-        if algorithm == "two_shot":
-            return two_shot_cost(nbytes, itemsize, ranks, me)
-        order, cuts = ring_chunks(layout, ranks)
-        cost = ring_cost(cuts, itemsize, me)
-        return replace(cost, work=(*cost.work, Work("copy", 2 * layout.size))) if order else cost
+        if algorithm == "ring":
+            return ring_cost(*ring_segments(layout, ranks, itemsize), itemsize, me)
+        return two_shot_cost(nbytes, itemsize, ranks, me)
 
     def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
         """See Reducer. With feedback `poisoned` is also set if the total is not finite."""
@@ -172,16 +170,18 @@ class Dense(Reducer):
         layout, itemsize = state.layout, x.itemsize
         nbytes = layout.size * itemsize
         algorithm = self._algorithm(nbytes, comm.topology)
-        ring = algorithm == "ring"
-        order, cuts = work.made("chunks", lambda: ring_chunks(layout, comm.size)) if ring else ([], [])
-        flat, total, direct = self._buffers(x, state, out, work, order, in_place=ring)
+        flat, total, direct = self._buffers(x, state, out, work, in_place=algorithm == "ring")
         arrive, divided, finite = None, False, False
         if algorithm == "mpi":
             allreduce(comm, flat, total)
-        elif ring:
-            slots = work.buffer("slots", ring_slots(cuts, itemsize), state.dtype, host=True)
+        elif algorithm == "ring":
+            segments, small = work.made("segments", lambda: ring_segments(layout, comm.size, itemsize))
+            packed = work.buffer("packed", sum(piece.size for piece in small), state.dtype, host=True)
+            slots = work.buffer("slots", ring_slots(segments), state.dtype, host=True)
             with on_host(flat, total) as (given, summed):
-                finite = ring_sum(comm, given, summed, cuts, slots, work.divisor, str(self))
+                collect(small, given, packed)
+                finite = ring_sum(comm, given, summed, packed, segments, slots, work.divisor, str(self))
+                spread(small, packed, summed)
             divided = comm.size > 1
         else:
             rows = work.buffer("rows", two_shot_rows(nbytes, itemsize, comm.size), state.dtype, host=True)
@@ -195,7 +195,7 @@ class Dense(Reducer):
             if arrive is not None:
                 arrive()
             if not direct:
-                spread(order or layout.whole(), total, out)
+                layout.spread(total, out)
             if state.spare is None:
                 return Reduction(out, divided=divided, finite=finite), state.advanced()
             if not finite and nonfinite(out, None, layout):
@@ -206,26 +206,24 @@ class Dense(Reducer):
         return end
 
     def _buffers(
-        self, x: Array, state: State, out: Array, work: Workspace, order: Sequence[Piece], in_place: bool
+        self, x: Array, state: State, out: Array, work: Workspace, in_place: bool
     ) -> tuple[Array, Array, bool]:
         """Return the array to sum and the array for the sum, (size,) each, and whether that is a part of `out`.
 
-        They hold the pieces of `order` side by side, or the units; with `in_place` both may be one array.
+        With `in_place` both may be one array.
         """
-        layout = state.layout
-        where = None if order else layout.where
+        layout, where = state.layout, state.layout.where
         if (
             where is not None
             and state.residual is None
             and (not np.may_share_memory(x, out) or (x is out and in_place))
         ):
             return x[where], out[where], True
-        pieces = order or layout.whole()
         flat = work.buffer("flat", layout.size, state.dtype)
-        collect(pieces, x, flat)
+        layout.collect(x, flat)
         if state.residual is not None:
             residual = work.buffer("residual", layout.size, state.dtype)
-            collect(pieces, state.residual, residual)
+            layout.collect(state.residual, residual)
             with np.errstate(over="ignore", invalid="ignore"):  # as above
                 flat += residual
         if where is not None:

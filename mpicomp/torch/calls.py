@@ -49,8 +49,11 @@ OUTSIDE = dist.GroupMember.NON_GROUP_MEMBER  # what torch gives to ranks that ar
 
 def _placed(*args: Any, group: Any = None, **kwargs: Any) -> tuple[Place, Arguments]:
     """Return where a call runs, and its other arguments; what was given for it is `group` among them."""
-    first = [kwargs.pop("comm")] if "comm" in kwargs else list(args[:1]) if args and _is_place(args[0]) else []
-    rest = args[1:] if first and args and first[0] is args[0] else args
+    first = []
+    if "comm" in kwargs:
+        first = [kwargs.pop("comm")]
+    elif args and _is_place(args[0]):
+        first, args = [args[0]], args[1:]
     given = first[0] if first else group
     place = _place_of(given)
     if first and group is not None:
@@ -58,7 +61,7 @@ def _placed(*args: Any, group: Any = None, **kwargs: Any) -> tuple[Place, Argume
         comm, line = place
         line.call(partial(refuse, comm, error))
         raise error
-    return place, (rest, {**kwargs, "group": given})
+    return place, (args, {**kwargs, "group": given})
 
 
 def _is_place(x: Any) -> bool:

@@ -11,8 +11,8 @@ from mpicomp.arrays import Array
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.topology import Topology
 from mpicomp.reducers.dense import Dense
-from mpicomp.reducers.parts.layout import Layout, even_cuts
-from mpicomp.reducers.parts.ring import ring_cost, ring_slots, ring_sum
+from mpicomp.reducers.parts.layout import Layout, shards
+from mpicomp.reducers.parts.ring import BLOCK, ring_cost, ring_segments, ring_slots, ring_sum
 
 
 @pytest.fixture(autouse=True, params=[64, 1 << 18])
@@ -29,9 +29,10 @@ def rings(x: Array, divisor: int = 1, in_place: bool = False) -> list[tuple[Arra
         mine = x[comm.rank].copy()
         mine.setflags(write=in_place)  # or the team takes what has been sent
         total = mine if in_place else np.full_like(mine, np.nan)
-        cuts = even_cuts(mine.size, ranks)
-        slots = np.full(ring_slots(cuts, mine.itemsize), np.nan, mine.dtype)
-        finite = ring_sum(comm, mine, total, cuts, slots, divisor, "ring")
+        segments, small = ring_segments(Layout.single(mine.shape), ranks, mine.itemsize)
+        assert not small  # which several units have
+        slots = np.full(ring_slots(segments), np.nan, mine.dtype)
+        finite = ring_sum(comm, mine, total, np.empty(0, mine.dtype), segments, slots, divisor, "ring")
         return total, finite, comm.traffic.counted
 
     return Team(ranks, seed=ranks).run(f)
@@ -40,7 +41,8 @@ def rings(x: Array, divisor: int = 1, in_place: bool = False) -> list[tuple[Arra
 def around(x: Array, divisor: int = 1) -> Array:
     """The sum as it is defined: each chunk from the rank of its number on."""
     total = np.empty_like(x[0])
-    for first, cut in enumerate(even_cuts(x.shape[1], len(x))):
+    pieces = shards(Layout.single(x[0].shape), BLOCK, len(x))
+    for first, cut in [(first, piece.where) for first, chunk in enumerate(pieces) for piece in chunk]:
         share = x[first, cut].copy()
         for distance in range(1, len(x)):
             share += x[(first + distance) % len(x), cut]
@@ -55,7 +57,7 @@ def test_every_rank_has_the_sum_in_the_order_of_the_ring(ranks: int, n: int, in_
     x = inputs(ranks, 1, n, "float32")[:, 0] if n else np.empty((ranks, 0), np.float32)
     for rank, (total, _, sent) in enumerate(rings(x, in_place=in_place)):
         assert total.tobytes() == around(x).tobytes()
-        assert sent == ring_cost(even_cuts(n, ranks), 4, rank).nbytes
+        assert sent == ring_cost(*ring_segments(Layout.single((n,)), ranks, 4), 4, rank).nbytes
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
@@ -94,9 +96,13 @@ def test_the_best_is_the_ring_where_chunks_are_large(ranks: int, mib: float, cho
     assert costs[0] == costs[1]
 
 
+@pytest.mark.parametrize("small", [64, 1 << 15])
 @pytest.mark.parametrize("ranks", [2, 3, 5])
-def test_a_sum_does_not_depend_on_what_travels_with_a_unit(ranks: int) -> None:
+def test_a_sum_does_not_depend_on_what_travels_with_a_unit(
+    ranks: int, small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Large and small units, alone, side by side, and in another order: the same bits, and the bytes that cost says."""
+    monkeypatch.setattr("mpicomp.reducers.parts.ring.SMALL", small)
     sizes = {"a": 3, "b": 1000, "c": 16, "d": 0, "e": 333, "f": 40}
     x = {
         name: inputs(ranks, 1, size, "float32")[:, 0] if size else np.empty((ranks, 0), "f4")
