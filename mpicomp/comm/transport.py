@@ -42,7 +42,7 @@ class Transport(Protocol):
         """Begin to receive (n,) uint8 from a peer."""
 
     def allreduce(self, x: Array, total: Array, op: str) -> Request:
-        """Begin MPI's own allreduce of a numeric array; `op` is one of OPS."""
+        """Begin MPI's own allreduce of a numeric array, in place where `total` is x; `op` is one of OPS."""
 
     def broadcast(self, data: Array, root: int) -> Request:
         """Begin MPI's own broadcast of (n,) uint8, in place."""
@@ -135,6 +135,7 @@ class MPITransport(Transport):
         self.size: int = (source or mpi).Get_size()
         self.ready = source is None
         self._ops = {op: getattr(MPI, op.upper()) for op in OPS}
+        self._in_place: Any = MPI.IN_PLACE
         self._receives: list[Any] = []
         self._others: list[Any] = []
         self._kept = KEPT  # requests, beyond which complete ones are removed
@@ -147,7 +148,8 @@ class MPITransport(Transport):
         return self._keep(self._receives, self.mpi.Irecv(data, source=peer, tag=tag))
 
     def allreduce(self, x: Array, total: Array, op: str) -> Request:
-        return self._keep(self._others, self.mpi.Iallreduce(x, total, self._ops[op]))
+        given = self._in_place if x is total else x
+        return self._keep(self._others, self.mpi.Iallreduce(given, total, self._ops[op]))
 
     def broadcast(self, data: Array, root: int) -> Request:
         return self._keep(self._others, self.mpi.Ibcast(data, root=root))

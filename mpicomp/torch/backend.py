@@ -15,7 +15,6 @@ import torch.distributed as dist
 
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.watch import Traffic
-from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.torch import exact
 from mpicomp.torch.collective import Collective, collective, confirm_routes, forms, size, sizes
 from mpicomp.torch.compiled import uncompiled
@@ -40,7 +39,6 @@ class MPIProcessGroup(Identity):
         self._at_end = None if at_end is None else at_end(comm)
         self.worker = Worker(comm)
         self.point = PointToPoint(point_comm)
-        self._work = Workspace()
 
     def shutdown(self) -> None:
         """Finish collectives under way, end the communication thread and free the communicators; may be called again.
@@ -98,7 +96,7 @@ class MPIProcessGroup(Identity):
     def _allreduce(self, operation: str, tensors: list[Tensor], op: str, keep: bool) -> Collective:
         def call() -> None:
             for tensor in tensors:
-                exact.allreduce(self.comm, tensor, op, self._work, keep)
+                exact.allreduce(self.comm, tensor, op, keep)
 
         return Collective(f"{operation} of {forms(tensors)}", tensors, tensors, call)
 

@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from mpicomp.comm import primitives
 from mpicomp.comm.communicator import Comm
-from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.torch.tensors import bytes_of, flat, on_cpu
 
 Tensor = torch.Tensor
@@ -83,22 +81,23 @@ def _store(tensor: Tensor, elements: Tensor) -> None:
     tensor.detach().copy_(elements.view(tensor.shape))
 
 
-def allreduce(comm: Comm, tensor: Tensor, op: str, work: Workspace, keep: bool = True) -> None:
+def allreduce(comm: Comm, tensor: Tensor, op: str, keep: bool = True) -> None:
     """Reduce a tensor over all ranks, in place if `keep`; otherwise this rank only contributes."""
     elements, mpi_op = _widened(tensor, op)
     if elements.numel() == 0:
         return
+    own = elements.data_ptr() == tensor.data_ptr()
+    if own and not keep:
+        elements = elements.clone()
     shrink = _shrink(tensor, op, comm.size)
     if shrink != 1.0:
         elements *= shrink  # a copy, in float32
-    # Memory that is kept: a new array for every message costs page faults.
-    kept = work.roomy("total", elements.numel() * elements.itemsize, lambda nbytes: np.empty(nbytes, np.uint8))
-    total = torch.from_numpy(kept).view(elements.dtype)
-    primitives.allreduce(comm, elements.numpy(), total.numpy(), "sum" if mpi_op == "avg" else mpi_op)
-    if keep:
-        if op == "avg":
-            total /= comm.size * shrink
-        _store(tensor, total)
+    array = elements.numpy()
+    primitives.allreduce(comm, array, array, "sum" if mpi_op == "avg" else mpi_op)
+    if op == "avg":
+        elements /= comm.size * shrink
+    if keep and not own:
+        _store(tensor, elements)
 
 
 def broadcast(comm: Comm, tensor: Tensor, root: int) -> None:
