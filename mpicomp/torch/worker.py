@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import traceback
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
@@ -26,6 +27,13 @@ from mpicomp.errors import CommunicatorError, ConfigMismatchError
 from mpicomp.torch.compiled import uncompiled
 from mpicomp.torch.streams import Side, device_of, on
 
+RECENT = 256
+"""How many of the last collectives of one number are kept.
+
+`Join` begins one in a forward and hands it to DDP's C++, which holds the C++ half only, and waits for it in the
+backward. Without the Python half that would be torch's own Work, which nothing completes.
+"""
+
 
 class Work(dist.Work):
     """A collective under way. Where it fails and is dropped without a wait, the job ends with its traceback."""
@@ -34,7 +42,7 @@ class Work(dist.Work):
         super().__init__()
         self.worker, self._side = worker, side
         self.request: Request[Any] = Request(thread, self._complete)
-        self.watched = False
+        self.watched = self.single = False
         self.completion: torch.futures.Future[Any] = torch.futures.Future(devices=[side.device] if side else None)
 
     @uncompiled
@@ -52,6 +60,11 @@ class Work(dist.Work):
         self.watched = True
         if self.request.failure is not None:
             self.request.failure.deferred = True
+        if self._side is None and self.request.is_complete():
+            # torch reads the value of a Work that it has waited for: the thread may still be before `_complete`.
+            completed: torch.futures.Future[Any] = torch.futures.Future()
+            completed.set_result(None)
+            return completed.then(self._value)
         return self.completion.then(self._value)
 
     @uncompiled
@@ -79,6 +92,8 @@ class Work(dist.Work):
 
     def _complete(self) -> None:
         """Run the callbacks; on the communication thread."""
+        if self.request.failure is None and self.single:
+            self.worker.recent.append(self)
         if self.request.failure is not None and self.watched:
             self.request.failure.deferred = True
         if self.request.failure is not None or self._side is None:
@@ -108,6 +123,7 @@ class Worker:
         # A ConfigMismatchError is raised by all ranks before data is sent: further collectives are not affected.
         self._thread = Background("mpicomp", recoverable=(ConfigMismatchError,), is_seen=_is_seen)
         self._open = True
+        self.recent: deque[Work] = deque(maxlen=RECENT)
         weakref.finalize(
             self, self._thread.close
         ).atexit = False  # every Work holds this, so no collective is under way then
@@ -124,6 +140,7 @@ class Worker:
         device = device_of(tensors)
         side = None if device is None else Side(device)
         work = Work(self, self._thread, side)
+        work.single = sum(tensor.numel() for tensor in tensors) == 1
         self._thread.enqueue(work.request, call if side is None else partial(side.run, call), after_failure)
         return work
 
@@ -138,6 +155,7 @@ class Worker:
             raise RuntimeError("a callback on a collective cannot destroy the process group that runs it")
         self._open = False
         self._thread.close()
+        self.recent.clear()
 
 
 def _is_seen(failure: Failure) -> bool:
