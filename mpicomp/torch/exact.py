@@ -16,7 +16,7 @@ import torch.distributed as dist
 from mpicomp.comm import primitives
 from mpicomp.comm.communicator import Comm
 from mpicomp.reducers.parts.workspace import Workspace
-from mpicomp.torch.tensors import bytes_of, flat, on_cpu
+from mpicomp.torch.tensors import array_of, bytes_of, flat, on_cpu
 
 Tensor = torch.Tensor
 
@@ -94,7 +94,7 @@ def allreduce(comm: Comm, tensor: Tensor, op: str, work: Workspace, keep: bool =
     # Memory that is kept: a new array for every message costs page faults.
     kept = work.roomy("total", elements.numel() * elements.itemsize, lambda nbytes: np.empty(nbytes, np.uint8))
     total = torch.from_numpy(kept).view(elements.dtype)
-    primitives.allreduce(comm, elements.numpy(), total.numpy(), "sum" if mpi_op == "avg" else mpi_op)
+    primitives.allreduce(comm, array_of(elements), array_of(total), "sum" if mpi_op == "avg" else mpi_op)
     if keep:
         if op == "avg":
             total /= comm.size * shrink

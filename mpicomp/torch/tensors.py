@@ -57,7 +57,15 @@ def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
 
 def bytes_of(tensor: torch.Tensor) -> Array:
     """View a contiguous CPU tensor of any dtype as (nbytes,) uint8."""
-    array: Array = tensor.detach().view(-1).view(torch.uint8).numpy()
+    return array_of(tensor.detach().view(-1).view(torch.uint8))
+
+
+def array_of(elements: torch.Tensor) -> Array:
+    """View a contiguous CPU tensor of a dtype that NumPy has.
+
+    Not by `Tensor.numpy`, after which torch refuses to resize the tensor's memory; batched PowerSGD and FSDP do that.
+    """
+    array: Array = np.from_dlpack(elements)
     return array
 
 
@@ -71,5 +79,4 @@ def bits_of(tensor: torch.Tensor) -> Array:
         elements = torch.view_as_real(elements).view(-1)
     if tensor.is_cuda:
         return borrowed(elements.view(torch.int16)).view(np.uint16) if elements.itemsize == 2 else borrowed(elements)
-    array: Array = elements.view(torch.int16).numpy().view(np.uint16) if elements.itemsize == 2 else elements.numpy()
-    return array
+    return array_of(elements.view(torch.int16)).view(np.uint16) if elements.itemsize == 2 else array_of(elements)
