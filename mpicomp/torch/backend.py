@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from mpicomp.comm.communicator import Comm
+from mpicomp.comm.transport import ANYONE
 from mpicomp.comm.watch import Traffic
 from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.torch import exact
@@ -22,7 +23,6 @@ from mpicomp.torch.compiled import uncompiled
 from mpicomp.torch.exact import Tensor, op_name
 from mpicomp.torch.identity import Identity
 from mpicomp.torch.point import PointToPoint
-from mpicomp.torch.tensors import check_local
 from mpicomp.torch.worker import Work, Worker
 
 Row = Sequence[Tensor | None]
@@ -40,6 +40,7 @@ class MPIProcessGroup(Identity):
         self._at_end = None if at_end is None else at_end(comm)
         self.worker = Worker(comm)
         self.point = PointToPoint(point_comm)
+        comm.meanwhile = point_comm.meanwhile = self.point.progress
         self._work = Workspace()
 
     def shutdown(self) -> None:
@@ -72,7 +73,7 @@ class MPIProcessGroup(Identity):
         old.breaks(RuntimeError("the process group was reset"), "reset")  # others may wait in a call without an error
         old.close()
         made = self._make()
-        made.timeout, made.traffic = old.timeout, old.traffic
+        made.timeout, made.traffic, made.meanwhile = old.timeout, old.traffic, old.meanwhile
         return made
 
     def abort(self) -> None:
@@ -260,26 +261,21 @@ class MPIProcessGroup(Identity):
 
     @uncompiled
     def send(self, tensors: list[Tensor], peer: int, tag: int = 0) -> dist.Work:
-        """Send tensors to one rank; an error here raises on both."""
+        """Send a tensor to one rank; an error here raises on both."""
         self.worker.check_open()
-        try:
-            check_local(tensors)
-        except ValueError as error:
-            self.point.refuse(peer, tag, error)
-            raise
         return self.point.send(tensors, peer, tag)
 
     @uncompiled
     def recv(self, tensors: list[Tensor], peer: int, tag: int = 0) -> dist.Work:
-        """Receive tensors from one rank."""
+        """Receive a tensor from one rank."""
         self.worker.check_open()
-        check_local(tensors)
         return self.point.receive(tensors, peer, tag)
 
     @uncompiled
     def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> dist.Work:
-        """Raise ValueError: this library receives from known ranks only."""
-        raise ValueError("mpicomp cannot receive from any rank; pass recv(..., src=RANK)")
+        """Receive a tensor from the rank whose message comes first; the Work knows which that was."""
+        self.worker.check_open()
+        return self.point.receive(tensors, ANYONE, tag)
 
     # Names that torch used before 2.13, and still does in places.
     _allgather_base = all_gather_single

@@ -290,8 +290,10 @@ def test_wrong_arguments_raise_at_the_call_and_harm_nothing() -> None:
         dist.all_reduce(torch.eye(2).to_sparse())
     with pytest.raises(ValueError, match="on meta"):
         dist.group.WORLD.allreduce([torch.empty(2, device="meta")])
-    with pytest.raises(ValueError, match="src=RANK"):
-        dist.recv(torch.empty(1))
+    with pytest.raises(ValueError, match="on meta"):
+        dist.recv(torch.empty(1, device="meta"))
+    with pytest.raises(ValueError, match="one tensor is sent or received at a time, got 2"):
+        dist.group.WORLD.recv([torch.empty(1)] * 2, me(), 0)
     x = torch.ones(1)
     dist.all_reduce(x)
     assert x.item() == size()
