@@ -26,7 +26,7 @@ _OPS = dict(SUM="sum", AVG="avg", MAX="max", MIN="min", PRODUCT="prod", BAND="ba
 _BOOL_OPS = {"sum": "max", "max": "max", "bor": "max", "prod": "min", "min": "min", "band": "min", "bxor": "bxor"}
 """For each reduction of truth values the reduction of bytes 0 and 1 with the same result."""
 
-_PAIRWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+PAIRWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sum": torch.Tensor.add_,
     "avg": torch.Tensor.add_,
     "prod": torch.Tensor.mul_,
@@ -54,7 +54,7 @@ def op_name(reduce_op: Any, tensors: Sequence[Tensor]) -> str:
     return name
 
 
-def _widened(tensor: Tensor, op: str) -> tuple[Tensor, str]:
+def widened(tensor: Tensor, op: str) -> tuple[Tensor, str]:
     """Return the elements in a dtype that MPI can reduce, and the operation to use."""
     elements = on_cpu(tensor)
     if elements.is_complex():
@@ -76,8 +76,8 @@ def _shrink(tensor: Tensor, op: str, ranks: int) -> float:
     return 0.5 ** (ranks - 1).bit_length() if op == "avg" and tensor.dtype == torch.bfloat16 else 1.0
 
 
-def _store(tensor: Tensor, elements: Tensor) -> None:
-    """Copy reduced elements, in the dtype of `_widened`, into a tensor."""
+def store(tensor: Tensor, elements: Tensor) -> None:
+    """Copy reduced elements, in the dtype of `widened`, into a tensor."""
     if tensor.is_complex():
         elements = torch.view_as_complex(elements.view(-1, 2))
     tensor.detach().copy_(elements.view(tensor.shape))
@@ -85,7 +85,7 @@ def _store(tensor: Tensor, elements: Tensor) -> None:
 
 def allreduce(comm: Comm, tensor: Tensor, op: str, work: Workspace, keep: bool = True) -> None:
     """Reduce a tensor over all ranks, in place if `keep`; otherwise this rank only contributes."""
-    elements, mpi_op = _widened(tensor, op)
+    elements, mpi_op = widened(tensor, op)
     if elements.numel() == 0:
         return
     shrink = _shrink(tensor, op, comm.size)
@@ -98,7 +98,7 @@ def allreduce(comm: Comm, tensor: Tensor, op: str, work: Workspace, keep: bool =
     if keep:
         if op == "avg":
             total /= comm.size * shrink
-        _store(tensor, total)
+        store(tensor, total)
 
 
 def broadcast(comm: Comm, tensor: Tensor, root: int) -> None:
@@ -124,16 +124,16 @@ def reduce_scatter(comm: Comm, output: Tensor, inputs: Sequence[Tensor], op: str
     """Reduce inputs[r] over all ranks into rank r's output, adding in rank order."""
     parts = [torch.empty_like(output, device="cpu", memory_format=torch.contiguous_format) for _ in range(comm.size)]
     exchange(comm, inputs, parts, "reduce_scatter")
-    total, pairwise_op = _widened(parts[0], op)
-    pairwise, shrink = _PAIRWISE[pairwise_op], _shrink(output, op, comm.size)
+    total, pairwise_op = widened(parts[0], op)
+    pairwise, shrink = PAIRWISE[pairwise_op], _shrink(output, op, comm.size)
     if shrink != 1.0:
         total *= shrink  # a copy, in float32
     for part in parts[1:]:
-        elements = _widened(part, op)[0]
+        elements = widened(part, op)[0]
         pairwise(total, elements if shrink == 1.0 else elements * shrink)
     if op == "avg":
         total /= comm.size * shrink
-    _store(output, total)
+    store(output, total)
 
 
 def check_parts(parts: Sequence[Any], ranks: int) -> None:

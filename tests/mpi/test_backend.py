@@ -287,7 +287,7 @@ def test_wrong_arguments_raise_at_the_call_and_harm_nothing() -> None:
     with pytest.raises(ValueError, match="same size and dtype"):
         dist.group.WORLD.allgather([[torch.empty(2)] * size()], [torch.empty(1)])
     with pytest.raises(ValueError, match="dense tensors only"):
-        dist.all_reduce(torch.eye(2).to_sparse())
+        dist.broadcast(torch.eye(2).to_sparse(), 0)
     with pytest.raises(ValueError, match="on meta"):
         dist.group.WORLD.allreduce([torch.empty(2, device="meta")])
     with pytest.raises(ValueError, match="on meta"):
