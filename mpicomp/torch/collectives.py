@@ -36,7 +36,7 @@ class Collectives(Identity):
 
     @collective
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> Collective:
-        """Reduce each tensor in place; a sparse one of layout torch.sparse_coo is summed, and coalesced after that."""
+        """Reduce each tensor in place; those of layout torch.sparse_coo are coalesced after that."""
         op = op_name(getattr(opts, "reduceOp", dist.ReduceOp.SUM), tensors)
         if any(tensor.layout != torch.strided for tensor in tensors):
             return self._allreduce_sparse(tensors, op)
@@ -62,7 +62,7 @@ class Collectives(Identity):
 
         def call() -> None:
             for tensor in tensors:
-                sparse.allreduce(self.comm, tensor)
+                sparse.allreduce(self.comm, tensor, op)
 
         description = f"all_reduce({op}) of {forms(tensors)}"
         return Collective(description, tensors, tensors, call, layout=torch.sparse_coo)

@@ -1,4 +1,4 @@
-"""The sum of sparse tensors over ranks, exactly: entries travel as positions and values, as many as each rank has.
+"""Sums and means of sparse tensors over ranks, exactly: entries travel as positions and values, as many as there are.
 
 A rank sends the row-major position of each entry among the sparse dimensions, one integer, and its values. Every rank
 adds what all sent in rank order, so that all have the same bits, and stores it in the tensor, coalesced.
@@ -29,25 +29,25 @@ def check(tensors: Sequence[Tensor], op: str) -> None:
                 f"all_reduce takes dense tensors and sparse ones of layout torch.sparse_coo, got one of layout "
                 f"{tensor.layout}; use .to_sparse_coo() or .to_dense()"
             )
-    if op != "sum":
-        raise ValueError(f"all_reduce of sparse tensors has SUM only, got {op.upper()}; use .to_dense()")
+    if op not in ("sum", "avg"):
+        raise ValueError(f"all_reduce of sparse tensors has SUM and AVG only, got {op.upper()}; use .to_dense()")
 
 
-def allreduce(comm: Comm, tensor: Tensor) -> None:
-    """Sum a COO tensor over all ranks in place; ranks may have any numbers of entries, and one of them repeatedly."""
+def allreduce(comm: Comm, tensor: Tensor, op: str) -> None:
+    """Reduce a COO tensor over all ranks in place; ranks may have any number of entries, and one of them repeatedly."""
     mine = tensor.detach().coalesce()
     shape, rows = mine.shape[: mine.sparse_dim()], mine.shape[mine.sparse_dim() :]
     strides = np.array([math.prod(shape[dim + 1 :]) for dim in range(len(shape))], np.int64)
     keys, parts = _gathered(comm, strides @ mine.indices().cpu().numpy(), mine.values())
     known, where = np.unique(np.concatenate(keys), return_inverse=True)
     values = torch.zeros(known.size, *rows, dtype=mine.dtype)
-    total, op = exact.widened(values, "sum")
+    total, pairwise_op = exact.widened(values, op, comm.size)
     width = math.prod(rows) * (2 if mine.is_complex() else 1)
-    sums = total.view(known.size, width)
+    sums, pairwise = total.view(known.size, width), exact.PAIRWISE[pairwise_op]
     for place, part in zip(np.split(where, np.cumsum([each.size for each in keys])[:-1]), parts, strict=True):
         at = torch.from_numpy(place)  # of entries that differ, as those of one rank do
-        sums[at] = exact.PAIRWISE[op](sums[at], exact.widened(part, "sum")[0].view(place.size, width))
-    exact.store(values, total)
+        sums[at] = pairwise(sums[at], exact.widened(part, op, comm.size)[0].view(place.size, width))
+    exact.store(values, total, op, comm.size)
     indices = torch.from_numpy(known // strides[:, None] % np.array(shape, np.int64)[:, None])
     with torch.no_grad():  # `detach` gives a tensor whose entries are no longer those of the original
         tensor.copy_(torch.sparse_coo_tensor(indices, values, mine.shape, is_coalesced=True, check_invariants=False))

@@ -93,6 +93,15 @@ def test_half_types_are_rounded_once() -> None:
     assert (x.to_dense() == torch.tensor([1.0 + (size() - 1) * eps]).to(torch.bfloat16)).all()
 
 
+def test_means() -> None:
+    """Of entries that some ranks have not, and of sums that exceed the range of the dtype."""
+    for dtype in (torch.float16, torch.bfloat16):
+        most = torch.finfo(dtype).max
+        x = torch.tensor([most, 6.0 if me() == 0 else 0.0], dtype=dtype).to_sparse()
+        dist.all_reduce(x, dist.ReduceOp.AVG)
+        torch.testing.assert_close(x.to_dense(), torch.tensor([most, 6.0 / size()], dtype=dtype))
+
+
 def test_several_at_once_and_a_leaf() -> None:
     x, y = entries(me(), 3, (6,)).requires_grad_(), entries(me() + 9, 4, (3,), (2,))
     dist.group.WORLD.allreduce_coalesced([x, y]).get_future().wait()
@@ -104,7 +113,10 @@ def test_several_at_once_and_a_leaf() -> None:
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
-        (lambda: dist.all_reduce(entries(0, 3, (4,)), dist.ReduceOp.MAX), "sparse tensors has SUM only, got MAX"),
+        (
+            lambda: dist.all_reduce(entries(0, 3, (4,)), dist.ReduceOp.MAX),
+            "SUM and AVG only, got MAX",
+        ),
         (lambda: dist.all_reduce(torch.eye(3).to_sparse_csr()), r"sparse_csr; use \.to_sparse_coo\(\)"),
         (
             lambda: dist.group.WORLD.allreduce_coalesced([torch.ones(3), entries(0, 3, (4,))]),
