@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,7 @@ class Comm:
         self.collective_count = 0  # collectives begun, those of MPI and agreements included; alike on all ranks
         self.left: dict[int, notices.Notice] = {}  # last notices of peers that have ended
         self.answers: dict[int, notices.Notice] = {}  # where peers wait
+        self.meanwhile: Callable[[], object] = lambda: None  # called now and then while this rank waits
         self.parent: Comm = self  # the communicator whose group this is, for notices
         self.background = Background(
             f"mpicomp-{self.rank}", recoverable=(ConfigMismatchError,), check=transport.check_threads

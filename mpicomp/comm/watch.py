@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
 from mpicomp.comm import exits, notices
-from mpicomp.comm.transport import Request
+from mpicomp.comm.transport import ANYONE, Request
 from mpicomp.errors import REPAIR, CommunicatorError
 
 if TYPE_CHECKING:
@@ -60,11 +60,12 @@ class Traffic:
 
 
 def attend(comm: Comm, operation: str, peer: int | None = None) -> None:
-    """Read the notices of peers while this rank waits in an operation; `peer` as for `wait`.
+    """Read the notices of peers while this rank waits in an operation, and see to other work; `peer` as for `wait`.
 
     Raises CommunicatorError where a peer has failed; ends the job where a peer has ended that this rank needs.
     """
     parent = comm.parent
+    parent.meanwhile()
     known = dict(parent.left)
     while (notice := notices.look(parent.transport)) is not None:
         if notice.kind == notices.FAILED:
@@ -79,7 +80,9 @@ def attend(comm: Comm, operation: str, peer: int | None = None) -> None:
             notices.send(parent.transport, notices.HERE, here, number=parent.collective_count, to=[notice.rank])
         elif notice.kind == notices.HERE:
             parent.answers[notice.rank] = notice
-    if peer is not None:  # data sent before its end may still arrive: so only a notice read at an earlier look counts
+    if peer == ANYONE:
+        gone = next(iter(known.values())) if len(known) == parent.size - 1 > 0 else None
+    elif peer is not None:  # data sent before its end may still arrive: so only a notice read at an earlier look counts
         gone = known.get(peer) if comm is parent else None
     else:
         gone = next((notice for _, notice in sorted(known.items()) if notice.number < parent.collective_count), None)
@@ -116,7 +119,7 @@ def give_up(comm: Comm, operation: str, pending: int, waited: float, peer: int |
     parent = comm.parent
     named = []
     silent = []
-    for rank in range(parent.size) if peer is None or comm is not parent else [peer]:
+    for rank in range(parent.size) if peer in (None, ANYONE) or comm is not parent else [peer]:
         answer = parent.answers.get(rank)
         if rank == parent.rank:
             continue
@@ -170,7 +173,7 @@ def wait(comm: Comm, requests: Sequence[Request], operation: str, calm: bool = F
     messages follow those awaited, a later look finds more of them.
 
     Raises CommunicatorError where a peer has failed. Ends the job where a peer has ended that this rank needs: the rank
-    `peer`, or any rank that has not begun this collective.
+    `peer`, all ranks where that is ANYONE, or any rank that has not begun this collective.
     """
     share = CALM_SHARE if calm else SLEEP_SHARE
     now = began = active = time.perf_counter()

@@ -21,12 +21,12 @@ COMPLEX = {torch.complex64: "complex64", torch.complex128: "complex128"}
 """Dtypes that plain calls also take, as pairs of real numbers."""
 
 
-def check_local(tensors: Iterable[torch.Tensor]) -> None:
-    """Raise ValueError for tensors that are sparse, or neither on the CPU nor on a CUDA device."""
+def check_local(tensors: Iterable[torch.Tensor], layout: torch.layout = torch.strided) -> None:
+    """Raise ValueError for tensors of another layout, or neither on the CPU nor on a CUDA device."""
     for tensor in tensors:
         if tensor.device.type not in ("cpu", "cuda"):
             raise ValueError(f"mpicomp moves tensors of the CPU and of CUDA only, got one on {tensor.device}")
-        if tensor.layout != torch.strided:
+        if tensor.layout != layout:
             raise ValueError(f"mpicomp moves dense tensors only, got one of layout {tensor.layout}; use .to_dense()")
 
 

@@ -158,6 +158,21 @@ class Worker:
         self.recent.clear()
 
 
+class Held:
+    """A bucket that waits until all of its step are there: how it is reduced, and what DDP waits for."""
+
+    def __init__(self, run: Callable[[], torch.Tensor], buffer: torch.Tensor) -> None:
+        self.run, self.buffer = run, buffer
+        self._begun: torch.futures.Future[torch.Tensor]
+        self._end: torch.futures.Future[None] = torch.futures.Future()
+        self.future: torch.futures.Future[torch.Tensor] = self._end.then(lambda _: self._begun.value())
+
+    def begin(self, worker: Worker) -> None:
+        """Reduce it; `future` ends with its result or error."""
+        self._begun = worker.submit(self.run, [self.buffer]).get_future()
+        self._begun.add_done_callback(lambda _: self._end.set_result(None))
+
+
 def _is_seen(failure: Failure) -> bool:
     """Whether the user has seen a failure, or a backward that raises it has ended."""
     in_backward = torch._C._current_graph_task_id() != -1

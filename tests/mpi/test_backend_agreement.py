@@ -120,7 +120,11 @@ def test_uneven_shares_that_fit() -> None:
 
 
 REFUSED: dict[str, tuple[str, Callable[[], object], Callable[[], object]]] = {
-    "sparse": ("dense tensors only", lambda: dist.all_reduce(full(2, 2).to_sparse()), lambda: dist.all_reduce(full(4))),
+    "sparse": (
+        "dense tensors only",
+        lambda: dist.broadcast(full(2, 2).to_sparse(), 0),
+        lambda: dist.broadcast(full(4), 0),
+    ),
     "meta": (
         "on meta",
         lambda: dist.group.WORLD.allreduce([torch.empty(2, device="meta")]).wait(),
