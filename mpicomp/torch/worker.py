@@ -26,6 +26,7 @@ from mpicomp.comm.communicator import Comm
 from mpicomp.errors import CommunicatorError, ConfigMismatchError
 from mpicomp.torch.compiled import uncompiled
 from mpicomp.torch.streams import Side, device_of, on
+from mpicomp.torch.typed import tensors_after, wanted
 
 RECENT = 256
 """How many of the last collectives of one number are kept.
@@ -38,11 +39,13 @@ backward. Without the Python half that would be torch's own Work, which nothing 
 class Work(dist.Work):
     """A collective under way. Where it fails and is dropped without a wait, the job ends with its traceback."""
 
-    def __init__(self, worker: Worker, thread: Background, side: Side | None = None) -> None:
+    def __init__(
+        self, worker: Worker, thread: Background, tensors: Sequence[torch.Tensor] = (), side: Side | None = None
+    ) -> None:
         super().__init__()
-        self.worker, self._side = worker, side
+        self.worker, self._tensors, self._side = worker, tensors, side
         self.request: Request[Any] = Request(thread, self._complete)
-        self.watched = self.single = False
+        self.watched = False
         self.completion: torch.futures.Future[Any] = torch.futures.Future(devices=[side.device] if side else None)
 
     @uncompiled
@@ -64,8 +67,10 @@ class Work(dist.Work):
             # torch reads the value of a Work that it has waited for: the thread may still be before `_complete`.
             completed: torch.futures.Future[Any] = torch.futures.Future()
             completed.set_result(None)
-            return completed.then(self._value)
-        return self.completion.then(self._value)
+            future = completed.then(self._value)
+        else:
+            future = self.completion.then(self._value)
+        return tensors_after(future, self._tensors) if wanted(self._tensors) else future
 
     @uncompiled
     def is_completed(self) -> bool:
@@ -92,7 +97,7 @@ class Work(dist.Work):
 
     def _complete(self) -> None:
         """Run the callbacks; on the communication thread."""
-        if self.request.failure is None and self.single:
+        if self.request.failure is None and sum(tensor.numel() for tensor in self._tensors) == 1:
             self.worker.recent.append(self)
         if self.request.failure is not None and self.watched:
             self.request.failure.deferred = True
@@ -139,8 +144,7 @@ class Worker:
         self.check_open()
         device = device_of(tensors)
         side = None if device is None else Side(device)
-        work = Work(self, self._thread, side)
-        work.single = sum(tensor.numel() for tensor in tensors) == 1
+        work = Work(self, self._thread, tensors, side)
         self._thread.enqueue(work.request, call if side is None else partial(side.run, call), after_failure)
         return work
 
