@@ -13,7 +13,6 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
-import torch.distributed as dist
 from process_group import me, same_everywhere
 from torch import nn
 from torch.distributed.algorithms.join import Join
@@ -127,13 +126,6 @@ def train(
                 optimizer.zero_grad()
     state = [p.detach() for p in ddp.parameters()] + [b for b in ddp.buffers() if b.is_floating_point()]
     return torch.cat([each.reshape(-1) for each in state])
-
-
-@pytest.fixture(scope="module")
-def gloo() -> Any:
-    group = dist.new_group(backend="gloo")
-    yield group
-    dist.destroy_process_group(group)
 
 
 def recomputing() -> nn.Module:
