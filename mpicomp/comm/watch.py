@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mpicomp.comm.communicator import Comm
 
 STOPPED = 1.0  # seconds; a rank whose look is later than this was stopped itself, which is no time of waiting
+PAST = 160  # characters of the last operation of a rank that does not answer
 ANSWER = 1.5  # seconds within which a waiting peer answers
 REST = 1e-3  # seconds between two looks for answers
 LOOK = 0.1  # seconds between two looks for notices
@@ -129,7 +130,8 @@ def give_up(comm: Comm, operation: str, pending: int, waited: float, peer: int |
             named.append(f"rank {rank} waits {answer.text}")
     if silent:
         verb = "does" if len(silent) == 1 else "do"
-        named.insert(0, f"{notices.name_ranks(silent)} {verb} not answer: stopped, busy elsewhere or gone")
+        last = f" (last seen in {parent.past[:PAST]})" if parent.past else ""
+        named.insert(0, f"{notices.name_ranks(silent)} {verb} not answer: stopped, busy elsewhere or gone{last}")
     _end(
         comm,
         f"rank {parent.rank} of {parent.size} waited {waited:.0f} s {_place(comm, operation)}, {pending} messages "

@@ -72,12 +72,11 @@ def collective(prepare: Prepare) -> Callable[..., Work]:
 
         def run() -> Any:
             comm = group.comm
-            comm.context = prepared.description
-            agree(comm, prepared.description)
-            prepared.check()
-            with breaking(comm, prepared.description):
-                prepared.call()
-            comm.context = ""
+            with comm.within(prepared.description):
+                agree(comm, prepared.description)
+                prepared.check()
+                with breaking(comm, prepared.description):
+                    prepared.call()
             return prepared.result
 
         return group.worker.submit(run, prepared.tensors)
@@ -147,4 +146,11 @@ def confirm_routes(comm: Comm, operation: str, sent: Sequence[str], received: Se
         for peer, (mine, theirs) in enumerate(zip(received, map(unpadded, announced), strict=True))
         if mine[:TEXT] != theirs
     ]
-    agree(comm, f"{operation} {'; '.join(wrong) or 'expects what the others send'} (as rank {comm.rank})")
+    text = f"{operation} {'; '.join(wrong) or 'expects what the others send'}"
+    if comm.detailed:
+        text += f"; sends {_per_rank(sent)}; expects {_per_rank(received)}"
+    agree(comm, f"{text} (as rank {comm.rank})")
+
+
+def _per_rank(texts: Sequence[str]) -> str:
+    return ", ".join(f"[{rank}] {text or 'nothing'}" for rank, text in enumerate(texts))

@@ -6,7 +6,7 @@ are exact, those of float32 and float64 are MPI's own, and those of half types a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,16 +26,17 @@ _OPS = dict(SUM="sum", AVG="avg", MAX="max", MIN="min", PRODUCT="prod", BAND="ba
 _BOOL_OPS = {"sum": "max", "max": "max", "bor": "max", "prod": "min", "min": "min", "band": "min", "bxor": "bxor"}
 """For each reduction of truth values the reduction of bytes 0 and 1 with the same result."""
 
-PAIRWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "sum": torch.Tensor.add_,
-    "avg": torch.Tensor.add_,
-    "prod": torch.Tensor.mul_,
-    "max": lambda a, b: torch.maximum(a, b, out=a),
-    "min": lambda a, b: torch.minimum(a, b, out=a),
-    "band": torch.Tensor.bitwise_and_,
-    "bor": torch.Tensor.bitwise_or_,
-    "bxor": torch.Tensor.bitwise_xor_,
+PAIRWISE: dict[str, Any] = {
+    "sum": np.add,
+    "avg": np.add,
+    "prod": np.multiply,
+    "max": np.maximum,
+    "min": np.minimum,
+    "band": np.bitwise_and,
+    "bor": np.bitwise_or,
+    "bxor": np.bitwise_xor,
 }
+"""For each reduction NumPy's function of two arrays: torch has not all of them for unsigned integers."""
 
 
 def op_name(reduce_op: Any, tensors: Sequence[Tensor]) -> str:
@@ -58,7 +59,7 @@ def widened(tensor: Tensor, op: str, ranks: int) -> tuple[Tensor, str]:
     """Return the elements in a dtype that MPI can reduce, and the operation to use; `store` takes it back."""
     elements = on_cpu(tensor)
     if elements.is_complex():
-        return torch.view_as_real(elements).view(-1), op
+        elements = torch.view_as_real(elements).view(-1)
     if elements.dtype == torch.bool:
         return elements.view(torch.uint8), _BOOL_OPS[op]
     if elements.is_floating_point() and elements.dtype not in (torch.float32, torch.float64):
@@ -124,8 +125,9 @@ def reduce_scatter(comm: Comm, output: Tensor, inputs: Sequence[Tensor], op: str
     parts = [torch.empty_like(output, device="cpu", memory_format=torch.contiguous_format) for _ in range(comm.size)]
     exchange(comm, inputs, parts, "reduce_scatter")
     total, pairwise_op = widened(parts[0], op, comm.size)
+    sums, pairwise = total.numpy(), PAIRWISE[pairwise_op]
     for part in parts[1:]:
-        PAIRWISE[pairwise_op](total, widened(part, op, comm.size)[0])
+        pairwise(sums, widened(part, op, comm.size)[0].numpy(), out=sums)
     store(output, total, op, comm.size)
 
 

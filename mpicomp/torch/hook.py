@@ -232,16 +232,15 @@ class Hook(Persistent):
 
     def _reduce(self, index: int, buffer: torch.Tensor, last: bool) -> None:
         comm, bucket = self.comm, self._buckets[index]
-        comm.context = f"the bucket of {bucket.names[0]}"
         agreed = self._reductions.agreed(index) + (f"{forms([buffer])}, " if buffer.is_sparse else "")
         digest = noted(mixed(bucket.digest, self._reductions.step), agreed)
-        confirm(comm, digest, lambda: agreed + self._described(index))
-        with breaking(comm, f"bucket {index} of DDP"):
-            bucket.strided.to_rows(buffer)
-            with self._observed(index, buffer, last):
-                self._sum(index, buffer, last)
-            bucket.strided.to_memory(buffer)
-        comm.context = ""
+        with comm.within(f"the bucket of {bucket.names[0]}"):
+            confirm(comm, digest, lambda: agreed + self._described(index))
+            with breaking(comm, f"bucket {index} of DDP"):
+                bucket.strided.to_rows(buffer)
+                with self._observed(index, buffer, last):
+                    self._sum(index, buffer, last)
+                bucket.strided.to_memory(buffer)
 
     def _sum(self, index: int, buffer: torch.Tensor, last: bool) -> None:
         """Replace a bucket, whose gradients lie row by row, by its mean."""

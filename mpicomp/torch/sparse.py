@@ -43,10 +43,10 @@ def allreduce(comm: Comm, tensor: Tensor, op: str) -> None:
     values = torch.zeros(known.size, *rows, dtype=mine.dtype)
     total, pairwise_op = exact.widened(values, op, comm.size)
     width = math.prod(rows) * (2 if mine.is_complex() else 1)
-    sums, pairwise = total.view(known.size, width), exact.PAIRWISE[pairwise_op]
+    sums, pairwise = total.view(known.size, width).numpy(), exact.PAIRWISE[pairwise_op]
     for place, part in zip(np.split(where, np.cumsum([each.size for each in keys])[:-1]), parts, strict=True):
-        at = torch.from_numpy(place)  # of entries that differ, as those of one rank do
-        sums[at] = pairwise(sums[at], exact.widened(part, op, comm.size)[0].view(place.size, width))
+        more = exact.widened(part, op, comm.size)[0].view(place.size, width).numpy()
+        sums[place] = pairwise(sums[place], more)  # entries that differ, as those of one rank do
     exact.store(values, total, op, comm.size)
     indices = torch.from_numpy(known // strides[:, None] % np.array(shape, np.int64)[:, None])
     with torch.no_grad():  # `detach` gives a tensor whose entries are no longer those of the original
