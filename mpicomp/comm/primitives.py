@@ -107,7 +107,7 @@ def begin_send(comm: Comm, data: Array, peer: int, tag: int = 0) -> list[Request
 
 
 def begin_receive(comm: Comm, data: Array, peer: int, tag: int = 0) -> list[Request]:
-    """Begin to receive (n,) uint8 from one rank."""
+    """Begin to receive (n,) uint8 from one rank, or from ANYONE."""
     return [comm.transport.receive(part, peer, tag) for part in _chunks(data)]
 
 

@@ -9,6 +9,7 @@ Importing this under a launcher initialises MPI and tells torch of its ranks.
 """
 
 from mpicomp.torch.backend import reset, traffic
+from mpicomp.torch.barrier import monitored_barrier
 from mpicomp.torch.calls import allreduce, memory
 from mpicomp.torch.creation import register
 from mpicomp.torch.hook import Hook, compress, reduce_bucket
@@ -22,6 +23,7 @@ __all__ = [
     "telemetry",
     "allreduce",
     "memory",
+    "monitored_barrier",
     "reset",
     "traffic",
     "device",
