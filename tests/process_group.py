@@ -25,6 +25,11 @@ def units_of(state: dict[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
     return state["ranks"][str(me())]["units"]
 
 
+def exchange_of(state: dict[str, Any]) -> dict[str, Any]:
+    """What the hook of a DGCSGD remembers, in the optimizer's state."""
+    return state["param_groups"][0]["exchange"]
+
+
 def step_of(state: dict[str, Any]) -> int:
     return int(state["ranks"][str(me())]["step"])
 

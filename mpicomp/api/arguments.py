@@ -62,6 +62,16 @@ class Form:
         _ = self.dtype
 
     @property
+    def in_full(self) -> str:
+        """The form as text, and that the arrays lie on a GPU."""
+        return f"{self}{' on a GPU' if self.device else ''}"
+
+    @cached_property
+    def has_integers(self) -> bool:
+        """Whether some array is of integers."""
+        return any(dtype.startswith(("int", "uint")) for dtype in self.dtypes)
+
+    @property
     def coded(self) -> str:
         """The dtype of all arrays, and for complex ones the one in which their parts are coded."""
         return f"{self.dtype} as {work_dtype(self.dtype)}" if self.dtype in COMPLEX else self.dtype

@@ -27,8 +27,9 @@ from typing import (
     runtime_checkable,
 )
 
+from mpicomp.arrays import Array, bound
 from mpicomp.comm.agreement import confirm, digest_of, refuse
-from mpicomp.comm.background import Background, Request
+from mpicomp.comm.background import Request
 from mpicomp.comm.communicator import Comm
 
 P = ParamSpec("P")
@@ -49,6 +50,30 @@ class Call(NamedTuple, Generic[Result]):
     """Return a digest of the description, where that is known without the text."""
 
 
+class Operation(NamedTuple):
+    """A collective that is settled but for its arrays: where they lie, and whose they are, makes no difference."""
+
+    describe: Callable[[int], str]
+    """See `Call`, as for `digest`."""
+    run: Callable[[list[Array], list[Array] | None], Any]
+    """Communicate, given the inputs, and the outputs or None for new ones; return the result."""
+    digest: Callable[[int], int] | None = None
+
+    def of(self, xs: list[Array], outs: list[Array] | None) -> Call[Any]:
+        """Return the call with these arrays."""
+        return Call(self.describe, bound(partial(self.run, xs, outs), xs[0]), self.digest)
+
+
+class Line(Protocol):
+    """What runs the collectives on a communicator one after the other, as its thread in the background does."""
+
+    def call(self, call: Callable[[], Result]) -> Result:
+        """Run a call and return its result."""
+
+    def submit(self, call: Callable[[], Result]) -> Request[Result]:
+        """Begin a call in the background."""
+
+
 @runtime_checkable
 class Ordered(Protocol):
     """What keeps the collectives on a communicator in order by a thread of its own, as a process group does."""
@@ -65,44 +90,75 @@ Prepare: TypeAlias = Callable[Concatenate[Comm, P], Call[Result]]
 """Checks the arguments of a collective, raises TypeError or ValueError for bad ones, and communicates nothing."""
 
 
+Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional arguments and those with a keyword."""
+
+
+Place: TypeAlias = tuple[Comm, Line]
+"""Where a collective runs: on a communicator, in order with all others on it."""
+
+
+def over_mpi(comm: Any, *args: Any, **kwargs: Any) -> tuple[Place, Arguments]:
+    """Return the place of an mpi4py communicator, the first argument of a collective, and the other arguments."""
+    comm = Comm.of(comm)
+    return (comm, comm.background), (args, kwargs)
+
+
 def blocking(prepare: Prepare[P, Result]) -> Callable[Concatenate[Any, P], Result]:
     """Return the collective that a function `_name` prepares, whose signature and docstring it has."""
-    return _collective(prepare, Background.call, prepare.__name__[1:], "{}", prepare.__doc__)
+    return collective_of(prepare, False, over_mpi)
 
 
 def nonblocking(prepare: Prepare[P, Result]) -> Callable[Concatenate[Any, P], Request[Result]]:
     """Return the collective that begins in the background; what is wrong with this rank's arguments is raised here."""
-    name = prepare.__name__[1:]
-    doc = f"Begin `{name}`; x and `out` must stay untouched until the request is complete. Collective."
-    return _collective(prepare, Background.submit, f"i{name}", "Request[{}]", doc)
+    return collective_of(prepare, True, over_mpi)
 
 
-def _collective(
-    prepare: Prepare[..., Result], submit: Callable[..., Any], name: str, returns: str, doc: str | None
+def collective_of(
+    prepare: Prepare[..., Result], background: bool, placed: Callable[..., tuple[Place, Arguments]]
 ) -> Callable[..., Any]:
-    """Return a function that prepares a call and gives it to `submit`, and that looks as if it were written by hand."""
+    """Return a function that prepares a call and has it run, and that looks as if it were written by hand.
 
-    def collective(comm: Any, *args: Any, **kwargs: Any) -> Any:
-        comm = Comm.of(comm)
-        try:
-            call = prepare(comm, *args, **kwargs)
-        except (TypeError, ValueError) as error:
-            submit(comm.background, partial(refuse, comm, error))
-            raise
-        return submit(comm.background, partial(_run, comm, call))
+    `placed` is given all arguments, and returns those for `prepare` and where the call runs.
+    """
 
+    def collective(*args: Any, **kwargs: Any) -> Any:
+        place, (args, kwargs) = placed(*args, **kwargs)
+        return begin(place, background, prepare, *args, **kwargs)
+
+    return _dressed(collective, prepare, background)
+
+
+def begin(place: Place, background: bool, prepare: Prepare[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Prepare a collective and run it, or begin it in the background; an error of `prepare` is one on all ranks."""
+    comm, line = place
+    submit = line.submit if background else line.call
+    try:
+        call = prepare(comm, *args, **kwargs)
+    except (TypeError, ValueError) as error:
+        submit(partial(refuse, comm, error))
+        raise
+    return submit(partial(_run, comm, call))
+
+
+def _dressed(collective: Callable[..., Any], prepare: Prepare[..., Any], background: bool) -> Callable[..., Any]:
+    """Give a collective the name, signature and docstring that it has by the function `_name` that prepares it."""
+    name = prepare.__name__[1:]
     functools.update_wrapper(collective, prepare)
     signature = inspect.signature(prepare)
-    result = returns.format(signature.return_annotation.removeprefix("Call[").removesuffix("]"))
+    result = signature.return_annotation.removeprefix("Call[").removesuffix("]")
     kind = get_args(get_type_hints(prepare)["return"])[0]
-    if submit is Background.submit:
-        kind = cast(Any, Request)[kind]
+    if background:
+        result, kind = f"Request[{result}]", cast(Any, Request)[kind]
+        collective.__doc__ = (
+            f"Begin `{name}`; x and `out` must stay untouched until the request is complete. Collective."
+        )
+        name = f"i{name}"
     comm, *others = signature.parameters.values()
     shown = signature.replace(parameters=[comm.replace(annotation="Any"), *others], return_annotation=result)
     collective.__dict__["__signature__"] = shown
     collective.__annotations__ = {**prepare.__annotations__, "comm": Any, "return": kind}
     collective.__name__ = collective.__qualname__ = name
-    collective.__doc__ = doc
     return collective
 
 

@@ -11,12 +11,12 @@ from typing import Any
 
 from mpicomp import __version__
 from mpicomp.api.arguments import DENSE, Arrays, Form, bits, checked_arrays, member_of, root_of, targets
-from mpicomp.api.call import Call, blocking, nonblocking
+from mpicomp.api.call import Call, Operation, blocking, nonblocking
 from mpicomp.api.carriers import Flats, carrier, rows
 from mpicomp.arrays import Array
 from mpicomp.codecs.base import Codec
 from mpicomp.comm.communicator import Comm
-from mpicomp.reducers.base import Reducer, check_codec_device
+from mpicomp.reducers.base import check_codec_device
 from mpicomp.reducers.gather import Gather
 from mpicomp.registry import Method, arithmetic
 
@@ -35,10 +35,16 @@ def _allgather(comm: Comm, x: Arrays, codec: Method, out: Arrays | None = None) 
     Raises ConfigMismatchError on all ranks where they disagree, and SpecError, TypeError or ValueError for bad
     arguments; the other ranks then raise ConfigMismatchError.
     """
-    member, xs, form = sources("allgather", x, codec)
+    member = codec_of("allgather", codec)
+    xs, form = sources(x, member)
     outs = targets(out, form.with_axis(comm.size), xs, f"for {comm.size} ranks")
+    return gathering(comm, form, member).of(xs, outs)
+
+
+def gathering(comm: Comm, form: Form, codec: Codec | None) -> Operation:
+    """Return the allgather of arrays of a form."""
     everyone = range(comm.size)
-    return _exchange(comm, "allgather", member, form, xs, outs, everyone, everyone, apart=False)
+    return _exchange(comm, "allgather", codec, form, everyone, everyone, apart=False)
 
 
 def _bcast(comm: Comm, x: Arrays, codec: Method, root: int = 0, out: Arrays | None = None) -> Call[Arrays]:
@@ -47,17 +53,23 @@ def _bcast(comm: Comm, x: Arrays, codec: Method, root: int = 0, out: Arrays | No
     x on other ranks has the same shape and dtype, and values that do not matter; it stays as it was unless it is `out`
     too. All else is as for `allgather`.
     """
-    member, xs, form = sources("bcast", x, codec)
-    root = root_of(comm, root)
+    member = codec_of("bcast", codec)
+    xs, form = sources(x, member)
     outs = targets(out, form, xs, "as x is", over=True)
+    return broadcasting(comm, form, member, root).of(xs, outs)
 
-    def run() -> Any:
+
+def broadcasting(comm: Comm, form: Form, codec: Codec | None, root: int) -> Operation:
+    """Return the bcast of arrays of a form; ValueError where the root is no rank."""
+    root = root_of(comm, root)
+
+    def run(xs: list[Array], outs: list[Array] | None) -> Any:
         results = form.rooms(xs, outs)
         flats, written = [bits(x) for x in xs], [bits(result) for result in results]
-        carrier(comm, member, form).broadcast(comm, flats, written, root)
+        carrier(comm, codec, form).broadcast(comm, flats, written, root)
         return form.returned(results, outs)
 
-    return Call(lambda _: describe_copy(f"bcast from rank {root}", form, member), run)
+    return Operation(lambda _: describe_copy(f"bcast from rank {root}", form, codec), run)
 
 
 def _gather(comm: Comm, x: Arrays, codec: Method, root: int = 0, out: Arrays | None = None) -> Call[Arrays | None]:
@@ -65,13 +77,14 @@ def _gather(comm: Comm, x: Arrays, codec: Method, root: int = 0, out: Arrays | N
 
     `out` is the root's alone. All else is as for `allgather`.
     """
-    member, xs, form = sources("gather", x, codec)
+    member = codec_of("gather", codec)
+    xs, form = sources(x, member)
     root = root_of(comm, root)
     if out is not None and comm.rank != root:
         raise ValueError(f"out is for rank {root}, the root; rank {comm.rank} gets nothing")
     outs = targets(out, form.with_axis(comm.size), xs, f"for {comm.size} ranks")
     everyone = range(comm.size) if comm.rank == root else ()
-    return _exchange(comm, f"gather to rank {root}", member, form, xs, outs, (root,), everyone, apart=False)
+    return _exchange(comm, f"gather to rank {root}", member, form, (root,), everyone, apart=False).of(xs, outs)
 
 
 def _scatter(
@@ -89,13 +102,14 @@ def _scatter(
     what, model = ("x", x) if at_root else ("out", out) if like is None else ("like", like)
     if model is None:
         raise ValueError(f"x is None on rank {comm.rank}: pass {'x' if at_root else 'like or out'}")
-    member, models, form = sources("scatter", model, codec, what)
+    member = codec_of("scatter", codec)
+    models, form = sources(model, member, what)
     if at_root:
         form = form.without_axis(comm.size)
     outs = targets(out, form, models if at_root else [], "as a row of x is")
     everyone = range(comm.size) if at_root else ()
-    name = f"scatter from rank {root}"
-    return _exchange(comm, name, member, form, models, outs, everyone, (root,), stacked=False)
+    moving = _exchange(comm, f"scatter from rank {root}", member, form, everyone, (root,), stacked=False)
+    return moving.of(models, outs)
 
 
 def _alltoall(comm: Comm, x: Arrays, codec: Method, out: Arrays | None = None) -> Call[Arrays]:
@@ -103,11 +117,11 @@ def _alltoall(comm: Comm, x: Arrays, codec: Method, out: Arrays | None = None) -
 
     x and the result are (ranks, *shape). All else is as for `allgather`.
     """
-    member, xs, whole = sources("alltoall", x, codec)
+    member = codec_of("alltoall", codec)
+    xs, whole = sources(x, member)
     outs = targets(out, whole, xs, "as x is")
     everyone = range(comm.size)
-    form = whole.without_axis(comm.size)
-    return _exchange(comm, "alltoall", member, form, xs, outs, everyone, everyone)
+    return _exchange(comm, "alltoall", member, whole.without_axis(comm.size), everyone, everyone).of(xs, outs)
 
 
 allgather, iallgather = blocking(_allgather), nonblocking(_allgather)
@@ -125,21 +139,19 @@ def _exchange(
     name: str,
     codec: Codec | None,
     form: Form,
-    xs: list[Array],
-    outs: list[Array] | None,
     receivers: Collection[int],
     senders: Collection[int],
     *,
     apart: bool = True,
     stacked: bool = True,
-) -> Call[Any]:
-    """Return a call that sends messages of a form to `receivers`; without `senders` its result is None.
+) -> Operation:
+    """Return a collective that sends messages of a form to `receivers`; without `senders` its result is None.
 
     With `apart` the arrays hold a row per rank, (ranks, *shape); else every receiver gets all of them. With `stacked`
     the result has a row per rank.
     """
 
-    def run() -> Any:
+    def run(xs: list[Array], outs: list[Array] | None) -> Any:
         size, returned = comm.size, form
         outgoing: list[Flats] = [[]] * size
         incoming: list[Flats] = [[]] * size
@@ -155,21 +167,27 @@ def _exchange(
         carrier(comm, codec, form).exchange(comm, outgoing, incoming, operation)
         return returned.returned(results, outs) if senders else None
 
-    return Call(lambda _: describe_copy(name, form, codec), run)
+    return Operation(lambda _: describe_copy(name, form, codec), run)
 
 
-def sources(name: str, x: Any, method: Method, what: str = "x") -> tuple[Codec | None, list[Array], Form]:
-    """Return the codec, None for "dense", the arrays, and their form; raises SpecError, TypeError or ValueError."""
+def codec_of(name: str, method: Method) -> Codec | None:
+    """Return the codec that a collective is given, None for "dense"; SpecError, or TypeError for a reducer."""
     member = member_of(method)
-    if isinstance(member, Reducer) and member != DENSE:
+    if isinstance(member, Codec):
+        return member
+    if member != DENSE:
         raise TypeError(f"{name} takes a codec or dense, got the reducer {member}")
-    codec = member if isinstance(member, Codec) else None
+    return None
+
+
+def sources(x: Any, codec: Codec | None, what: str = "x") -> tuple[list[Array], Form]:
+    """Return the arrays of an argument and their form, for a codec or as they are; raises TypeError or ValueError."""
     xs, form = checked_arrays(x, codec is None, what), Form.of(x)
     if codec is not None:
         form.require_one_dtype()
         if form.device:
             check_codec_device(codec)
-    return codec, xs, form
+    return xs, form
 
 
 def describe_copy(operation: str, form: Form, codec: Codec | None) -> str:

@@ -137,8 +137,7 @@ class Memory:
     def check(self, form: Form, method: Codec | Reducer) -> None:
         """Raise ValueError where this was made for something else."""
         if self.form != form:
-            made, given = (f"{each}{' on a GPU' if each.device else ''}" for each in (self.form, form))
-            raise ValueError(f"memory was made for {made}, got {given}")
+            raise ValueError(f"memory was made for {self.form.in_full}, got {form.in_full}")
         if self.method != method:
             raise ValueError(f"memory was made for {self.method}, got method {method}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Generic
 
@@ -9,10 +10,10 @@ import numpy as np
 
 from mpicomp.api.accept import check_contiguous, described, plain
 from mpicomp.api.arguments import DENSE, Arrays, Form, as_list, checked_arrays, member_of, number, op_of, targets
-from mpicomp.api.call import Call, blocking, nonblocking
+from mpicomp.api.call import Call, Operation, blocking, nonblocking
 from mpicomp.api.memories import Memory, Resolution
-from mpicomp.api.reductions import check_integers, has_integers, packed, reduce_and_keep, reduce_arrays, sum_integers
-from mpicomp.arrays import DTYPES, Array, bound, on_device, work_dtype
+from mpicomp.api.reductions import check_integers, has_integers, reduce_and_keep, sum_integers
+from mpicomp.arrays import DTYPES, Array, on_device, work_dtype
 from mpicomp.comm.agreement import digest_of, mixed, noted
 from mpicomp.comm.background import Request
 from mpicomp.comm.communicator import Comm
@@ -23,54 +24,28 @@ from mpicomp.planner.allowance import allowances
 from mpicomp.planner.cache import known, recall
 from mpicomp.planner.explain import explain
 from mpicomp.reducers.base import Reducer
-from mpicomp.reducers.parts.workspace import Workspace
 from mpicomp.registry import Method
 
 
-class Plan(Generic[Arrays]):
-    """An allreduce of arrays of one form, by one method; made by `mpicomp.plan`.
+class Planned:
+    """What is planned once of an allreduce that is done many times; `Plan` has it for arrays."""
 
-    All ranks make its calls in the same order. They agree on each by a digest that was computed once, so ranks that
-    call different plans, or are at different steps, raise ConfigMismatchError, and the next call works.
-    """
-
-    def __init__(
-        self, comm: Comm, dtypes: list[np.dtype[Any]], memory: Memory, found: Resolution, description: str
-    ) -> None:
+    def __init__(self, comm: Comm, memory: Memory, found: Resolution, description: str) -> None:
         self.memory = memory
         """What is remembered from call to call; belongs to the plan."""
         self.op = found.op
         self.description = description
         self.digest = digest_of(description)
+        self.form = found.form
+        """Shapes and dtypes of what it reduces."""
         self._planned = comm
         self._found = found
-        self._form = found.form
-        self._kinds = list(zip(found.form.shapes, dtypes, strict=True))
-        self._exact = dtypes[0].kind in "iu"
 
-    def __call__(self, x: Arrays, out: Arrays | None = None) -> Arrays:
-        """Return the sum or mean over ranks of arrays like those planned for: `out`, or new arrays. Collective.
-
-        Raises ValueError for x or `out` of another form, and ConfigMismatchError on the other ranks then, or on all
-        where they disagree on the call.
-        """
-        result: Arrays = _step(self._planned, self, x, out)
-        return result
-
-    def start(self, x: Arrays, out: Arrays | None = None) -> Request[Arrays]:
-        """Begin what a call does, in the background; x and `out` must stay untouched until the request is complete."""
-        request: Request[Arrays] = _istep(self._planned, self, x, out)
-        return request
-
-    def prepare(self, comm: Comm, x: Any, out: Any) -> Call[Any]:
-        """Return a call of this plan; ValueError for arrays of another form."""
-        xs = self._fitting(x)
-        outs = targets(out, self._form, xs, "as the plan was made for", over=True)
-        if self._exact:
-            return Call(self._describe, partial(packed, self._form, xs, outs, partial(sum_integers, comm), Workspace()))
-        reduce = partial(reduce_arrays, comm, self._found, xs, outs)
-        run = partial(reduce_and_keep, comm, self._found, self.memory, reduce)
-        return Call(self._describe, bound(run, xs[0]), self._digest)
+    def operation(self, comm: Comm) -> Operation:
+        """Return the next call, without its arrays."""
+        if self.form.has_integers:
+            return Operation(self._describe, partial(sum_integers, comm, self.form))
+        return Operation(self._describe, partial(reduce_and_keep, comm, self._found, self.memory), self._digest)
 
     def _describe(self, _: int) -> str:
         seed, step = self.memory.at()
@@ -78,22 +53,6 @@ class Plan(Generic[Arrays]):
 
     def _digest(self, _: int) -> int:
         return noted(mixed(self.digest, *self.memory.at()), self.memory.agreed)
-
-    def _fitting(self, x: Any) -> list[Array]:
-        """Return the arrays given; ValueError where they are not like those planned for. In the path of small sums."""
-        if isinstance(x, (list, tuple)) != self._form.listed or len(as_list(x)) != len(self._kinds):
-            raise ValueError(f"the plan was made for {self._form}, got x of {described(x)}")
-        arrays = as_list(x) if self._form.listed else [number(x)]
-        for place, (array, (shape, dtype)) in enumerate(zip(arrays, self._kinds, strict=True)):
-            device = on_device(array)
-            kind = device == self._form.device and (device or isinstance(array, np.ndarray))
-            if not kind or array.shape != shape or array.dtype != dtype:
-                raise ValueError(f"the plan was made for {self._form}, got x with {described(array)}")
-            if device:
-                check_contiguous(array, "x")
-            else:
-                arrays[place] = plain(array)
-        return arrays
 
     @property
     def _comm(self) -> Comm:
@@ -123,12 +82,12 @@ class Plan(Generic[Arrays]):
     @property
     def cost(self) -> Cost:
         """What a call takes of this rank."""
-        return self._found.running.cost(self._form.layout, self._width, self._comm.topology, self._comm.rank)
+        return self._found.running.cost(self.form.layout, self._width, self._comm.topology, self._comm.rank)
 
     @property
     def _width(self) -> str:
         """The dtype of the sum."""
-        return work_dtype(self._form.dtype) if self._form.dtype in DTYPES else self._form.dtype
+        return work_dtype(self.form.dtype) if self.form.dtype in DTYPES else self.form.dtype
 
     def explain(self, machine: Machine | None = None) -> str:
         """Say what a call sends, loses and takes, and how the allowance of `bounded` is divided. Not collective.
@@ -136,13 +95,63 @@ class Plan(Generic[Arrays]):
         The time is that on `machine`, or on this one as `auto` or `python -m mpicomp measure` measured it.
         """
         comm: Comm = self._comm
-        running, layout = self._found.running, self._form.layout
+        running, layout = self._found.running, self.form.layout
         text = explain(running, layout, self._width, comm.topology, comm.rank, machine or known(comm))
-        head = f"{self.op} of {self._form} over {comm.size} ranks by {self}"
+        head = f"{self.op} of {self.form} over {comm.size} ranks by {self}"
         return "\n".join([head, text, *allowances(self.reducer, comm.size, self.op)])
 
     def __str__(self) -> str:
         return str(self.memory)
+
+
+class Plan(Planned, Generic[Arrays]):
+    """An allreduce of arrays of one form, by one method; made by `mpicomp.plan`.
+
+    All ranks make its calls in the same order. They agree on each by a digest that was computed once, so ranks that
+    call different plans, or are at different steps, raise ConfigMismatchError, and the next call works.
+    """
+
+    def __init__(
+        self, dtypes: list[np.dtype[Any]], comm: Comm, memory: Memory, found: Resolution, description: str
+    ) -> None:
+        super().__init__(comm, memory, found, description)
+        self._kinds = list(zip(found.form.shapes, dtypes, strict=True))
+
+    def __call__(self, x: Arrays, out: Arrays | None = None) -> Arrays:
+        """Return the sum or mean over ranks of arrays like those planned for: `out`, or new arrays. Collective.
+
+        Raises ValueError for x or `out` of another form, and ConfigMismatchError on the other ranks then, or on all
+        where they disagree on the call.
+        """
+        result: Arrays = _step(self._planned, self, x, out)
+        return result
+
+    def start(self, x: Arrays, out: Arrays | None = None) -> Request[Arrays]:
+        """Begin what a call does, in the background; x and `out` must stay untouched until the request is complete."""
+        request: Request[Arrays] = _istep(self._planned, self, x, out)
+        return request
+
+    def prepare(self, comm: Comm, x: Any, out: Any) -> Call[Any]:
+        """Return a call of this plan; ValueError for arrays of another form."""
+        xs = self._fitting(x)
+        outs = targets(out, self.form, xs, "as the plan was made for", over=True)
+        return self.operation(comm).of(xs, outs)
+
+    def _fitting(self, x: Any) -> list[Array]:
+        """Return the arrays given; ValueError where they are not like those planned for. In the path of small sums."""
+        if isinstance(x, (list, tuple)) != self.form.listed or len(as_list(x)) != len(self._kinds):
+            raise ValueError(f"the plan was made for {self.form}, got x of {described(x)}")
+        arrays = as_list(x) if self.form.listed else [number(x)]
+        for place, (array, (shape, dtype)) in enumerate(zip(arrays, self._kinds, strict=True)):
+            device = on_device(array)
+            kind = device == self.form.device and (device or isinstance(array, np.ndarray))
+            if not kind or array.shape != shape or array.dtype != dtype:
+                raise ValueError(f"the plan was made for {self.form}, got x with {described(array)}")
+            if device:
+                check_contiguous(array, "x")
+            else:
+                arrays[place] = plain(array)
+        return arrays
 
 
 def _planned(comm: Comm, plan: Plan[Any], x: Any, out: Any) -> Call[Any]:
@@ -162,24 +171,25 @@ def _plan(
     `feedback`. `like`, `method` and `op` as for `allreduce`; raises as that does.
     """
     member, op, like = member_of(method), op_of(op), number(like)
-    integers = member == DENSE and has_integers(like)
-    dtypes = [x.dtype for x in checked_arrays(like, exact=integers, device=True)]
-    form = Form.of(like)
-    if integers:
-        check_integers(form, op)
-    memory = Memory(member, form, seed, feedback)
+    dtypes = [x.dtype for x in checked_arrays(like, exact=member == DENSE and has_integers(like), device=True)]
+    memory = Memory(member, Form.of(like), seed, feedback)
+    return planning(comm, memory, op, lambda *planned: Plan(dtypes, *planned))
+
+
+def planning(comm: Comm, memory: Memory, op: str, make: Callable[..., Any]) -> Call[Any]:
+    """Return the collective that plans: `make` is given what a `Planned` is made of."""
+    if memory.form.has_integers:
+        check_integers(memory.form, op)
     found = memory.prepare(comm, op)
+    description = f"plan of {found.describe(memory.seed, 0)}"
 
-    def describe(_: int) -> str:
-        return f"plan of {found.describe(seed, 0)}"
-
-    def run() -> Plan[Arrays]:
-        memory.keep(comm, found, found.begun(seed))
+    def run() -> Any:
+        memory.keep(comm, found, found.begun(memory.seed))
         _ = comm.topology  # collective when it is first asked for, as the next line is
         recall(comm)  # for `explain`
-        return Plan(comm, dtypes, memory, found, describe(0))
+        return make(comm, memory, found, description)
 
-    return Call(describe, run)
+    return Call(lambda _: description, run)
 
 
 plan = blocking(_plan)

@@ -21,12 +21,12 @@ from mpicomp.api.arguments import (
     room,
     targets,
 )
-from mpicomp.api.call import Call, Result, blocking, nonblocking
+from mpicomp.api.call import Call, Operation, blocking, nonblocking
 from mpicomp.api.carriers import carrier, rows, spread
-from mpicomp.api.copies import describe_copy, sources
+from mpicomp.api.copies import codec_of, describe_copy, sources
 from mpicomp.api.lifecycle import PersistentReduction
 from mpicomp.api.memories import Memory, Resolution, resolution
-from mpicomp.arrays import Array, bound, empty, work_dtype
+from mpicomp.arrays import Array, empty, work_dtype
 from mpicomp.codecs.base import Codec
 from mpicomp.comm.agreement import noted
 from mpicomp.comm.communicator import Comm
@@ -68,49 +68,44 @@ def _allreduce(
     or ValueError for bad arguments; the other ranks then raise ConfigMismatchError.
     """
     member, op, x = member_of(method), op_of(op), number(x)
-    integers = member == DENSE and has_integers(x)
-    xs = checked_arrays(x, exact=integers, device=True)
+    xs = checked_arrays(x, exact=member == DENSE and has_integers(x), device=True)
     form = Form.of(x)
     outs = targets(out, form, xs, "as x is", over=True)
-    if integers:
+    return summing(comm, form, method, member, op, memory).of(xs, outs)
+
+
+def summing(
+    comm: Comm, form: Form, method: Method, member: Codec | Reducer, op: str, memory: Memory | None
+) -> Operation:
+    """Return the allreduce of arrays of a form; TypeError or ValueError where the method or memory does not fit."""
+    if member == DENSE and form.has_integers:
         check_integers(form, op)
         if memory is not None:
             raise ValueError(f"integers are summed exactly and need no memory; got one for dtype {form.dtype}")
-        add = partial(sum_integers, comm)
-        return Call(lambda _: f"sum of {form} by dense", partial(packed, form, xs, outs, add, Workspace()))
+        return Operation(lambda _: f"sum of {form} by dense", partial(sum_integers, comm, form))
     found = settled(comm, form, method, member, op, memory)
-    describe, run, digest = reducing(comm, found, memory, partial(reduce_arrays, comm, found, xs, outs))
-    return Call(describe, bound(run, xs[0]), digest)
-
-
-def reducing(
-    comm: Comm, found: Resolution, memory: Memory | None, reduce: Callable[[PersistentReduction], Result]
-) -> Call[Result]:
-    """Return a call that `reduce` executes, with what the memory holds; without one its step is its number."""
 
     def at(number: int) -> tuple[int, int]:
         return (0, number) if memory is None else memory.at()
 
-    def run() -> Result:
+    def run(xs: list[Array], outs: list[Array] | None) -> Any:
         if memory is None:
-            return reduce(found.begun(0, comm.calls))
-        return reduce_and_keep(comm, found, memory, reduce)
+            return reduce_arrays(comm, found, xs, outs, found.begun(0, comm.calls))
+        return reduce_and_keep(comm, found, memory, xs, outs)
 
     if memory is None:
-        return Call(lambda number: found.describe(*at(number)), run, lambda number: found.digest(*at(number)))
-    return Call(
+        return Operation(lambda number: found.describe(*at(number)), run, lambda number: found.digest(*at(number)))
+    return Operation(
         lambda number: memory.agreed + found.describe(*at(number)),
         run,
         lambda number: noted(found.digest(*at(number)), memory.agreed),
     )
 
 
-def reduce_and_keep(
-    comm: Comm, found: Resolution, memory: Memory, reduce: Callable[[PersistentReduction], Result]
-) -> Result:
-    """Reduce with what the memory holds; then the step counts."""
+def reduce_and_keep(comm: Comm, found: Resolution, memory: Memory, xs: list[Array], outs: list[Array] | None) -> Any:
+    """Reduce arrays with what the memory holds, and return the results; then the step counts."""
     reduction = memory.reduction or found.begun(*memory.at())
-    result = reduce(reduction)
+    result = reduce_arrays(comm, found, xs, outs, reduction)
     memory.keep(comm, found, reduction)
     return result
 
@@ -131,24 +126,28 @@ def _reduce_scatter(
     order, so there is one lossy event. A list of arrays of one dtype shares its messages. There is no memory. All else
     is as for `allreduce`.
     """
-    op = op_of(op)
-    given, xs, rows_of_all = sources("reduce_scatter", x, codec)
-    integers = has_integers(x)
-    if integers:
-        check_integers(rows_of_all, op)
-    else:
+    op, given = op_of(op), codec_of("reduce_scatter", codec)
+    xs, rows_of_all = sources(x, given)
+    if not rows_of_all.has_integers:
         checked_arrays(x)
+    outs = targets(out, rows_of_all.without_axis(comm.size), xs, "as a row of x is")
+    return scattering(comm, rows_of_all, given, op).of(xs, outs)
+
+
+def scattering(comm: Comm, rows_of_all: Form, given: Codec | None, op: str) -> Operation:
+    """Return the reduce_scatter of arrays of a form, (ranks, *shape); ValueError for arrays that cannot be summed."""
     rows_of_all.require_one_dtype()
+    if rows_of_all.has_integers:
+        check_integers(rows_of_all, op)
     form = rows_of_all.without_axis(comm.size)
-    outs = targets(out, form, xs, "as a row of x is")
     running = None if given is None else cast(Gather, divided(Gather(given), comm.size, op)).codec
 
-    def run() -> Any:
+    def run(xs: list[Array], outs: list[Array] | None) -> Any:
         mean = op == "mean"
         made = form.rooms(xs, outs)
         flats = [bits(result) for result in made]
         direct = not form.listed and form.dtype not in HALF
-        dtype = form.dtype if integers else work_dtype(form.dtype)
+        dtype = form.dtype if form.has_integers else work_dtype(form.dtype)
         total = flats[0] if direct else empty(form.layout.size, dtype)
         # bfloat16 has the range of float32, in which a sum may overflow although the mean does not.
         shrink = 0.5 ** (comm.size - 1).bit_length() if mean and form.dtype == "bfloat16" else 1.0
@@ -160,7 +159,7 @@ def _reduce_scatter(
             spread(total, flats, form.layout, form.dtype)
         return form.returned(made, outs)
 
-    return Call(lambda _: describe_copy(f"{op} scattered", form, running), run)
+    return Operation(lambda _: describe_copy(f"{op} scattered", form, running), run)
 
 
 allreduce, iallreduce = blocking(_allreduce), nonblocking(_allreduce)
@@ -215,13 +214,19 @@ def has_integers(x: Any) -> bool:
 
 
 def check_integers(form: Form, op: str) -> None:
-    """Raise ValueError where integers cannot be summed as asked."""
+    """Raise ValueError where arrays, among which are integers, cannot be summed as asked."""
+    form.require_one_dtype()
     if op != "sum":
         raise ValueError(f"integers can be summed only; got op {op!r} for dtype {form.dtype}")
 
 
-def sum_integers(comm: Comm, x: Array, total: Array) -> None:
-    """Sum integers exactly, by MPI's own allreduce, into `total`, which may be x; they wrap around as NumPy's do."""
+def sum_integers(comm: Comm, form: Form, xs: list[Array], outs: list[Array] | None) -> Any:
+    """Sum integers exactly, by MPI's own allreduce, and return the results; they wrap around as NumPy's do."""
+    return packed(form, xs, outs, partial(_add_integers, comm), Workspace())
+
+
+def _add_integers(comm: Comm, x: Array, total: Array) -> None:
+    """Sum a flat array into `total`, which may be x."""
     if not x.size:
         return
     if x.itemsize < 4:  # Open MPI 5 saturates sums of 8 and 16 bits

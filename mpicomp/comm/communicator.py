@@ -72,6 +72,8 @@ class Comm:
             raise RuntimeError("MPI is finalised: no collective is possible any more")
         if not isinstance(mpi, MPI.Intracomm):
             raise TypeError(f"comm must be an mpi4py.MPI.Intracomm, got {type(mpi).__name__}")
+        if not mpi:
+            raise ValueError("comm is MPI.COMM_NULL on this rank: only the ranks of a communicator make calls on it")
         global _keyval
         if _keyval is not None and isinstance(known := mpi.Get_attr(_keyval), cls) and not known.closed:
             return known
@@ -149,9 +151,9 @@ class Comm:
         self._topology = topology
 
     @property
-    def supposed_topology(self) -> Topology:
-        """The topology as far as it is known here, without communication: before its first use a node per rank."""
-        return self._topology or Topology.flat(self.size)
+    def known_topology(self) -> Topology | None:
+        """The topology, without communication: None before its first use."""
+        return self._topology
 
     def close(self) -> None:
         """Finish the operations that were begun, end the thread, and free all that MPI has allocated, in that order.

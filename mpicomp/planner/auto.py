@@ -68,13 +68,16 @@ class Choice(NamedTuple):
     """Of the candidate that runs."""
     left: int | None = None
     """Of the candidate to which the second inner part belongs."""
+    restored: bool = False
+    """Whether the candidate is that of a state which was restored, and no step was made since."""
 
 
 @dataclass(frozen=True)
 class Auto(Reducer):
     """The fastest exact sum, or the fastest of what `allow` holds too: reducers as they are, codecs in any that fits.
 
-    Of equally fast candidates the first one is taken; exact ones come first.
+    Of equally fast candidates the first one is taken; exact ones come first. A restart goes on with the candidate that
+    ran. Later choices follow measured times, so two runs may differ in bits: spell out a reducer where they must not.
     """
 
     spec_name: ClassVar[str] = "auto"
@@ -133,6 +136,9 @@ class Auto(Reducer):
 
     def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
         course = work.made("course", lambda: self.course(comm, state.layout, state.dtype, state.extra.feedback))
+        if state.extra.restored:
+            course.resume(state.extra.number)
+            state = replace(state, extra=state.extra._replace(restored=False))
         if course.running != state.extra.number:
             state = self._moved(state, course)
             work.forget({str(state.extra.number), str(state.extra.left)})
@@ -203,6 +209,10 @@ class Auto(Reducer):
         choice: Choice = state.extra
         return self.candidates(choice.feedback)[choice.number]
 
+    def agreed(self, state: State) -> str:
+        choice: Choice = state.extra
+        return f"candidate {choice.number} " * choice.restored + super().agreed(state)
+
     def parts(self, state: State) -> list[tuple[Reducer, State]]:
         return [(self.running(state), state.nested())]
 
@@ -212,12 +222,12 @@ class Auto(Reducer):
         return {name: {**kept, CHOICE: number} for name, kept in super().export(state).items()}
 
     def restore(self, state: State, units: Units) -> State:
-        """See Reducer. Goes on with the candidate that ran; the times of all are measured anew."""
+        """See Reducer. Goes on with the candidate that ran, if it was one for all units; times are measured anew."""
         found = {int(units[unit.name][CHOICE]) for unit in state.layout.units if CHOICE in units.get(unit.name, {})}
         candidates = self.candidates(state.extra.feedback)
-        if len(found) == 1 and 0 <= (number := found.pop()) < len(candidates) and number != state.extra.number:
+        if len(found) == 1 and 0 <= (number := found.pop()) < len(candidates):
             inner = self._fresh(state, candidates[number]).part
-            state = replace(state, inner=(inner,), extra=state.extra._replace(number=number, left=None))
+            state = replace(state, inner=(inner,), extra=Choice(state.extra.feedback, number, restored=True))
         return super().restore(state, units)
 
 

@@ -59,6 +59,11 @@ class Course:
         self._times: list[float] = []
         self._left = self._planned = FIRST if len(predicted) > 1 else 0
 
+    def resume(self, number: int) -> None:
+        """Begin with the candidate that ran before a restart, unless a step was measured here or it cannot run here."""
+        if not self.steps and not self._times and self.predicted[number] < math.inf:
+            self.best = self.running = number
+
     def unwatched(self) -> bool:
         """Count a step; return whether its time does not count, so that `note` is not called for it."""
         if 0 < self._left <= SAMPLES:

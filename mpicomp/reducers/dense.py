@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -17,9 +17,9 @@ from mpicomp.comm.topology import Topology
 from mpicomp.comm.watch import wait
 from mpicomp.cost import Cost, Work
 from mpicomp.reducers.base import Reducer
-from mpicomp.reducers.parts.layout import Layout, cut_up, even_cuts
+from mpicomp.reducers.parts.layout import Layout, Piece, collect, cut_up, even_cuts, spread
 from mpicomp.reducers.parts.pipeline import round_robin
-from mpicomp.reducers.parts.ring import ring_cost, ring_slots, ring_sum
+from mpicomp.reducers.parts.ring import ring_chunks, ring_cost, ring_slots, ring_sum
 from mpicomp.reducers.parts.state import End, Reduction, State, nonfinite
 from mpicomp.reducers.parts.workspace import Workspace
 
@@ -124,7 +124,8 @@ class Dense(Reducer):
     """The exact sum, to rounding; NaN and infinity follow IEEE 754 element by element.
 
     `algorithm` "mpi" is MPI's allreduce: the same bits on all ranks, but an element may have other bits at another
-    place in the array, as with "ring". "two_shot" adds in rank order at every place. "best" is "ring" or "two_shot" for
+    place in the array. "two_shot" adds in rank order at every place, "ring" in an order that depends on the place in
+    the unit. "best" is "ring" or "two_shot" for
     large arrays where every rank has its own node, otherwise "mpi": with several ranks per node use `hierarchical`.
     """
 
@@ -155,7 +156,11 @@ class Dense(Reducer):
         algorithm = self._algorithm(nbytes, topology)
         if algorithm == "mpi":
             return Cost(math.ceil(2 * nbytes * (ranks - 1) / ranks), mpi=(nbytes,))
-        return (ring_cost if algorithm == "ring" else two_shot_cost)(nbytes, itemsize, ranks, me)
+        if algorithm == "two_shot":
+            return two_shot_cost(nbytes, itemsize, ranks, me)
+        order, cuts = ring_chunks(layout, ranks)
+        cost = ring_cost(cuts, itemsize, me)
+        return replace(cost, work=(*cost.work, Work("copy", 2 * layout.size))) if order else cost
 
     def _reduce(self, comm: Comm, x: Array, state: State, out: Array, work: Workspace) -> tuple[Reduction, State]:
         """See Reducer. With feedback `poisoned` is also set if the total is not finite."""
@@ -167,14 +172,16 @@ class Dense(Reducer):
         layout, itemsize = state.layout, x.itemsize
         nbytes = layout.size * itemsize
         algorithm = self._algorithm(nbytes, comm.topology)
-        flat, total, direct = self._buffers(x, state, out, work, in_place=algorithm in ("mpi", "ring"))
+        ring = algorithm == "ring"
+        order, cuts = work.made("chunks", lambda: ring_chunks(layout, comm.size)) if ring else ([], [])
+        flat, total, direct = self._buffers(x, state, out, work, order, in_place=algorithm != "two_shot")
         arrive, divided, finite = None, False, False
         if algorithm == "mpi":
             allreduce(comm, flat, total)
-        elif algorithm == "ring":
-            slots = work.buffer("slots", ring_slots(nbytes, itemsize, comm.size), state.dtype, host=True)
+        elif ring:
+            slots = work.buffer("slots", ring_slots(cuts, itemsize), state.dtype, host=True)
             with on_host(flat, total) as (given, summed):
-                finite = ring_sum(comm, given, summed, slots, work.divisor, str(self))
+                finite = ring_sum(comm, given, summed, cuts, slots, work.divisor, str(self))
             divided = comm.size > 1
         else:
             rows = work.buffer("rows", two_shot_rows(nbytes, itemsize, comm.size), state.dtype, host=True)
@@ -188,7 +195,7 @@ class Dense(Reducer):
             if arrive is not None:
                 arrive()
             if not direct:
-                layout.spread(total, out)
+                spread(order or layout.whole(), total, out)
             if state.spare is None:
                 return Reduction(out, divided=divided, finite=finite), state.advanced()
             if not finite and nonfinite(out, None, layout):
@@ -199,10 +206,14 @@ class Dense(Reducer):
         return end
 
     def _buffers(
-        self, x: Array, state: State, out: Array, work: Workspace, in_place: bool
+        self, x: Array, state: State, out: Array, work: Workspace, order: Sequence[Piece], in_place: bool
     ) -> tuple[Array, Array, bool]:
-        """Return the array to sum and the array for the sum, (size,) each, and whether that is a part of `out`."""
-        layout, where = state.layout, state.layout.where
+        """Return the array to sum and the array for the sum, (size,) each, and whether that is a part of `out`.
+
+        They hold the pieces of `order` side by side, or the units; with `in_place` both may be one array.
+        """
+        layout = state.layout
+        where = None if order else layout.where
         if (
             where is not None
             and state.residual is None
@@ -210,13 +221,14 @@ class Dense(Reducer):
         ):
             total = out[where]
             return total if x is out else x[where], total, True
+        pieces = order or layout.whole()
         flat = work.buffer("flat", layout.size, state.dtype)
-        layout.collect(x, flat)
+        collect(pieces, x, flat)
         if state.residual is not None:
             residual = work.buffer("residual", layout.size, state.dtype)
-            layout.collect(state.residual, residual)
+            collect(pieces, state.residual, residual)
             with np.errstate(over="ignore", invalid="ignore"):  # as above
                 flat += residual
         if where is not None:
             return flat, out[where], True
-        return flat, work.buffer("total", layout.size, state.dtype), False
+        return flat, flat if in_place else work.buffer("total", layout.size, state.dtype), False

@@ -10,7 +10,19 @@ Importing this under a launcher initialises MPI and tells torch of its ranks.
 
 from mpicomp.torch.backend import reset, traffic
 from mpicomp.torch.barrier import monitored_barrier
-from mpicomp.torch.calls import allreduce, memory
+from mpicomp.torch.calls import (
+    TensorPlan,
+    allgather,
+    allreduce,
+    broadcast,
+    iallgather,
+    iallreduce,
+    ibroadcast,
+    ireduce_scatter,
+    memory,
+    plan,
+    reduce_scatter,
+)
 from mpicomp.torch.creation import register
 from mpicomp.torch.hook import Hook, compress, reduce_bucket
 from mpicomp.torch.launch import device, fill_environment
@@ -22,6 +34,14 @@ __all__ = [
     "compress",
     "telemetry",
     "allreduce",
+    "allgather",
+    "broadcast",
+    "reduce_scatter",
+    "iallreduce",
+    "iallgather",
+    "ibroadcast",
+    "ireduce_scatter",
+    "plan",
     "memory",
     "monitored_barrier",
     "reset",
@@ -32,6 +52,7 @@ __all__ = [
     "saved_state",
     "DGCSGD",
     "Telemetry",
+    "TensorPlan",
 ]
 
 fill_environment()

@@ -32,7 +32,7 @@ from mpicomp.torch.collective import breaking, forms
 from mpicomp.torch.compiled import uncompiled
 from mpicomp.torch.describe import Description, description
 from mpicomp.torch.parameters import SPARSE, Strided, exact_alone, layout_of, parameters_of, units_of
-from mpicomp.torch.persistent import Persistent
+from mpicomp.torch.persistent import Persistent, users_level
 from mpicomp.torch.streams import device_of
 from mpicomp.torch.telemetry import Telemetry
 from mpicomp.torch.tensors import NAMES, bits_of
@@ -108,7 +108,8 @@ class Hook(Persistent):
 
         group.worker.submit(begin).wait()
         if exactly and group.comm.rank == 0:
-            warnings.warn(f"these gradients travel exactly, beside the compressed ones: {exactly}", stacklevel=3)
+            said = f"these gradients travel exactly, beside the compressed ones: {exactly}"
+            warnings.warn(said, stacklevel=users_level())
         super().__init__(ddp, parameters, reducer, seed, scaler)
         self._max_norm = max_norm
         self._begin()
@@ -134,7 +135,7 @@ class Hook(Persistent):
 
     def describe(self) -> Description:
         """Return what happens to each parameter: print it, or read each `Fate`. Not collective."""
-        return description(self._parameters, self.reducer, self.comm.supposed_topology, self.comm.rank)
+        return description(self._parameters, self.reducer, self.topology, self.comm.rank)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "max_norm": self._max_norm}

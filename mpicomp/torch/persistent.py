@@ -8,6 +8,7 @@ forward of its model.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
@@ -21,6 +22,7 @@ from mpicomp.api.memories import RankOf
 from mpicomp.arrays import Array
 from mpicomp.comm.agreement import agree, refuse
 from mpicomp.comm.communicator import Comm
+from mpicomp.comm.topology import Topology
 from mpicomp.reducers import Layout, Reducer
 from mpicomp.reducers.masked import describe_masks, exported_masks, given_masks, masks_in
 from mpicomp.reducers.parts.masks import shared_masks
@@ -49,6 +51,7 @@ class Persistent:
     ) -> None:
         self._joined: MPIProcessGroup | None = tensor_group(ddp.process_group)
         self._place = RankOf(self.comm.rank, self.comm.size)
+        self._nodes = self.comm.known_topology or Topology.flat(self.comm.size)
         self._forward_hooks: dict[Any, Any] = ddp._forward_pre_hooks
         self._parameters, self.scaler = parameters, scaler
         self._reductions = BucketReductions(reducer, seed)
@@ -63,6 +66,13 @@ class Persistent:
     def comm(self) -> Comm:
         """The process group's communicator."""
         return self._group.comm  # another one after a reset
+
+    @property
+    def topology(self) -> Topology:
+        """Which ranks share a node, without communication: for a copy before its first step, and after a reset of the
+        process group, those that did where this was made.
+        """
+        return self.comm.known_topology or self._nodes
 
     @property
     def reducer(self) -> Reducer:
@@ -159,6 +169,7 @@ class Persistent:
         self._commit()
         return {
             "place": self._place,
+            "nodes": self.topology,
             "parameters": self._parameters,
             "forward_hooks": self._forward_hooks,
             "scaler": self.scaler,
@@ -167,7 +178,7 @@ class Persistent:
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._joined, self._place = None, state["place"]
+        self._joined, self._place, self._nodes = None, state["place"], state["nodes"]
         self._forward_hooks, self._parameters, self.scaler = (
             state["forward_hooks"],
             state["parameters"],
@@ -229,3 +240,12 @@ class Persistent:
 
         new = self._group.worker.submit(run).result()
         return {name: torch.from_numpy(mask.copy()).reshape(shapes[name]) for name, mask in new.items()}
+
+
+def users_level() -> int:
+    """Return the `stacklevel` of a warning, in the function that calls this, for the user's line."""
+    level = 1
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "mpicomp":
+        frame, level = frame.f_back, level + 1
+    return level

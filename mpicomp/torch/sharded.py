@@ -19,8 +19,8 @@ def saved_state(checkpoint: str | os.PathLike[str], name: str = "hook") -> dict[
         hook.load_state_dict(mpicomp.torch.saved_state("step1000"), strict=False)    # on another number of ranks
 
     `name` says where the hook's state is in the checkpoint: "hook" in `dcp.save({"hook": hook}, ...)`, and
-    "optimizer.exchange" where a DGCSGD was saved as "optimizer". The entry of a rank is read when it is looked at, so a
-    hook that loads this reads what it needs. Not collective: every rank calls it, and reads for itself.
+    "optimizer.param_groups.0.exchange" where a DGCSGD was saved as "optimizer". The entry of a rank is read when it is
+    looked at, so a hook that loads this reads what it needs. Not collective: every rank calls it, and reads for itself.
 
     ValueError where the checkpoint has no such state.
     """

@@ -90,6 +90,7 @@ def bits_of(tensor: torch.Tensor) -> Array:
     elements = tensor.detach().view(-1)
     if tensor.is_complex():
         elements = torch.view_as_real(elements).view(-1)
+    half = elements.is_floating_point() and elements.itemsize == 2
     if tensor.is_cuda:
-        return borrowed(elements.view(torch.int16)).view(np.uint16) if elements.itemsize == 2 else borrowed(elements)
-    return array_of(elements.view(torch.int16)).view(np.uint16) if elements.itemsize == 2 else array_of(elements)
+        return borrowed(elements.view(torch.int16)).view(np.uint16) if half else borrowed(elements)
+    return array_of(elements.view(torch.int16)).view(np.uint16) if half else array_of(elements)

@@ -7,6 +7,7 @@ import io
 import math
 import pickle
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from process_group import (
     equal_states,
+    exchange_of,
     me,
     same_everywhere,
     size,
@@ -27,6 +29,13 @@ from process_group import (
     units_of,
 )
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import mpicomp.torch
@@ -40,6 +49,7 @@ METHODS = [
     "randomk(density=0.1)",  # its random numbers need the step
     "error_feedback(low_rank(rank=2))",
     "warmup(momentum_correction(error_feedback(gather(topk(density=0.02)))), densities=(0.5, 0.1), steps=2)",
+    "error_feedback(dense(algorithm=ring))",
 ]
 
 
@@ -172,6 +182,41 @@ def test_torchs_idiom_is_compress() -> None:
     with pytest.raises((ValueError, RuntimeError), match="this hook is of another model"):
         loss(third, 0).backward()
     train(ddp, range(3, 4))
+
+
+def test_a_copy_describes_what_the_original_does() -> None:
+    """Its costs are those of the ranks' nodes, which are not asked for; so are they after a reset."""
+    ddp, hook = made("error_feedback(hierarchical(two_stage(topk(density=0.1))))")
+    told = str(hook.describe())
+    assert str(Hook.of(copy.deepcopy(ddp)).describe()) == told
+    group = dist.new_group()
+    other = DDP(model(), process_group=group, bucket_cap_mb=0.001)
+    another = mpicomp.torch.compress(other, hook.reducer)
+    moved = pickle.loads(pickle.dumps(another))  # as in a new process, whose communicator nobody has asked
+    moved._joined, expected = group, str(another.describe())
+    mpicomp.torch.reset(group)
+    assert group.comm.known_topology is None or size() == 1
+    assert str(another.describe()) == str(moved.describe()) == expected == told
+    dist.destroy_process_group(group)
+
+
+@pytest.mark.parametrize("how", ["compress", "Hook", "a function"])
+def test_a_warning_points_at_the_users_line(how: str) -> None:
+    ddp = DDP(nn.ParameterList([nn.Parameter(torch.ones(3, 3, dtype=torch.complex64)), nn.Parameter(torch.ones(4, 4))]))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if how == "compress":
+            mpicomp.torch.compress(ddp, TOPK)
+        elif how == "Hook":
+            Hook(ddp, TOPK)
+        else:
+            compressed_elsewhere(ddp)
+    assert len(caught) == (me() == 0)
+    assert all(each.filename == __file__ for each in caught)
+
+
+def compressed_elsewhere(ddp: DDP) -> Hook:
+    return mpicomp.torch.compress(ddp, TOPK)
 
 
 # -------------------------------------------------------------------------------------------------------- restarts
@@ -330,10 +375,31 @@ def test_an_optimizer_in_torchs_distributed_checkpoint() -> None:
     dcp.load({"model": weights, "optimizer": second}, checkpoint_id=path)
     again.module.load_state_dict(weights)
     assert torch.equal(train(again, range(3, 6), second), whole)
-    saved = mpicomp.torch.saved_state(path, "optimizer.exchange")
+    saved = mpicomp.torch.saved_state(path, "optimizer.param_groups.0.exchange")
     assert sorted(saved["ranks"]) == [str(rank) for rank in range(size())]
-    mine = units_of(first.state_dict()["exchange"])
+    mine = units_of(exchange_of(first.state_dict()))
     assert equal_states({name: kept for name, kept in mine.items() if kept}, units_of(saved))
+
+
+def test_an_optimizer_by_torchs_own_state_dicts() -> None:
+    """get_optimizer_state_dict names parameters and keeps what the groups have, so nothing is lost on the way."""
+    ddp = DDP(model(), bucket_cap_mb=0.001)
+    unbroken = DGCSGD(ddp, 0.1, TOPK, warmup_steps=2, densities=(0.5, 0.2))
+    train(ddp, range(3), unbroken)
+    path = folder()
+    weights, kept = get_state_dict(ddp, unbroken)
+    assert equal_states(exchange_of(kept), unbroken.hook.state_dict())
+    dcp.save({"model": weights, "optimizer": kept}, checkpoint_id=path)
+    again = DDP(model(), bucket_cap_mb=0.001)
+    optimizer = DGCSGD(again, 0.3, TOPK, warmup_steps=2, densities=(0.5, 0.2))
+    weights, found = get_state_dict(again, optimizer)
+    dcp.load({"model": weights, "optimizer": found}, checkpoint_id=path)
+    set_state_dict(again, optimizer, model_state_dict=weights, optim_state_dict=found)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert torch.equal(train(again, range(3, 6), optimizer), train(ddp, range(3, 6), unbroken))
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)  # from which torch reads back what SGD has alone
+    with pytest.raises(ValueError, match="the state has no 'exchange' in its first group"):
+        set_optimizer_state_dict(ddp, unbroken, get_optimizer_state_dict(ddp, unbroken, options=flat), options=flat)
 
 
 @pytest.mark.mpi(min_size=3)

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
-from process_group import me, same_everywhere, size, step_of, units_of
+from process_group import exchange_of, me, same_everywhere, size, step_of, units_of
 from regression import flat, loss, model
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -136,12 +136,16 @@ def test_a_state_of_another_rank_or_reducer_is_refused() -> None:
     steps(ddp, optimizer, 0, 1)
     kept = optimizer.state_dict()
     for name, value, words in (
-        ("ranks", {str(size()): kept["exchange"]["ranks"][str(me())]}, rf"rank: {me()} here, {size()} in the state"),
+        (
+            "ranks",
+            {str(size()): exchange_of(kept)["ranks"][str(me())]},
+            rf"rank: {me()} here, {size()} in the state",
+        ),
         ("world", size() + 1, rf"number of ranks: {size()} here, {size() + 1} in the state"),
         ("reducer", "dense", "reducer: partition.* here, dense in the state"),
     ):
         other = copy.deepcopy(kept)
-        other["exchange"][name] = value
+        exchange_of(other)[name] = value
         with pytest.raises(ValueError, match=words):
             optimizer.load_state_dict(other)
     grouped = DDP(model())
@@ -219,11 +223,12 @@ def test_a_state_that_does_not_fit_changes_nothing() -> None:
     kept["param_groups"][0]["lr"] = 7.0
     before = str(optimizer.state_dict())
     larger = copy.deepcopy(kept)
-    units_of(larger["exchange"])["0.weight"]["momentum"] = torch.zeros(5)
+    units_of(exchange_of(larger))["0.weight"]["momentum"] = torch.zeros(5)
     for wrong, words in (
         (larger, "0.weight"),
-        ({**kept, "param_groups": []}, "parameter groups"),
-        ({name: part for name, part in kept.items() if name != "exchange"}, "that of another optimizer"),
+        ({**kept, "param_groups": kept["param_groups"] * 2}, "parameter groups"),
+        ({**kept, "param_groups": []}, "that of another optimizer"),
+        (torch.optim.SGD(ddp.parameters(), 0.1).state_dict(), "that of another optimizer"),
     ):
         with pytest.raises(ValueError, match=words):
             optimizer.load_state_dict(wrong)
@@ -231,7 +236,7 @@ def test_a_state_that_does_not_fit_changes_nothing() -> None:
     steps(ddp, optimizer, 2, 4)
 
 
-@pytest.mark.parametrize("wrong", [None, 3, "state", [], [None], {"exchange": {}}])
+@pytest.mark.parametrize("wrong", [None, 3, "state", [], [None], {"param_groups": [3]}])
 def test_what_is_no_state_on_one_rank_is_an_error_on_all(wrong: Any) -> None:
     ddp, optimizer = made()
     steps(ddp, optimizer, 0, 2)
@@ -259,7 +264,7 @@ def test_a_step_that_gradscaler_skips_leaves_u_and_v(clip: float | None) -> None
                 scaler.step(optimizer)
                 scaler.update()
         assert same_everywhere(flat(ddp.module))
-        return flat(ddp.module), optimizer.state_dict()["exchange"]
+        return flat(ddp.module), exchange_of(optimizer.state_dict())
 
     (clean, kept), (skipped, theirs) = train(False), train(True)
     assert torch.equal(clean, skipped)
@@ -299,7 +304,7 @@ def test_bad_settings_are_refused_on_all_ranks(options: dict[str, Any], words: s
 def test_residuals_and_momenta_are_exported_by_name() -> None:
     ddp, optimizer = made()
     steps(ddp, optimizer, 0, 3)
-    units = units_of(optimizer.state_dict()["exchange"])
+    units = units_of(exchange_of(optimizer.state_dict()))
     assert units.keys() == dict(ddp.module.named_parameters()).keys()
     assert units["0.weight"].keys() == {"residual", "momentum"}
     assert units["0.bias"].keys() == {"momentum"}

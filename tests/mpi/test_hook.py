@@ -462,7 +462,7 @@ def test_tensors_that_cannot_be_reduced() -> None:
 
     for tensor, words in [
         (torch.ones(4, requires_grad=True), "detach"),
-        (torch.ones(4, dtype=torch.int64), "int64"),
+        (torch.ones(4, dtype=torch.bool), "bool"),
         (torch.ones(4, device="meta"), "meta"),
         (np.ones(4), "must be a torch tensor"),
     ]:

@@ -234,6 +234,41 @@ def test_debts_move_to_another_bucket_and_back() -> None:
     team_on(SLOW, auto, 2).run(f)
 
 
+OTHER = 4  # a candidate of SPEC that a slow link does not ask for
+
+
+def test_a_restart_goes_on_with_the_candidate_that_ran() -> None:
+    """Bit for bit, on communicators that have measured nothing; a rank with another one's state is named."""
+    auto, x = cast(Auto, parse(SPEC)), inputs(2, 4, LAYOUT.size, "float32")
+
+    def begun(comm: Comm) -> tuple[Any, list[bytes]]:
+        state, totals = auto.init(LAYOUT, "float32", feedback=True), []
+        course = auto.course(comm, LAYOUT, "float32", True)
+        assert course.running != OTHER
+        course.best = course.running = OTHER
+        for step in range(3):
+            reduction, state = auto.reduce(comm, x[comm.rank, step], state)
+            totals.append(reduction.total.tobytes())
+            if step == 0:
+                units = auto.export(state)
+        return units, totals
+
+    def again(comm: Comm, units: Any) -> list[bytes]:
+        state = auto.restore(auto.init(LAYOUT, "float32", feedback=True, step=1), units)
+        assert auto.agreed(state) == f"candidate {OTHER} "
+        totals = []
+        for step in (1, 2):
+            reduction, state = auto.reduce(comm, x[comm.rank, step], state)
+            totals.append(reduction.total.tobytes())
+            assert state.extra.number == OTHER
+            assert auto.agreed(state) == ""
+        return totals
+
+    found = team_on(SLOW, auto, 2).run(begun)
+    resumed = team_on(SLOW, auto, 2).run(lambda comm: again(comm, found[comm.rank][0]))
+    assert resumed == [totals[1:] for _, totals in found]
+
+
 def test_ranks_with_other_local_times_choose_alike() -> None:
     """Each rank knows another machine; what rank 0 knows counts."""
     auto, x, team = cast(Auto, parse(SPEC)), inputs(4, 40, LAYOUT.size, "float32"), Team(4)

@@ -29,8 +29,9 @@ def rings(x: Array, divisor: int = 1, in_place: bool = False) -> list[tuple[Arra
         mine = x[comm.rank].copy()
         mine.setflags(write=in_place)  # or the team takes what has been sent
         total = mine if in_place else np.full_like(mine, np.nan)
-        slots = np.full(ring_slots(mine.nbytes, mine.itemsize, ranks), np.nan, mine.dtype)
-        finite = ring_sum(comm, mine, total, slots, divisor, "ring")
+        cuts = even_cuts(mine.size, ranks)
+        slots = np.full(ring_slots(cuts, mine.itemsize), np.nan, mine.dtype)
+        finite = ring_sum(comm, mine, total, cuts, slots, divisor, "ring")
         return total, finite, comm.traffic.counted
 
     return Team(ranks, seed=ranks).run(f)
@@ -54,7 +55,7 @@ def test_every_rank_has_the_sum_in_the_order_of_the_ring(ranks: int, n: int, in_
     x = inputs(ranks, 1, n, "float32")[:, 0] if n else np.empty((ranks, 0), np.float32)
     for rank, (total, _, sent) in enumerate(rings(x, in_place=in_place)):
         assert total.tobytes() == around(x).tobytes()
-        assert sent == ring_cost(4 * n, 4, ranks, rank).nbytes
+        assert sent == ring_cost(even_cuts(n, ranks), 4, rank).nbytes
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
@@ -91,3 +92,27 @@ def test_the_best_is_the_ring_where_chunks_are_large(ranks: int, mib: float, cho
     shape, topology = (int(mib * 2**18),), Topology.flat(ranks)
     costs = [Dense(algorithm).cost(Layout.single(shape), "float32", topology, 0) for algorithm in ("best", chosen)]
     assert costs[0] == costs[1]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_a_sum_does_not_depend_on_what_travels_with_a_unit(ranks: int) -> None:
+    """Large and small units, alone, side by side, and in another order: the same bits, and the bytes that cost says."""
+    sizes = {"a": 3, "b": 1000, "c": 16, "d": 0, "e": 333, "f": 40}
+    x = {
+        name: inputs(ranks, 1, size, "float32")[:, 0] if size else np.empty((ranks, 0), "f4")
+        for name, size in sizes.items()
+    }
+
+    def sums(comm: Comm, names: str) -> dict[str, bytes]:
+        layout, reducer = Layout.of({name: (sizes[name],) for name in names}), Dense("ring")
+        mine = np.concatenate([x[name][comm.rank] for name in names])
+        mine.setflags(write=False)
+        before, out = comm.traffic.counted, np.empty_like(mine)
+        reducer.reduce(comm, mine, reducer.init(layout, "float32"), out)
+        cost = reducer.cost(layout, "float32", comm.topology, comm.rank)
+        assert comm.traffic.counted - before == cost.nbytes
+        return {unit.name: out[unit.where].tobytes() for unit in layout.units}
+
+    for found in Team(ranks, seed=ranks).run(lambda comm: [sums(comm, each) for each in ("abcdef", "fcb", *"abcdef")]):
+        together, some, *alone = found
+        assert all(together[name] == each[name] for each in (some, *alone) for name in each)

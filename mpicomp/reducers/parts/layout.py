@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -108,22 +108,32 @@ class Layout:
 
     def collect(self, x: Array, flat: Array) -> None:
         """Copy the units of a flat array, (extent,), side by side into `flat`, (size,)."""
-        start = 0
-        for unit in self.units:
-            flat[start : start + unit.size] = x[unit.where]
-            start += unit.size
+        collect(self.whole(), x, flat)
 
     def spread(self, flat: Array, out: Array) -> None:
         """Undo `collect`."""
-        start = 0
-        for unit in self.units:
-            out[unit.where] = flat[start : start + unit.size]
-            start += unit.size
+        spread(self.whole(), flat, out)
 
     def fill(self, out: Array, value: float) -> None:
         """Set every element of every unit."""
         for unit in self.units:
             out[unit.where] = value
+
+
+def collect(pieces: Iterable[Piece], x: Array, flat: Array) -> None:
+    """Copy pieces of a flat array, (extent,), side by side into `flat`, (size,)."""
+    start = 0
+    for piece in pieces:
+        flat[start : start + piece.size] = x[piece.where]
+        start += piece.size
+
+
+def spread(pieces: Iterable[Piece], flat: Array, out: Array) -> None:
+    """Undo `collect`."""
+    start = 0
+    for piece in pieces:
+        out[piece.where] = flat[start : start + piece.size]
+        start += piece.size
 
 
 def shards(layout: Layout, block: int, ranks: int) -> list[list[Piece]]:

@@ -21,7 +21,8 @@ from mpicomp.torch.checkpoint import State
 from mpicomp.torch.hook import Hook, reduce_bucket
 from mpicomp.torch.parameters import parameters_of
 
-EXCHANGE = "exchange"  # the key of the hook's state
+GROUPS = "param_groups"
+EXCHANGE = "exchange"  # the key of the hook's state in the first group, where torch.distributed.checkpoint keeps it
 
 
 class DGCSGD(torch.optim.Optimizer):
@@ -48,8 +49,9 @@ class DGCSGD(torch.optim.Optimizer):
     each rank's share of the mean, its gradient over N, to max_norm * N^-1/2 before anything is added up; gradients are
     then exchanged when the whole backward is done. `scaler` is as in `mpicomp.torch.compress`.
 
-    `state_dict` has u, v and the step of this rank, whose own they are. A copy goes together with that of its model, as
-    in copy.deepcopy((ddp, optimizer)). Raises as `mpicomp.torch.compress` does, on
+    `state_dict` has u, v and the step of this rank, whose own they are, in its first group; so has what
+    torch.distributed.checkpoint.state_dict.get_optimizer_state_dict returns, unless it is flattened. A copy goes
+    together with that of its model, as in copy.deepcopy((ddp, optimizer)). Raises as `mpicomp.torch.compress` does, on
     all ranks or on none. Collective.
     """
 
@@ -153,8 +155,10 @@ class DGCSGD(torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the groups, and under "exchange" what `Hook.state_dict` returns: the step, u and v of this rank."""
-        return {**super().state_dict(), EXCHANGE: self.hook.state_dict()}
+        """Return the groups, the first with "exchange", what `Hook.state_dict` returns: step, u and v of this rank."""
+        state = super().state_dict()
+        state[GROUPS][0][EXCHANGE] = self.hook.state_dict()
+        return state
 
     def load_state_dict(  # type: ignore[override]  # torch's returns None
         self, state_dict: State | Sequence[State], strict: bool = True
@@ -162,26 +166,32 @@ class DGCSGD(torch.optim.Optimizer):
         """Go on from a `state_dict` of this rank, or a list with that of every rank; see `Hook.load_state_dict`."""
         several = isinstance(state_dict, Sequence) and not isinstance(state_dict, str)
         states: list[Any] = list(state_dict) if several else [state_dict]
+        exchanged = [_exchanged(state) for state in states]
 
         def check() -> None:
-            if not states or any(
-                not isinstance(each, Mapping) or not {EXCHANGE, "param_groups"} <= each.keys() for each in states
-            ):
+            if not exchanged or None in exchanged:
                 raise ValueError(
-                    f"the state has no {EXCHANGE!r}, which a DGCSGD writes: it is that of another optimizer"
+                    f"the state has no {EXCHANGE!r} in its first group, which a DGCSGD writes: it is that of another "
+                    f"optimizer"
                 )
-            groups = (states[0]["param_groups"], self.param_groups)
-            theirs, mine = ([len(group["params"]) for group in each] for each in groups)
+            theirs, mine = ([len(group["params"]) for group in each] for each in (states[0][GROUPS], self.param_groups))
             if theirs != mine:
                 raise ValueError(f"parameter groups of {mine} parameters here, of {theirs} in the state")
 
-        exchanged = [each.get(EXCHANGE, {}) if isinstance(each, Mapping) else {} for each in states]
-        left = self.hook._load(exchanged, strict, check)
-        super().load_state_dict({name: part for name, part in states[0].items() if name != EXCHANGE})
+        left = self.hook._load([each or {} for each in exchanged], strict, check)
+        groups = [{name: part for name, part in group.items() if name != EXCHANGE} for group in states[0][GROUPS]]
+        super().load_state_dict({**states[0], GROUPS: groups})
         return left
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "hook": self.hook, "_known": self._known}
+
+
+def _exchanged(state: Any) -> State | None:
+    """Return the hook's state in that of an optimizer; None where it has none."""
+    groups = state.get(GROUPS) if isinstance(state, Mapping) else None
+    first = groups[0] if isinstance(groups, Sequence) and groups else None
+    return cast("State | None", first.get(EXCHANGE)) if isinstance(first, Mapping) else None
 
 
 def _groups(params: Any, defaults: dict[str, Any]) -> list[dict[str, Any]]:
