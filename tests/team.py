@@ -248,7 +248,7 @@ class Rank:
         self._check(total, None, x.dtype)
         if total.size != x.size:
             raise Misuse(f"allreduce of {x.size} elements into {total.size}")
-        operation = Operation(self, x, total)
+        operation = Operation(self, x.copy() if x is total else x, total)
         self._join(operation, ("allreduce", op, x.dtype.name, x.size), x.nbytes)
         return operation
 

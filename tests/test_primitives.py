@@ -79,7 +79,7 @@ def test_allgather(ranks: int) -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int32, np.uint8])
 @pytest.mark.parametrize("chunk", [24, 1 << 30])
 def test_allreduce(ranks: int, dtype: Any, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(primitives, "CHUNK", chunk)
+    monkeypatch.setattr(primitives, "SEGMENT", chunk)
 
     def f(comm: Comm) -> None:
         x = (np.arange(15).reshape(3, 5) % 5 + comm.rank % 3).astype(dtype)
@@ -89,12 +89,15 @@ def test_allreduce(ranks: int, dtype: Any, chunk: int, monkeypatch: pytest.Monke
             allreduce(comm, x, total, op)
             expected = fold([np.arange(15).reshape(3, 5) % 5 + rank % 3 for rank in range(ranks)], axis=0)
             np.testing.assert_array_equal(total, expected.astype(dtype))
+            total[...] = x
+            allreduce(comm, total, total, op)
+            np.testing.assert_array_equal(total, expected.astype(dtype))
 
     team = Team(ranks)
     team.run(f)
     nbytes = 15 * np.dtype(dtype).itemsize
     for comm in team.comms:
-        assert comm.traffic.modelled == 3 * math.ceil(2 * nbytes * (ranks - 1) / ranks)
+        assert comm.traffic.modelled == 6 * math.ceil(2 * nbytes * (ranks - 1) / ranks)
         assert comm.traffic.counted == comm.traffic.messages == 0
 
 

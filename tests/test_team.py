@@ -205,9 +205,9 @@ def sends_and_receives_in_one_buffer(comm: Comm) -> None:
     finish(*ring(comm, data[:2], data[1:]))
 
 
-def reduces_in_place(comm: Comm) -> None:
-    data = np.zeros(3, np.float32)
-    finish(comm.transport.allreduce(data, data, "sum"))
+def reduces_into_a_part_of_what_it_reduces(comm: Comm) -> None:
+    data = np.zeros(4, np.float32)
+    finish(comm.transport.allreduce(data[:3], data[1:], "sum"))
 
 
 def receives_into_a_read_only_buffer(comm: Comm) -> None:
@@ -280,7 +280,7 @@ def broadcasts_from_different_roots(comm: Comm) -> None:
         receives_into_a_longer_buffer,
         receives_into_a_shorter_buffer,
         sends_and_receives_in_one_buffer,
-        reduces_in_place,
+        reduces_into_a_part_of_what_it_reduces,
         receives_into_a_read_only_buffer,
         sends_floats,
         sends_a_strided_array,

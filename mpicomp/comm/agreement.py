@@ -109,7 +109,7 @@ def confirm(comm: Comm, digest: int, describe: Callable[[], str]) -> None:
     value = (digest + comm.calls * ODD + _hashed(mode)) % REFUSAL
     statements = _compare(comm, value, value ^ REFUSAL, lambda: Statement(digest, comm.calls, mode, describe()))
     if statements:
-        raise ConfigMismatchError(_disagreement(statements))
+        raise ConfigMismatchError(_disagreement(statements, comm.detailed))
 
 
 def _compare(comm: Comm, value: int, complement: int, state: Callable[[], Statement]) -> list[Statement]:
@@ -146,25 +146,27 @@ def _exchange(comm: Comm, mine: Statement) -> list[Statement]:
     return statements
 
 
-def _disagreement(statements: list[Statement]) -> str:
-    """Describe how ranks differ: one line per distinct description, the most frequent first.
+def _disagreement(statements: list[Statement], detailed: bool) -> str:
+    """Describe how ranks differ: one line per distinct description, the most frequent first; `detailed`, one per rank.
 
     The digest distinguishes descriptions that differ beyond the length that was sent.
     """
     calls = [each for each in statements if each.digest != REFUSAL]
     numbered = len({each.number for each in calls}) > 1
     moded = len({each.mode for each in calls}) > 1
-    ranks_by_line: dict[tuple[int, str], list[int]] = {}
+    ranks_by_line: dict[tuple[int, str, int], list[int]] = {}
     for rank, each in enumerate(statements):
         line = each.text
         if each.digest != REFUSAL:
             line += f" (operation {each.number + 1})" if numbered else ""
             line += f" ({mode_text(each.mode)})" if moded else ""
-        ranks_by_line.setdefault((each.digest, line), []).append(rank)
-    texts = [line for _, line in ranks_by_line]
+        ranks_by_line.setdefault((each.digest, line, rank if detailed else 0), []).append(rank)
+    digests: dict[str, set[int]] = {}
+    for digest, line, _ in ranks_by_line:
+        digests.setdefault(line, set()).add(digest)
     lines = ["the ranks disagree on this operation:"]
-    for (digest, line), ranks in sorted(ranks_by_line.items(), key=lambda item: -len(item[1])):
-        end = f"... (digest {digest:016x})" if texts.count(line) > 1 else ""
+    for (digest, line, _), ranks in sorted(ranks_by_line.items(), key=lambda item: -len(item[1])):
+        end = f"... (digest {digest:016x})" if len(digests[line]) > 1 else ""
         lines.append(f"  {name_ranks(ranks)}: {line}{end}")
     if moded:
         lines.append(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -38,9 +39,12 @@ class Comm:
         self.calls = 0
         self.spin = SPIN  # s; shorter while polling finds nothing: where ranks share cores it takes time from others
         self.context = ""  # operation and unit, for the report of a rank that waits too long
+        self.past = ""  # the context before, to which all ranks have come
+        self.detailed = False  # whether ranks that disagree are described one by one
         self.collective_count = 0  # collectives begun, those of MPI and agreements included; alike on all ranks
         self.left: dict[int, notices.Notice] = {}  # last notices of peers that have ended
         self.answers: dict[int, notices.Notice] = {}  # where peers wait
+        self.meanwhile: Callable[[], object] = lambda: None  # called now and then while this rank waits
         self.parent: Comm = self  # the communicator whose group this is, for notices
         self.background = Background(
             f"mpicomp-{self.rank}", recoverable=(ConfigMismatchError,), check=transport.check_threads
@@ -178,6 +182,16 @@ class Comm:
             transport.free()
         self._groups.clear()
         self._windows.clear()
+
+    @contextmanager
+    def within(self, context: str) -> Iterator[None]:
+        """Name what this block does in the reports of a rank that waits; all ranks have begun it when it ends."""
+        before, self.context = self.context, context
+        try:
+            yield
+            self.past = context
+        finally:
+            self.context = before
 
     def check(self) -> None:
         """Raise CommunicatorError where this was freed, or an error has broken it."""

@@ -19,6 +19,7 @@ from mpicomp.comm.transport import Request
 from mpicomp.comm.watch import wait
 
 CHUNK = 1 << 30  # bytes in one MPI message
+SEGMENT = 1 << 25  # bytes in one allreduce of MPI, which needs as many again; longer ones are no faster
 
 
 def _chunks(data: Array) -> list[Array]:
@@ -68,7 +69,7 @@ def allgather(comm: Comm, message: Array, incoming: Sequence[Array], operation: 
 
 
 def allreduce(comm: Comm, x: Array, total: Array, op: str = "sum") -> None:
-    """MPI's allreduce of a contiguous array into `total`; `op` is one of `transport.OPS`.
+    """MPI's allreduce of a contiguous array into `total`, which may be x itself; `op` is one of `transport.OPS`.
 
     An array on a GPU is copied to the host, unless MPI takes GPU memory. Bytes are modelled, not counted: 2 * nbytes *
     (P-1) / P, the minimum of all algorithms.
@@ -81,10 +82,11 @@ def allreduce(comm: Comm, x: Array, total: Array, op: str = "sum") -> None:
         Copied().wait()  # until the kernel that writes x has ended
     comm.collective_count += 1
     flat, sums = x.reshape(-1), total.reshape(-1)
-    step = CHUNK // x.itemsize
+    step = SEGMENT // x.itemsize
     for start in range(0, flat.size, step):
-        part = slice(start, start + step)
-        wait(comm, [comm.transport.allreduce(flat[part], sums[part], op)], f"allreduce({op})")
+        part = sums[start : start + step]
+        given = part if x is total else flat[start : start + step]
+        wait(comm, [comm.transport.allreduce(given, part, op)], f"allreduce({op})")
     comm.traffic.modelled += math.ceil(2 * x.nbytes * (comm.size - 1) / comm.size)
 
 
@@ -105,7 +107,7 @@ def begin_send(comm: Comm, data: Array, peer: int, tag: int = 0) -> list[Request
 
 
 def begin_receive(comm: Comm, data: Array, peer: int, tag: int = 0) -> list[Request]:
-    """Begin to receive (n,) uint8 from one rank."""
+    """Begin to receive (n,) uint8 from one rank, or from ANYONE."""
     return [comm.transport.receive(part, peer, tag) for part in _chunks(data)]
 
 

@@ -18,6 +18,8 @@ OPS = ("sum", "max", "min", "prod", "band", "bor", "bxor")
 ABORT_SECONDS = 10  # what MPI may take to end a job, before this process ends by itself
 KEPT = 64  # requests between two removals of complete ones
 NOTICE = (1 << 14) + 1  # the tag of notices, which nothing else uses
+ANYONE = -1
+"""In the place of a peer: a message from whichever rank sends one."""
 
 
 class Request(Protocol):
@@ -39,10 +41,10 @@ class Transport(Protocol):
         """Begin to send (n,) uint8 to a peer."""
 
     def receive(self, data: Array, peer: int, tag: int) -> Request:
-        """Begin to receive (n,) uint8 from a peer."""
+        """Begin to receive (n,) uint8 from a peer, or from ANYONE."""
 
     def allreduce(self, x: Array, total: Array, op: str) -> Request:
-        """Begin MPI's own allreduce of a numeric array; `op` is one of OPS."""
+        """Begin MPI's own allreduce of a numeric array, in place where `total` is x; `op` is one of OPS."""
 
     def broadcast(self, data: Array, root: int) -> Request:
         """Begin MPI's own broadcast of (n,) uint8, in place."""
@@ -134,7 +136,9 @@ class MPITransport(Transport):
         self.rank: int = (source or mpi).Get_rank()
         self.size: int = (source or mpi).Get_size()
         self.ready = source is None
+        self._anyone = MPI.ANY_SOURCE
         self._ops = {op: getattr(MPI, op.upper()) for op in OPS}
+        self._in_place: Any = MPI.IN_PLACE
         self._receives: list[Any] = []
         self._others: list[Any] = []
         self._kept = KEPT  # requests, beyond which complete ones are removed
@@ -144,10 +148,12 @@ class MPITransport(Transport):
         return self._keep(self._others, self.mpi.Isend(data, dest=peer, tag=tag))
 
     def receive(self, data: Array, peer: int, tag: int) -> Request:
-        return self._keep(self._receives, self.mpi.Irecv(data, source=peer, tag=tag))
+        source = self._anyone if peer == ANYONE else peer
+        return self._keep(self._receives, self.mpi.Irecv(data, source=source, tag=tag))
 
     def allreduce(self, x: Array, total: Array, op: str) -> Request:
-        return self._keep(self._others, self.mpi.Iallreduce(x, total, self._ops[op]))
+        given = self._in_place if x is total else x
+        return self._keep(self._others, self.mpi.Iallreduce(given, total, self._ops[op]))
 
     def broadcast(self, data: Array, root: int) -> Request:
         return self._keep(self._others, self.mpi.Ibcast(data, root=root))

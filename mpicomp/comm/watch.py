@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
 from mpicomp.comm import exits, notices
-from mpicomp.comm.transport import Request
+from mpicomp.comm.transport import ANYONE, Request
 from mpicomp.errors import REPAIR, CommunicatorError
 
 if TYPE_CHECKING:
     from mpicomp.comm.communicator import Comm
 
 STOPPED = 1.0  # seconds; a rank whose look is later than this was stopped itself, which is no time of waiting
+PAST = 160  # characters of the last operation of a rank that does not answer
 ANSWER = 1.5  # seconds within which a waiting peer answers
 REST = 1e-3  # seconds between two looks for answers
 LOOK = 0.1  # seconds between two looks for notices
@@ -60,11 +61,12 @@ class Traffic:
 
 
 def attend(comm: Comm, operation: str, peer: int | None = None) -> None:
-    """Read the notices of peers while this rank waits in an operation; `peer` as for `wait`.
+    """Read the notices of peers while this rank waits in an operation, and see to other work; `peer` as for `wait`.
 
     Raises CommunicatorError where a peer has failed; ends the job where a peer has ended that this rank needs.
     """
     parent = comm.parent
+    parent.meanwhile()
     known = dict(parent.left)
     while (notice := notices.look(parent.transport)) is not None:
         if notice.kind == notices.FAILED:
@@ -79,7 +81,9 @@ def attend(comm: Comm, operation: str, peer: int | None = None) -> None:
             notices.send(parent.transport, notices.HERE, here, number=parent.collective_count, to=[notice.rank])
         elif notice.kind == notices.HERE:
             parent.answers[notice.rank] = notice
-    if peer is not None:  # data sent before its end may still arrive: so only a notice read at an earlier look counts
+    if peer == ANYONE:
+        gone = next(iter(known.values())) if len(known) == parent.size - 1 > 0 else None
+    elif peer is not None:  # data sent before its end may still arrive: so only a notice read at an earlier look counts
         gone = known.get(peer) if comm is parent else None
     else:
         gone = next((notice for _, notice in sorted(known.items()) if notice.number < parent.collective_count), None)
@@ -116,7 +120,7 @@ def give_up(comm: Comm, operation: str, pending: int, waited: float, peer: int |
     parent = comm.parent
     named = []
     silent = []
-    for rank in range(parent.size) if peer is None or comm is not parent else [peer]:
+    for rank in range(parent.size) if peer in (None, ANYONE) or comm is not parent else [peer]:
         answer = parent.answers.get(rank)
         if rank == parent.rank:
             continue
@@ -126,7 +130,8 @@ def give_up(comm: Comm, operation: str, pending: int, waited: float, peer: int |
             named.append(f"rank {rank} waits {answer.text}")
     if silent:
         verb = "does" if len(silent) == 1 else "do"
-        named.insert(0, f"{notices.name_ranks(silent)} {verb} not answer: stopped, busy elsewhere or gone")
+        last = f" (last seen in {parent.past[:PAST]})" if parent.past else ""
+        named.insert(0, f"{notices.name_ranks(silent)} {verb} not answer: stopped, busy elsewhere or gone{last}")
     _end(
         comm,
         f"rank {parent.rank} of {parent.size} waited {waited:.0f} s {_place(comm, operation)}, {pending} messages "
@@ -170,7 +175,7 @@ def wait(comm: Comm, requests: Sequence[Request], operation: str, calm: bool = F
     messages follow those awaited, a later look finds more of them.
 
     Raises CommunicatorError where a peer has failed. Ends the job where a peer has ended that this rank needs: the rank
-    `peer`, or any rank that has not begun this collective.
+    `peer`, all ranks where that is ANYONE, or any rank that has not begun this collective.
     """
     share = CALM_SHARE if calm else SLEEP_SHARE
     now = began = active = time.perf_counter()

@@ -170,7 +170,7 @@ class Dense(Reducer):
         layout, itemsize = state.layout, x.itemsize
         nbytes = layout.size * itemsize
         algorithm = self._algorithm(nbytes, comm.topology)
-        flat, total, direct = self._buffers(x, state, out, work, in_place=algorithm == "ring")
+        flat, total, direct = self._buffers(x, state, out, work, in_place=algorithm != "two_shot")
         arrive, divided, finite = None, False, False
         if algorithm == "mpi":
             allreduce(comm, flat, total)
@@ -218,7 +218,8 @@ class Dense(Reducer):
             and state.residual is None
             and (not np.may_share_memory(x, out) or (x is out and in_place))
         ):
-            return x[where], out[where], True
+            total = out[where]
+            return total if x is out else x[where], total, True
         flat = work.buffer("flat", layout.size, state.dtype)
         layout.collect(x, flat)
         if state.residual is not None:

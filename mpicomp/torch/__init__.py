@@ -9,6 +9,7 @@ Importing this under a launcher initialises MPI and tells torch of its ranks.
 """
 
 from mpicomp.torch.backend import reset, traffic
+from mpicomp.torch.barrier import monitored_barrier
 from mpicomp.torch.calls import (
     TensorPlan,
     allgather,
@@ -42,6 +43,7 @@ __all__ = [
     "ireduce_scatter",
     "plan",
     "memory",
+    "monitored_barrier",
     "reset",
     "traffic",
     "device",

@@ -104,7 +104,7 @@ def written(owner: Owner, exported: dict[str, Any], form: Form, fresh: Callable[
     entry = {
         "step": torch.tensor(exported["step"]),
         "scale": torch.tensor(exported["scale"] or 0.0, dtype=torch.float64),
-        "units": owner.tensors({name: units[name] for name in form}),
+        "units": owner.tensors({name: units.get(name, {}) for name in form}),
     }
     return {
         "reducer": owner.reducer,

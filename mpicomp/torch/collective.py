@@ -26,7 +26,7 @@ from mpicomp.torch.tensors import check_local
 from mpicomp.torch.worker import Work
 
 if TYPE_CHECKING:
-    from mpicomp.torch.backend import MPIProcessGroup
+    from mpicomp.torch.collectives import Collectives
 
 TEXT = 64  # bytes of the description of one message when the ranks disagree
 
@@ -44,6 +44,8 @@ class Collective(NamedTuple):
     """Communicate."""
     check: Callable[[], None] = lambda: None
     """Find disagreement that the description cannot show, before anything else is sent."""
+    layout: torch.layout = torch.strided
+    """Of its tensors."""
 
 
 Prepare = Callable[..., Collective]
@@ -58,11 +60,11 @@ def collective(prepare: Prepare) -> Callable[..., Work]:
 
     @functools.wraps(prepare)
     @uncompiled
-    def begin(group: MPIProcessGroup, *args: Any, **kwargs: Any) -> Work:
+    def begin(group: Collectives, *args: Any, **kwargs: Any) -> Work:
         group.worker.check_open()
         try:
             prepared = prepare(group, *args, **kwargs)
-            check_local(prepared.tensors)
+            check_local(prepared.tensors, prepared.layout)
             device_of(prepared.tensors)
         except Exception as error:
             group.worker.submit(partial(refuse, group.comm, error)).wait()
@@ -70,12 +72,11 @@ def collective(prepare: Prepare) -> Callable[..., Work]:
 
         def run() -> Any:
             comm = group.comm
-            comm.context = prepared.description
-            agree(comm, prepared.description)
-            prepared.check()
-            with breaking(comm, prepared.description):
-                prepared.call()
-            comm.context = ""
+            with comm.within(prepared.description):
+                agree(comm, prepared.description)
+                prepared.check()
+                with breaking(comm, prepared.description):
+                    prepared.call()
             return prepared.result
 
         return group.worker.submit(run, prepared.tensors)
@@ -94,8 +95,8 @@ def breaking(comm: Comm, operation: str) -> Iterator[None]:
 
 
 def forms(tensors: Iterable[torch.Tensor]) -> str:
-    """Describe tensors by shape and dtype."""
-    return _runs(f"{tuple(tensor.shape)} {_name(tensor)}" for tensor in tensors)
+    """Describe tensors by shape and dtype, sparse ones also by the number of their sparse dimensions."""
+    return _runs(f"{tuple(tensor.shape)} {_name(tensor)}{_sparsity(tensor)}" for tensor in tensors)
 
 
 def sizes(tensors: Iterable[torch.Tensor]) -> str:
@@ -110,6 +111,10 @@ def size(tensor: torch.Tensor | None) -> str:
 
 def _name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def _sparsity(tensor: torch.Tensor) -> str:
+    return "" if tensor.layout == torch.strided else f" sparse in {tensor.sparse_dim()} dimensions"
 
 
 def _runs(texts: Iterable[str]) -> str:
@@ -141,4 +146,11 @@ def confirm_routes(comm: Comm, operation: str, sent: Sequence[str], received: Se
         for peer, (mine, theirs) in enumerate(zip(received, map(unpadded, announced), strict=True))
         if mine[:TEXT] != theirs
     ]
-    agree(comm, f"{operation} {'; '.join(wrong) or 'expects what the others send'} (as rank {comm.rank})")
+    text = f"{operation} {'; '.join(wrong) or 'expects what the others send'}"
+    if comm.detailed:
+        text += f"; sends {_per_rank(sent)}; expects {_per_rank(received)}"
+    agree(comm, f"{text} (as rank {comm.rank})")
+
+
+def _per_rank(texts: Sequence[str]) -> str:
+    return ", ".join(f"[{rank}] {text or 'nothing'}" for rank, text in enumerate(texts))

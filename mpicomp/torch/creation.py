@@ -13,6 +13,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import DebugLevel, get_debug_level
 
 from mpicomp.comm.communicator import Comm
 from mpicomp.comm.share import shared
@@ -38,6 +39,7 @@ def create(options: Any, _: Any = None) -> MPIProcessGroup:
         comm = group_comm(ranks, options.group_rank, options.group_size)
         if seconds is not None and options.timeout != dist.constants.default_pg_timeout:
             comm.timeout = seconds
+        comm.detailed = get_debug_level() == DebugLevel.DETAIL
         return comm
 
     return MPIProcessGroup(make, None if ranks else next_port)

@@ -11,7 +11,7 @@ from mpicomp.reducers.base import Level
 from mpicomp.reducers.policies.base import Wrapper
 from mpicomp.reducers.policies.branching import Branching
 from mpicomp.reducers.policies.warmup import Warmup, codecs_with_density
-from mpicomp.torch.parameters import Parameters, units_of
+from mpicomp.torch.parameters import SPARSE, Parameters, units_of
 from mpicomp.torch.tensors import NAMES
 
 
@@ -23,8 +23,9 @@ class Fate:
     dtype: str
     shape: tuple[int, ...]
     method: str
-    nbytes: int
-    """Sent by this rank in a step, by the cost of the parameter alone; an upper bound where sizes vary."""
+    nbytes: int | None
+    """Sent by this rank in a step, by the cost of the parameter alone; an upper bound where sizes vary, None where
+    nothing bounds it but the data, as with sparse gradients."""
     dense: int
     """Sent by this rank in an uncompressed allreduce."""
 
@@ -38,11 +39,13 @@ class Description(list[Fate]):
 
     def __str__(self) -> str:
         rows = [("parameter", "gradient", "bytes", "method")]
-        rows += [(each.name, f"{each.dtype} {list(each.shape)}", f"{each.nbytes:,}", each.method) for each in self]
+        for each in self:
+            nbytes = "varies" if each.nbytes is None else f"{each.nbytes:,}"
+            rows.append((each.name, f"{each.dtype} {list(each.shape)}", nbytes, each.method))
         a, b, c = (max(len(row[column]) for row in rows) for column in range(3))
         lines = [f"{name:<{a}}  {what:<{b}}  {nbytes:>{c}}  {method}" for name, what, nbytes, method in rows]
-        sent = sum(each.nbytes for each in self)
-        dense = sum(each.dense for each in self)
+        sent = sum(each.nbytes for each in self if each.nbytes is not None)
+        dense = sum(each.dense for each in self if each.nbytes is not None)
         times = f", {dense / sent:.3g} times fewer than the {dense:,} of an uncompressed allreduce" if sent else ""
         return "\n".join([*lines, f"{sent:,} bytes that a rank sends in a step{times}", f"by {self.resolved}"])
 
@@ -59,9 +62,10 @@ def description(parameters: Parameters, reducer: Reducer, topology: Topology, me
         size = unit.size * parameter.dtype.to_real().itemsize
         dense = 2 * size * (topology.size - 1) // topology.size
         cost = found.cost(Layout((unit,)), work_dtype(dtype), topology, me)
+        nbytes = None if why == SPARSE else cost.nbytes
         method = f"exactly: {why}" if why else str(found)
         kind = str(parameter.dtype).removeprefix("torch.")
-        fates.append(Fate(name, kind, tuple(parameter.shape), method, cost.nbytes, dense))
+        fates.append(Fate(name, kind, tuple(parameter.shape), method, nbytes, dense))
     return Description(fates, str(reducer))
 
 

@@ -6,7 +6,7 @@ are exact, those of float32 and float64 are MPI's own, and those of half types a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,7 @@ import torch.distributed as dist
 
 from mpicomp.comm import primitives
 from mpicomp.comm.communicator import Comm
-from mpicomp.reducers.parts.workspace import Workspace
-from mpicomp.torch.tensors import bytes_of, flat, on_cpu
+from mpicomp.torch.tensors import array_of, bytes_of, flat, on_cpu
 
 Tensor = torch.Tensor
 
@@ -26,16 +25,17 @@ _OPS = dict(SUM="sum", AVG="avg", MAX="max", MIN="min", PRODUCT="prod", BAND="ba
 _BOOL_OPS = {"sum": "max", "max": "max", "bor": "max", "prod": "min", "min": "min", "band": "min", "bxor": "bxor"}
 """For each reduction of truth values the reduction of bytes 0 and 1 with the same result."""
 
-_PAIRWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "sum": torch.Tensor.add_,
-    "avg": torch.Tensor.add_,
-    "prod": torch.Tensor.mul_,
-    "max": lambda a, b: torch.maximum(a, b, out=a),
-    "min": lambda a, b: torch.minimum(a, b, out=a),
-    "band": torch.Tensor.bitwise_and_,
-    "bor": torch.Tensor.bitwise_or_,
-    "bxor": torch.Tensor.bitwise_xor_,
+PAIRWISE: dict[str, Any] = {
+    "sum": np.add,
+    "avg": np.add,
+    "prod": np.multiply,
+    "max": np.maximum,
+    "min": np.minimum,
+    "band": np.bitwise_and,
+    "bor": np.bitwise_or,
+    "bxor": np.bitwise_xor,
 }
+"""For each reduction NumPy's function of two arrays: torch has not all of them for unsigned integers."""
 
 
 def op_name(reduce_op: Any, tensors: Sequence[Tensor]) -> str:
@@ -54,15 +54,17 @@ def op_name(reduce_op: Any, tensors: Sequence[Tensor]) -> str:
     return name
 
 
-def _widened(tensor: Tensor, op: str) -> tuple[Tensor, str]:
-    """Return the elements in a dtype that MPI can reduce, and the operation to use."""
+def widened(tensor: Tensor, op: str, ranks: int) -> tuple[Tensor, str]:
+    """Return the elements in a dtype that MPI can reduce, and the operation to use; `store` takes it back."""
     elements = on_cpu(tensor)
     if elements.is_complex():
-        return torch.view_as_real(elements).view(-1), op
+        elements = torch.view_as_real(elements).view(-1)
     if elements.dtype == torch.bool:
         return elements.view(torch.uint8), _BOOL_OPS[op]
     if elements.is_floating_point() and elements.dtype not in (torch.float32, torch.float64):
-        return elements.to(torch.float32), op
+        shrink = _shrink(tensor, op, ranks)
+        elements = elements.to(torch.float32)
+        return elements if shrink == 1.0 else elements.mul_(shrink), op
     if elements.itemsize < 4 and op in ("sum", "prod") and not elements.is_floating_point():
         return elements.to(torch.int32), op  # Open MPI 5 saturates sums of 8 and 16 bits, torch's wrap around
     return elements, op
@@ -76,29 +78,27 @@ def _shrink(tensor: Tensor, op: str, ranks: int) -> float:
     return 0.5 ** (ranks - 1).bit_length() if op == "avg" and tensor.dtype == torch.bfloat16 else 1.0
 
 
-def _store(tensor: Tensor, elements: Tensor) -> None:
-    """Copy reduced elements, in the dtype of `_widened`, into a tensor."""
+def store(tensor: Tensor, total: Tensor, op: str, ranks: int) -> None:
+    """Copy what ranks have reduced, in the dtype of `widened`, into a tensor, a mean after the division."""
+    if op == "avg":
+        total /= ranks * _shrink(tensor, op, ranks)
     if tensor.is_complex():
-        elements = torch.view_as_complex(elements.view(-1, 2))
-    tensor.detach().copy_(elements.view(tensor.shape))
+        total = torch.view_as_complex(total.view(-1, 2))
+    if total.data_ptr() != tensor.data_ptr():
+        tensor.detach().copy_(total.view(tensor.shape))
 
 
-def allreduce(comm: Comm, tensor: Tensor, op: str, work: Workspace, keep: bool = True) -> None:
+def allreduce(comm: Comm, tensor: Tensor, op: str, keep: bool = True) -> None:
     """Reduce a tensor over all ranks, in place if `keep`; otherwise this rank only contributes."""
-    elements, mpi_op = _widened(tensor, op)
+    elements, mpi_op = widened(tensor, op, comm.size)
     if elements.numel() == 0:
         return
-    shrink = _shrink(tensor, op, comm.size)
-    if shrink != 1.0:
-        elements *= shrink  # a copy, in float32
-    # Memory that is kept: a new array for every message costs page faults.
-    kept = work.roomy("total", elements.numel() * elements.itemsize, lambda nbytes: np.empty(nbytes, np.uint8))
-    total = torch.from_numpy(kept).view(elements.dtype)
-    primitives.allreduce(comm, elements.numpy(), total.numpy(), "sum" if mpi_op == "avg" else mpi_op)
+    if not keep and elements.data_ptr() == tensor.data_ptr():
+        elements = elements.clone()
+    array = array_of(elements)
+    primitives.allreduce(comm, array, array, "sum" if mpi_op == "avg" else mpi_op)
     if keep:
-        if op == "avg":
-            total /= comm.size * shrink
-        _store(tensor, total)
+        store(tensor, elements, op, comm.size)
 
 
 def broadcast(comm: Comm, tensor: Tensor, root: int) -> None:
@@ -124,16 +124,11 @@ def reduce_scatter(comm: Comm, output: Tensor, inputs: Sequence[Tensor], op: str
     """Reduce inputs[r] over all ranks into rank r's output, adding in rank order."""
     parts = [torch.empty_like(output, device="cpu", memory_format=torch.contiguous_format) for _ in range(comm.size)]
     exchange(comm, inputs, parts, "reduce_scatter")
-    total, pairwise_op = _widened(parts[0], op)
-    pairwise, shrink = _PAIRWISE[pairwise_op], _shrink(output, op, comm.size)
-    if shrink != 1.0:
-        total *= shrink  # a copy, in float32
+    total, pairwise_op = widened(parts[0], op, comm.size)
+    sums, pairwise = total.numpy(), PAIRWISE[pairwise_op]
     for part in parts[1:]:
-        elements = _widened(part, op)[0]
-        pairwise(total, elements if shrink == 1.0 else elements * shrink)
-    if op == "avg":
-        total /= comm.size * shrink
-    _store(output, total)
+        pairwise(sums, widened(part, op, comm.size)[0].numpy(), out=sums)
+    store(output, total, op, comm.size)
 
 
 def check_parts(parts: Sequence[Any], ranks: int) -> None:

@@ -26,16 +26,17 @@ from mpicomp.planner.allowance import divided
 from mpicomp.reducers import Dense, Layout, Reducer
 from mpicomp.reducers.base import check_device, walk
 from mpicomp.registry import Method, describe, resolve_partitioned
+from mpicomp.torch import sparse
 from mpicomp.torch.backend import tensor_group
-from mpicomp.torch.collective import breaking
+from mpicomp.torch.collective import breaking, forms
 from mpicomp.torch.compiled import uncompiled
 from mpicomp.torch.describe import Description, description
-from mpicomp.torch.parameters import Strided, exact_alone, layout_of, parameters_of, units_of
+from mpicomp.torch.parameters import SPARSE, Strided, exact_alone, layout_of, parameters_of, units_of
 from mpicomp.torch.persistent import Persistent, users_level
 from mpicomp.torch.streams import device_of
 from mpicomp.torch.telemetry import Telemetry
-from mpicomp.torch.tensors import NAMES, bits_of, check_local
-from mpicomp.torch.worker import Worker
+from mpicomp.torch.tensors import NAMES, bits_of
+from mpicomp.torch.worker import Held
 
 
 class Bucket(NamedTuple):
@@ -46,21 +47,6 @@ class Bucket(NamedTuple):
     strided: Strided
     exact: str
     """Why it is summed exactly; empty where a method reduces it."""
-
-
-class Held:
-    """A bucket that waits until all of its step are there: how it is reduced, and what DDP waits for."""
-
-    def __init__(self, run: Callable[[], torch.Tensor], buffer: torch.Tensor) -> None:
-        self.run, self.buffer = run, buffer
-        self._begun: torch.futures.Future[torch.Tensor]
-        self._end: torch.futures.Future[None] = torch.futures.Future()
-        self.future: torch.futures.Future[torch.Tensor] = self._end.then(lambda _: self._begun.value())
-
-    def begin(self, worker: Worker) -> None:
-        """Reduce it; `future` ends with its result or error."""
-        self._begun = worker.submit(self.run, [self.buffer]).get_future()
-        self._begun.add_done_callback(lambda _: self._end.set_result(None))
 
 
 Resolver = Callable[[Layout, str, int], Reducer]
@@ -170,7 +156,10 @@ class Hook(Persistent):
         if any(parameter not in self._names for parameter in parameters):
             raise self._refused(ValueError("this hook is of another model: make one with mpicomp.torch.Hook(ddp, ...)"))
         names = tuple(self._names[parameter] for parameter in parameters)
-        check_local([buffer])
+        try:
+            self._parameters.check_layout(names[0], buffer)
+        except ValueError as error:
+            raise self._refused(error) from None
         index, last = bucket.index(), bucket.is_last()
         if self.telemetry is not None and index == 0:
             self.telemetry.drain()
@@ -239,27 +228,36 @@ class Hook(Persistent):
                 f"DistributedDataParallel a bucket_cap_mb of more than the model's size"
             )
         with breaking(self.comm, description):
-            reductions.add(index, layout, dtype, reducer)
+            reductions.add(index, Layout(()) if exact == SPARSE else layout, dtype, reducer)
             self._buckets[index] = Bucket(names, digest_of(description), Strided(() if exact else parameters), exact)
 
     def _reduce(self, index: int, buffer: torch.Tensor, last: bool) -> None:
         comm, bucket = self.comm, self._buckets[index]
-        comm.context = f"the bucket of {bucket.names[0]}"
-        digest = noted(mixed(bucket.digest, self._reductions.step), self._reductions.agreed(index))
-        confirm(comm, digest, lambda: self._described(index))
-        with breaking(comm, f"bucket {index} of DDP"):
-            bucket.strided.to_rows(buffer)
-            with self._observed(index, buffer, last):
-                bits = bits_of(buffer)
-                self._reductions.reduce(comm, index, "mean", bits, bits, last)
-            bucket.strided.to_memory(buffer)
-        comm.context = ""
+        agreed = self._reductions.agreed(index) + (f"{forms([buffer])}, " if buffer.is_sparse else "")
+        digest = noted(mixed(bucket.digest, self._reductions.step), agreed)
+        with comm.within(f"the bucket of {bucket.names[0]}"):
+            confirm(comm, digest, lambda: agreed + self._described(index))
+            with breaking(comm, f"bucket {index} of DDP"):
+                bucket.strided.to_rows(buffer)
+                with self._observed(index, buffer, last):
+                    self._sum(index, buffer, last)
+                bucket.strided.to_memory(buffer)
+
+    def _sum(self, index: int, buffer: torch.Tensor, last: bool) -> None:
+        """Replace a bucket, whose gradients lie row by row, by its mean."""
+        if self._buckets[index].exact != SPARSE:
+            bits = bits_of(buffer)
+            self._reductions.reduce(self.comm, index, "mean", bits, bits, last)
+            return
+        sparse.allreduce(self.comm, buffer, "avg")
+        self._reductions.done(self.comm, index, bool(buffer._values().isfinite().all()), last)
 
     def _observed(self, index: int, buffer: torch.Tensor, last: bool) -> AbstractContextManager[None]:
         """Return the context in which telemetry sees a bucket."""
         if self.telemetry is None:
             return nullcontext()
-        return self.telemetry.observed(self.comm, self._reductions.buckets[index], buffer, last)
+        names = self._buckets[index].names
+        return self.telemetry.observed(self.comm, self._reductions.buckets[index], names, buffer, last)
 
     def _described(self, index: int) -> str:
         """Describe a bucket for ranks that disagree on it."""
@@ -267,8 +265,7 @@ class Hook(Persistent):
         names = self._buckets[index].names
         units = ", ".join(f"{name} {tuple(self._parameters[name].shape)}" for name in names)
         step = self._reductions.step
-        agreed = reduction.agreed
-        return f"{agreed}bucket {index} of DDP at step {step}, {reduction.dtype} by {reduction.reducer}, of {units}"
+        return f"bucket {index} of DDP at step {step}, {reduction.dtype} by {reduction.reducer}, of {units}"
 
 
 def reduce_bucket(state: Hook, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -293,8 +290,8 @@ def compress(
     the first that matches counts, and it means what it means alone (`by_name`). With `scaler`, steps that it skips
     leave no trace, and residuals follow the loss scale.
 
-    Complex gradients travel exactly; a warning on rank 0 names them. `Hook.describe` says what happens to each
-    parameter.
+    Complex and sparse gradients travel exactly; a warning on rank 0 names them. `Hook.describe` says what happens to
+    each parameter.
 
     A copy of the model, which has a copy of the hook, has one of the scaler, too: where it is stepped with another one,
     set `Hook.of(copy).scaler`.

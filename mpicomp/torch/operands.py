@@ -145,9 +145,9 @@ def _check(tensor: Any, what: str, kinds: Kinds) -> None:
         )
     if tensor.is_nested:
         raise ValueError(f"{what} is a nested tensor; pass {what}.to_padded_tensor(0.0), or its parts one by one")
-    check_local([tensor])
     if tensor.is_quantized:
         raise TypeError(f"{what} has dtype {tensor.dtype}, which is more than its elements; pass {what}.dequantize()")
+    check_local([tensor])
     if kinds is not None and tensor.dtype not in kinds:
         raise TypeError(
             f"{what} has dtype {tensor.dtype}; only {', '.join((*NAMES.values(), *COMPLEX.values()))} can be "

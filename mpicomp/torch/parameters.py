@@ -1,6 +1,7 @@
 """What the hook takes of a DDP model: its parameters, where their gradients lie in a bucket, their masks.
 
-Complex gradients travel exactly, beside the compressed ones, since optimizers differ in how they see them.
+Some gradients travel exactly, beside the compressed ones: complex ones, since optimizers differ in how they see them,
+and sparse ones, which are compressed by their nature.
 
 **Strides.** DDP lays the gradient of a parameter without gaps into the bucket as the parameter lies in memory, and any
 other row by row. A method sees it in its logical order, so that the matrix of a transposed parameter is the one that
@@ -18,6 +19,7 @@ from mpicomp.arrays import Array
 from mpicomp.reducers import Layout, Unit
 from mpicomp.torch.tensors import COMPLEX, NAMES, check_local
 
+SPARSE = "sparse gradient"
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 """What torch.compile and activation checkpointing put into the names of parameters."""
 
@@ -44,6 +46,14 @@ class Parameters(dict[str, torch.nn.Parameter]):
         """Those whose gradients a method reduces."""
         return {name: parameter for name, parameter in self.items() if name not in self.exact}
 
+    def check_layout(self, name: str, gradient: torch.Tensor) -> None:
+        """Raise ValueError for a gradient that is sparse or dense where its module said the other when compressed."""
+        if gradient.is_sparse != (self.exact.get(name) == SPARSE):
+            raise ValueError(
+                f"{name} has a {'sparse' if gradient.is_sparse else 'dense'} gradient, unlike its module when the "
+                f"model was compressed; set sparse= of the module before DistributedDataParallel, and leave it"
+            )
+
 
 def parameters_of(ddp: DistributedDataParallel) -> Parameters:
     """Return the parameters of a model; raises RuntimeError, ValueError or TypeError where it cannot be compressed."""
@@ -52,18 +62,28 @@ def parameters_of(ddp: DistributedDataParallel) -> Parameters:
     named = ddp.module.named_parameters()
     found = Parameters({plain_name(n): p for n, p in named if p.requires_grad and n not in ignored})
     check_local(found.values())
+    sparse = {id(table) for table in _sparse_tables(ddp.module)}
     found.exact = {}
     for name, parameter in found.items():
         if parameter.dtype not in (*NAMES, *COMPLEX):
             known = ", ".join([*NAMES.values(), *COMPLEX.values()])
             raise TypeError(f"parameter {name} has dtype {parameter.dtype}; only {known} can be summed over ranks")
-        if parameter.is_complex():
+        if id(parameter) in sparse:
+            found.exact[name] = SPARSE
+        elif parameter.is_complex():
             found.exact[name] = COMPLEX[parameter.dtype]
     return found
 
 
+def _sparse_tables(model: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
+    """Yield the parameters that DDP expects sparse gradients of."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag) and module.sparse:
+            yield from module.parameters(recurse=False)
+
+
 def _check_model(ddp: DistributedDataParallel) -> None:
-    """Raise RuntimeError or ValueError for a model that no hook, or not this one, works with."""
+    """Raise RuntimeError for a model that no hook, or not this one, works with."""
     if ddp.mixed_precision is not None:
         raise RuntimeError(
             "DDP's own mixed_precision has a hook of its own, and torch allows one; use torch.autocast with "
@@ -83,9 +103,6 @@ def _check_model(ddp: DistributedDataParallel) -> None:
         )
     if ddp._comm_hooks:
         raise RuntimeError("this DDP model has a communication hook already; torch allows one, and cannot remove it")
-    for name, module in ddp.module.named_modules():
-        if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag) and module.sparse:
-            raise ValueError(f"{name or 'the model'} has sparse gradients; set sparse=False to compress them")
 
 
 def exact_alone(parameters: Parameters) -> str:

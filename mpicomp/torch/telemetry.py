@@ -122,13 +122,15 @@ class Telemetry:
     # ------------------------------------------------------------------------- on the communication thread
 
     @contextmanager
-    def observed(self, comm: Comm, reduction: PersistentReduction, buffer: torch.Tensor, last: bool) -> Iterator[None]:
+    def observed(
+        self, comm: Comm, reduction: PersistentReduction, names: Sequence[str], buffer: torch.Tensor, last: bool
+    ) -> Iterator[None]:
         """Record a bucket that is reduced in place in this block, if its step is. Collective where it compares."""
         step = reduction.state.step
         if step % self._every:
             yield
             return
-        exact = _mean(comm, buffer) if self._compare else None
+        exact = _mean(comm, buffer) if self._compare and not buffer.is_sparse else None
         if not self._records:
             yield
             return
@@ -137,7 +139,7 @@ class Telemetry:
             yield
         took, waited = time.perf_counter() - began, comm.traffic.seconds - waited
         self._seconds += (clock.seconds, waited, took - clock.seconds - waited)
-        self._open += self._measured(comm, reduction, buffer, comm.traffic.bytes - sent, exact)
+        self._open += self._measured(comm, reduction, names, buffer, comm.traffic.bytes - sent, exact)
         if last:
             total = reduce(Squares.plus, (squares for _, _, squares in self._open))
             rows = [total.row(step, "", sum(n for _, n, _ in self._open), self._seconds.tolist())]
@@ -152,13 +154,18 @@ class Telemetry:
         self,
         comm: Comm,
         reduction: PersistentReduction,
+        names: Sequence[str],
         buffer: torch.Tensor,
         sent: int,
         exact: torch.Tensor | None,
     ) -> Iterator[tuple[str, int, Squares]]:
         """Yield name, elements and sums of each parameter of a bucket that was reduced."""
         state = reduction.pending or reduction.state
-        dense = 2 * (comm.size - 1) / comm.size * buffer.element_size()
+        dense = 2 * (comm.size - 1) / comm.size * buffer.dtype.to_real().itemsize
+        if buffer.is_sparse:
+            elements = buffer.numel() * (2 if buffer.is_complex() else 1)
+            yield names[0], elements, Squares(sent, dense * elements)
+            return
         result = None if exact is None else _wide(buffer)
         kept = reduction.reducer.export(state)
         for unit, share in zip(state.layout.units, self._shares_of(comm, reduction), strict=True):

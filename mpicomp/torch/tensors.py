@@ -21,13 +21,26 @@ COMPLEX = {torch.complex64: "complex64", torch.complex128: "complex128"}
 """Dtypes that plain calls also take, as pairs of real numbers."""
 
 
-def check_local(tensors: Iterable[torch.Tensor]) -> None:
-    """Raise ValueError for tensors that are sparse, or neither on the CPU nor on a CUDA device."""
+MOVED = {
+    *(torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex32, torch.complex64, torch.complex128),
+    *(torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz, torch.float8_e8m0fnu),
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+}
+"""Dtypes that process groups take: those that torch itself shows as bytes and converts."""
+
+
+def check_local(tensors: Iterable[torch.Tensor], layout: torch.layout = torch.strided) -> None:
+    """Raise ValueError for tensors of another layout, of dtypes that are not `MOVED`, or not of the CPU or CUDA."""
     for tensor in tensors:
         if tensor.device.type not in ("cpu", "cuda"):
             raise ValueError(f"mpicomp moves tensors of the CPU and of CUDA only, got one on {tensor.device}")
-        if tensor.layout != torch.strided:
+        if tensor.is_nested:
+            raise ValueError("mpicomp moves dense tensors only, got a nested one; send its parts one by one")
+        if tensor.layout != layout:
             raise ValueError(f"mpicomp moves dense tensors only, got one of layout {tensor.layout}; use .to_dense()")
+        if tensor.dtype not in MOVED:
+            raise ValueError(f"mpicomp moves no tensors of dtype {tensor.dtype}; send their bytes, of torch.uint8")
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:
@@ -57,7 +70,15 @@ def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
 
 def bytes_of(tensor: torch.Tensor) -> Array:
     """View a contiguous CPU tensor of any dtype as (nbytes,) uint8."""
-    array: Array = tensor.detach().view(-1).view(torch.uint8).numpy()
+    return array_of(tensor.detach().view(-1).view(torch.uint8))
+
+
+def array_of(elements: torch.Tensor) -> Array:
+    """View a contiguous CPU tensor of a dtype that NumPy has.
+
+    Not by `Tensor.numpy`, after which torch refuses to resize the tensor's memory; batched PowerSGD and FSDP do that.
+    """
+    array: Array = np.from_dlpack(elements)
     return array
 
 
@@ -72,5 +93,4 @@ def bits_of(tensor: torch.Tensor) -> Array:
     half = elements.is_floating_point() and elements.itemsize == 2
     if tensor.is_cuda:
         return borrowed(elements.view(torch.int16)).view(np.uint16) if half else borrowed(elements)
-    array: Array = elements.view(torch.int16).numpy().view(np.uint16) if half else elements.numpy()
-    return array
+    return array_of(elements.view(torch.int16)).view(np.uint16) if half else array_of(elements)

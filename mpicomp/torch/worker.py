@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import traceback
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
@@ -25,14 +26,24 @@ from mpicomp.comm.communicator import Comm
 from mpicomp.errors import CommunicatorError, ConfigMismatchError
 from mpicomp.torch.compiled import uncompiled
 from mpicomp.torch.streams import Side, device_of, on
+from mpicomp.torch.typed import tensors_after, wanted
+
+RECENT = 256
+"""How many of the last collectives of one number are kept.
+
+`Join` begins one in a forward and hands it to DDP's C++, which holds the C++ half only, and waits for it in the
+backward. Without the Python half that would be torch's own Work, which nothing completes.
+"""
 
 
 class Work(dist.Work):
     """A collective under way. Where it fails and is dropped without a wait, the job ends with its traceback."""
 
-    def __init__(self, worker: Worker, thread: Background, side: Side | None = None) -> None:
+    def __init__(
+        self, worker: Worker, thread: Background, tensors: Sequence[torch.Tensor] = (), side: Side | None = None
+    ) -> None:
         super().__init__()
-        self.worker, self._side = worker, side
+        self.worker, self._tensors, self._side = worker, tensors, side
         self.request: Request[Any] = Request(thread, self._complete)
         self.watched = False
         self.completion: torch.futures.Future[Any] = torch.futures.Future(devices=[side.device] if side else None)
@@ -52,7 +63,14 @@ class Work(dist.Work):
         self.watched = True
         if self.request.failure is not None:
             self.request.failure.deferred = True
-        return self.completion.then(self._value)
+        if self._side is None and self.request.is_complete():
+            # torch reads the value of a Work that it has waited for: the thread may still be before `_complete`.
+            completed: torch.futures.Future[Any] = torch.futures.Future()
+            completed.set_result(None)
+            future = completed.then(self._value)
+        else:
+            future = self.completion.then(self._value)
+        return tensors_after(future, self._tensors) if wanted(self._tensors) else future
 
     @uncompiled
     def is_completed(self) -> bool:
@@ -79,6 +97,8 @@ class Work(dist.Work):
 
     def _complete(self) -> None:
         """Run the callbacks; on the communication thread."""
+        if self.request.failure is None and sum(tensor.numel() for tensor in self._tensors) == 1:
+            self.worker.recent.append(self)
         if self.request.failure is not None and self.watched:
             self.request.failure.deferred = True
         if self.request.failure is not None or self._side is None:
@@ -108,6 +128,7 @@ class Worker:
         # A ConfigMismatchError is raised by all ranks before data is sent: further collectives are not affected.
         self._thread = Background("mpicomp", recoverable=(ConfigMismatchError,), is_seen=_is_seen)
         self._open = True
+        self.recent: deque[Work] = deque(maxlen=RECENT)
         weakref.finalize(
             self, self._thread.close
         ).atexit = False  # every Work holds this, so no collective is under way then
@@ -123,7 +144,7 @@ class Worker:
         self.check_open()
         device = device_of(tensors)
         side = None if device is None else Side(device)
-        work = Work(self, self._thread, side)
+        work = Work(self, self._thread, tensors, side)
         self._thread.enqueue(work.request, call if side is None else partial(side.run, call), after_failure)
         return work
 
@@ -138,6 +159,22 @@ class Worker:
             raise RuntimeError("a callback on a collective cannot destroy the process group that runs it")
         self._open = False
         self._thread.close()
+        self.recent.clear()
+
+
+class Held:
+    """A bucket that waits until all of its step are there: how it is reduced, and what DDP waits for."""
+
+    def __init__(self, run: Callable[[], torch.Tensor], buffer: torch.Tensor) -> None:
+        self.run, self.buffer = run, buffer
+        self._begun: torch.futures.Future[torch.Tensor]
+        self._end: torch.futures.Future[None] = torch.futures.Future()
+        self.future: torch.futures.Future[torch.Tensor] = self._end.then(lambda _: self._begun.value())
+
+    def begin(self, worker: Worker) -> None:
+        """Reduce it; `future` ends with its result or error."""
+        self._begun = worker.submit(self.run, [self.buffer]).get_future()
+        self._begun.add_done_callback(lambda _: self._end.set_result(None))
 
 
 def _is_seen(failure: Failure) -> bool:

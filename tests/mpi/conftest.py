@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -37,3 +38,13 @@ def process_group() -> None:
 
     if not dist.is_initialized():
         dist.init_process_group("mpicomp")
+
+
+@pytest.fixture(scope="module")
+def gloo(process_group: None) -> Iterator[Any]:
+    """Return a process group of torch's gloo over all ranks."""
+    import torch.distributed as dist
+
+    group = dist.new_group(backend="gloo")
+    yield group
+    dist.destroy_process_group(group)

@@ -287,11 +287,13 @@ def test_wrong_arguments_raise_at_the_call_and_harm_nothing() -> None:
     with pytest.raises(ValueError, match="same size and dtype"):
         dist.group.WORLD.allgather([[torch.empty(2)] * size()], [torch.empty(1)])
     with pytest.raises(ValueError, match="dense tensors only"):
-        dist.all_reduce(torch.eye(2).to_sparse())
+        dist.broadcast(torch.eye(2).to_sparse(), 0)
     with pytest.raises(ValueError, match="on meta"):
         dist.group.WORLD.allreduce([torch.empty(2, device="meta")])
-    with pytest.raises(ValueError, match="src=RANK"):
-        dist.recv(torch.empty(1))
+    with pytest.raises(ValueError, match="on meta"):
+        dist.recv(torch.empty(1, device="meta"))
+    with pytest.raises(ValueError, match="one tensor is sent or received at a time, got 2"):
+        dist.group.WORLD.recv([torch.empty(1)] * 2, me(), 0)
     x = torch.ones(1)
     dist.all_reduce(x)
     assert x.item() == size()

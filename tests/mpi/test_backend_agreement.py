@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from process_group import me, size
 
 import mpicomp.torch
 from mpicomp.errors import CommunicatorError, ConfigMismatchError
+from mpicomp.torch.backend import MPIProcessGroup
 
 pytestmark = [pytest.mark.mpi(min_size=2), pytest.mark.usefixtures("process_group")]
 
@@ -98,6 +100,50 @@ def test_the_text_says_who_does_what() -> None:
     assert "all_reduce(sum) of (4,) float32" in text
 
 
+@pytest.fixture
+def detailed() -> Iterator[Any]:
+    """A group made under TORCH_DISTRIBUTED_DEBUG=DETAIL: torch wraps no group that Python defines."""
+    level = dist.get_debug_level()
+    dist.set_debug_level(dist.DebugLevel.DETAIL)
+    group = dist.new_group()
+    yield group
+    dist.destroy_process_group(group)
+    dist.set_debug_level(level)
+
+
+def test_under_detail_every_rank_is_described(detailed: Any) -> None:
+    assert isinstance(detailed, MPIProcessGroup)
+    with pytest.raises(ConfigMismatchError) as caught:
+        dist.all_reduce(full(other()), group=detailed)
+    assert str(caught.value).splitlines()[1:] == [
+        f"  rank {rank}: all_reduce(sum) of ({4 + (rank == size() - 1)},) float32" for rank in range(size())
+    ]
+    to = [1] * size()
+    to[1] += me() == 0
+    with pytest.raises(ConfigMismatchError) as caught:
+        dist.all_to_all_single(full(size(), 3), full(sum(to), 3), [1] * size(), to, group=detailed)
+    lines = str(caught.value).splitlines()[1:]
+    assert len(lines) == size()
+    assert "sends [0] 3 float32, [1] 6 float32" in lines[0]
+    assert "expects [0] 3 float32, [1] 3 float32" in lines[1]
+    x = full(2)
+    dist.all_reduce(x, group=detailed)
+    assert x[0] == size()
+
+
+def test_under_detail_ddp_is_compressed_and_reset(detailed: Any) -> None:
+    ddp = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(30, 30), process_group=detailed)
+    hook = mpicomp.torch.compress(ddp, "topk(density=0.1)")
+    for _ in range(2):
+        ddp(torch.ones(2, 30)).sum().backward()
+    assert hook.step == 2
+    mpicomp.torch.reset(detailed)
+    assert detailed.comm.detailed
+    assert mpicomp.torch.traffic(detailed).bytes > 0
+    ddp(torch.ones(2, 30)).sum().backward()
+    assert hook.step == 3
+
+
 def test_rows_that_no_rank_sends() -> None:
     """Rank 0 sends one row more to rank 1 than that expects; each rank's own splits are fine."""
     to = [1] * size()
@@ -120,7 +166,11 @@ def test_uneven_shares_that_fit() -> None:
 
 
 REFUSED: dict[str, tuple[str, Callable[[], object], Callable[[], object]]] = {
-    "sparse": ("dense tensors only", lambda: dist.all_reduce(full(2, 2).to_sparse()), lambda: dist.all_reduce(full(4))),
+    "sparse": (
+        "dense tensors only",
+        lambda: dist.broadcast(full(2, 2).to_sparse(), 0),
+        lambda: dist.broadcast(full(4), 0),
+    ),
     "meta": (
         "on meta",
         lambda: dist.group.WORLD.allreduce([torch.empty(2, device="meta")]).wait(),

@@ -159,21 +159,122 @@ def test_complex_gradients_travel_exactly_and_the_warning_says_so_once() -> None
     assert plain[0].keys() < found[0].keys()
 
 
-def test_a_step_whose_exact_gradients_are_not_finite_is_skipped_with_a_scaler() -> None:
-    model = mixed()
+class Words(nn.Module):
+    def __init__(self, sparse: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.line = nn.Embedding(50, 8, sparse=sparse), nn.Linear(8, 64)
+
+    def forward(self, words: torch.Tensor) -> torch.Tensor:
+        return self.line(self.table(words)).square().sum()
+
+
+@pytest.mark.parametrize("cap", [0.0001, 25])
+def test_sparse_gradients_travel_exactly(cap: float) -> None:
+    """As those of a dense table do, over many buckets and one; the rest has the same bits."""
+    steps = []
+    for sparse in (True, False):
+        ddp = DDP(Words(sparse), bucket_cap_mb=cap)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*travel exactly.*table.weight .sparse gradient.")
+            hook = mpicomp.torch.compress(ddp, {"table*": "dense(algorithm=two_shot)", "*": "topk(density=0.1)"})
+        for step in range(3):
+            ddp.zero_grad()
+            ddp(torch.tensor([me(), 7, 7, step])).backward()
+        assert hook.step == 3
+        steps.append(ddp.module)
+    grad = steps[0].table.weight.grad
+    assert grad.is_sparse
+    torch.testing.assert_close(grad.to_dense(), steps[1].table.weight.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(steps[0].line.weight.grad, steps[1].line.weight.grad, rtol=1e-5, atol=1e-6)
+
+
+def compressed(model: nn.Module, method: Any, **options: Any) -> tuple[DDP, mpicomp.torch.Hook]:
+    ddp = DDP(model, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*travel exactly.*")
+        return ddp, mpicomp.torch.compress(ddp, method)
+
+
+def test_sparse_gradients_in_a_description_in_telemetry_and_in_a_state() -> None:
+    ddp, hook = compressed(Words(sparse=True), "topk(density=0.1)")
+    fates = {each.name: each for each in hook.describe()}
+    assert fates["table.weight"].method == "exactly: sparse gradient"
+    assert fates["table.weight"].nbytes is None
+    assert "table.weight  float32 [50, 8]  varies  exactly" in str(hook.describe())
+    found = mpicomp.torch.telemetry(hook, every=1, compare=True)
+    for step in range(2):
+        ddp.zero_grad()
+        ddp(torch.tensor([me(), 7, step])).backward()
+    found.close()
+    if me() == 0:
+        rows = {row.parameter: row for row in found.rows}
+        assert rows["table.weight"].elements == 400
+        assert rows["table.weight"].vnmse is None
+        assert (rows["table.weight"].bytes > 0) == (size() > 1)
+        assert rows[""].bytes == pytest.approx(sum(row.bytes for name, row in rows.items() if name))
+        assert rows["line.weight"].vnmse is not None
+    state = hook.state_dict()
+    assert "residual" not in units_of(state).get("table.weight", {})
+    again, other = compressed(Words(sparse=True), "topk(density=0.1)")
+    assert other.load_state_dict(state) == []
+    for each in (ddp, again):
+        each.zero_grad()
+        each(torch.tensor([me(), 7, 2])).backward()
+    for a, b in zip(ddp.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a.grad.to_dense(), b.grad.to_dense())
+
+
+def test_sparse_gradients_that_accumulate_or_are_not_there() -> None:
+    """As those of a dense table, where a rank adds up two backwards, and where a layer is not used."""
+    grads = []
+    for sparse in (True, False):
+        model = Words(sparse)
+        model.idle = nn.Linear(9, 70)
+        ddp, hook = compressed(model, {"table*": "dense", "*": "topk(density=0.1)"}, find_unused_parameters=True)
+        with ddp.no_sync():
+            ddp(torch.tensor([me(), 3])).backward()
+        ddp(torch.tensor([me(), 4])).backward()
+        assert hook.step == 1
+        grads.append([p.grad.to_dense() for p in (model.table.weight, model.line.weight)])
+        assert model.idle.weight.grad is None
+    for found, wanted in zip(*grads, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_table_that_is_no_longer_sparse_is_an_error_on_all_ranks() -> None:
+    model = Words(sparse=True)
+    ddp = DDP(model)
+    model.table.sparse = False
+    mpicomp.torch.compress(ddp, "topk(density=0.1)")
+    model.table.sparse = True
+    with pytest.raises(ValueError, match=r"table.weight has a sparse gradient, unlike its module when"):
+        ddp(torch.tensor([1, 2])).backward()
+
+
+@pytest.mark.parametrize("what", ["complex", "sparse"])
+def test_a_step_whose_exact_gradients_are_not_finite_is_skipped_with_a_scaler(what: str) -> None:
+    model = mixed() if what == "complex" else Words(sparse=True)
     ddp = DDP(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*travel exactly.*")
         hook = mpicomp.torch.compress(ddp, "topk(density=0.05)", scaler=scaler)
+    optimizer = torch.optim.SGD(ddp.parameters(), 0.1)
+    spoiled = model.all["phase"] if what == "complex" else model.table.weight
     for step in range(3):
-        ddp.zero_grad()
+        optimizer.zero_grad()
         handle = None
         if step == 1 and me() == size() - 1:
-            handle = model.all["phase"].register_hook(lambda grad: grad * float("inf"))
-        scaler.scale(ddp(step)).backward()  # torch's scaler knows no complex gradients, so it does not step
+            handle = spoiled.register_hook(lambda grad: grad * float("inf"))
+        scaler.scale(ddp(torch.tensor([1, 2]) if what == "sparse" else step)).backward()
         if handle is not None:
             handle.remove()
+        if what == "complex":  # torch's scaler knows no complex gradients
+            scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = {}
+        else:
+            scaler.step(optimizer)
+            scaler.update()
     assert hook.step == 2
 
 

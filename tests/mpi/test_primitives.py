@@ -62,7 +62,7 @@ def test_many_exchanges_stay_in_order(comm: Comm) -> None:
 @pytest.mark.parametrize("chunk", [24, 1 << 30])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int32, np.uint64, np.uint8])
 def test_allreduce(comm: Comm, dtype: Any, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(primitives, "CHUNK", chunk)
+    monkeypatch.setattr(primitives, "SEGMENT", chunk)
     terms = [(np.arange(15).reshape(3, 5) % 5 + rank).astype(dtype) for rank in range(comm.size)]
     x = terms[comm.rank]
     x.setflags(write=False)
@@ -70,7 +70,10 @@ def test_allreduce(comm: Comm, dtype: Any, chunk: int, monkeypatch: pytest.Monke
         total = np.empty_like(x)
         allreduce(comm, x, total, op)
         np.testing.assert_array_equal(total, fold(terms, axis=0).astype(dtype))
-    assert comm.traffic.modelled == 4 * math.ceil(2 * x.nbytes * (comm.size - 1) / comm.size)
+        total[...] = x
+        allreduce(comm, total, total, op)
+        np.testing.assert_array_equal(total, fold(terms, axis=0).astype(dtype))
+    assert comm.traffic.modelled == 8 * math.ceil(2 * x.nbytes * (comm.size - 1) / comm.size)
     assert comm.traffic.counted == 0
 
 

@@ -87,7 +87,10 @@ def _once_more(
             rescale(after, 1 / shrink)
             # The sum of the input and the residual may overflow, on one rank alone.
             fits = not nonfinite(total, None, state.layout) and _finite(after)
-            return (after, True) if _everywhere(comm, fits) else (state, False)
+            if _everywhere(comm, fits):
+                return after, True
+            state.layout.fill(total, np.nan)  # what was sent of it is owed nowhere
+            return state, False
         if not reduction.poisoned:  # finite elements are right, and would be less exact the next time
             break
     return state, False

@@ -1,0 +1,1 @@
+"""What DDP with mpicomp costs beside the network."""
