@@ -10,6 +10,7 @@ import faulthandler
 import importlib
 import json
 import os
+import re
 import sys
 import time
 import traceback
@@ -80,6 +81,8 @@ def create_ours_as(name: str) -> None:
     import torch.distributed.distributed_c10d as c10d
     from torch.testing._internal.distributed import distributed_test as theirs
 
+    from mpicomp.torch.backend import MPIProcessGroup
+
     theirs.PROFILING_SUPPORTED_BACKENDS.remove(name)
     theirs.SEND_RECV_PROFILING_SUPPORTED_BACKENDS.remove(name)
     create = c10d._new_process_group_helper
@@ -95,6 +98,26 @@ def create_ours_as(name: str) -> None:
         return group, store
 
     c10d._new_process_group_helper = helper
+    MPIProcessGroup.monitored_barrier = monitored_barrier
+
+
+def monitored_barrier(group: Any, timeout: timedelta, wait_all_ranks: bool = False) -> None:
+    """What torch's function of this name calls, which refuses other names than gloo: ours, its errors in gloo's words.
+
+    Who has failed is what ours says; gloo names the first rank alone, or all, and at rank 0.
+    """
+    import mpicomp.torch
+
+    try:
+        mpicomp.torch.monitored_barrier(group, timeout)
+    except mpicomp.CommunicatorError as error:
+        missing = re.findall(r"\d+", str(error).partition(" did not come")[0])
+        some = f"Ranks {', '.join(missing)}" if wait_all_ranks and len(missing) > 1 else f"Rank {missing[0]}"
+        text = f"{some} failed to pass monitoredBarrier"
+        if group.rank() > 0:
+            text = f"Rank {group.rank()} successfully reached monitoredBarrier, but received errors while waiting for "
+            text += f"send/recv from rank 0: {some}"
+        raise RuntimeError(text) from error
 
 
 def outcome(suite: Suite, case: Any, name: str, folder: Path) -> tuple[str, str]:
