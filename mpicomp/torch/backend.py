@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from mpicomp.comm.communicator import Comm
@@ -17,6 +16,7 @@ from mpicomp.comm.watch import Traffic
 from mpicomp.torch.collectives import Collectives
 from mpicomp.torch.compiled import uncompiled
 from mpicomp.torch.exact import Tensor
+from mpicomp.torch.identity import tensor_group
 from mpicomp.torch.point import PointToPoint
 
 
@@ -88,14 +88,6 @@ class MPIProcessGroup(Collectives):
         """Receive a tensor from the rank whose message comes first; the Work knows which that was."""
         self.worker.check_open()
         return self.point.receive(tensors, ANYONE, tag)
-
-
-def tensor_group(group: Any) -> MPIProcessGroup:
-    """Return `group` if it is one of ours, or raise TypeError."""
-    if not isinstance(group, MPIProcessGroup):
-        kind = dist.get_backend(group) if isinstance(group, torch.distributed.ProcessGroup) else type(group).__name__
-        raise TypeError(f'the process group must be of backend "mpicomp", got {kind}; init_process_group("mpicomp")')
-    return group
 
 
 def traffic(group: Any = None) -> Traffic:

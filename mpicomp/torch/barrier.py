@@ -22,8 +22,9 @@ from mpicomp.comm.primitives import begin_receive, begin_send
 from mpicomp.comm.transport import Request
 from mpicomp.comm.watch import LOOK, attend, wait
 from mpicomp.errors import REPAIR, CommunicatorError
-from mpicomp.torch.backend import MPIProcessGroup, tensor_group
+from mpicomp.torch.backend import MPIProcessGroup
 from mpicomp.torch.collective import breaking
+from mpicomp.torch.identity import tensor_group
 
 HERE, ANSWER, VERDICT = 1, 2, 3  # tags of this barrier's messages; those of other collectives have tag 0
 OPERATION = "monitored_barrier"

@@ -27,10 +27,10 @@ from mpicomp.reducers import Dense, Layout, Reducer
 from mpicomp.reducers.base import check_device, walk
 from mpicomp.registry import Method, describe, resolve_partitioned
 from mpicomp.torch import sparse
-from mpicomp.torch.backend import tensor_group
 from mpicomp.torch.collective import breaking, forms
 from mpicomp.torch.compiled import uncompiled
 from mpicomp.torch.describe import Description, description
+from mpicomp.torch.identity import tensor_group
 from mpicomp.torch.parameters import SPARSE, Strided, exact_alone, layout_of, parameters_of, units_of
 from mpicomp.torch.persistent import Persistent, users_level
 from mpicomp.torch.streams import device_of

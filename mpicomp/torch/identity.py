@@ -1,8 +1,11 @@
-"""What torch asks of every process group: names, rank and size."""
+"""What torch asks of every process group, and how one of ours is found behind what torch hands out.
+
+All that depends on torch's class is here: CONTRIBUTING.md says what changes with a Python `Backend`.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -12,8 +15,10 @@ from mpicomp.torch.compiled import uncompiled
 
 NAME = "mpicomp"
 
-if TYPE_CHECKING:  # torch's stubs have overloads that nothing calls in Python, and lack the constructor for subclasses
+if TYPE_CHECKING:
+    from mpicomp.torch.backend import MPIProcessGroup
 
+    # torch's stubs have overloads that nothing calls in Python, and lack the constructor for subclasses
     class _ProcessGroup:
         def __init__(self, rank: int, size: int) -> None: ...
 
@@ -61,3 +66,11 @@ class Identity(_ProcessGroup):
     @uncompiled
     def getSize(self) -> int:
         return self.comm.size
+
+
+def tensor_group(group: Any) -> MPIProcessGroup:
+    """Return `group` if it is one of ours, or raise TypeError."""
+    if not isinstance(group, Identity):
+        kind = dist.get_backend(group) if isinstance(group, dist.ProcessGroup) else type(group).__name__
+        raise TypeError(f'the process group must be of backend "mpicomp", got {kind}; init_process_group("mpicomp")')
+    return group  # type: ignore[return-value]  # the only class that derives from it

@@ -27,9 +27,10 @@ from mpicomp.reducers import Layout, Reducer
 from mpicomp.reducers.masked import describe_masks, exported_masks, given_masks, masks_in
 from mpicomp.reducers.parts.masks import shared_masks
 from mpicomp.reducers.parts.state import Units
-from mpicomp.torch.backend import MPIProcessGroup, tensor_group
+from mpicomp.torch.backend import MPIProcessGroup
 from mpicomp.torch.checkpoint import Form, Kind, Owner, State, form_of, fresh_units, read, written
 from mpicomp.torch.collective import breaking
+from mpicomp.torch.identity import tensor_group
 from mpicomp.torch.parameters import Parameters, layout_of, mask_of, plain_name
 
 ATTACH = "mpicomp"  # the key among a model's forward hooks

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from process_group import me, size
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 import mpicomp.torch
 from mpicomp.torch.backend import MPIProcessGroup
@@ -81,6 +82,41 @@ def test_messages_without_a_wait_are_abandoned() -> None:
         with pytest.raises(RuntimeError, match=r"process group was destroyed during a (send|receive)"):
             work.wait()
     dist.barrier()
+
+
+def test_a_mesh_and_its_groups() -> None:
+    """Two dimensions where the ranks divide so; DDP and its hook run over one of them."""
+    rows = 2 if size() % 2 == 0 else 1
+    mesh = init_device_mesh("cpu", (rows, size() // rows), mesh_dim_names=("dp", "tp"))
+    for name, count in (("dp", rows), ("tp", size() // rows)):
+        group = mesh[name].get_group()
+        assert isinstance(group, MPIProcessGroup)
+        assert mesh.get_group(name) is group
+        x = torch.ones(3)
+        dist.all_reduce(x, group=group)
+        assert (x == count).all()
+    ddp = nn.parallel.DistributedDataParallel(nn.Linear(30, 30), process_group=mesh["dp"].get_group())
+    hook = mpicomp.torch.compress(ddp, "topk(density=0.1)")
+    ddp(torch.ones(2, 30)).sum().backward()
+    assert hook.step == 1
+    alone, _ = dist.new_subgroups(group_size=1)
+    mpicomp.torch.monitored_barrier(alone)
+    for group in {alone, mesh["dp"].get_group(), mesh["tp"].get_group()} - {dist.group.WORLD}:
+        dist.destroy_process_group(group)  # a mesh takes the group of all ranks where that fits
+    dist.barrier()
+
+
+@pytest.mark.parametrize("backend", ["cpu:mpicomp", "cpu:mpicomp,cuda:mpicomp"])
+def test_a_backend_named_for_each_device(backend: str) -> None:
+    group = dist.new_group(backend=backend)
+    assert isinstance(group, MPIProcessGroup)
+    x = torch.ones(3)
+    dist.all_reduce(x, group=group)
+    assert (x == size()).all()
+    ddp = nn.parallel.DistributedDataParallel(nn.Linear(30, 30), process_group=group)
+    mpicomp.torch.compress(ddp, "sign")
+    ddp(torch.ones(2, 30)).sum().backward()
+    dist.destroy_process_group(group)
 
 
 def test_a_callback_cannot_destroy_its_own_group() -> None:

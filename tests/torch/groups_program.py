@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from mpi4py import MPI
+from torch.distributed.device_mesh import init_device_mesh
 
-import mpicomp.torch  # noqa: F401
+import mpicomp.torch
 
 WARM = 10  # repetitions until nothing is made for the first time
 
@@ -54,11 +55,14 @@ def work(group: dist.ProcessGroup | None = None) -> None:
     x = torch.ones(1000)
     dist.all_reduce(x, group=group)
     assert x[0] == size
-    pending = dist.broadcast(x, 0, group=group, async_op=True)
+    pending = dist.broadcast(x, group=group, group_src=0, async_op=True)
     if size > 1:
         sent = dist.isend(x, group=group, group_dst=(rank + 1) % size)
         dist.recv(torch.empty(1000), group=group, group_src=(rank - 1) % size)
+        again = dist.isend(x, group=group, group_dst=(rank + 1) % size)
+        dist.recv(torch.empty(1000), group=group)
         sent.wait()
+        again.wait()
     pending.wait()
 
 
@@ -79,12 +83,17 @@ def groups(count: int) -> list[dict[str, int]]:
 
 
 def cycles(count: int) -> list[dict[str, int]]:
-    """Initialise and destroy everything, again and again, with a group that is not destroyed by name."""
+    """Initialise and destroy everything, again and again, with groups that are not destroyed by name."""
     found = []
     for number in range(count):
-        dist.init_process_group("mpicomp")
+        dist.init_process_group(("mpicomp", "cpu:mpicomp", "cpu:mpicomp,cuda:mpicomp")[number % 3])
         work()
         work(dist.new_group())
+        mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("dp", "tp"))
+        for name in ("dp", "tp"):
+            work(mesh[name].get_group())
+        work(dist.new_subgroups(group_size=1)[0])
+        mpicomp.torch.monitored_barrier()
         dist.destroy_process_group()
         assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("mpicomp")]
         if number in (WARM, count - 1):
