@@ -31,8 +31,8 @@ from mpicomp.comm.background import Request
 from mpicomp.comm.communicator import Comm
 from mpicomp.reducers import Reducer
 from mpicomp.registry import Method
-from mpicomp.torch.backend import tensor_group
 from mpicomp.torch.compiled import uncompiled
+from mpicomp.torch.identity import tensor_group
 from mpicomp.torch.operands import DTYPES, INTEGERS, Kinds, Operands
 from mpicomp.torch.tensors import bits_of, bytes_of
 from mpicomp.torch.worker import Worker
