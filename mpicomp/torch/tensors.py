@@ -76,7 +76,7 @@ def bytes_of(tensor: torch.Tensor) -> Array:
 def array_of(elements: torch.Tensor) -> Array:
     """View a contiguous CPU tensor of a dtype that NumPy has.
 
-    Not by `Tensor.numpy`, after which torch refuses to resize the tensor's memory; batched PowerSGD and FSDP do that.
+    Not by `Tensor.numpy`: torch then refuses to resize the tensor's memory, and its batched PowerSGD resizes buckets.
     """
     array: Array = np.from_dlpack(elements)
     return array
