@@ -35,9 +35,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=int(os.environ.get("PRODUCT_SEED", "1")))
     parser.add_argument("--count", type=int, default=1500, help="combinations at least, of which a share may be run")
-    share = parser.add_mutually_exclusive_group()
-    share.add_argument("--third", action="store_true", help="run one in three of them")
-    share.add_argument("--rest", action="store_true", help="run those that --third leaves out")
+    parser.add_argument("--third", type=int, choices=range(3), help="run one in three of them: which")
     parser.add_argument("--slow", action="store_true", help="8 and 16 ranks instead of 1, 2, 3, 5 and 7")
     parser.add_argument("--ranks", type=int, nargs="+", help="run those of these numbers of ranks only")
     parser.add_argument("--most", type=int, help="run so many at most")
@@ -115,9 +113,7 @@ def main() -> int:
     drawn = combinations.draw(given.seed, given.count, combinations.factors(ranks))
     refused = len(combinations.refusals.found)
     every = combinations.with_long_arrays(drawn.combinations, given.seed)
-    rows = every
-    if given.third or given.rest:
-        rows = [row for place, row in enumerate(every) if (place % 3 == given.seed % 3) == given.third]
+    rows = [row for place, row in enumerate(every) if given.third in (None, (place + given.seed) % 3)]
     rows = [row for row in rows if not given.ranks or row["ranks"] in given.ranks][: given.most]
     wanted = combinations.pairs_wanted(combinations.factors(ranks))
     covered = wanted & {pair for row in rows for pair in combinations.pairs_of(row)}
