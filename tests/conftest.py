@@ -21,6 +21,8 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import shutil
+import tempfile
 import threading
 import time
 from collections import defaultdict
@@ -105,6 +107,13 @@ class World:
 world: World
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Give each rank a folder of its own for `tmp_path`: those of several processes get in each other's way."""
+    if under_mpi(config) and config.option.basetemp is None:
+        config.option.basetemp = tempfile.mkdtemp(prefix="mpicomp-rank-")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
     global world
@@ -117,8 +126,9 @@ def pytest_configure(config: pytest.Config) -> None:
         reporter._tw = create_terminal_writer(config, open(os.devnull, "w"))  # noqa: SIM115 (open to the end)
 
 
-def pytest_unconfigure() -> None:
+def pytest_unconfigure(config: pytest.Config) -> None:
     if world.comm:
+        shutil.rmtree(config.option.basetemp, ignore_errors=True)
         faulthandler.dump_traceback_later(30, exit=True, file=world.stderr)  # MPI_Finalize waits for all ranks too
     else:
         world.stderr.close()

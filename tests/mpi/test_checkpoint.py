@@ -6,7 +6,6 @@ import copy
 import io
 import math
 import pickle
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -97,11 +96,12 @@ def through_torch_save(x: Any) -> Any:
     return torch.load(file, weights_only=False)
 
 
-def folder() -> Path:
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
     """A new folder, the same one on all ranks."""
-    path = [tempfile.mkdtemp() if me() == 0 else None]
+    path: list[Any] = [tmp_path]
     dist.broadcast_object_list(path)
-    return Path(path[0])
+    return path[0]
 
 
 # ---------------------------------------------------------------------------------------------------------- copies
@@ -335,31 +335,30 @@ def test_one_rank_that_loads_alone_is_named() -> None:
 
 
 @pytest.mark.parametrize("way", ["save", "async_save"])
-def test_torchs_distributed_checkpoint_keeps_every_ranks_state(way: str) -> None:
+def test_torchs_distributed_checkpoint_keeps_every_ranks_state(way: str, folder: Path) -> None:
     method = METHODS[3]
     unbroken, _ = made(method)
     whole = train(unbroken, range(6))
     ddp, hook = made(method)
     train(ddp, range(3))
-    path = folder()
     states = {"model": ddp.module.state_dict(), "hook": hook}
     if way == "save":
-        dcp.save(states, checkpoint_id=path)
+        dcp.save(states, checkpoint_id=folder)
     else:  # in a group of its own: it communicates on another thread while training goes on
         group = dist.new_group()
-        saving = dcp.async_save(states, checkpoint_id=path, process_group=group)
+        saving = dcp.async_save(states, checkpoint_id=folder, process_group=group)
         train(ddp, range(3, 4))
         saving.result()
         dist.destroy_process_group(group)
     again, second = made(method)
     weights = again.module.state_dict()
-    dcp.load({"model": weights, "hook": second}, checkpoint_id=path)
+    dcp.load({"model": weights, "hook": second}, checkpoint_id=folder)
     again.module.load_state_dict(weights)
     assert second.step == 3
     assert torch.equal(train(again, range(3, 6)), whole)
 
 
-def test_an_optimizer_in_torchs_distributed_checkpoint() -> None:
+def test_an_optimizer_in_torchs_distributed_checkpoint(folder: Path) -> None:
     def begun() -> tuple[DDP, DGCSGD]:
         ddp = DDP(model(), bucket_cap_mb=0.001)
         return ddp, DGCSGD(ddp, 0.1, TOPK, warmup_steps=2, densities=(0.5, 0.2))
@@ -368,32 +367,30 @@ def test_an_optimizer_in_torchs_distributed_checkpoint() -> None:
     whole = train(unbroken, range(6), optimizer)
     ddp, first = begun()
     train(ddp, range(3), first)
-    path = folder()
-    dcp.save({"model": ddp.module.state_dict(), "optimizer": first}, checkpoint_id=path)
+    dcp.save({"model": ddp.module.state_dict(), "optimizer": first}, checkpoint_id=folder)
     again, second = begun()
     weights = again.module.state_dict()
-    dcp.load({"model": weights, "optimizer": second}, checkpoint_id=path)
+    dcp.load({"model": weights, "optimizer": second}, checkpoint_id=folder)
     again.module.load_state_dict(weights)
     assert torch.equal(train(again, range(3, 6), second), whole)
-    saved = mpicomp.torch.saved_state(path, "optimizer.param_groups.0.exchange")
+    saved = mpicomp.torch.saved_state(folder, "optimizer.param_groups.0.exchange")
     assert sorted(saved["ranks"]) == [str(rank) for rank in range(size())]
     mine = units_of(exchange_of(first.state_dict()))
     assert equal_states({name: kept for name, kept in mine.items() if kept}, units_of(saved))
 
 
-def test_an_optimizer_by_torchs_own_state_dicts() -> None:
+def test_an_optimizer_by_torchs_own_state_dicts(folder: Path) -> None:
     """get_optimizer_state_dict names parameters and keeps what the groups have, so nothing is lost on the way."""
     ddp = DDP(model(), bucket_cap_mb=0.001)
     unbroken = DGCSGD(ddp, 0.1, TOPK, warmup_steps=2, densities=(0.5, 0.2))
     train(ddp, range(3), unbroken)
-    path = folder()
     weights, kept = get_state_dict(ddp, unbroken)
     assert equal_states(exchange_of(kept), unbroken.hook.state_dict())
-    dcp.save({"model": weights, "optimizer": kept}, checkpoint_id=path)
+    dcp.save({"model": weights, "optimizer": kept}, checkpoint_id=folder)
     again = DDP(model(), bucket_cap_mb=0.001)
     optimizer = DGCSGD(again, 0.3, TOPK, warmup_steps=2, densities=(0.5, 0.2))
     weights, found = get_state_dict(again, optimizer)
-    dcp.load({"model": weights, "optimizer": found}, checkpoint_id=path)
+    dcp.load({"model": weights, "optimizer": found}, checkpoint_id=folder)
     set_state_dict(again, optimizer, model_state_dict=weights, optim_state_dict=found)
     assert optimizer.param_groups[0]["lr"] == 0.1
     assert torch.equal(train(again, range(3, 6), optimizer), train(ddp, range(3, 6), unbroken))
@@ -403,11 +400,10 @@ def test_an_optimizer_by_torchs_own_state_dicts() -> None:
 
 
 @pytest.mark.mpi(min_size=3)
-def test_fewer_ranks_go_on_with_what_all_owed() -> None:
+def test_fewer_ranks_go_on_with_what_all_owed(folder: Path) -> None:
     ddp, hook = made()
     train(ddp, range(4))
-    path = folder()
-    dcp.save({"hook": hook}, checkpoint_id=path)
+    dcp.save({"hook": hook}, checkpoint_id=folder)
     owed = {name: kept["residual"].double() for name, kept in units_of(hook.state_dict()).items() if kept}
     for tensor in owed.values():
         dist.all_reduce(tensor)
@@ -415,7 +411,7 @@ def test_fewer_ranks_go_on_with_what_all_owed() -> None:
     if me() < size() - 1:
         other = DDP(copy.deepcopy(ddp.module), process_group=fewer, bucket_cap_mb=0.001)
         smaller = mpicomp.torch.compress(other, TOPK)
-        state = mpicomp.torch.saved_state(path)
+        state = mpicomp.torch.saved_state(folder)
         with pytest.raises(ValueError, match=f"number of ranks: {size() - 1} here, {size()} in the state"):
             smaller.load_state_dict(state)
         left = smaller.load_state_dict(state, strict=False)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,15 +33,8 @@ def test_all_ranks_measure_the_same_machine(comm: Comm) -> None:
         assert machine.allreduce[0].size == 64
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """Return a folder of this rank's own; ranks that make pytest's tmp_path all at once get in each other's way."""
-    with tempfile.TemporaryDirectory() as name:
-        yield Path(name)
-
-
-def test_auto_measures_chooses_and_loses_nothing(comm: Comm, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MPICOMP_CACHE_DIR", str(folder))
+def test_auto_measures_chooses_and_loses_nothing(comm: Comm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPICOMP_CACHE_DIR", str(tmp_path))
     auto = cast(Auto, parse("auto(allow=(topk(density=0.1), two_stage(uniform(block=32))))"))
     x, steps = inputs(comm.size, 24, LAYOUT.size, "float32"), 24
     state, taken = auto.init(LAYOUT, "float32", feedback=True), []
@@ -55,4 +46,4 @@ def test_auto_measures_chooses_and_loses_nothing(comm: Comm, folder: Path, monke
     check_law(History(x, gathered(totals), gathered(residuals), np.zeros((comm.size, steps), bool), []))
     assert taken == shared(comm, taken)
     assert cache.machine_for(comm).ranks == comm.size
-    assert len(list(folder.iterdir())) == (comm.rank == 0)
+    assert len(list(tmp_path.iterdir())) == (comm.rank == 0)
