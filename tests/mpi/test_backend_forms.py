@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from process_group import me, same_everywhere, size
 
+import mpicomp.torch
 from mpicomp.errors import ConfigMismatchError
 from mpicomp.torch.tensors import MOVED
 
@@ -170,6 +171,37 @@ def test_complex_and_real_are_different_on_all_ranks() -> None:
     x = torch.ones(4, 2) if me() == size() - 1 else torch.ones(4, dtype=torch.complex64)
     with pytest.raises(ConfigMismatchError, match="complex64"):
         dist.group.WORLD.allreduce([x]).wait()
+
+
+# ------------------------------------------------------------------------------------------------- strides
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64, torch.int64], ids=str)
+def test_the_column_of_one_row(dtype: torch.dtype) -> None:
+    """One element, whose stride is that of the row that it comes from."""
+
+    def column(value: int = 0) -> torch.Tensor:
+        return torch.full((1, 5), value).to(dtype)[:, 0]
+
+    root, every, up = size() - 1, [column(rank) for rank in range(size())], (me() + 1) % size()
+    x = column(me())
+    dist.broadcast(x, root)
+    assert torch.equal(x, every[root])
+    outs = [column() for _ in every]
+    dist.all_gather(outs, column(me()))
+    assert all(map(torch.equal, outs, every))
+    x = column(me())
+    dist.all_reduce(x)
+    assert torch.equal(x, sum(every))
+    x = column()
+    dist.scatter(x, every if me() == 0 else None)
+    assert torch.equal(x, every[me()])
+    if size() > 1:
+        work, x = dist.isend(column(me()), up), column()
+        dist.recv(x, (me() - 1) % size())
+        work.wait()
+        assert torch.equal(x, every[me() - 1])
+    assert torch.equal(mpicomp.torch.allgather(column(me()), "dense"), torch.stack(every))
 
 
 # ------------------------------------------------------------------------------------------------- objects
