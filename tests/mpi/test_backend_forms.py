@@ -204,6 +204,35 @@ def test_the_column_of_one_row(dtype: torch.dtype) -> None:
     assert torch.equal(mpicomp.torch.allgather(column(me()), "dense"), torch.stack(every))
 
 
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("call", ["all_reduce", "broadcast", "all_gather", "reduce_scatter", "all_to_all"])
+def test_a_result_whose_elements_share_memory_is_refused_before_anything_is_sent(call: str) -> None:
+    wide = torch.zeros(1).expand(4) if me() == 0 else torch.zeros(4)
+    many, group = [torch.zeros(4)] * size(), dist.group.WORLD
+    begin = {
+        "all_reduce": lambda: dist.all_reduce(wide),
+        "broadcast": lambda: dist.broadcast(wide, size() - 1),
+        "all_gather": lambda: dist.all_gather([wide, *many[1:]], torch.zeros(4)),
+        "reduce_scatter": lambda: dist.reduce_scatter(wide, many),
+        "all_to_all": lambda: group.alltoall([wide, *many[1:]], many).wait(),
+    }
+    with pytest.raises(ValueError if me() == 0 else ConfigMismatchError, match="elements that share memory"):
+        begin[call]()
+    dist.barrier()
+
+
+def test_elements_that_share_memory_may_be_sent() -> None:
+    mine, outs = torch.tensor(float(me())).expand(4), [torch.zeros(4) for _ in range(size())]
+    dist.all_gather(outs, mine)
+    assert all((out == rank).all() for rank, out in enumerate(outs))
+    x = torch.zeros(1).expand(4) if me() == 0 else torch.ones(4)
+    dist.broadcast(x, 0)
+    assert not x.any()
+    x = torch.zeros(4) if me() == 0 else torch.ones(1).expand(4)
+    dist.reduce(x, 0)
+    assert (x == (size() - 1 if me() == 0 else 1)).all()
+
+
 # ------------------------------------------------------------------------------------------------- objects
 
 
