@@ -250,7 +250,7 @@ class Hook(Persistent):
             self._reductions.reduce(self.comm, index, "mean", bits, bits, last)
             return
         sparse.allreduce(self.comm, buffer, "avg")
-        self._reductions.done(self.comm, index, bool(buffer._values().isfinite().all()), last)
+        self._reductions.done(index, bool(buffer._values().isfinite().all()), last)
 
     def _observed(self, index: int, buffer: torch.Tensor, last: bool) -> AbstractContextManager[None]:
         """Return the context in which telemetry sees a bucket."""
