@@ -181,6 +181,12 @@ def test_memory_refuses_what_a_call_would_refuse(spec: Any, x: Any, error: type[
         mpicomp.memory(spec, x)
 
 
+@pytest.mark.parametrize("seed", ["a", 1.5, None, True, np.int64(3)])
+def test_a_seed_is_an_int(seed: Any) -> None:
+    with pytest.raises(ValueError, match="seed must be an int"):
+        mpicomp.memory("randomk(density=0.1)", np.ones(30, np.float32), seed=seed)
+
+
 def test_restore_refuses_what_belongs_to_something_else() -> None:
     x = arrays(0, 1, "float32")[0]
 

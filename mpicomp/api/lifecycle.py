@@ -13,8 +13,6 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from mpicomp.arrays import Array, work_dtype
 from mpicomp.comm.communicator import Comm
 from mpicomp.reducers.base import Reducer
@@ -171,13 +169,16 @@ class BucketReductions:
     def reduce(self, comm: Comm, bucket: Hashable, op: str, x: Array, out: Array, last: bool = False) -> None:
         """Reduce one bucket, as `PersistentReduction.reduce` does; `last` says that it ends the step. Collective."""
         self.buckets[bucket].reduce(comm, op, x, out)
-        self._finished = last and all(each.pending is not None for each in self.buckets.values())
+        self._end(last)
 
-    def done(self, comm: Comm, bucket: Hashable, finite: bool, last: bool = False) -> None:
+    def done(self, bucket: Hashable, finite: bool, last: bool = False) -> None:
         """Count a bucket without units as reduced, which the caller did by other means; `last` as for `reduce`."""
-        nothing = np.empty(0, work_dtype(self.buckets[bucket].dtype))
-        self.reduce(comm, bucket, "sum", nothing, nothing, last)
-        self.buckets[bucket].poisoned = not finite
+        reduction = self.buckets[bucket]
+        reduction.pending, reduction.poisoned = reduction.state.advanced(), not finite
+        self._end(last)
+
+    def _end(self, last: bool) -> None:
+        self._finished = last and all(each.pending is not None for each in self.buckets.values())
 
     def commit(self, all_or_none: bool = False) -> None:
         """Let a complete step count; does nothing after an incomplete one, or once more.

@@ -14,6 +14,7 @@ from mpicomp.api.call import Call, blocking
 from mpicomp.api.lifecycle import PersistentReduction
 from mpicomp.arrays import Array, work_dtype
 from mpicomp.codecs.base import Codec
+from mpicomp.codecs.checks import check_seed
 from mpicomp.comm.agreement import digest_of, float_mode, mixed
 from mpicomp.comm.communicator import Comm
 from mpicomp.planner.allowance import divided
@@ -106,6 +107,9 @@ class Memory:
     """The reducer that the method means; None until the first step shows the number of ranks."""
     reduction: PersistentReduction | None = None
     """None until the first step counts."""
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
 
     def __copy__(self) -> Memory:
         return copy.deepcopy(self)  # two memories that share arrays would overwrite each other's residuals

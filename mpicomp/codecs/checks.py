@@ -36,6 +36,12 @@ def check_integer(name: str, value: object, least: int, most: int | None = None,
         raise ValueError(f"{name} must be {kind} {where}, got {value}")
 
 
+def check_seed(seed: object) -> None:
+    """Raise ValueError unless a seed is an int of Python, of any size."""
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise ValueError(f"seed must be an int, got {seed!r}; NumPy's and torch's integers are int(seed)")
+
+
 def check_bool(**settings: object) -> None:
     """Raise ValueError unless these settings are True or False."""
     for name, value in settings.items():

@@ -118,7 +118,8 @@ def _extent(tensor: Tensor) -> int:
 
 def words_of(tensor: Tensor) -> Array:
     """Return a tensor's elements in row-major order as little-endian words of their size; 16 bytes are two words."""
-    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    whole = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    flat = whole.as_strided((whole.numel(),), (1,))  # `reshape` leaves one element its stride: torch shows no bytes
     data: Array = flat.view(torch.uint8).numpy()
     width = min(tensor.dtype.itemsize, 8)
     return data.view(f"u{width}").astype(f"<u{width}", copy=False)

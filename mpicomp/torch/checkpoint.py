@@ -142,6 +142,8 @@ def merged(state: State | Sequence[State]) -> dict[str, Any]:
         missing = [key for key in (*HEAD, "ranks") if key not in each]
         if missing:
             raise ValueError(f"this is no state of a hook: it has no {missing[0]!r}, but {', '.join(map(str, each))}")
+        if not each["ranks"]:
+            raise ValueError("this state has no entry of any rank in 'ranks'; give one that state_dict returned")
         other = [key for key in HEAD if each[key] != states[0][key]]
         if other:
             raise ValueError(f"states 0 and {number} of the list are not of one job: they differ in {other[0]!r}")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from mpicomp.api.accept import overlaps_itself
 from mpicomp.comm import primitives
 from mpicomp.comm.agreement import agree, digest_of, refuse
 from mpicomp.comm.communicator import Comm
@@ -46,6 +47,8 @@ class Collective(NamedTuple):
     """Find disagreement that the description cannot show, before anything else is sent."""
     layout: torch.layout = torch.strided
     """Of its tensors."""
+    writes: bool = True
+    """Whether this rank's results are written to."""
 
 
 Prepare = Callable[..., Collective]
@@ -65,6 +68,8 @@ def collective(prepare: Prepare) -> Callable[..., Work]:
         try:
             prepared = prepare(group, *args, **kwargs)
             check_local(prepared.tensors, prepared.layout)
+            if prepared.writes and prepared.layout == torch.strided:
+                _check_results(prepared.result)
             device_of(prepared.tensors)
         except Exception as error:
             group.worker.submit(partial(refuse, group.comm, error)).wait()
@@ -82,6 +87,18 @@ def collective(prepare: Prepare) -> Callable[..., Work]:
         return group.worker.submit(run, prepared.tensors)
 
     return begin
+
+
+def _check_results(result: Any) -> None:
+    """Raise ValueError for results that cannot be written to: a tensor, or lists of them."""
+    if not isinstance(result, torch.Tensor):
+        for each in result:
+            _check_results(each)
+    elif not result.is_contiguous() and overlaps_itself(result.shape, result.stride(), 1):
+        raise ValueError(
+            f"a result has elements that share memory, with strides {result.stride()} for shape {list(result.shape)}; "
+            f"pass a tensor in which each has its own, as that of clone() is"
+        )
 
 
 @contextmanager

@@ -53,7 +53,7 @@ class Collectives(Identity):
             for tensor in tensors:
                 exact.allreduce(self.comm, tensor, op, keep)
 
-        return Collective(f"{operation} of {forms(tensors)}", tensors, tensors, call)
+        return Collective(f"{operation} of {forms(tensors)}", tensors, tensors, call, writes=keep)
 
     def _allreduce_sparse(self, tensors: list[Tensor], op: str) -> Collective:
         sparse.check(tensors, op)
@@ -106,7 +106,8 @@ class Collectives(Identity):
             for tensor in tensors:
                 exact.broadcast(self.comm, tensor, root)
 
-        return Collective(f"broadcast from {root} of {forms(tensors)}", tensors, tensors, call)
+        description = f"broadcast from {root} of {forms(tensors)}"
+        return Collective(description, tensors, tensors, call, writes=self.comm.rank != root)
 
     @collective
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Collective:

@@ -20,6 +20,7 @@ import torch
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
+from mpicomp.codecs.checks import check_seed, is_number
 from mpicomp.comm.agreement import agree, confirm, digest_of, mixed, noted, refuse
 from mpicomp.comm.watch import Traffic
 from mpicomp.planner.allowance import divided
@@ -89,13 +90,19 @@ class Hook(Persistent):
         try:
             if not isinstance(scaler, torch.amp.GradScaler | None):
                 raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {type(scaler).__name__}")
+            if max_norm is not None and not (is_number(max_norm) and 0 < max_norm < math.inf):
+                raise ValueError(f"max_norm must be a positive number or None, got {max_norm!r}")
+            check_seed(seed)
             parameters = parameters_of(ddp)
             layout, sizes = layout_of(parameters)
             common = max(sizes, key=sizes.__getitem__, default="float32")
-            reducer = divided(resolve(layout, common, ranks), ranks, "mean")
+            found = resolve(layout, common, ranks)
+            if not isinstance(found, Reducer):
+                raise TypeError(f"method must return a reducer, got {found!r}")
+            reducer = divided(found, ranks, "mean")
             what = describe(reducer, layout, ", ".join(sizes), "mean", seed, 0)
             check_device(reducer, device_of(parameters.values()) is not None)
-        except (TypeError, ValueError, RuntimeError) as error:
+        except Exception as error:  # `method` may be the user's function
             group.worker.submit(partial(refuse, group.comm, error)).wait()
             raise
         scaled = "with a scaler" if scaler is not None and scaler.is_enabled() else "without scaler"
@@ -250,7 +257,7 @@ class Hook(Persistent):
             self._reductions.reduce(self.comm, index, "mean", bits, bits, last)
             return
         sparse.allreduce(self.comm, buffer, "avg")
-        self._reductions.done(self.comm, index, bool(buffer._values().isfinite().all()), last)
+        self._reductions.done(index, bool(buffer._values().isfinite().all()), last)
 
     def _observed(self, index: int, buffer: torch.Tensor, last: bool) -> AbstractContextManager[None]:
         """Return the context in which telemetry sees a bucket."""

@@ -45,7 +45,15 @@ def check_local(tensors: Iterable[torch.Tensor], layout: torch.layout = torch.st
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:
     """Return the elements of a tensor in row-major order, (n,), without history; a view where it is contiguous."""
-    return tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1)
+    return line(tensor.resolve_conj().resolve_neg().contiguous())
+
+
+def line(tensor: torch.Tensor) -> torch.Tensor:
+    """View a contiguous tensor as (n,), without history.
+
+    Not by `Tensor.view`, which leaves one element the stride that it had among others, and then torch shows no bytes.
+    """
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
 
 
 def whole(tensor: torch.Tensor) -> bool:
@@ -70,7 +78,7 @@ def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
 
 def bytes_of(tensor: torch.Tensor) -> Array:
     """View a contiguous CPU tensor of any dtype as (nbytes,) uint8."""
-    return array_of(tensor.detach().view(-1).view(torch.uint8))
+    return array_of(line(tensor).view(torch.uint8))
 
 
 def array_of(elements: torch.Tensor) -> Array:
@@ -87,7 +95,7 @@ def bits_of(tensor: torch.Tensor) -> Array:
 
     The view of a CUDA tensor is a CuPy array.
     """
-    elements = tensor.detach().view(-1)
+    elements = line(tensor)
     if tensor.is_complex():
         elements = torch.view_as_real(elements).view(-1)
     half = elements.is_floating_point() and elements.itemsize == 2

@@ -49,6 +49,11 @@ def same(some, others):
     )
 
 
+def test_the_column_of_one_row_is_one_element():
+    column = torch.ones(1, 5)[:, 0]
+    assert decompress_model(compress_model({"x": column}))["x"].tolist() == [1.0]
+
+
 def entry(data):
     """The only tensor of a file."""
     (found,), _ = directory.read(memoryview(data), 1 << 40)

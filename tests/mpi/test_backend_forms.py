@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from process_group import me, same_everywhere, size
 
+import mpicomp.torch
 from mpicomp.errors import ConfigMismatchError
 from mpicomp.torch.tensors import MOVED
 
@@ -170,6 +171,66 @@ def test_complex_and_real_are_different_on_all_ranks() -> None:
     x = torch.ones(4, 2) if me() == size() - 1 else torch.ones(4, dtype=torch.complex64)
     with pytest.raises(ConfigMismatchError, match="complex64"):
         dist.group.WORLD.allreduce([x]).wait()
+
+
+# ------------------------------------------------------------------------------------------------- strides
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64, torch.int64], ids=str)
+def test_the_column_of_one_row(dtype: torch.dtype) -> None:
+    """One element, whose stride is that of the row that it comes from."""
+
+    def column(value: int = 0) -> torch.Tensor:
+        return torch.full((1, 5), value).to(dtype)[:, 0]
+
+    root, every, up = size() - 1, [column(rank) for rank in range(size())], (me() + 1) % size()
+    x = column(me())
+    dist.broadcast(x, root)
+    assert torch.equal(x, every[root])
+    outs = [column() for _ in every]
+    dist.all_gather(outs, column(me()))
+    assert all(map(torch.equal, outs, every))
+    x = column(me())
+    dist.all_reduce(x)
+    assert torch.equal(x, sum(every))
+    x = column()
+    dist.scatter(x, every if me() == 0 else None)
+    assert torch.equal(x, every[me()])
+    if size() > 1:
+        work, x = dist.isend(column(me()), up), column()
+        dist.recv(x, (me() - 1) % size())
+        work.wait()
+        assert torch.equal(x, every[me() - 1])
+    assert torch.equal(mpicomp.torch.allgather(column(me()), "dense"), torch.stack(every))
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("call", ["all_reduce", "broadcast", "all_gather", "reduce_scatter", "all_to_all"])
+def test_a_result_whose_elements_share_memory_is_refused_before_anything_is_sent(call: str) -> None:
+    wide = torch.zeros(1).expand(4) if me() == 0 else torch.zeros(4)
+    many, group = [torch.zeros(4)] * size(), dist.group.WORLD
+    begin = {
+        "all_reduce": lambda: dist.all_reduce(wide),
+        "broadcast": lambda: dist.broadcast(wide, size() - 1),
+        "all_gather": lambda: dist.all_gather([wide, *many[1:]], torch.zeros(4)),
+        "reduce_scatter": lambda: dist.reduce_scatter(wide, many),
+        "all_to_all": lambda: group.alltoall([wide, *many[1:]], many).wait(),
+    }
+    with pytest.raises(ValueError if me() == 0 else ConfigMismatchError, match="elements that share memory"):
+        begin[call]()
+    dist.barrier()
+
+
+def test_elements_that_share_memory_may_be_sent() -> None:
+    mine, outs = torch.tensor(float(me())).expand(4), [torch.zeros(4) for _ in range(size())]
+    dist.all_gather(outs, mine)
+    assert all((out == rank).all() for rank, out in enumerate(outs))
+    x = torch.zeros(1).expand(4) if me() == 0 else torch.ones(4)
+    dist.broadcast(x, 0)
+    assert not x.any()
+    x = torch.zeros(4) if me() == 0 else torch.ones(1).expand(4)
+    dist.reduce(x, 0)
+    assert (x == (size() - 1 if me() == 0 else 1)).all()
 
 
 # ------------------------------------------------------------------------------------------------- objects

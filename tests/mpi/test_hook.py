@@ -353,6 +353,29 @@ def test_ranks_that_disagree(arguments: Any) -> None:
     assert ("ranks 0, 2" in str(caught.value)) == (size() > 2)
 
 
+def failing(*_: Any) -> Any:
+    raise ZeroDivisionError("no such luck")
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "words"),
+    [
+        ({"seed": 1.5}, ValueError, "seed must be an int, got 1.5"),
+        ({"seed": np.int64(3)}, ValueError, r"seed must be an int.*int\(seed\)"),
+        ({"max_norm": -1.0}, ValueError, "max_norm must be a positive number or None, got -1.0"),
+        ({"max_norm": "1"}, ValueError, "max_norm must be a positive number or None, got '1'"),
+        ({"method": lambda *_: "dense"}, TypeError, "method must return a reducer, got 'dense'"),
+        ({"method": failing}, ZeroDivisionError, "no such luck"),
+    ],
+)
+def test_what_a_hook_refuses_all_ranks_hear_of(bad: dict[str, Any], error: type[Exception], words: str) -> None:
+    """At once, and not as the communication thread's own error in the first backward."""
+    mine = bad if me() == size() - 1 else {}
+    with pytest.raises(error if mine else ConfigMismatchError, match=words):
+        mpicomp.torch.Hook(DDP(model()), **{"method": "randomk(density=0.1)", **mine})
+    dist.barrier()
+
+
 @pytest.mark.mpi(min_size=2)
 def test_one_rank_with_a_bad_spec() -> None:
     with pytest.raises(SpecError if me() == 1 else ConfigMismatchError, match="tpk"):

@@ -242,6 +242,18 @@ def test_sparse_gradients_that_accumulate_or_are_not_there() -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_sparse_gradients_of_other_dtypes(dtype: torch.dtype) -> None:
+    ddp, hook = compressed(Words(sparse=True).to(dtype), "topk(density=0.1)")
+    for _ in range(2):
+        ddp.zero_grad()
+        ddp(torch.tensor([me(), 2])).backward()
+    grad = ddp.module.table.weight.grad
+    assert grad.dtype == dtype
+    assert set(grad.coalesce().indices().view(-1).tolist()) == {*range(size()), 2}
+    assert hook.step == 2
+
+
 def test_a_table_that_is_no_longer_sparse_is_an_error_on_all_ranks() -> None:
     model = Words(sparse=True)
     ddp = DDP(model)

@@ -263,6 +263,7 @@ def form(spec: str, owner: Owner) -> Form:
         (7, "got int"),
         ([state_of(), 7], "got list"),
         ({"step": 3, "units": {}}, "has no 'reducer', but step, units"),
+        ({**state_of(), "ranks": {}}, "has no entry of any rank"),
         ([state_of(), state_of()], "two states of rank 0"),
         ([state_of(), state_of("gather(sign)", rank=1)], "states 0 and 1 of the list are not of one job.*'reducer'"),
         (state_of(rank=1), "rank: 0 here, 1 in the state"),

@@ -32,7 +32,6 @@ ENOUGH = 16  # segments per chunk, above which they grow
 WINDOW = 8  # receives posted ahead
 
 
-@np.errstate(over="ignore", invalid="ignore")  # NaN and infinity are valid input: no warning
 class Segment(NamedTuple):
     """Elements that travel in one message: [start, stop) of the array, or of the small pieces put together."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,7 +11,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from mpicomp.codecs.base import Codec
-from mpicomp.codecs.checks import check_integer, is_number
+from mpicomp.codecs.checks import check_integer
 from mpicomp.reducers import Dense, ErrorFeedback, Layout, MomentumCorrection, Partition, Reducer, Warmup
 from mpicomp.reducers.base import Level
 from mpicomp.reducers.policies.warmup import codecs_with_density
@@ -89,8 +88,6 @@ class DGCSGD(torch.optim.Optimizer):
             groups.extend(_groups(ddp.parameters() if params is None else params, defaults))
             for group in groups:
                 self._check(group)
-            if max_norm is not None and not (is_number(max_norm) and 0 < max_norm < math.inf):
-                raise ValueError(f"max_norm must be a positive number or None, got {max_norm!r}")
             check_integer("warmup_steps", warmup_steps, 0)
             sieve = Partition(small=Dense(), large=Dense(), min_size=min_size, min_ndim=min_ndim)
             large, little = layout.select(sieve.is_large), layout.select(lambda unit: not sieve.is_large(unit))
