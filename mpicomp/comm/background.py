@@ -190,8 +190,9 @@ class Background:
         if self._thread is not None:
             self._thread.join()
         then()
-        if self._failure is not None:
-            self._failure.report()
+        failure, self._failure = self._failure, None  # its traceback holds whatever the calls of the user held
+        if failure is not None:
+            failure.report()
 
     def _end(self) -> None:
         """Call what `close` was given by a running call, once that has ended."""

@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import mpicomp.torch
+from mpicomp.errors import ConfigMismatchError
 from mpicomp.torch.backend import MPIProcessGroup
 from mpicomp.torch.launch import group_comm
 
@@ -57,6 +58,22 @@ def test_a_destroyed_group_says_so() -> None:
         with pytest.raises(RuntimeError, match="this process group was destroyed"):
             call()
     dist.barrier()
+
+
+@pytest.mark.mpi(min_size=2)
+def test_an_error_does_not_keep_a_destroyed_group() -> None:
+    """Nor what the function held in which it was raised."""
+
+    def fail() -> tuple[weakref.ref[object], ...]:
+        group, x = dist.new_group(), torch.ones(3 + me())
+        with pytest.raises(ConfigMismatchError):
+            dist.all_reduce(x, group=group)
+        dist.destroy_process_group(group)
+        return weakref.ref(x), weakref.ref(group.worker)
+
+    kept = fail()
+    gc.collect()
+    assert [each() for each in kept] == [None, None]
 
 
 @pytest.mark.mpi(min_size=2)
