@@ -149,10 +149,10 @@ class Codec(Spec, ABC):
         """Shards of a tensor are cut at multiples of this number of elements; a smaller tensor has one owner."""
         return self.block
 
-    @property
+    @functools.cached_property
     def inner(self) -> tuple[Codec, ...]:
         """The codecs inside this one."""
-        return ()
+        return tuple(self.holds(Codec).values())
 
     @abstractmethod
     def relative_error(self, size: int) -> float:

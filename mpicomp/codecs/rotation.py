@@ -73,10 +73,6 @@ class Rotated(Codec):
         check_bool(kashin=self.kashin, rescale=self.rescale)
 
     @property
-    def inner(self) -> tuple[Codec, ...]:
-        return (self.codec,)
-
-    @property
     def unbiased(self) -> bool:
         return self.codec.unbiased and not self.rescale
 

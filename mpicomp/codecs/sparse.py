@@ -94,10 +94,6 @@ class Sparse(Codec):
         return found
 
     @property
-    def inner(self) -> tuple[Codec, ...]:
-        return () if self.values is None else (self.values,)
-
-    @property
     def contractive(self) -> bool:
         """See Codec: the rest is smaller than x, and so is the part that `values` leaves out."""
         return all(codec.contractive for codec in self.inner)

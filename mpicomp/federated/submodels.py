@@ -7,9 +7,9 @@ them are deleted. Inputs and logits stay whole. Activations are not scaled by 1 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -264,14 +264,23 @@ def _check_units(units: Mapping[str, Array], widths: Mapping[str, int]) -> None:
             raise ValueError(f"units of {name!r} must be ascending numbers in 0..{width - 1}, got {units[name]!r}")
 
 
+@runtime_checkable
+class Shaped(Protocol):
+    """An array of NumPy, torch or any other library."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Its length along each axis."""
+
+
 def _shape(name: str, given: Any) -> tuple[int, ...]:
     """Return the shape of an array, or a shape as it is; ValueError for one without elements."""
-    shape = given if isinstance(given, tuple) else getattr(given, "shape", None)
-    if shape is None:
+    if not isinstance(given, (tuple, Shaped)):
         raise TypeError(f"weights must be arrays, or tuples for their shapes, got {type(given).__name__} for {name}")
+    shape = given if isinstance(given, tuple) else tuple(given.shape)
     if 0 in shape:
-        raise ValueError(f"{name} has shape {tuple(shape)}: no array of a network is empty")
-    return tuple(shape)
+        raise ValueError(f"{name} has shape {shape}: no array of a network is empty")
+    return shape
 
 
 def _spread(units: Array, repeat: int) -> Array:

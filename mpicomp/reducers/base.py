@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from enum import IntEnum
 from functools import cached_property
 from typing import ClassVar
@@ -100,8 +100,7 @@ class Reducer(Spec, ABC):
     @cached_property
     def members(self) -> dict[str, Codec | Reducer]:
         """The codecs and reducers among the fields."""
-        values = {each.name: getattr(self, each.name) for each in fields(self)}  # type: ignore[arg-type]  # a dataclass
-        return {name: value for name, value in values.items() if isinstance(value, Codec | Reducer)}
+        return self.holds(Codec | Reducer)
 
     @property
     def codecs(self) -> tuple[Codec, ...]:

@@ -8,7 +8,7 @@ import keyword
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, Union
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, Union, cast
 
 from mpicomp.errors import SpecError
 
@@ -55,6 +55,11 @@ class Spec:
             known["_printed"] = self._print(0)
         printed: str = known["_printed"]
         return printed
+
+    def holds(self, kind: Any) -> dict[str, Any]:
+        """Return the values of the fields that are of a type, by the names of the fields."""
+        values = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(cast(Any, self)))
+        return {name: value for name, value in values if isinstance(value, kind)}
 
     def _print(self, depth: int) -> str:
         cls: Any = type(self)

@@ -113,7 +113,7 @@ def _completed(comm: Comm, requests: Sequence[Request], limit: float) -> bool:
         if now > end:
             return False
         if now > alarm:
-            attend(comm, OPERATION, comm.rank)  # whoever has ended does not come: that ends no job
+            attend(comm, OPERATION, comm.rank)  # a rank that has ended counts as missing, and the job goes on
             alarm = now + LOOK
         time.sleep(REST)
     return True

@@ -116,7 +116,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _read_only(array: Array) -> Array:
-    """Return an array to which nobody writes, by NumPy's word on the host."""
+    """Return an array that no reducer may write to; NumPy enforces it for arrays on the host."""
     if isinstance(array, np.ndarray):
         array.flags.writeable = False
     return array

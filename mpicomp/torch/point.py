@@ -8,9 +8,9 @@ header precedes each message, whose tag depends on its number and size. So a pos
 header states another size; it is cancelled, and the message is received elsewhere and dropped.
 
 **A receive from any rank** learns from the header who sends and which number the message has, and is posted only then.
-Until it has a header, nobody knows the numbers that later receives with its tag will meet: they wait for theirs, too.
-Such receives are *blind*. They are posted in the order of their calls, by any wait of this process for this group:
-their senders wait no longer than those of other receives.
+Until then the numbers of the messages that later receives with the same tag get are unknown, so these wait for their
+headers, too. Such receives are *blind*. They are posted in the order of their calls, by any wait of this process for
+this group: their senders wait no longer than those of other receives.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import itertools
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -149,8 +149,14 @@ def _members(kind: type, slots: Slots) -> list[dict[str, str]]:
         others = {name: "dense(algorithm=two_shot)" for name in slots.reducers}
         found = [{**needed, **others, name: REDUCER} for name in slots.reducers]
     for name in slots.either:
-        found = [*found, *({**each, name: f"({REDUCER},)"} for each in found)]
+        several = f"{{'*': {REDUCER}}}" if _origin(kind, name) is Mapping else f"({REDUCER},)"
+        found = [*found, *({**each, name: several} for each in found)]
     return found
+
+
+def _origin(kind: type, name: str) -> Any:
+    """What the annotation of a field is a form of: Mapping of Mapping[str, Reducer]."""
+    return typing.get_origin(typing.get_type_hints(kind)[name])
 
 
 def _call(name: str, arguments: dict[str, Any]) -> str:

@@ -89,7 +89,7 @@ def _once_more(
             fits = not nonfinite(total, None, state.layout) and _finite(after)
             if _everywhere(comm, fits):
                 return after, True
-            state.layout.fill(total, np.nan)  # what was sent of it is owed nowhere
+            state.layout.fill(total, np.nan)  # no residual holds what was not sent
             return state, False
         if not reduction.poisoned:  # finite elements are right, and would be less exact the next time
             break

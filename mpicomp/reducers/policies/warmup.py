@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, ClassVar, cast
@@ -96,8 +96,7 @@ def _of_density(reducer: Reducer, density: float) -> Reducer:
 
 def _thinned(codec: Codec, density: float) -> Codec:
     """Return a codec with its density replaced, and that of the codecs inside."""
-    inner = {each.name: getattr(codec, each.name) for each in fields(cast(Any, codec))}
-    changes: dict[str, Any] = {name: _thinned(old, density) for name, old in inner.items() if isinstance(old, Codec)}
+    changes: dict[str, Any] = {name: _thinned(old, density) for name, old in codec.holds(Codec).items()}
     if codec.density is not None:
         changes["density"] = density
     return cast(Codec, replace(cast(Any, codec), **changes)) if changes else codec
