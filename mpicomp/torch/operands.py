@@ -19,7 +19,7 @@ from mpicomp.api.arguments import Form, as_list
 from mpicomp.api.call import Call, Operation
 from mpicomp.arrays import Array
 from mpicomp.torch.streams import bound, device_of
-from mpicomp.torch.tensors import COMPLEX, NAMES, bits_of, check_local, span, whole
+from mpicomp.torch.tensors import COMPLEX, NAMES, bits_of, check_local, lent, span, whole
 
 DTYPES = (*NAMES, *COMPLEX)
 """What a method takes."""
@@ -163,7 +163,7 @@ def _check_out(out: Any, shape: tuple[int, ...], x: torch.Tensor, what: str, lik
     if (tuple(out.shape), out.dtype, out.device) != (shape, x.dtype, x.device):
         wanted = f"{x.dtype} {list(shape)} on {x.device} {like}"
         raise ValueError(f"{what} must be {wanted}, got {out.dtype} {list(out.shape)} on {out.device}")
-    if overlaps_itself(out.shape, out.stride(), 1):
+    if not out.is_contiguous() and overlaps_itself(out.shape, out.stride(), 1):
         raise ValueError(
             f"{what} has elements that share memory, with strides {out.stride()} for shape {list(shape)}; pass a "
             f"tensor in which each has its own, as {what}.clone() is"
@@ -176,20 +176,6 @@ def _described(x: Any) -> str:
     return f"a list of {len(x)}" if isinstance(x, (list, tuple)) else f"one {type(x).__name__}"
 
 
-class _Memory:
-    """Where a tensor lies, as NumPy asks for it."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        size = tensor.element_size()
-        self.__array_interface__ = {
-            "version": 3,
-            "data": (tensor.data_ptr(), False),
-            "shape": tuple(tensor.shape),
-            "strides": tuple(stride * size for stride in tensor.stride()),
-            "typestr": f"|V{size}",
-        }
-
-
 def _disjoint(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether one tensor's memory ends before that of the other begins: most are found to be apart by this alone."""
     (start, stop), (first, last) = span(a), span(b)
@@ -198,4 +184,5 @@ def _disjoint(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _footprint(tensor: torch.Tensor) -> Array:
     """Return an array that lies where a tensor does, on a GPU too, to compare the two; it cannot be looked into."""
-    return np.asarray(_Memory(tensor)) if tensor.numel() else np.empty(tensor.shape, f"V{tensor.element_size()}")
+    size = tensor.element_size()
+    return lent(tensor, tuple(tensor.shape), tuple(stride * size for stride in tensor.stride()), f"|V{size}")
