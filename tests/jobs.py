@@ -43,10 +43,16 @@ def environ(**more: str) -> dict[str, str]:
 
 
 def start(tmp_path: Path, ranks: int, body: str, **more: str) -> subprocess.Popen[str]:
+    """Start a job of a program that begins with START."""
     script = tmp_path / "job.py"
     script.write_text(START + textwrap.dedent(body))
+    return launch(ranks, str(script), str(MPIRUN), **more)
+
+
+def launch(ranks: int, *words: str, **more: str) -> subprocess.Popen[str]:
+    """Start a job of a Python program with arguments."""
     return subprocess.Popen(
-        [str(MPIRUN), "-n", str(ranks), sys.executable, str(script), str(MPIRUN)],
+        [str(MPIRUN), "-n", str(ranks), sys.executable, *words],
         env=environ(**more),
         cwd=ROOT,
         stdin=subprocess.DEVNULL,
@@ -59,14 +65,14 @@ def start(tmp_path: Path, ranks: int, body: str, **more: str) -> subprocess.Pope
     )
 
 
-def finish(job: subprocess.Popen[str]) -> str:
+def finish(job: subprocess.Popen[str], limit: float = LIMIT) -> str:
     """Wait for a job and return what it printed; a job that hangs is killed, all of it."""
     try:
-        output, _ = job.communicate(timeout=LIMIT)
+        output, _ = job.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
         os.killpg(job.pid, signal.SIGKILL)
         output, _ = job.communicate()
-        pytest.fail(f"the job hangs after {LIMIT} s; it printed:\n{output}")
+        pytest.fail(f"the job hangs after {limit} s; it printed:\n{output}")
     return output
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from jobs import MPIRUN, ROOT, environ, is_running, needs_mpirun
+from jobs import ROOT, finish, is_running, launch, needs_mpirun
 from reducers.members import REPRESENTATIVES, member
 
 from mpicomp.reducers.base import walk
@@ -42,16 +41,7 @@ LIMIT = 150  # seconds for a job: eight ranks load torch
 
 
 def start(ranks: int, what: str, folder: Path, specs: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [str(MPIRUN), "-n", str(ranks), sys.executable, PROGRAM, what, str(folder), json.dumps(specs)],
-        env=environ(PYTHONPATH=ROOT),
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    return launch(ranks, PROGRAM, what, str(folder), json.dumps(specs), PYTHONPATH=ROOT)
 
 
 def killed(job: subprocess.Popen[str]) -> None:
@@ -74,11 +64,7 @@ def killed(job: subprocess.Popen[str]) -> None:
 
 
 def finished(job: subprocess.Popen[str], ranks: int, specs: list[str]) -> None:
-    try:
-        output, _ = job.communicate(timeout=LIMIT)
-    finally:
-        if job.poll() is None:
-            os.killpg(job.pid, signal.SIGKILL)
+    output = finish(job, LIMIT)
     assert job.returncode == 0, output
     assert output.count(f"{len(specs)} done") == ranks
 
