@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -68,11 +69,13 @@ def conserving(member: Any) -> bool:
 
 
 def _inside(member: Any) -> list[Any]:
-    """The reducers in a policy, and what `auto` may use."""
+    """The reducers in a policy, what `auto` may use, and the methods of `by_name`."""
     if type(member) in CODECS.values():
         return []
     values = [getattr(member, field.name) for field in dataclasses.fields(member)]
-    several = [each for value in values if isinstance(value, tuple) for each in value if dataclasses.is_dataclass(each)]
+    lists = [value for value in values if isinstance(value, tuple)]
+    lists += [tuple(value.values()) for value in values if isinstance(value, Mapping)]
+    several = [each for value in lists for each in value if dataclasses.is_dataclass(each)]
     return [each for each in (*values, *several) if hasattr(each, "reduce") or each in several]
 
 
